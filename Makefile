@@ -1,0 +1,45 @@
+# Every target sets itself up first, once: see scripts/setup.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+
+# The text reaches the command through the environment, so quotes and dollar signs in it arrive as typed.
+export POLYHEAD_TEXT := $(value TEXT)
+INPUT := $(if $(filter undefined,$(origin TEXT)),--file examples/persuasion.txt,-- "$$POLYHEAD_TEXT")
+
+DOCUMENTS := $(wildcard README.md docs/*.md)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-all check clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+run: $(STAMP) ## read a text and show its attention: make run TEXT="..." ARGS="--option"
+	@$(BIN)/polyhead run $(ARGS) $(INPUT)
+
+test: $(STAMP) ## the quick tests: make test ARGS="-k mask"
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(STAMP) ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP) ## formatting, lint, types, layers, examples in the documentation, links
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --doctest-modules --doctest-glob="*.md" src/polyhead $(DOCUMENTS)
+	$(BIN)/python scripts/check_links.py
+
+setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)
+
+# Stamped last, so an interrupted set-up runs again.
+$(STAMP): pyproject.toml requirements.lock models.lock scripts/setup
+	@rm -f $@
+	@PYTHON="$(PYTHON)" scripts/setup
+	@touch $@
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,128 @@
+"""The definition: multi-head attention written out in plain PyTorch. Every backend is held to it.
+
+    scores  = scale * query @ key^T               per head; query head h uses key head h // group
+    scores  = softcap * tanh(scores / softcap)    if softcap
+    scores  = scores + bias                       if bias
+    scores  = -inf where the mask forbids
+    weights = exp(scores - lse), lse = log sum exp(scores); a sink adds exp(sink) to the sum
+    output  = dropout(weights) @ value
+
+Sources: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; softcap: Gemma 2 report,
+2024; sinks: gpt-oss model card, 2025. It imports no kernel, and shares no helper with one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.call import AttentionCall, Aux, HeadStats
+
+__all__ = ["compute_aux", "notes", "run", "why_not"]
+
+
+def why_not(call: AttentionCall) -> list[str]:
+    """The definition runs everything."""
+    return []
+
+
+def notes(call: AttentionCall) -> list[str]:
+    cells = call.B * call.H * call.T * call.S
+    mebibytes = cells * call.compute_dtype.itemsize / 2**20
+    return [f"plain PyTorch, holds the T x S scores of every head: {mebibytes:.1f} MiB each copy"]
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Aux]:
+    """Output (B, H, T, E) in the call's dtype, and the aux that was asked for."""
+    scores_bhts = _scores(call)
+    weights_bhts, lse_bht = _normalise(scores_bhts, call.sinks)
+    kept_bhts = F.dropout(weights_bhts, call.dropout) if call.dropout > 0.0 else weights_bhts
+    output = _weighted_values(kept_bhts, call).to(call.dtype)
+    return output, _aux(call, scores_bhts, weights_bhts, lse_bht)
+
+
+def compute_aux(call: AttentionCall, first_position: int | None = None) -> Aux:
+    """The aux alone, for a call whose output another backend computes. Draws no random numbers.
+
+    Args:
+        call: what is asked.
+        first_position: where query 0 stands, for the distances in stats; None: at S - T.
+    """
+    scores_bhts = _scores(call)
+    weights_bhts, lse_bht = _normalise(scores_bhts, call.sinks)
+    return _aux(call, scores_bhts, weights_bhts, lse_bht, first_position)
+
+
+def _scores(call: AttentionCall) -> Tensor:
+    """(B, H, T, S) in the compute dtype, -inf where the mask forbids."""
+    # Heads of one group meet their key head by a view: no key head is repeated in memory.
+    query_bgntd: Tensor = call.query.to(call.compute_dtype).unflatten(1, (call.G, call.group))
+    key_bg1sd = call.key.to(call.compute_dtype).unsqueeze(2)
+    scores_bhts = (query_bgntd @ key_bg1sd.mT).flatten(1, 2) * call.scale
+    if call.softcap is not None:
+        scores_bhts = call.softcap * torch.tanh(scores_bhts / call.softcap)
+    if call.bias is not None:
+        scores_bhts = scores_bhts + call.bias.to(call.compute_dtype)
+    if call.mask is not None:
+        allowed = call.mask.materialize(call.T, call.S, device=call.device)
+        scores_bhts = scores_bhts.masked_fill(~allowed, float("-inf"))
+    return scores_bhts
+
+
+def _normalise(scores_bhts: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights (B, H, T, S) and lse (B, H, T). A row of -inf gives zeros and -inf, never NaN."""
+    if scores_bhts.shape[-1] == 0:
+        return scores_bhts, scores_bhts.new_full(scores_bhts.shape[:-1], float("-inf"))
+    largest = scores_bhts.detach().amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        sink_h11 = sinks.to(scores_bhts.dtype)[:, None, None]
+        largest = torch.maximum(largest, sink_h11.detach())
+    # Where every score is -inf any finite shift keeps exp(scores - shift) at zero.
+    shift = largest.masked_fill(largest == float("-inf"), 0.0)
+    exp_bhts = torch.exp(scores_bhts - shift)
+    total = exp_bhts.sum(dim=-1, keepdim=True)
+    lse_bht = (torch.log(total) + shift).squeeze(-1)
+    if sinks is not None:
+        total = total + torch.exp(sink_h11 - shift)
+    return exp_bhts / total.masked_fill(total == 0.0, 1.0), lse_bht
+
+
+def _weighted_values(weights_bhts: Tensor, call: AttentionCall) -> Tensor:
+    weights_bgnts: Tensor = weights_bhts.unflatten(1, (call.G, call.group))
+    value_bg1se = call.value.to(call.compute_dtype).unsqueeze(2)
+    return (weights_bgnts @ value_bg1se).flatten(1, 2)
+
+
+def _aux(
+    call: AttentionCall,
+    scores_bhts: Tensor,
+    weights_bhts: Tensor,
+    lse_bht: Tensor,
+    first_position: int | None = None,
+) -> Aux:
+    first = call.S - call.T if first_position is None else first_position
+    return Aux(
+        weights=weights_bhts.to(call.dtype) if call.aux.weights else None,
+        lse=lse_bht if call.aux.lse else None,
+        stats=_stats(scores_bhts, weights_bhts, first) if call.aux.stats else None,
+    )
+
+
+def _stats(scores_bhts: Tensor, weights_bhts: Tensor, first_position: int) -> HeadStats:
+    T, S = weights_bhts.shape[-2:]
+    device = weights_bhts.device
+    query_t1 = torch.arange(first_position, first_position + T, device=device)[:, None]
+    distance_ts = query_t1 - torch.arange(S, device=device)
+
+    def mass(where_ts: Tensor) -> Tensor:
+        return (weights_bhts * where_ts).sum(dim=-1)
+
+    return HeadStats(
+        entropy=-torch.special.xlogy(weights_bhts, weights_bhts).sum(dim=-1),
+        mean_distance=mass(distance_ts.abs()),
+        mass_first=weights_bhts[..., 0] if S else weights_bhts.sum(dim=-1),
+        mass_previous=mass(distance_ts == 1),
+        mass_self=mass(distance_ts == 0),
+        max_logit=scores_bhts.amax(dim=-1) if S else scores_bhts.sum(dim=-1) - float("inf"),
+    )

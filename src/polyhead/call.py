@@ -1,0 +1,173 @@
+"""What crosses the border to a backend: one frozen `AttentionCall`, and what comes back as `Aux`.
+
+Shape legend, for the whole library:
+
+    B  batch rows
+    H  query heads
+    G  key/value heads; H = G * group, and query head h uses key head h // group
+    T  query tokens
+    S  key tokens
+    D  head size of queries and keys
+    E  head size of values
+
+Layout is (B, heads, tokens, size), as in `torch.nn.functional.scaled_dot_product_attention`.
+Shape suffixes in dense code say the layout: `scores_bhts` is (B, H, T, S).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from polyhead.mask import Mask
+
+__all__ = ["AttentionCall", "Aux", "AuxRequest", "HeadStats"]
+
+
+@dataclass(frozen=True)
+class AuxRequest:
+    """What to return beside the output. Asking never changes the output.
+
+    Args:
+        weights: the attention weights before dropout, (B, H, T, S). They cost T x S memory.
+        lse: the log-sum-exp of each query's scores, (B, H, T).
+        stats: what each head does, as a `HeadStats`.
+
+    >>> AuxRequest(weights=True)
+    AuxRequest(weights=True, lse=False, stats=False)
+    """
+
+    weights: bool = False
+    lse: bool = False
+    stats: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what is asked for."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadStats:
+    """What each head does, for every query: tensors of shape (B, H, T), in the compute dtype.
+
+    Distances are between absolute positions: query t of T against S keys stands at S - T + t.
+    A query with nothing to attend to has zeros, and max_logit -inf.
+
+    Attributes:
+        entropy: of the weights, in nats; 0 when all weight is on one key.
+        mean_distance: weighted mean of |query position - key position|, in tokens.
+        mass_first: weight on key 0 (an "attention sink").
+        mass_previous: weight on the key just before the query's position.
+        mass_self: weight on the key at the query's own position.
+        max_logit: the largest score that was allowed, after scale, softcap and bias.
+    """
+
+    entropy: Tensor
+    mean_distance: Tensor
+    mass_first: Tensor
+    mass_previous: Tensor
+    mass_self: Tensor
+    max_logit: Tensor
+
+    def per_head(self) -> dict[str, Tensor]:
+        """One number a head: the mean over batch rows and queries, (H,); the largest max_logit."""
+        means = {f.name: getattr(self, f.name).mean(dim=(0, 2)) for f in fields(self)}
+        means["max_logit"] = self.max_logit.amax(dim=(0, 2))
+        return means
+
+
+@dataclass(frozen=True, eq=False)
+class Aux:
+    """What was asked for with an `AuxRequest`; None where it was not.
+
+    Attributes:
+        weights: (B, H, T, S) in the call's dtype, before dropout. Rows sum to 1, or to 0 where a
+            query has nothing to attend to, or to 1 less the sink's share.
+        lse: (B, H, T), log of the sum of exp(score) over the keys a query may attend to, sinks
+            left out; -inf where there are none. float32, or float64 for float64 calls.
+        stats: a `HeadStats`.
+    """
+
+    weights: Tensor | None = None
+    lse: Tensor | None = None
+    stats: HeadStats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """Everything that was asked of `attention()`, checked. Backends read it; nobody changes it.
+
+    Attributes:
+        query, key, value: (B, H, T, D), (B, G, S, D), (B, G, S, E); one dtype, one device.
+        mask: who may attend, or None for everybody.
+        bias: added to the scaled (and capped) scores; broadcasts to (B, H, T, S). Or None.
+        scale: factor on the scores.
+        softcap: scores become softcap * tanh(scores / softcap). Or None.
+        sinks: (H,) one extra logit a head that takes weight and gives no value. Or None.
+        dropout: probability with which a weight is dropped; kept ones grow by 1 / (1 - dropout).
+        aux: what to return beside the output.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Mask | None
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+    aux: AuxRequest
+
+    @property
+    def B(self) -> int:
+        return self.query.shape[0]
+
+    @property
+    def H(self) -> int:
+        return self.query.shape[1]
+
+    @property
+    def G(self) -> int:
+        return self.key.shape[1]
+
+    @property
+    def T(self) -> int:
+        return self.query.shape[2]
+
+    @property
+    def S(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def D(self) -> int:
+        return self.query.shape[3]
+
+    @property
+    def E(self) -> int:
+        return self.value.shape[3]
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.H // self.G
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Scores and sums are kept in float32, or in float64 when the call is."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def without_aux(self) -> AttentionCall:
+        """The same call, asking for the output only."""
+        return replace(self, aux=AuxRequest())

@@ -1,0 +1,188 @@
+"""Between the lecture's two mechanisms: stacked heads (3.6.1) and weight splits (3.6.2).
+
+They are the same function in two layouts. The rows of a split projection, `head_dim` at a time,
+are the projections of the stacked heads:
+
+    W_query of the split      W_query of the stacked heads
+    +------------------+      +------------------+
+    | head 0           |      | heads[0]         |      d_out means the size of ONE head
+    +------------------+      +------------------+      in MultiHeadAttentionWrapper, and
+    | head 1           |  =   +------------------+      of ALL heads in MultiHeadAttention
+    +------------------+      | heads[1]         |
+    | ...              |      +------------------+
+
+With fewer key/value heads than query heads, the stacked heads of one group each hold a copy of
+their group's key and value rows.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.errors import ConversionError, ShapeError
+from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
+
+__all__ = ["split_to_stacked", "stacked_to_split"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
+    """The same function as stacked heads, each with weights of its own.
+
+    Args:
+        mha: split heads, of H heads of size head_dim. It is left as it is; weights are copied.
+
+    Returns:
+        A wrapper with `num_heads = H` and **`d_out = head_dim`, the size of one head**. A head
+        gets the key and value rows of its group. out_proj, bias, dropout, rope, mask, scale and
+        training mode are kept.
+
+    >>> split = MultiHeadAttention(6, 4, context_length=8, dropout=0.0, num_heads=2)
+    >>> stacked = split_to_stacked(split)
+    >>> x = torch.randn(1, 8, 6)
+    >>> torch.allclose(stacked(x), split(x), atol=1e-6)
+    True
+    """
+    split = _projections(mha)
+    has_bias = split["W_query"].bias is not None
+    wrapper = MultiHeadAttentionWrapper(
+        mha.d_in,
+        mha.head_dim,
+        mha.context_length,
+        mha.dropout.p,
+        mha.num_heads,
+        has_bias,
+        out_proj=mha.out_proj is not None,
+        out_features=None if mha.out_proj is None else mha.d_out,
+        out_bias=mha.out_proj is not None and mha.out_proj.bias is not None,
+        rope=mha.rope,
+        mask=mha.mask,
+        scale=mha.scale,
+        backend=mha.backend,
+        device="meta",
+    )
+    group = mha.num_heads // mha.num_kv_heads
+    state: dict[str, Tensor] = _out_state(mha)
+    for name, projection in split.items():
+        for kind, parameter in projection.named_parameters():
+            rows = parameter.detach().split(mha.head_dim)
+            for h in range(mha.num_heads):
+                source = h if name == "W_query" else h // group
+                state[f"heads.{h}.{name}.{kind}"] = rows[source].clone()
+    return _filled(wrapper, state, mha)
+
+
+def stacked_to_split(
+    wrapper: MultiHeadAttentionWrapper, *, num_kv_heads: int | None = None
+) -> MultiHeadAttention:
+    """The same function as one projection split into heads.
+
+    Args:
+        wrapper: stacked heads, H of size d_out each. It is left as it is; weights are copied.
+        num_kv_heads: G, how many key/value heads the split keeps, a divisor of H; None: H. The
+            key and value weights of the heads of one group must then be equal, bit for bit.
+
+    Returns:
+        Split heads with `head_dim = wrapper's d_out` and **`d_out` the size of the whole
+        output**. It has an output projection if the wrapper has one.
+
+    Raises:
+        ConversionError: the heads differ in more than their weights, or the heads of a group
+            hold different key or value weights.
+
+    >>> wrapper = MultiHeadAttentionWrapper(6, 2, context_length=8, dropout=0.0, num_heads=3)
+    >>> split = stacked_to_split(wrapper)
+    >>> split.d_out, split.head_dim                              # 3 heads of 2 features
+    (6, 2)
+    >>> x = torch.randn(1, 8, 6)
+    >>> torch.allclose(split(x), wrapper(x), atol=1e-6)
+    True
+    """
+    heads = [head for head in wrapper.heads if isinstance(head, CausalAttention)]
+    H = wrapper.num_heads
+    G = H if num_kv_heads is None else num_kv_heads
+    if G < 1 or H % G:
+        raise ShapeError(
+            "num_kv_heads", f"must divide num_heads = {H}", G, "leave it out to keep every head"
+        )
+    first = _common(heads)
+    merged = H * first.d_out
+    mha = MultiHeadAttention(
+        first.d_in,
+        merged if wrapper.out_proj is None else wrapper.out_proj.out_features,
+        first.context_length,
+        first.dropout.p,
+        H,
+        first.W_query.bias is not None,
+        num_kv_heads=G,
+        head_dim=first.d_out,
+        out_proj=wrapper.out_proj is not None,
+        out_bias=wrapper.out_proj is not None and wrapper.out_proj.bias is not None,
+        rope=first.rope,
+        mask=first.mask,
+        scale=first.scale,
+        backend=first.backend,
+        device="meta",
+    )
+    state = _out_state(wrapper)
+    for kind, _ in first.W_query.named_parameters():
+        for name in ("W_query", "W_key", "W_value"):
+            rows = [getattr(getattr(head, name), kind).detach() for head in heads]
+            if name != "W_query":
+                rows = _one_a_group(rows, H // G, f"{name}.{kind}")
+            state[f"{name}.{kind}"] = torch.cat(rows)
+    return _filled(mha, state, wrapper)
+
+
+def _projections(mha: MultiHeadAttention) -> dict[str, nn.Linear]:
+    """The three projections, separate also where they are fused."""
+    if mha.fused:
+        mha = copy.deepcopy(mha).unfuse()
+    return {name: getattr(mha, name) for name in ("W_query", "W_key", "W_value")}
+
+
+def _out_state(module: MultiHeadAttention | MultiHeadAttentionWrapper) -> dict[str, Tensor]:
+    if module.out_proj is None:
+        return {}
+    parameters = module.out_proj.named_parameters()
+    return {f"out_proj.{kind}": parameter.detach().clone() for kind, parameter in parameters}
+
+
+def _common(heads: list[CausalAttention]) -> CausalAttention:
+    """The first head, after checking that the others differ from it in their weights only."""
+    first = heads[0]
+    for name in ("d_in", "d_out", "context_length", "rope", "mask", "scale", "backend"):
+        for index, head in enumerate(heads):
+            if getattr(head, name) != getattr(first, name):
+                raise ConversionError(
+                    f"stacked heads must share {name} to become one split; heads[0] has "
+                    f"{getattr(first, name)!r}, heads[{index}] has {getattr(head, name)!r}"
+                )
+    if len({(head.dropout.p, head.W_query.bias is None) for head in heads}) > 1:
+        raise ConversionError("stacked heads must share dropout and qkv_bias to become one split")
+    return first
+
+
+def _one_a_group(rows: list[Tensor], group: int, name: str) -> list[Tensor]:
+    """The first of each group's rows, after checking that the group agrees bit for bit."""
+    for index, row in enumerate(rows):
+        leader = index - index % group
+        if not torch.equal(row, rows[leader]):
+            raise ConversionError(
+                f"heads[{leader}] and heads[{index}] must have equal {name} to share one "
+                f"key/value head; they differ by up to {(row - rows[leader]).abs().max():.3g}; "
+                "leave num_kv_heads out to keep every head"
+            )
+    return rows[::group]
+
+
+def _filled(module: M, state: dict[str, Tensor], source: nn.Module) -> M:
+    """`module`, built on the meta device so that no random numbers are drawn, with its weights."""
+    module.load_state_dict(state, assign=True)
+    module.requires_grad_(any(parameter.requires_grad for parameter in source.parameters()))
+    return module.train(source.training)

@@ -1,0 +1,104 @@
+"""Every exception that polyhead raises on purpose.
+
+    PolyheadError
+    |-- ArgumentError (ValueError)                an argument breaks a rule
+    |   |-- ShapeError                            ... of shape or size
+    |   |-- DeviceError                           ... of device
+    |   `-- DtypeError (also TypeError)           ... of dtype or type
+    |-- BackendError (NotImplementedError)        no backend asked for can run this call
+    |-- ConversionError (ValueError)              weights cannot move and keep the function
+    |-- ModelError (ValueError)                   a model file or folder cannot be read or used
+    `-- DependencyError (ImportError)             an optional package is missing
+
+Each is also the builtin a caller would catch. A message names the argument, the rule, what was
+got and the remedy; those that come from arguments carry the four as attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "ArgumentError",
+    "BackendError",
+    "ConversionError",
+    "DependencyError",
+    "DeviceError",
+    "DtypeError",
+    "ModelError",
+    "PolyheadError",
+    "ShapeError",
+]
+
+
+class PolyheadError(Exception):
+    """Base of every error raised by polyhead."""
+
+
+class ArgumentError(PolyheadError, ValueError):
+    """An argument breaks a rule.
+
+    Args:
+        argument: name of the argument, as the caller wrote it.
+        rule: what must hold, as a clause that follows the name ("must be positive").
+        got: what was passed.
+        remedy: what to do instead.
+
+    >>> raise ArgumentError("num_heads", "must be positive", 0, "pass at least 1")
+    Traceback (most recent call last):
+    polyhead.errors.ArgumentError: num_heads must be positive; got 0; pass at least 1
+    """
+
+    def __init__(self, argument: str, rule: str, got: object, remedy: str) -> None:
+        self.argument = argument
+        self.rule = rule
+        self.got = got
+        self.remedy = remedy
+        super().__init__(f"{argument} {rule}; got {got}; {remedy}")
+
+    def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, object, str]]:
+        return type(self), (self.argument, self.rule, self.got, self.remedy)
+
+
+class ShapeError(ArgumentError):
+    """An argument has a shape or size that breaks a rule."""
+
+
+class DeviceError(ArgumentError):
+    """An argument is on another device than its companions."""
+
+
+class DtypeError(ArgumentError, TypeError):
+    """An argument has a dtype or type that breaks a rule. Nothing is cast silently."""
+
+
+class BackendError(PolyheadError, NotImplementedError):
+    """No backend that was asked for can run this call.
+
+    Args:
+        reasons: for each backend tried, everything that stands in its way.
+    """
+
+    def __init__(self, reasons: Mapping[str, Sequence[str]]) -> None:
+        self.reasons = {name: tuple(why) for name, why in reasons.items()}
+        lines = [f"  {name}: {reason}" for name, why in self.reasons.items() for reason in why]
+        super().__init__(
+            "no backend asked for can run this call:\n"
+            + "\n".join(lines)
+            + '\n  pass backend="auto" to let polyhead choose one that can'
+        )
+
+    def __reduce__(self) -> tuple[type[BackendError], tuple[dict[str, tuple[str, ...]]]]:
+        return type(self), (self.reasons,)
+
+
+class ConversionError(PolyheadError, ValueError):
+    """Weights cannot be moved to the layout asked for without changing the function."""
+
+
+class ModelError(PolyheadError, ValueError):
+    """A model file or folder cannot be found, read or used."""
+
+
+class DependencyError(PolyheadError, ImportError):
+    """An optional package is needed and not installed; the message says how to get it."""

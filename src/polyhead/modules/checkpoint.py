@@ -1,0 +1,49 @@
+"""Loading checkpoints that other spellings of the same module saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["accept_either_projection", "accept_lecture_mask"]
+
+_SEPARATE = ("W_query", "W_key", "W_value")
+
+
+def accept_lecture_mask(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any
+) -> None:
+    """A load_state_dict pre-hook: the lecture's classes save a context_length^2 `mask` buffer.
+
+    Ours hold the rule instead. The buffer is taken out if it says what the lecture's does (1
+    above the diagonal: forbidden); another one would be lost, so loading it is an error.
+    """
+    saved = state_dict.pop(prefix + "mask", None)
+    if saved is None:
+        return
+    square = saved.ndim == 2 and saved.shape[0] == saved.shape[1]
+    if not square or not torch.equal(saved.bool(), torch.ones_like(saved).triu(1).bool()):
+        error_messages: list[str] = args[-1]
+        error_messages.append(
+            f"{prefix}mask must be the lecture's causal mask, 1 above the diagonal; got another "
+            f"{tuple(saved.shape)} tensor; pass the rule as mask= to the constructor and delete "
+            "this entry"
+        )
+
+
+def accept_either_projection(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *args: Any
+) -> None:
+    """A load_state_dict pre-hook: a fused module loads separate projections, and the reverse."""
+    fused = hasattr(module, "W_qkv")
+    for kind in ("weight", "bias"):
+        fused_key = f"{prefix}W_qkv.{kind}"
+        separate_keys = [f"{prefix}{name}.{kind}" for name in _SEPARATE]
+        if fused and all(key in state_dict for key in separate_keys):
+            state_dict[fused_key] = torch.cat([state_dict.pop(key) for key in separate_keys])
+        elif not fused and fused_key in state_dict:
+            sizes = [getattr(module, name).out_features for name in _SEPARATE]
+            parts = state_dict.pop(fused_key).split(sizes)
+            state_dict.update(zip(separate_keys, parts, strict=True))
