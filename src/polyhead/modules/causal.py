@@ -86,7 +86,7 @@ class CausalAttention(nn.Module):
         self.W_key = nn.Linear(d_in, d_out, bias=qkv_bias, device=device, dtype=dtype)
         self.W_value = nn.Linear(d_in, d_out, bias=qkv_bias, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)
-        self.register_load_state_dict_pre_hook(accept_lecture_mask)
+        self.register_load_state_dict_pre_hook(accept_lecture_mask)  # type: ignore[no-untyped-call]
 
     @overload
     def forward(

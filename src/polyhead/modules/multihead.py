@@ -116,8 +116,8 @@ class MultiHeadAttention(nn.Module):
             else None
         )
         self.dropout = nn.Dropout(dropout)
-        self.register_load_state_dict_pre_hook(accept_lecture_mask)
-        self.register_load_state_dict_pre_hook(accept_either_projection)
+        for accept in (accept_lecture_mask, accept_either_projection):
+            self.register_load_state_dict_pre_hook(accept)  # type: ignore[no-untyped-call]
 
     @overload
     def forward(
@@ -167,6 +167,31 @@ class MultiHeadAttention(nn.Module):
         if self.out_proj is not None:
             y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
+
+    def project_heads(
+        self, x: Tensor, memory: Tensor | None = None, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as `attention` receives them: projected, split, turned by rope.
+
+        Returns:
+            query (B, H, T, head_dim), key and value (B, G, S, head_dim); views where rope allows.
+
+        >>> mha = MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2)
+        >>> query, key, value = mha.project_heads(torch.randn(1, 4, 8))
+        >>> query.shape
+        torch.Size([1, 2, 4, 4])
+        """
+        weight = self.W_qkv.weight if self.fused else self.W_query.weight
+        check_input("x", x, weight, self.d_in, self.context_length)
+        if memory is not None:
+            check_input("memory", memory, weight, self.d_in)
+        query, key, value = self._project(x, memory)
+        query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+        key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        value_bgsd = value.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        if self.rope is not None:
+            query_bhtd, key_bgsd = turn(self.rope, query_bhtd, key_bgsd, positions, memory)
+        return query_bhtd, key_bgsd, value_bgsd
 
     def head_contexts(
         self,
@@ -264,20 +289,11 @@ class MultiHeadAttention(nn.Module):
         request: AuxRequest,
     ) -> tuple[Tensor, Aux]:
         """Context vectors (B, H, T, head_dim) of every head, and the aux."""
-        weight = self.W_qkv.weight if self.fused else self.W_query.weight
-        check_input("x", x, weight, self.d_in, self.context_length)
-        if memory is not None:
-            check_input("memory", memory, weight, self.d_in)
-        query, key, value = self._project(x, memory)
-        query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-        key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        value_bgsd = value.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        if self.rope is not None:
-            query_bhtd, key_bgsd = turn(self.rope, query_bhtd, key_bgsd, positions, memory)
+        query, key, value = self.project_heads(x, memory, positions)
         return attention(
-            query_bhtd,
-            key_bgsd,
-            value_bgsd,
+            query,
+            key,
+            value,
             mask=both(self.mask, mask),
             scale=self.scale,
             dropout=self.dropout.p if self.training else 0.0,
