@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 export POLYHEAD_TEXT := $(value TEXT)
 INPUT := $(if $(filter undefined,$(origin TEXT)),--file examples/persuasion.txt,-- "$$POLYHEAD_TEXT")
 
-DOCUMENTS := $(wildcard README.md docs/*.md)
+DOCUMENTS := $(wildcard README.md docs/*.md docs/decisions/*.md)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup run test test-all check clean
@@ -28,8 +28,8 @@ check: $(STAMP) ## formatting, lint, types, layers, examples in the documentatio
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest --doctest-modules --doctest-glob="*.md" src/polyhead $(DOCUMENTS)
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob="*.md" src/polyhead $(DOCUMENTS)
 	$(BIN)/python scripts/check_links.py
 
 setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)

@@ -1,8 +1,8 @@
 """Check that relative links and #anchors in the documentation lead somewhere.
 
-Reads README.md, CHANGELOG.md and docs/**/*.md below the folder given (default: the repository). Prints one
-`file:line: reason` for each broken link and exits 1 if there is any. Links that name a scheme (https:, mailto:) are not
-followed: a check must give the same answer without a network.
+Reads README.md, CHANGELOG.md and docs/**/*.md below the folder given (default: the repository).
+Prints one `file:line: link: reason` for each broken link and exits 1 if there is any. Links that
+name a scheme (https:, mailto:) are not followed: a check gives the same answer without a network.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
-# [text](target), ![image](target "title"), [label]: target, and the two HTML attributes that hold a link.
+# [text](target), ![image](target "title"), [label]: target, and the HTML attributes href and src.
 LINK = re.compile(
     r"\]\(\s*(?:<([^<>]*)>|((?:[^\s()]|\([^\s()]*\))+))(?:\s+[\"'(][^)]*)?\s*\)"
     r"|^ {0,3}\[(?!\^)[^\]]+\]:\s*<?([^\s>]+)"
@@ -64,10 +64,10 @@ def reason_broken(document: Path, link: str, root: Path) -> str | None:
         return "leaves the repository"
     if not target.exists():
         return "no such file"
-    if anchor and target.suffix == ".md":
-        if unquote(anchor) not in anchors(target.read_text(encoding="utf-8")):
-            return "no such heading"
-    return None
+    if not anchor or target.suffix != ".md":
+        return None
+    headings = anchors(target.read_text(encoding="utf-8"))
+    return None if unquote(anchor) in headings else "no such heading"
 
 
 def broken_links(root: Path) -> list[str]:

@@ -73,7 +73,8 @@ def _read_text(text: str | None, file: Path | None) -> str:
     name = "standard input" if file is None else str(file)
     try:
         data = click.get_binary_stream("stdin").read() if file is None else file.read_bytes()
-        return data.decode()
+        # The newline that ends a text file is not part of what the model should go on from.
+        return data.decode().removesuffix("\n")
     except OSError as error:
         raise ArgumentError("TEXT", "must be readable", f"{name}: {error}", "check it") from error
     except UnicodeDecodeError as error:

@@ -30,14 +30,19 @@ _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 # A 262 thousand token vocabulary takes 2 million; a corrupt count would go on for hours.
 _MOST_READS = 5_000_000
 
-_LLAMA_KEYS = {
-    f"llama.{key}"
-    for key in (
-        "block_count context_length embedding_length feed_forward_length vocab_size "
-        "attention.head_count attention.head_count_kv attention.key_length attention.value_length "
-        "attention.layer_norm_rms_epsilon rope.freq_base rope.dimension_count"
-    ).split()
+_CONFIG = {
+    "num_hidden_layers": "block_count",
+    "max_position_embeddings": "context_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+    "vocab_size": "vocab_size",
 }
+_SAME_AS_HEAD_DIM = ("attention.value_length", "rope.dimension_count")
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -161,7 +166,8 @@ def _check_supported(path: str, metadata: Mapping[str, Any]) -> None:
                 "let transformers convert the file and pass the folder it saves"
             )
     unset = (0, "", "none", None)
-    extra = [key for key in metadata if key.startswith("llama.") and key not in _LLAMA_KEYS]
+    known = {f"llama.{key}" for key in (*_CONFIG.values(), *_SAME_AS_HEAD_DIM)}
+    extra = [key for key in metadata if key.startswith("llama.") and key not in known]
     extra += [f"tokenizer.ggml.add_{what}" for what in ("bos_token", "eos_token", "space_prefix")]
     ignored = {key: metadata[key] for key in extra if metadata.get(key) not in unset}
     if ignored:
@@ -174,38 +180,27 @@ def _check_supported(path: str, metadata: Mapping[str, Any]) -> None:
 def _config(metadata: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
     from transformers import LlamaConfig
 
-    def number(key: str, default: float | None = None) -> Any:
-        value = metadata.get(f"llama.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
-            raise ValueError(f"llama.{key} must be a positive number, got {value!r}")
-        return value
-
-    heads = number("attention.head_count")
-    head_dim = number("attention.key_length", number("embedding_length") // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if number(key, head_dim) != head_dim:
-            raise ValueError(f"llama.{key} must be the head size {head_dim}, got {number(key)}")
-    kv_heads, tokens = number("attention.head_count_kv", heads), metadata["tokenizer.ggml.tokens"]
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads cannot share {kv_heads} key/value heads evenly")
-    if number("vocab_size", len(tokens)) < len(tokens):
-        raise ValueError(f"{len(tokens)} tokens exceed the vocabulary of {number('vocab_size')}")
-    return LlamaConfig(
-        vocab_size=number("vocab_size", len(tokens)),
-        hidden_size=number("embedding_length"),
-        intermediate_size=number("feed_forward_length"),
-        num_hidden_layers=number("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=number("context_length"),
-        rms_norm_eps=number("attention.layer_norm_rms_epsilon"),
-        rope_theta=number("rope.freq_base", 10000.0),
-        tie_word_embeddings=tied,
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=metadata.get("tokenizer.ggml.eos_token_id"),
-        pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
-    )
+    tokens, heads = metadata["tokenizer.ggml.tokens"], metadata["llama.attention.head_count"]
+    absent = {  # what llama.cpp takes when the key is absent
+        "head_dim": metadata["llama.embedding_length"] // heads,
+        "num_key_value_heads": heads,
+        "rope_theta": 10000.0,
+        "vocab_size": len(tokens),
+    }
+    sizes = {arg: metadata.get(f"llama.{key}", absent.get(arg)) for arg, key in _CONFIG.items()}
+    for arg, value in sizes.items():
+        if not isinstance(value, int | float) or not 0 < value < 2**31:
+            raise ValueError(f"llama.{_CONFIG[arg]} must be a positive number, got {value!r}")
+    for key in _SAME_AS_HEAD_DIM:
+        if (got := metadata.get(f"llama.{key}", sizes["head_dim"])) != sizes["head_dim"]:
+            raise ValueError(f"llama.{key} must be the head size {sizes['head_dim']}, got {got}")
+    if heads % sizes["num_key_value_heads"]:
+        raise ValueError(f"{heads} heads cannot share {sizes['num_key_value_heads']} evenly")
+    if len(tokens) > sizes["vocab_size"]:
+        raise ValueError(f"{len(tokens)} tokens exceed the vocabulary of {sizes['vocab_size']}")
+    ids = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    sizes |= {arg: metadata.get(f"tokenizer.ggml.{key}_token_id") for arg, key in ids.items()}
+    return LlamaConfig(tie_word_embeddings=tied, **sizes)
 
 
 def _names(layers: int, *, tied: bool) -> Iterator[tuple[str, str]]:
@@ -262,7 +257,8 @@ def _assemble(
     model.tie_weights()
     # The rotary frequencies are no part of a state dict, so they are still on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _weight(tensor: ReaderTensor, heads: int | None) -> torch.Tensor:
@@ -303,6 +299,6 @@ def _tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {ours: metadata.get(f"tokenizer.ggml.{key}_token_id") for ours, key in named.items()}
     special = {f"{ours}_token": tokens[id_] for ours, id_ in ids.items() if id_ is not None}
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, chat_template=metadata.get("tokenizer.chat_template"), **special
     )
