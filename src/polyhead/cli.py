@@ -72,7 +72,7 @@ def _read_text(text: str | None, file: Path | None) -> str:
         return text
     name = "standard input" if file is None else str(file)
     try:
-        data = click.get_binary_stream("stdin").read() if file is None else file.read_bytes()
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
         # The newline that ends a text file is not part of what the model should go on from.
         return data.decode().removesuffix("\n")
     except OSError as error:
@@ -99,10 +99,13 @@ def _print_report(report: RunReport, console: Console) -> None:
 
 
 def _mechanism_table(report: RunReport) -> Table:
-    table = Table(title="The same attention, computed in three ways", title_justify="left")
-    table.add_column("mechanism")
+    table = Table(
+        title="The same attention, three ways: median time, largest error against float64",
+        title_justify="left",
+    )
+    table.add_column("mechanism", no_wrap=True)
     table.add_column("backend")
-    for heading in ("median time", "vs stacked", "largest error vs float64"):
+    for heading in ("time", "vs stacked", "error"):
         table.add_column(heading, justify="right")
     for row in report.mechanisms:
         table.add_row(

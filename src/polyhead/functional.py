@@ -100,13 +100,26 @@ def attention(
     torch.Size([1, 4, 3, 8])
     """
     call = build_call(
-        query, key, value, mask, bias, scale, softcap, sinks, dropout, return_aux or AuxRequest()
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        scale,
+        softcap,
+        sinks,
+        dropout,
+        AuxRequest() if return_aux is None else return_aux,
     )
     chosen = choose(call, backend)
-    output, aux = chosen.run(call)
-    if return_aux is None:
-        return output
-    return output, _completed(aux, call, chosen)
+    # Autocast would cast inside a backend, and degrade even the definition: a caller's autocast
+    # decides the dtype of query, key and value, and that is the dtype of the output.
+    if torch.is_autocast_enabled(query.device.type):
+        with torch.autocast(query.device.type, enabled=False):
+            output, aux = _run(chosen, call)
+    else:
+        output, aux = _run(chosen, call)
+    return output if return_aux is None else (output, aux)
 
 
 @dataclass(frozen=True)
@@ -160,7 +173,16 @@ def explain(
       has no softcap; got softcap = 30.0
     """
     call = build_call(
-        query, key, value, mask, bias, scale, softcap, sinks, dropout, return_aux or AuxRequest()
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        scale,
+        softcap,
+        sinks,
+        dropout,
+        AuxRequest() if return_aux is None else return_aux,
     )
     asked = candidates(backend)
     others = [entry for entry in BACKENDS if entry not in asked]
@@ -176,16 +198,17 @@ def explain(
     return Explanation(chosen.name, tuple(notes), reasons)
 
 
-def _completed(aux: Aux, call: AttentionCall, chosen: Backend) -> Aux:
-    """`aux` with what the chosen backend does not give, computed by the definition.
+def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
+    """The output, and the aux with what the chosen backend does not give from the definition.
 
-    The output still comes from the chosen backend, so that asking for aux never changes it.
+    The output comes from the chosen backend alone, so that asking for aux never changes it.
     """
+    output, aux = chosen.run(call)
     left = {name: True for name in call.aux.names if name not in chosen.aux}
-    if not left:
-        return aux
-    rest = compute_aux(replace(call, aux=AuxRequest(**left)))
-    return replace(aux, **{name: getattr(rest, name) for name in left})
+    if left:
+        rest = compute_aux(replace(call, aux=AuxRequest(**left)))
+        aux = replace(aux, **{name: getattr(rest, name) for name in left})
+    return output, aux
 
 
 def build_call(
@@ -218,13 +241,19 @@ def build_call(
         raise ArgumentError("softcap", "must be positive", softcap, "leave it out for no cap")
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
+    if not isinstance(aux, AuxRequest):
+        raise DtypeError(
+            "return_aux",
+            "must be a polyhead.AuxRequest or None",
+            repr(aux),
+            "say what to return: AuxRequest(weights=True)",
+        )
     return AttentionCall(query, key, value, mask, bias, scale, softcap, sinks, dropout, aux)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, Tensor):
-            raise DtypeError(name, "must be a tensor", type(tensor).__name__, "torch.as_tensor it")
+        _check_is_tensor(name, tensor)
         if tensor.ndim != 4:
             raise ShapeError(
                 name,
@@ -285,6 +314,7 @@ def _check_mask(mask: Mask, query: Tensor, S: int) -> None:
 
 
 def _check_bias(bias: Tensor, query: Tensor, S: int) -> None:
+    _check_is_tensor("bias", bias)
     full = (*query.shape[:3], S)
     shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
@@ -305,6 +335,7 @@ def _check_bias(bias: Tensor, query: Tensor, S: int) -> None:
 
 
 def _check_sinks(sinks: Tensor, query: Tensor) -> None:
+    _check_is_tensor("sinks", sinks)
     if sinks.shape != (query.shape[1],):
         raise ShapeError(
             "sinks",
@@ -315,6 +346,11 @@ def _check_sinks(sinks: Tensor, query: Tensor) -> None:
     if not sinks.is_floating_point():
         raise DtypeError("sinks", "must be floating point", sinks.dtype, "convert it first")
     _check_same_device("sinks", sinks, query)
+
+
+def _check_is_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(name, "must be a tensor", type(tensor).__name__, "torch.as_tensor it")
 
 
 def _check_same_device(name: str, tensor: Tensor, query: Tensor) -> None:

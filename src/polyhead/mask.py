@@ -94,9 +94,9 @@ class Mask:
         return "\n".join(" ".join("x" if may else "." for may in row) for row in rows)
 
     @property
-    def _natural_size(self) -> tuple[int, int]:
-        """The T and S to draw when nobody says: small, and large enough to show the rule."""
-        return 8, 8
+    def _own_size(self) -> tuple[int | None, int | None]:
+        """The T and S that this mask fits; None where it fits any."""
+        return None, None
 
     def __and__(self, other: Mask) -> Mask:
         return _combine(All, self, other)
@@ -108,7 +108,9 @@ class Mask:
         return Not(self)
 
     def __str__(self) -> str:
-        return f"{self!r}\n{self.draw(*self._natural_size)}"
+        # 8 is small, and large enough to show a rule that fits any size.
+        T, S = (8 if size is None else size for size in self._own_size)
+        return f"{self!r}\n{self.draw(T, S)}"
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
@@ -172,10 +174,6 @@ class Lengths(Mask):
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         _check_batch("mask.lengths(lengths)", self.lengths, B, device)
 
-    @property
-    def _natural_size(self) -> tuple[int, int]:
-        return 4, 8
-
     def __repr__(self) -> str:
         return f"lengths({_brief(self.lengths)})"
 
@@ -201,8 +199,9 @@ class Dense(Mask):
         _check_device("mask.dense(allowed)", self.allowed, device)
 
     @property
-    def _natural_size(self) -> tuple[int, int]:
-        return self.allowed.shape[-2], self.allowed.shape[-1]
+    def _own_size(self) -> tuple[int | None, int | None]:
+        T, S = self.allowed.shape[-2:]
+        return None if T == 1 else T, None if S == 1 else S
 
     def __repr__(self) -> str:
         return f"dense({'x'.join(str(size) for size in self.allowed.shape)})"
@@ -219,10 +218,12 @@ class _Several(Mask):
             part.check(B, H, T, S, device)
 
     @property
-    def _natural_size(self) -> tuple[int, int]:
-        # A part with a size of its own (dense) decides; the others fit any size.
-        sizes = {part._natural_size for part in self.parts} - {Mask()._natural_size}
-        return next(iter(sizes)) if len(sizes) == 1 else Mask()._natural_size
+    def _own_size(self) -> tuple[int | None, int | None]:
+        # A part with a size of its own decides; the others fit any size.
+        sizes = [part._own_size for part in self.parts]
+        T = next((T for T, _ in sizes if T is not None), None)
+        S = next((S for _, S in sizes if S is not None), None)
+        return T, S
 
 
 class All(_Several):
@@ -274,8 +275,8 @@ class Not(Mask):
         self.part.check(B, H, T, S, device)
 
     @property
-    def _natural_size(self) -> tuple[int, int]:
-        return self.part._natural_size
+    def _own_size(self) -> tuple[int | None, int | None]:
+        return self.part._own_size
 
     def __invert__(self) -> Mask:
         return self.part
@@ -309,8 +310,9 @@ class Rows(Mask):
         self.part.check(B, H, self.T, S, device)
 
     @property
-    def _natural_size(self) -> tuple[int, int]:
-        return self.stop - self.start, self.T
+    def _own_size(self) -> tuple[int | None, int | None]:
+        S = self.part._own_size[1]
+        return self.stop - self.start, self.T if S is None else S
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.part)}.for_queries({self.start}, {self.stop}, {self.T})"
@@ -498,5 +500,7 @@ def _bracketed(mask: Mask) -> str:
 
 
 def _brief(tensor: Tensor) -> str:
-    values = tensor.tolist()
-    return repr(values) if len(values) <= 8 else f"<{len(values)} rows>"
+    # A meta tensor has no values to show.
+    if tensor.is_meta or len(tensor) > 8:
+        return f"<{len(tensor)} rows>"
+    return repr(tensor.tolist())

@@ -36,10 +36,10 @@ def notes(call: AttentionCall) -> list[str]:
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E) in the call's dtype, and the aux that was asked for."""
     scores_bhts = _scores(call)
-    weights_bhts, lse_bht = _normalise(scores_bhts, call.sinks)
+    weights_bhts = _normalise(scores_bhts, call.sinks)
     kept_bhts = F.dropout(weights_bhts, call.dropout) if call.dropout > 0.0 else weights_bhts
     output = _weighted_values(kept_bhts, call).to(call.dtype)
-    return output, _aux(call, scores_bhts, weights_bhts, lse_bht)
+    return output, _aux(call, scores_bhts, weights_bhts)
 
 
 def compute_aux(call: AttentionCall, first_position: int | None = None) -> Aux:
@@ -50,16 +50,18 @@ def compute_aux(call: AttentionCall, first_position: int | None = None) -> Aux:
         first_position: where query 0 stands, for the distances in stats; None: at S - T.
     """
     scores_bhts = _scores(call)
-    weights_bhts, lse_bht = _normalise(scores_bhts, call.sinks)
-    return _aux(call, scores_bhts, weights_bhts, lse_bht, first_position)
+    weights_bhts = _normalise(scores_bhts, call.sinks)
+    return _aux(call, scores_bhts, weights_bhts, first_position)
 
 
 def _scores(call: AttentionCall) -> Tensor:
     """(B, H, T, S) in the compute dtype, -inf where the mask forbids."""
-    # Heads of one group meet their key head by a view: no key head is repeated in memory.
-    query_bgntd: Tensor = call.query.to(call.compute_dtype).unflatten(1, (call.G, call.group))
-    key_bg1sd = call.key.to(call.compute_dtype).unsqueeze(2)
-    scores_bhts = (query_bgntd @ key_bg1sd.mT).flatten(1, 2) * call.scale
+    # The queries of a group are rows against their one key head. (Broadcasting the key over the
+    # group would repeat it in memory: matmul copies what it broadcasts.)
+    rows = call.group * call.T
+    query_bgrd = call.query.to(call.compute_dtype).reshape(call.B, call.G, rows, call.D)
+    scores_bgrs = query_bgrd @ call.key.to(call.compute_dtype).mT
+    scores_bhts = scores_bgrs.reshape(call.B, call.H, call.T, call.S) * call.scale
     if call.softcap is not None:
         scores_bhts = call.softcap * torch.tanh(scores_bhts / call.softcap)
     if call.bias is not None:
@@ -70,10 +72,10 @@ def _scores(call: AttentionCall) -> Tensor:
     return scores_bhts
 
 
-def _normalise(scores_bhts: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weights (B, H, T, S) and lse (B, H, T). A row of -inf gives zeros and -inf, never NaN."""
+def _normalise(scores_bhts: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights (B, H, T, S). A row of -inf gives zeros, never NaN."""
     if scores_bhts.shape[-1] == 0:
-        return scores_bhts, scores_bhts.new_full(scores_bhts.shape[:-1], float("-inf"))
+        return scores_bhts
     largest = scores_bhts.detach().amax(dim=-1, keepdim=True)
     if sinks is not None:
         sink_h11 = sinks.to(scores_bhts.dtype)[:, None, None]
@@ -82,29 +84,43 @@ def _normalise(scores_bhts: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tenso
     shift = largest.masked_fill(largest == float("-inf"), 0.0)
     exp_bhts = torch.exp(scores_bhts - shift)
     total = exp_bhts.sum(dim=-1, keepdim=True)
-    lse_bht = (torch.log(total) + shift).squeeze(-1)
     if sinks is not None:
         total = total + torch.exp(sink_h11 - shift)
-    return exp_bhts / total.masked_fill(total == 0.0, 1.0), lse_bht
+    return exp_bhts / total.masked_fill(total == 0.0, 1.0)
+
+
+def _lse(scores_bhts: Tensor) -> Tensor:
+    """log sum exp, (B, H, T). A row of -inf gives -inf and zero gradient, never NaN.
+
+    Apart from `_normalise`: shifted by a large sink, the sum of the keys could vanish.
+    """
+    if scores_bhts.shape[-1] == 0:
+        return scores_bhts.new_full(scores_bhts.shape[:-1], float("-inf"))
+    largest = scores_bhts.detach().amax(dim=-1, keepdim=True)
+    shift = largest.masked_fill(largest == float("-inf"), 0.0)
+    total_bht = torch.exp(scores_bhts - shift).sum(dim=-1)
+    empty = total_bht == 0.0
+    lse_bht = torch.log(total_bht.masked_fill(empty, 1.0)) + shift.squeeze(-1)
+    return lse_bht.masked_fill(empty, float("-inf"))
 
 
 def _weighted_values(weights_bhts: Tensor, call: AttentionCall) -> Tensor:
-    weights_bgnts: Tensor = weights_bhts.unflatten(1, (call.G, call.group))
-    value_bg1se = call.value.to(call.compute_dtype).unsqueeze(2)
-    return (weights_bgnts @ value_bg1se).flatten(1, 2)
+    rows = call.group * call.T
+    weights_bgrs = weights_bhts.reshape(call.B, call.G, rows, call.S)
+    output_bgre = weights_bgrs @ call.value.to(call.compute_dtype)
+    return output_bgre.reshape(call.B, call.H, call.T, call.E)
 
 
 def _aux(
     call: AttentionCall,
     scores_bhts: Tensor,
     weights_bhts: Tensor,
-    lse_bht: Tensor,
     first_position: int | None = None,
 ) -> Aux:
     first = call.S - call.T if first_position is None else first_position
     return Aux(
         weights=weights_bhts.to(call.dtype) if call.aux.weights else None,
-        lse=lse_bht if call.aux.lse else None,
+        lse=_lse(scores_bhts) if call.aux.lse else None,
         stats=_stats(scores_bhts, weights_bhts, first) if call.aux.stats else None,
     )
 
@@ -115,11 +131,14 @@ def _stats(scores_bhts: Tensor, weights_bhts: Tensor, first_position: int) -> He
     query_t1 = torch.arange(first_position, first_position + T, device=device)[:, None]
     distance_ts = query_t1 - torch.arange(S, device=device)
 
+    # Zero weights get the log of 1: 0 * log(0) has no gradient.
+    log_weights_bhts = torch.log(weights_bhts.masked_fill(weights_bhts == 0.0, 1.0))
+
     def mass(where_ts: Tensor) -> Tensor:
         return (weights_bhts * where_ts).sum(dim=-1)
 
     return HeadStats(
-        entropy=-torch.special.xlogy(weights_bhts, weights_bhts).sum(dim=-1),
+        entropy=-(weights_bhts * log_weights_bhts).sum(dim=-1),
         mean_distance=mass(distance_ts.abs()),
         mass_first=weights_bhts[..., 0] if S else weights_bhts.sum(dim=-1),
         mass_previous=mass(distance_ts == 1),

@@ -25,7 +25,8 @@ def why_not(call: AttentionCall) -> list[str]:
     if call.dtype not in _DTYPES:
         reasons.append(f"runs float32, bfloat16 and float16; got {_name(call.dtype)}")
     if call.B * call.T * call.S == 0:
-        reasons.append(f"needs at least one query and one key; got T = {call.T}, S = {call.S}")
+        sizes = f"B = {call.B}, T = {call.T}, S = {call.S}"
+        reasons.append(f"needs at least one batch row, query and key; got {sizes}")
     if call.softcap is not None:
         reasons.append(f"has no softcap; got softcap = {call.softcap}")
     if call.sinks is not None:
@@ -104,7 +105,8 @@ def _written_out(call: AttentionCall, mask: Mask | None) -> tuple[Tensor, Tensor
         assert allowed is not None
         attends = allowed.any(dim=-1, keepdim=True)
         return allowed | ~attends, attends
-    attn_mask = call.bias
+    # The fused kernels take a bias of 2 or 4 dimensions only.
+    attn_mask = call.bias.reshape((1,) * (4 - call.bias.ndim) + call.bias.shape)
     if allowed is not None:
         attn_mask = attn_mask.masked_fill(~allowed, float("-inf"))
     attends = (attn_mask != float("-inf")).any(dim=-1, keepdim=True)
@@ -113,15 +115,22 @@ def _written_out(call: AttentionCall, mask: Mask | None) -> tuple[Tensor, Tensor
 
 def _kernel(call: AttentionCall, *, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
+        _packed(call.query),
+        _packed(call.key),
+        _packed(call.value),
         attn_mask=attn_mask,
         dropout_p=call.dropout,
         is_causal=is_causal,
         scale=call.scale,
         enable_gqa=call.group > 1,
     )
+
+
+def _packed(tensor: Tensor) -> Tensor:
+    """The tensor with its features side by side: a fused kernel takes no other layout."""
+    if tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,6 +25,12 @@ def from_layer(layer: nn.Module) -> MultiHeadAttention:
     """The layer's weights and options as a MultiHeadAttention."""
     config: Any = layer.config
     projections: dict[str, Any] = {name: getattr(layer, name) for name in _NAMES}
+    for name, projection in projections.items():
+        if type(projection) is not nn.Linear:
+            raise ConversionError(
+                f"{name} must be a plain nn.Linear to be converted; got "
+                f"{type(projection).__name__}; merge adapters first"
+            )
     mask = polyhead.mask.causal()
     sliding_window = getattr(layer, "sliding_window", getattr(config, "sliding_window", None))
     if sliding_window is not None:

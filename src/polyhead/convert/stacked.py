@@ -40,7 +40,10 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
     Returns:
         A wrapper with `num_heads = H` and **`d_out = head_dim`, the size of one head**. A head
         gets the key and value rows of its group. out_proj, bias, dropout, rope, mask, scale and
-        training mode are kept.
+        training mode are kept, and which parameters are frozen.
+
+    Raises:
+        ConversionError: a projection is no plain nn.Linear (adapters, quantisation).
 
     >>> split = MultiHeadAttention(6, 4, context_length=8, dropout=0.0, num_heads=2)
     >>> stacked = split_to_stacked(split)
@@ -73,7 +76,8 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
             rows = parameter.detach().split(mha.head_dim)
             for h in range(mha.num_heads):
                 source = h if name == "W_query" else h // group
-                state[f"heads.{h}.{name}.{kind}"] = rows[source].clone()
+                row = rows[source].clone().requires_grad_(parameter.requires_grad)
+                state[f"heads.{h}.{name}.{kind}"] = row
     return _filled(wrapper, state, mha)
 
 
@@ -92,8 +96,8 @@ def stacked_to_split(
         output**. It has an output projection if the wrapper has one.
 
     Raises:
-        ConversionError: the heads differ in more than their weights, or the heads of a group
-            hold different key or value weights.
+        ConversionError: the heads differ in more than their weights, the heads of a group hold
+            different key or value weights, or a projection is no plain nn.Linear (adapters).
 
     >>> wrapper = MultiHeadAttentionWrapper(6, 2, context_length=8, dropout=0.0, num_heads=3)
     >>> split = stacked_to_split(wrapper)
@@ -103,7 +107,7 @@ def stacked_to_split(
     >>> torch.allclose(split(x), wrapper(x), atol=1e-6)
     True
     """
-    heads = [head for head in wrapper.heads if isinstance(head, CausalAttention)]
+    heads = _heads(wrapper)
     H = wrapper.num_heads
     G = H if num_kv_heads is None else num_kv_heads
     if G < 1 or H % G:
@@ -132,40 +136,81 @@ def stacked_to_split(
     state = _out_state(wrapper)
     for kind, _ in first.W_query.named_parameters():
         for name in ("W_query", "W_key", "W_value"):
-            rows = [getattr(getattr(head, name), kind).detach() for head in heads]
+            parameters = [getattr(getattr(head, name), kind) for head in heads]
+            rows = [parameter.detach() for parameter in parameters]
             if name != "W_query":
                 rows = _one_a_group(rows, H // G, f"{name}.{kind}")
-            state[f"{name}.{kind}"] = torch.cat(rows)
+            if len({parameter.requires_grad for parameter in parameters}) > 1:
+                raise ConversionError(
+                    f"stacked heads must all train or all freeze {name}.{kind} to become one "
+                    "split; got a mixture; set requires_grad alike"
+                )
+            state[f"{name}.{kind}"] = torch.cat(rows).requires_grad_(parameters[0].requires_grad)
     return _filled(mha, state, wrapper)
 
 
 def _projections(mha: MultiHeadAttention) -> dict[str, nn.Linear]:
     """The three projections, separate also where they are fused."""
+    for name in ("W_qkv",) if mha.fused else ("W_query", "W_key", "W_value"):
+        _check_plain(name, getattr(mha, name))
     if mha.fused:
         mha = copy.deepcopy(mha).unfuse()
     return {name: getattr(mha, name) for name in ("W_query", "W_key", "W_value")}
 
 
+def _heads(wrapper: MultiHeadAttentionWrapper) -> list[CausalAttention]:
+    heads: list[CausalAttention] = []
+    for index, head in enumerate(wrapper.heads):
+        if not isinstance(head, CausalAttention):
+            raise ConversionError(
+                f"heads[{index}] must be a CausalAttention; got {type(head).__name__}; "
+                "merge adapters first"
+            )
+        for name in ("W_query", "W_key", "W_value"):
+            _check_plain(f"heads[{index}].{name}", getattr(head, name))
+        heads.append(head)
+    return heads
+
+
+def _check_plain(name: str, projection: nn.Module) -> None:
+    if type(projection) is not nn.Linear:
+        raise ConversionError(
+            f"{name} must be a plain nn.Linear to be converted; got {type(projection).__name__}; "
+            "merge adapters first"
+        )
+
+
 def _out_state(module: MultiHeadAttention | MultiHeadAttentionWrapper) -> dict[str, Tensor]:
     if module.out_proj is None:
         return {}
-    parameters = module.out_proj.named_parameters()
-    return {f"out_proj.{kind}": parameter.detach().clone() for kind, parameter in parameters}
+    _check_plain("out_proj", module.out_proj)
+    return {
+        f"out_proj.{kind}": parameter.detach().clone().requires_grad_(parameter.requires_grad)
+        for kind, parameter in module.out_proj.named_parameters()
+    }
 
 
 def _common(heads: list[CausalAttention]) -> CausalAttention:
     """The first head, after checking that the others differ from it in their weights only."""
-    first = heads[0]
-    for name in ("d_in", "d_out", "context_length", "rope", "mask", "scale", "backend"):
-        for index, head in enumerate(heads):
-            if getattr(head, name) != getattr(first, name):
+    first = _options(heads[0])
+    for index, head in enumerate(heads):
+        for name, option in _options(head).items():
+            if option != first[name]:
                 raise ConversionError(
                     f"stacked heads must share {name} to become one split; heads[0] has "
-                    f"{getattr(first, name)!r}, heads[{index}] has {getattr(head, name)!r}"
+                    f"{first[name]!r}, heads[{index}] has {option!r}"
                 )
-    if len({(head.dropout.p, head.W_query.bias is None) for head in heads}) > 1:
-        raise ConversionError("stacked heads must share dropout and qkv_bias to become one split")
-    return first
+    return heads[0]
+
+
+def _options(head: CausalAttention) -> dict[str, object]:
+    names = ("d_in", "d_out", "context_length", "rope", "mask", "scale", "backend")
+    return {name: getattr(head, name) for name in names} | {
+        "dropout": head.dropout.p,
+        "qkv_bias": head.W_query.bias is not None,
+        "dtype": head.W_query.weight.dtype,
+        "device": head.W_query.weight.device,
+    }
 
 
 def _one_a_group(rows: list[Tensor], group: int, name: str) -> list[Tensor]:
@@ -184,5 +229,6 @@ def _one_a_group(rows: list[Tensor], group: int, name: str) -> list[Tensor]:
 def _filled(module: M, state: dict[str, Tensor], source: nn.Module) -> M:
     """`module`, built on the meta device so that no random numbers are drawn, with its weights."""
     module.load_state_dict(state, assign=True)
-    module.requires_grad_(any(parameter.requires_grad for parameter in source.parameters()))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(state[name].requires_grad)
     return module.train(source.training)

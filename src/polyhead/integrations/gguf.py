@@ -270,11 +270,14 @@ def _weight(tensor: ReaderTensor, heads: int | None) -> torch.Tensor:
     import gguf
     import numpy as np
 
-    array = gguf.dequantize(tensor.data, tensor.tensor_type)
+    array = np.empty(tuple(reversed(tensor.shape.tolist())), np.float32)
+    rows = 64 if array.ndim == 2 else len(array)  # few enough that gguf's copies stay in the cache
+    for start in range(0, len(array), rows):
+        part = slice(start, start + rows)
+        array[part] = gguf.dequantize(tensor.data[part], tensor.tensor_type)
     if heads is not None:
         array = array.reshape(heads, -1, 2, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-    # What was float32 in the file is still a read-only view of it, and must be copied.
-    return torch.from_numpy(np.require(array, np.float32, ["C", "A", "W", "O"]))
+    return torch.from_numpy(array)
 
 
 def _tokenizer(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:

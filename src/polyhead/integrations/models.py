@@ -60,7 +60,7 @@ def load_model(source: str | None = None) -> LoadedModel:
         model, tokenizer = _from_pretrained(source)
         name = path.name if path.is_dir() else source
     model.requires_grad_(False)
-    return LoadedModel(model.eval(), tokenizer, name, str(path))
+    return LoadedModel(model.train(False), tokenizer, name, str(path))
 
 
 def _default_file() -> Path:
@@ -134,9 +134,9 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

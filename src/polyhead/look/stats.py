@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -39,16 +39,14 @@ def stats(
     >>> ph.look.stats(query, key, mask=ph.mask.causal()).mass_first[0, 0]
     tensor([1.0000, 0.5000, 0.3333, 0.2500])
     """
-    B, H, T, _ = query.shape
-    S = key.shape[2]
-    rows = max(1, _CELLS // max(1, B * H * S))
+    call = build_call(query, key, key, mask, scale=scale, aux=AuxRequest(stats=True))
+    T, S = call.T, call.S
+    rows = max(1, _CELLS // max(1, call.B * call.H * S))
     chunks = []
     for start in range(0, max(T, 1), rows):
         stop = min(start + rows, T)
         chunk_mask = None if mask is None else mask.for_queries(start, stop, T)
-        call = build_call(
-            query[:, :, start:stop], key, key, chunk_mask, scale=scale, aux=AuxRequest(stats=True)
-        )
-        chunks.append(compute_aux(call, first_position=S - T + start).stats)
+        chunk = replace(call, query=query[:, :, start:stop], mask=chunk_mask)
+        chunks.append(compute_aux(chunk, first_position=S - T + start).stats)
     names = [field.name for field in fields(HeadStats)]
     return HeadStats(*(torch.cat([getattr(c, name) for c in chunks], dim=2) for name in names))

@@ -90,7 +90,15 @@ def check_input(
 
 
 def check_positions(positions: Tensor, B: int, T: int) -> None:
-    if positions.is_floating_point() or tuple(positions.shape) not in {(T,), (B, T)}:
+    if not isinstance(positions, Tensor):
+        raise DtypeError(
+            "positions",
+            "must be a tensor of integers",
+            type(positions).__name__,
+            "torch.as_tensor it",
+        )
+    integers = not (positions.is_floating_point() or positions.dtype == torch.bool)
+    if not integers or tuple(positions.shape) not in {(T,), (B, T)}:
         raise ShapeError(
             "positions",
             f"must be integers of shape (T,) = ({T},) or (B, T) = ({B}, {T})",

@@ -23,11 +23,15 @@ def accept_lecture_mask(
     saved = state_dict.pop(prefix + "mask", None)
     if saved is None:
         return
+    forbidden = saved.bool()
     square = saved.ndim == 2 and saved.shape[0] == saved.shape[1]
-    if not square or not torch.equal(saved.bool(), torch.ones_like(saved).triu(1).bool()):
+    expected = torch.ones_like(forbidden).triu(1) if square else None
+    if expected is None or not torch.equal(forbidden, expected):
+        inverted = expected is not None and torch.equal(forbidden, ~expected)
+        what = "its inverse, 1 on and below the diagonal, as a" if inverted else "another"
         error_messages: list[str] = args[-1]
         error_messages.append(
-            f"{prefix}mask must be the lecture's causal mask, 1 above the diagonal; got another "
+            f"{prefix}mask must be the lecture's causal mask, 1 above the diagonal; got {what} "
             f"{tuple(saved.shape)} tensor; pass the rule as mask= to the constructor and delete "
             "this entry"
         )
@@ -45,5 +49,14 @@ def accept_either_projection(
             state_dict[fused_key] = torch.cat([state_dict.pop(key) for key in separate_keys])
         elif not fused and fused_key in state_dict:
             sizes = [getattr(module, name).out_features for name in _SEPARATE]
-            parts = state_dict.pop(fused_key).split(sizes)
+            if state_dict[fused_key].shape[:1] != (sum(sizes),):
+                error_messages: list[str] = args[-1]
+                error_messages.append(
+                    f"{fused_key} must have {sum(sizes)} rows, {' + '.join(map(str, sizes))} of "
+                    f"queries, keys and values; got {tuple(state_dict[fused_key].shape)}; load it "
+                    "into a module of the same num_heads, num_kv_heads and head_dim"
+                )
+                continue
+            # Copies: with assign=True they become parameters, which must not share memory.
+            parts = [part.clone() for part in state_dict.pop(fused_key).split(sizes)]
             state_dict.update(zip(separate_keys, parts, strict=True))

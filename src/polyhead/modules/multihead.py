@@ -260,6 +260,7 @@ class MultiHeadAttention(nn.Module):
             None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
             requires_grad=parts[0].weight.requires_grad,
         )
+        self._projections_first()
         return self
 
     def unfuse(self) -> MultiHeadAttention:
@@ -273,7 +274,14 @@ class MultiHeadAttention(nn.Module):
             _linear_of(weight, bias, requires_grad=fused.weight.requires_grad)
             for weight, bias in zip(fused.weight.split(self._qkv_sizes), biases, strict=True)
         )
+        self._projections_first()
         return self
+
+    def _projections_first(self) -> None:
+        """Parameters keep their order: an optimizer's saved state knows them by number alone."""
+        for name in ("out_proj", "dropout"):
+            if name in self._modules:
+                self._modules[name] = self._modules.pop(name)
 
     @property
     def _qkv_sizes(self) -> list[int]:

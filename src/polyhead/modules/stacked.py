@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import polyhead.mask
 from polyhead.backends import BackendChoice
 from polyhead.call import Aux, AuxRequest, HeadStats
+from polyhead.errors import ShapeError
 from polyhead.mask import Mask
 from polyhead.modules.arguments import check_sizes
 from polyhead.modules.causal import CausalAttention
@@ -93,6 +94,13 @@ class MultiHeadAttentionWrapper(nn.Module):
         merged = num_heads * d_out
         if out_features is None:
             out_features = merged
+        elif not out_proj and out_features != merged:
+            raise ShapeError(
+                "out_features",
+                f"must be num_heads * d_out = {merged} without an output projection",
+                out_features,
+                "pass out_proj=True, or leave it out",
+            )
         check_sizes(out_features=out_features)
         self.out_proj = (
             nn.Linear(merged, out_features, bias=out_bias, device=device, dtype=dtype)

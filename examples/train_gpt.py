@@ -1,0 +1,328 @@
+"""Train a small GPT, character by character, on a chapter of Jane Austen.
+
+    python examples/train_gpt.py                                   # about half a minute on a laptop
+    python examples/train_gpt.py --attention stacked --dtype float64
+    python examples/train_gpt.py --steps 2000 --checkpoint gpt.pt  # Ctrl-C saves; then add --resume
+
+`--attention stacked` starts from the weights of `--attention split`, converted, so that both
+trainings follow the same loss curve: stacked heads and weight splits are one function.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import polyhead as ph
+
+TEXT = Path(__file__).with_name("persuasion_chapter.txt")
+FORMAT = "polyhead train_gpt 1"
+BATCH, LEARNING_RATE, WARM_UP, SAVE_EVERY = 16, 3e-3, 20, 50
+
+
+class UsageError(Exception):
+    """Something the person at the terminal can put right; shown as one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loss curve depends on; a checkpoint can only go on with the same."""
+
+    attention: str = "split"
+    dtype: str = "float32"
+    seed: int = 0
+    heads: int = 4
+    layers: int = 3
+    width: int = 96
+    context: int = 64
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__()
+        width = settings.width
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        # No dropout: two layouts would drop different weights, and their curves would part.
+        self.attention: nn.Module = ph.MultiHeadAttention(
+            width, width, settings.context, dropout=0.0, num_heads=settings.heads
+        )
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp(self.norm_2(x))
+
+
+class GPT(nn.Module):
+    """Tokens (B, T) to logits (B, T, vocabulary)."""
+
+    def __init__(self, settings: Settings, vocabulary_size: int) -> None:
+        super().__init__()
+        self.context = settings.context
+        self.tokens = nn.Embedding(vocabulary_size, settings.width)
+        self.positions = nn.Embedding(settings.context, settings.width)
+        self.blocks = nn.Sequential(*(Block(settings) for _ in range(settings.layers)))
+        self.norm = nn.LayerNorm(settings.width)
+        for embedding in (self.tokens, self.positions):  # the tied head starts near uniform
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        where = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.blocks(self.tokens(tokens) + self.positions(where))
+        return F.linear(self.norm(x), self.tokens.weight)
+
+
+def build_model(settings: Settings, vocabulary_size: int, device: str = "cpu") -> GPT:
+    """The untrained model. Stacked heads get the weights that split heads would have."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = GPT(settings, vocabulary_size)
+    if settings.attention == "stacked":
+        for block in model.blocks:
+            block.attention = ph.convert.split_to_stacked(block.attention)
+    return model.to(device=device, dtype=getattr(torch, settings.dtype))
+
+
+@dataclass
+class Training:
+    """A model, a text, and how far they are. `state` and `restore` keep all that matters."""
+
+    settings: Settings
+    text: str
+    device: str = "cpu"
+    losses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.text) <= self.settings.context:
+            raise UsageError(
+                f"the text must be longer than the context of {self.settings.context} characters; "
+                f"it has {len(self.text)}; pass a longer --text or a smaller --context"
+            )
+        self.vocabulary = sorted(set(self.text))
+        index = {character: i for i, character in enumerate(self.vocabulary)}
+        self.data = torch.tensor([index[character] for character in self.text])
+        self.model = build_model(self.settings, len(self.vocabulary), self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs and the characters that follow them, each (BATCH, context)."""
+        length = self.settings.context
+        starts = torch.randint(len(self.data) - length, (BATCH, 1), generator=self.generator)
+        chunks = self.data[starts + torch.arange(length + 1)].to(self.device)
+        return chunks[:, :-1], chunks[:, 1:]
+
+    def train(self, steps: int) -> Iterator[float]:
+        """Train until `steps` are done in all, yielding the loss of each."""
+        self.model.train()
+        while self.step < steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP)
+            inputs, targets = self.batch()
+            loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.losses.append(loss.item())
+            yield self.losses[-1]
+
+    @torch.no_grad()
+    def sample(self, count: int) -> str:
+        """`count` characters of the model's own."""
+        self.model.eval()
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        tokens = self.data[:1].to(self.device)
+        for _ in range(count):
+            logits = self.model(tokens[None, -self.settings.context :])[0, -1].double().cpu()
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, drawn.to(self.device)])
+        return "".join(self.vocabulary[token] for token in tokens[1:].tolist())
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "settings": asdict(self.settings),
+            "text": hashlib.sha256(self.text.encode()).hexdigest(),
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state["text"] != hashlib.sha256(self.text.encode()).hexdigest():
+            raise UsageError("the checkpoint was trained on another text; pass that one as --text")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.losses = list(state["losses"])
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Replace the file at once and whole: whatever happens, `path` is the old or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist; leave out --resume to start anew") from None
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        raise UsageError(f"{path} cannot be read: truncated, or no checkpoint at all") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UsageError(f"{path} is no checkpoint of this program")
+    return state
+
+
+def start(options: argparse.Namespace) -> Training:
+    """A new training, or the one that the checkpoint holds."""
+    try:
+        text = options.text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {options.text} cannot be read: {error}") from error
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device here; leave it out for cpu")
+    given = {f.name: getattr(options, f.name) for f in fields(Settings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    path = options.checkpoint
+    if not options.resume:
+        if path is not None and path.exists():
+            raise UsageError(f"{path} exists; add --resume to go on, or name another file")
+        if path is not None and not path.parent.is_dir():
+            raise UsageError(f"--checkpoint {path}: the folder {path.parent} does not exist")
+        return Training(Settings(**given), text, options.device)
+    if path is None:
+        raise UsageError("--resume needs --checkpoint, the file to go on from")
+    state = load(path)
+    try:
+        saved = Settings(**state["settings"])
+        for name, value in given.items():
+            if value != getattr(saved, name):
+                raise UsageError(f"{path} has --{name} {getattr(saved, name)}, not {value}")
+        training = Training(saved, text, options.device)
+        training.restore(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    return training
+
+
+@contextmanager
+def between_steps() -> Iterator[list[int]]:
+    """Ctrl-C only notes itself in the list: a step that has begun ends, and can be saved."""
+    noted: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> None:
+    """Train and show it; save every SAVE_EVERY steps, at the end, and on Ctrl-C."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    notes = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
+    first, began = training.step, time.perf_counter()
+    bar = Progress(BarColumn(), MofNCompleteColumn(), notes, console=Console(stderr=True))
+    with between_steps() as interrupts, bar:
+        task = bar.add_task("", total=steps, completed=first, loss=float("nan"), rate=0.0)
+        for loss in training.train(steps):
+            tokens = (training.step - first) * BATCH * training.settings.context
+            rate = tokens / (time.perf_counter() - began)
+            bar.update(task, completed=training.step, loss=loss, rate=rate)
+            ends = bool(interrupts) or training.step == steps
+            if checkpoint is not None and (ends or training.step % SAVE_EVERY == 0):
+                save(checkpoint, training.state())
+            if interrupts:
+                raise KeyboardInterrupt
+
+
+def parser() -> argparse.ArgumentParser:
+    default = Settings()
+    parse = argparse.ArgumentParser(description="Train a small GPT on a text, by character.")
+    parse.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file to learn")
+    parse.add_argument("--steps", type=at_least(1), default=300, help="in all (default 300)")
+    parse.add_argument("--attention", choices=["split", "stacked"], help="default split")
+    parse.add_argument("--dtype", choices=["float32", "float64"], help="default float32")
+    for name in ("heads", "layers", "width", "context"):
+        preset = getattr(default, name)
+        parse.add_argument(f"--{name}", type=at_least(1), help=f"default {preset}")
+    parse.add_argument("--seed", type=at_least(0), help="default 0")
+    parse.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parse.add_argument("--checkpoint", type=Path, help="file to save to; default: none")
+    parse.add_argument("--resume", action="store_true", help="go on from --checkpoint")
+    parse.add_argument("--sample-tokens", type=at_least(0), default=300, help="default 300")
+    return parse
+
+
+def at_least(least: int) -> Any:
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
+        return int(text)
+
+    return integer
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    began = time.perf_counter()
+    try:
+        training = start(options)
+        train_with_bar(training, options.steps, options.checkpoint)
+    except (UsageError, ph.errors.PolyheadError, ImportError, OSError) as error:
+        print(f"train_gpt: {error}".splitlines()[0], file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; " + how_to_go_on(options), file=sys.stderr)
+        return 130
+    losses = training.losses
+    seconds = time.perf_counter() - began
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} after {training.step} steps ({seconds:.0f} s)")
+    print(training.sample(options.sample_tokens))
+    return 0
+
+
+def how_to_go_on(options: argparse.Namespace) -> str:
+    if options.checkpoint is None:
+        return "nothing was saved: pass --checkpoint FILE to be able to go on"
+    text = "" if options.text == TEXT else f" --text {options.text}"
+    return (
+        f"to go on: python {sys.argv[0]} --checkpoint {options.checkpoint} --resume "
+        f"--steps {options.steps}{text}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""The repository's own rules. Each is shown to catch a planted breach beside passing here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import polyhead
+
+ROOT = Path(__file__).parent.parent
+MAX_LINES = 400
+
+
+def long_files(root: Path) -> list[str]:
+    """Return the modules too long to be read at one sitting."""
+    lengths = {
+        path: len(path.read_text("utf-8").splitlines()) for path in root.rglob("src/**/*.py")
+    }
+    return [f"{path.name}: {lines}" for path, lines in lengths.items() if lines > MAX_LINES]
+
+
+def drawers(root: Path) -> list[str]:
+    """Return the files whose name says nothing of what is in them."""
+    return [path.name for path in root.rglob("src/**/util*.py")]
+
+
+def stray_tests(root: Path) -> list[str]:
+    """Return the test files that mirror no module and no example."""
+    stray = []
+    for test in (root / "tests").rglob("test_*.py"):
+        place = test.relative_to(root / "tests").with_name(test.stem.removeprefix("test_"))
+        if place.parts[0] == "acceptance" or place == Path("repository"):
+            continue
+        subject = root / place if place.parts[0] == "examples" else root / "src/polyhead" / place
+        if not subject.with_suffix(".py").exists() and not subject.is_dir():
+            stray.append(test.relative_to(root).as_posix())
+    return sorted(stray)
+
+
+@pytest.mark.parametrize("rule", [long_files, drawers, stray_tests])
+def test_the_repository_keeps_its_rules(rule):
+    assert rule(ROOT) == []
+
+
+def test_the_rules_catch_a_breach(tmp_path):
+    planted = {
+        "src/polyhead/mask.py": "\n" * MAX_LINES,
+        "src/polyhead/long.py": "\n" * (MAX_LINES + 1),
+        "src/polyhead/look/utils.py": "",
+        "examples/train.py": "",
+        "tests/test_mask.py": "",
+        "tests/test_look.py": "",
+        "tests/test_repository.py": "",
+        "tests/acceptance/test_promise.py": "",
+        "tests/examples/test_train.py": "",
+        "tests/look/test_mask.py": "",
+    }
+    for name, text in planted.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert long_files(tmp_path) == ["long.py: 401"]
+    assert drawers(tmp_path) == ["utils.py"]
+    assert stray_tests(tmp_path) == ["tests/look/test_mask.py"]
+
+
+def check_links(root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "scripts/check_links.py", root]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+GOOD_README = """\
+# Title, with `code` & *more*
+## Twice
+## Twice
+[a](docs/a.md) ![b](docs/b%20c.png "t") [c](#title-with-code--more) [d](docs/a.md#first)
+[e](#twice-1) [f](docs) [g](https://example.invalid/none) `[h](none.md)` [i](<docs/b c.png>)
+
+[j]: docs/a.md#here
+```text
+[k](none.md)
+```
+"""
+
+
+@pytest.fixture
+def documents(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").write_text('# First\n<a id="here"></a> [up](../README.md)\n')
+    (tmp_path / "docs/b c.png").touch()
+    (tmp_path / "README.md").write_text(GOOD_README)
+    return tmp_path
+
+
+def test_links_that_lead_somewhere_pass(documents):
+    result = check_links(documents)
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+
+
+@pytest.mark.parametrize(
+    ("link", "reason"),
+    [
+        ("[x](docs/none.md)", "docs/none.md: no such file"),
+        ("[two\nlines](none.md)", "none.md: no such file"),
+        ('<img src="none.png">', "none.png: no such file"),
+        ("[x]: none.md", "none.md: no such file"),
+        ("[x](#none)", "#none: no such heading"),
+        ("[x](#k)", "#k: no such heading"),
+        ("[x](docs/a.md#second)", "docs/a.md#second: no such heading"),
+        ("[x](../elsewhere.md)", "../elsewhere.md: leaves the repository"),
+    ],
+)
+def test_a_broken_link_is_named_with_its_line(documents, link, reason):
+    readme = documents / "README.md"
+    readme.write_text(GOOD_README + link + "\n```text\n# k\n```\n")
+    line = GOOD_README.count("\n") + 1 + link.count("\n")
+    result = check_links(documents)
+    assert result.stdout == f"README.md:{line}: {reason}\n"
+    assert result.returncode == 1
+
+
+def test_broken_links_are_found_in_every_document(documents):
+    for name in ("CHANGELOG.md", "docs/deep.md"):
+        (documents / name).write_text("[x](none.md)\n")
+    (documents / "docs/decisions").mkdir()
+    (documents / "docs/decisions/0001-x.md").write_text("[x](none.md)\n")
+    assert check_links(documents).stdout.splitlines() == [
+        "CHANGELOG.md:1: none.md: no such file",
+        "docs/decisions/0001-x.md:1: none.md: no such file",
+        "docs/deep.md:1: none.md: no such file",
+    ]
+
+
+def test_the_version_is_that_of_pyproject():
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.M)
+    assert declared
+    assert polyhead.__version__ == importlib.metadata.version("polyhead") == declared[1]
+
+
+def optional_modules_imported_by(code: str) -> set[str]:
+    """Return the packages of polyhead's extras that a fresh process holds after running `code`."""
+    required = importlib.metadata.requires("polyhead") or []
+    optional = {
+        re.split(r"\W", line)[0].replace("-", "_") for line in required if "extra ==" in line
+    }
+    loaded = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return (optional - {"polyhead"}) & set(loaded.stdout.split())
+
+
+def test_importing_polyhead_imports_nothing_optional():
+    assert optional_modules_imported_by("import polyhead") == set()
+    assert optional_modules_imported_by("import polyhead, click, gguf") == {"click", "gguf"}
