@@ -145,7 +145,7 @@ def optional_modules_imported_by(code: str) -> set[str]:
     """Return the packages of polyhead's extras that a fresh process holds after running `code`."""
     required = importlib.metadata.requires("polyhead") or []
     optional = {
-        re.split(r"\W", line)[0].replace("-", "_") for line in required if "extra ==" in line
+        re.findall(r"[\w-]+", line)[0].replace("-", "_") for line in required if "extra ==" in line
     }
     loaded = subprocess.run(
         [sys.executable, "-c", f"{code}\nimport sys; print(*sys.modules)"],

@@ -46,7 +46,7 @@ class AuxRequest:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of what is asked for."""
-        return tuple(field.name for field in fields(self) if getattr(self, field.name))
+        return tuple(name for name in ("weights", "lse", "stats") if getattr(self, name))
 
 
 @dataclass(frozen=True, eq=False)
