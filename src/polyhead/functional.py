@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
 from torch import Tensor
 
+from polyhead.arguments import build_call
 from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose
 from polyhead.backends.reference import compute_aux
 from polyhead.call import AttentionCall, Aux, AuxRequest
-from polyhead.errors import ArgumentError, BackendError, DeviceError, DtypeError, ShapeError
+from polyhead.errors import BackendError
 from polyhead.mask import Mask
 
-__all__ = ["Explanation", "attention", "build_call", "explain"]
+__all__ = ["Explanation", "attention", "explain"]
 
 
 @overload
@@ -209,152 +209,3 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
         rest = compute_aux(replace(call, aux=AuxRequest(**left)))
         aux = replace(aux, **{name: getattr(rest, name) for name in left})
     return output, aux
-
-
-def build_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Mask | None = None,
-    bias: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout: float = 0.0,
-    aux: AuxRequest = AuxRequest(),
-) -> AttentionCall:
-    """The arguments of `attention`, checked, as the one object that backends read."""
-    _check_tensors(query, key, value)
-    _check_shapes(query, key, value)
-    S, D = key.shape[2:]
-    if mask is not None:
-        _check_mask(mask, query, S)
-    if bias is not None:
-        _check_bias(bias, query, S)
-    if sinks is not None:
-        _check_sinks(sinks, query)
-    if scale is None:
-        scale = 1.0 / math.sqrt(D)
-    elif not math.isfinite(scale):
-        raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ArgumentError("softcap", "must be positive", softcap, "leave it out for no cap")
-    if not 0.0 <= dropout < 1.0:
-        raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
-    if not isinstance(aux, AuxRequest):
-        raise DtypeError(
-            "return_aux",
-            "must be a polyhead.AuxRequest or None",
-            repr(aux),
-            "say what to return: AuxRequest(weights=True)",
-        )
-    return AttentionCall(query, key, value, mask, bias, scale, softcap, sinks, dropout, aux)
-
-
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_is_tensor(name, tensor)
-        if tensor.ndim != 4:
-            raise ShapeError(
-                name,
-                "must have 4 dimensions (B, heads, tokens, size)",
-                tuple(tensor.shape),
-                "add the batch with [None], split heads with unflatten and transpose(1, 2)",
-            )
-        if not tensor.is_floating_point():
-            raise DtypeError(name, "must be floating point", tensor.dtype, "convert it first")
-        if tensor.dtype != query.dtype:
-            raise DtypeError(
-                name, f"must have the query's dtype, {query.dtype}", tensor.dtype, "cast one"
-            )
-        if tensor.device != query.device:
-            raise DeviceError(
-                name, f"must be on the query's device, {query.device}", tensor.device, "move one"
-            )
-
-
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
-    B, H, _, D = query.shape
-    if key.shape[0] != B or key.shape[3] != D or key.shape[1] == 0:
-        raise ShapeError(
-            "key",
-            f"must be (B, G, S, D) with the query's B = {B} and D = {D}, and G at least 1",
-            tuple(key.shape),
-            "check the order of dimensions: (B, heads, tokens, size)",
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise ShapeError(
-            "value",
-            f"must be (B, G, S, E) with the key's (B, G, S) = {tuple(key.shape[:3])}",
-            tuple(value.shape),
-            "check the order of dimensions: (B, heads, tokens, size)",
-        )
-    if H == 0 or H % key.shape[1]:
-        raise ShapeError(
-            "query",
-            f"must have a positive multiple of the key's G = {key.shape[1]} heads",
-            f"H = {H}",
-            "query head h uses key head h // (H / G)",
-        )
-    if D == 0:
-        raise ShapeError("query", "must have a head size D of at least 1", 0, "check its layout")
-
-
-def _check_mask(mask: Mask, query: Tensor, S: int) -> None:
-    if not isinstance(mask, Mask):
-        raise DtypeError(
-            "mask",
-            "must be a polyhead.mask.Mask",
-            type(mask).__name__,
-            "wrap a bool tensor in polyhead.mask.dense (True = may attend); "
-            "pass numbers to add to the scores as bias=",
-        )
-    B, H, T, _ = query.shape
-    mask.check(B, H, T, S, query.device)
-
-
-def _check_bias(bias: Tensor, query: Tensor, S: int) -> None:
-    _check_is_tensor("bias", bias)
-    full = (*query.shape[:3], S)
-    shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
-    if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
-        raise ShapeError(
-            "bias",
-            f"must broadcast to (B, H, T, S) = {full}",
-            tuple(bias.shape),
-            "give each dimension its full size or 1",
-        )
-    if bias.dtype not in (query.dtype, torch.float32):
-        raise DtypeError(
-            "bias",
-            f"must be {query.dtype} (the query's) or float32",
-            bias.dtype,
-            "wrap a bool tensor in polyhead.mask.dense instead",
-        )
-    _check_same_device("bias", bias, query)
-
-
-def _check_sinks(sinks: Tensor, query: Tensor) -> None:
-    _check_is_tensor("sinks", sinks)
-    if sinks.shape != (query.shape[1],):
-        raise ShapeError(
-            "sinks",
-            f"must be (H,) = ({query.shape[1]},), one logit a head",
-            tuple(sinks.shape),
-            "give one for each query head",
-        )
-    if not sinks.is_floating_point():
-        raise DtypeError("sinks", "must be floating point", sinks.dtype, "convert it first")
-    _check_same_device("sinks", sinks, query)
-
-
-def _check_is_tensor(name: str, tensor: object) -> None:
-    if not isinstance(tensor, Tensor):
-        raise DtypeError(name, "must be a tensor", type(tensor).__name__, "torch.as_tensor it")
-
-
-def _check_same_device(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.device != query.device:
-        raise DeviceError(
-            name, f"must be on the query's device, {query.device}", tensor.device, "move one"
-        )

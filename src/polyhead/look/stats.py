@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
+from polyhead.arguments import build_call
 from polyhead.backends.reference import compute_aux
 from polyhead.call import AuxRequest, HeadStats
-from polyhead.functional import build_call
 from polyhead.mask import Mask
 
 __all__ = ["stats"]

@@ -94,8 +94,8 @@ class CausalAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: None = None,
     ) -> Tensor: ...
 
@@ -105,8 +105,8 @@ class CausalAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: AuxRequest,
     ) -> tuple[Tensor, Aux]: ...
 
@@ -115,8 +115,8 @@ class CausalAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: AuxRequest | None = None,
     ) -> Tensor | tuple[Tensor, Aux]:
         """Attend.

@@ -125,8 +125,8 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: None = None,
     ) -> Tensor: ...
 
@@ -136,8 +136,8 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: AuxRequest,
     ) -> tuple[Tensor, Aux]: ...
 
@@ -146,8 +146,8 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: AuxRequest | None = None,
     ) -> Tensor | tuple[Tensor, Aux]:
         """Attend.
@@ -169,7 +169,7 @@ class MultiHeadAttention(nn.Module):
         return y if return_aux is None else (y, aux)
 
     def project_heads(
-        self, x: Tensor, memory: Tensor | None = None, positions: Tensor | None = None
+        self, x: Tensor, memory: Tensor | None = None, *, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as `attention` receives them: projected, split, turned by rope.
 
@@ -198,6 +198,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
+        *,
         positions: Tensor | None = None,
     ) -> Tensor:
         """What each head alone computes, (B, H, T, head_dim): its context vectors."""
@@ -208,6 +209,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
+        *,
         positions: Tensor | None = None,
     ) -> Tensor:
         """What each head adds to the output, (B, H, T, d_out).
@@ -221,7 +223,8 @@ class MultiHeadAttention(nn.Module):
         >>> torch.allclose(total, mha(x), atol=1e-6)
         True
         """
-        return split_by_head(self.head_contexts(x, memory, mask, positions), self.out_proj)
+        contexts_bhte = self.head_contexts(x, memory, mask, positions=positions)
+        return split_by_head(contexts_bhte, self.out_proj)
 
     @property
     def fused(self) -> bool:
@@ -297,7 +300,7 @@ class MultiHeadAttention(nn.Module):
         request: AuxRequest,
     ) -> tuple[Tensor, Aux]:
         """Context vectors (B, H, T, head_dim) of every head, and the aux."""
-        query, key, value = self.project_heads(x, memory, positions)
+        query, key, value = self.project_heads(x, memory, positions=positions)
         return attention(
             query,
             key,

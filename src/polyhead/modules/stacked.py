@@ -114,8 +114,8 @@ class MultiHeadAttentionWrapper(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: None = None,
     ) -> Tensor: ...
 
@@ -125,8 +125,8 @@ class MultiHeadAttentionWrapper(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: AuxRequest,
     ) -> tuple[Tensor, Aux]: ...
 
@@ -135,8 +135,8 @@ class MultiHeadAttentionWrapper(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        positions: Tensor | None = None,
         *,
+        positions: Tensor | None = None,
         return_aux: AuxRequest | None = None,
     ) -> Tensor | tuple[Tensor, Aux]:
         """Attend with every head in turn; arguments as in `CausalAttention.forward`.
@@ -146,7 +146,9 @@ class MultiHeadAttentionWrapper(nn.Module):
             `return_aux` also an Aux of all heads.
         """
         request = return_aux or AuxRequest()
-        runs = [head(x, memory, mask, positions, return_aux=request) for head in self.heads]
+        runs = [
+            head(x, memory, mask, positions=positions, return_aux=request) for head in self.heads
+        ]
         y = torch.cat([output for output, _ in runs], dim=-1)
         if self.out_proj is not None:
             y = self.out_proj(y)
@@ -157,20 +159,25 @@ class MultiHeadAttentionWrapper(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
+        *,
         positions: Tensor | None = None,
     ) -> Tensor:
         """What each head alone computes, (B, H, T, d_out): its context vectors."""
-        return torch.stack([head(x, memory, mask, positions) for head in self.heads], dim=1)
+        return torch.stack(
+            [head(x, memory, mask, positions=positions) for head in self.heads], dim=1
+        )
 
     def head_contributions(
         self,
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
+        *,
         positions: Tensor | None = None,
     ) -> Tensor:
         """What each head adds to the output, (B, H, T, features); see `MultiHeadAttention`."""
-        return split_by_head(self.head_contexts(x, memory, mask, positions), self.out_proj)
+        contexts_bhte = self.head_contexts(x, memory, mask, positions=positions)
+        return split_by_head(contexts_bhte, self.out_proj)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -1,0 +1,166 @@
+"""Masks: who may attend to whom.
+
+A mask is a small immutable value. **True means "may attend"**, always. Masks combine with `&`
+(both must allow), `|` (either allows) and `~` (the opposite), and keep their structure, so that a
+backend can ask what a mask is made of without building a T x S tensor. `materialize` is the truth
+every backend is held to.
+
+Positions are absolute: query t of T queries against S keys stands at position S - T + t, so that
+the last query stands at the last key. (`align="start"` puts query t at position t instead: the
+upper-left rule of `scaled_dot_product_attention` and ONNX.)
+
+In the drawings a row is a query, a column a key, `x` may attend and `.` may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ArgumentError, DtypeError, ShapeError
+from polyhead.mask.algebra import All, AnyOf, Mask, Not
+from polyhead.mask.primitives import Align, Causal, Dense, Lengths, Window
+
+__all__ = [
+    "All",
+    "AnyOf",
+    "Causal",
+    "Dense",
+    "Lengths",
+    "Mask",
+    "Not",
+    "Window",
+    "causal",
+    "dense",
+    "lengths",
+    "window",
+]
+
+
+def causal(align: Align = "end") -> Mask:
+    """Each query may attend to keys at its own position and before.
+
+    With T = 3 queries and S = 5 keys (two keys came before, say from a cache)::
+
+        causal()        causal(align="start")
+        x x x . .       x . . . .
+        x x x x .       x x . . .
+        x x x x x       x x x . .
+
+    With T = 4 and S = 2 the first two queries of `causal()` stand before every key and see
+    nothing; their output is zero::
+
+        causal()        causal(align="start")
+        . .             x .
+        . .             x x
+        x .             x x
+        x x             x x
+
+    Args:
+        align: "end" (default, flash-attention's rule: the last query stands at the last key) or
+            "start" (the rule of `scaled_dot_product_attention` and ONNX: query t at key t).
+
+    >>> causal()
+    causal()
+    """
+    return Causal(_check_align(align))
+
+
+def window(before: int | None = None, after: int | None = None, *, align: Align = "end") -> Mask:
+    """Each query may attend to `before` keys before it, itself, and `after` keys after it.
+
+    With T = S = 5::
+
+        window(before=1)    window(before=1, after=1)   causal() & window(before=1)
+        x x x x x           x x . . .                   x . . . .
+        x x x x x           x x x . .                   x x . . .
+        . x x x x           . x x x .                   . x x . .
+        . . x x x           . . x x x                   . . x x .
+        . . . x x           . . . x x                   . . . x x
+
+    So `causal() & window(before=511)` sees 512 keys: 511 before, and itself.
+
+    Args:
+        before: how many keys before the query's position, at least 0; None: no limit.
+        after: how many keys after the query's position, at least 0; None: no limit.
+        align: as in `causal`.
+
+    >>> window(before=1, after=0) == causal() & window(before=1)   # same rule, other structure
+    False
+    """
+    for name, size in (("before", before), ("after", after)):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
+            raise ArgumentError(
+                name, "must be an integer of at least 0, or None", repr(size), "count the keys"
+            )
+    if before is None and after is None:
+        raise ArgumentError(
+            "before, after", "must not both be None", "no limit at all", "give one of them"
+        )
+    return Window(before, after, _check_align(align))
+
+
+def lengths(lengths: Tensor | Sequence[int]) -> Mask:
+    """Batch row b may attend to its first `lengths[b]` keys: right padding is never seen.
+
+    For a row with length 3, S = 5 (all queries alike; a length of 0 sees nothing)::
+
+        x x x . .
+        x x x . .
+
+    Args:
+        lengths: (B,) integers, in keys.
+
+    >>> lengths([3, 5]).materialize(1, 5).int().tolist()
+    [[[[1, 1, 1, 0, 0]]], [[[1, 1, 1, 1, 1]]]]
+    """
+    return Lengths(_batch_integers("lengths", lengths))
+
+
+def dense(allowed: Tensor) -> Mask:
+    """A mask written out. **True means "may attend"**, as in `scaled_dot_product_attention`.
+
+    `nn.MultiheadAttention` uses the opposite polarity (True = forbidden): pass `~their_mask`.
+
+    Args:
+        allowed: bool, (T, S), or four dimensions that broadcast to (B, H, T, S).
+
+    >>> print(dense(torch.tensor([[True, False], [True, True]])).draw(2, 2))
+    x .
+    x x
+    """
+    if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+        got = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+        raise DtypeError(
+            "allowed",
+            "must be a bool tensor, True = may attend",
+            got,
+            "pass numbers that are added to the scores as attention(bias=...)",
+        )
+    if allowed.ndim not in (2, 4):
+        raise ShapeError(
+            "allowed",
+            "must have 2 dimensions (T, S) or 4 (B, H, T, S)",
+            tuple(allowed.shape),
+            "unsqueeze the missing ones: mask[:, None] if it differs by batch row",
+        )
+    return Dense(allowed)
+
+
+def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
+    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(name, "must be int32 or int64", tensor.dtype, "convert with .long()")
+    if tensor.ndim != 1:
+        raise ShapeError(
+            name, "must have one entry a batch row, (B,)", tuple(tensor.shape), "flatten it"
+        )
+    return tensor
+
+
+def _check_align(align: Align) -> Align:
+    if align not in ("end", "start"):
+        raise ArgumentError("align", 'must be "end" or "start"', repr(align), "see mask.causal")
+    return align

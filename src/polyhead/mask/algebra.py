@@ -1,0 +1,252 @@
+"""What every mask can do, and how masks combine: `&`, `|`, `~`, and some rows of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ShapeError
+
+__all__ = ["All", "AnyOf", "Mask", "Not", "Rows"]
+
+
+class Mask:
+    """A rule that says which query may attend to which key. Build one with the functions here."""
+
+    def materialize(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+        """The mask as a bool tensor, True = may attend.
+
+        Args:
+            T: number of queries.
+            S: number of keys.
+            device: where to build it. Masks that hold tensors stay on their own device.
+
+        Returns:
+            bool tensor that broadcasts to (B, H, T, S): (T, S), or four dimensions where the
+            answer differs between batch rows or heads. Dimensions of size 1 are left unexpanded.
+
+        >>> import polyhead as ph
+        >>> ph.mask.causal().materialize(2, 3).int().tolist()
+        [[1, 1, 0], [1, 1, 1]]
+        """
+        return self.rows(0, T, T, S, device=device)
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        """Queries start .. stop - 1 of `materialize(T, S)`, without building the others.
+
+        >>> import polyhead as ph
+        >>> ph.mask.causal().rows(1, 2, 2, 3).int().tolist()
+        [[1, 1, 1]]
+        """
+        raise NotImplementedError
+
+    def for_queries(self, start: int, stop: int, T: int) -> Mask:
+        """This mask for a call on queries start .. stop - 1 of T, against the same keys.
+
+        >>> import polyhead as ph
+        >>> ph.mask.causal().for_queries(1, 2, 2).materialize(1, 3).int().tolist()
+        [[1, 1, 1]]
+        """
+        return Rows(self, start, stop, T)
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        """Raise ShapeError or DeviceError if this mask cannot apply to such a call."""
+
+    @property
+    def conjuncts(self) -> tuple[Mask, ...]:
+        """The masks that must all allow: the parts of an `&`, or this mask alone.
+
+        >>> import polyhead as ph
+        >>> (ph.mask.causal() & ph.mask.window(before=2)).conjuncts
+        (causal(), window(before=2))
+        """
+        return (self,)
+
+    def draw(self, T: int, S: int, *, batch: int = 0, head: int = 0) -> str:
+        """The mask as text: a row a query, a column a key, `x` may attend, `.` may not.
+
+        >>> import polyhead as ph
+        >>> print(ph.mask.causal().draw(3, 5))
+        x x x . .
+        x x x x .
+        x x x x x
+        """
+        allowed = self.materialize(T, S)
+        if allowed.ndim == 4:  # a dimension of size 1 serves every batch row or head
+            allowed = allowed[min(batch, allowed.shape[0] - 1), min(head, allowed.shape[1] - 1)]
+        rows = allowed.expand(T, S).tolist()
+        return "\n".join(" ".join("x" if may else "." for may in row) for row in rows)
+
+    @property
+    def _own_size(self) -> tuple[int | None, int | None]:
+        """The T and S that this mask fits; None where it fits any."""
+        return None, None
+
+    def __and__(self, other: Mask) -> Mask:
+        return _combine(All, self, other)
+
+    def __or__(self, other: Mask) -> Mask:
+        return _combine(AnyOf, self, other)
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __str__(self) -> str:
+        # 8 is small, and large enough to show a rule that fits any size.
+        T, S = (8 if size is None else size for size in self._own_size)
+        return f"{self!r}\n{self.draw(T, S)}"
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        return all(_same(a, b) for a, b in zip(_values(self), _values(other), strict=True))
+
+    def __hash__(self) -> int:
+        # Equal masks have equal structure; tensors count by shape, since hashing reads no values.
+        return hash((type(self), tuple(_static(value) for value in _values(self))))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Several(Mask):
+    """What `&` and `|` share: they hold parts and pass questions on to them."""
+
+    parts: tuple[Mask, ...]
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        for part in self.parts:
+            part.check(B, H, T, S, device)
+
+    @property
+    def _own_size(self) -> tuple[int | None, int | None]:
+        # A part with a size of its own decides; the others fit any size.
+        sizes = [part._own_size for part in self.parts]
+        T = next((T for T, _ in sizes if T is not None), None)
+        S = next((S for _, S in sizes if S is not None), None)
+        return T, S
+
+
+class All(_Several):
+    """All parts must allow."""
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        allowed = self.parts[0].rows(start, stop, T, S, device=device)
+        for part in self.parts[1:]:
+            allowed = allowed & part.rows(start, stop, T, S, device=device)
+        return allowed
+
+    @property
+    def conjuncts(self) -> tuple[Mask, ...]:
+        return self.parts
+
+    def __repr__(self) -> str:
+        return " & ".join(_bracketed(part) for part in self.parts)
+
+
+class AnyOf(_Several):
+    """One part allowing is enough."""
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        allowed = self.parts[0].rows(start, stop, T, S, device=device)
+        for part in self.parts[1:]:
+            allowed = allowed | part.rows(start, stop, T, S, device=device)
+        return allowed
+
+    def __repr__(self) -> str:
+        return " | ".join(_bracketed(part) for part in self.parts)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Not(Mask):
+    """Allows what its part forbids."""
+
+    part: Mask
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        return ~self.part.rows(start, stop, T, S, device=device)
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        self.part.check(B, H, T, S, device)
+
+    @property
+    def _own_size(self) -> tuple[int | None, int | None]:
+        return self.part._own_size
+
+    def __invert__(self) -> Mask:
+        return self.part
+
+    def __repr__(self) -> str:
+        return f"~{_bracketed(self.part)}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows(Mask):
+    """Some of the queries of a mask: what one chunk of queries may attend to."""
+
+    part: Mask
+    start: int
+    stop: int
+    T: int
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        return self.part.rows(self.start + start, self.start + stop, self.T, S, device=device)
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        if self.stop - self.start != T:
+            raise ShapeError(
+                "mask.for_queries(start, stop)",
+                f"must cover the call's T = {T} queries",
+                f"{self.start} .. {self.stop}",
+                "give the range of this chunk",
+            )
+        self.part.check(B, H, self.T, S, device)
+
+    @property
+    def _own_size(self) -> tuple[int | None, int | None]:
+        S = self.part._own_size[1]
+        return self.stop - self.start, self.T if S is None else S
+
+    def __repr__(self) -> str:
+        return f"{_bracketed(self.part)}.for_queries({self.start}, {self.stop}, {self.T})"
+
+
+def _combine(kind: type[_Several], left: Mask, right: Mask) -> Mask:
+    """`left op right`, flattened, each part once: `a & (b & a)` is `a & b`."""
+    if not isinstance(right, Mask):
+        return NotImplemented
+    parts: list[Mask] = []
+    for side in (left, right):
+        for part in side.parts if isinstance(side, kind) else (side,):
+            if part not in parts:
+                parts.append(part)
+    return parts[0] if len(parts) == 1 else kind(tuple(parts))
+
+
+def _values(mask: Mask) -> list[object]:
+    return [getattr(mask, field.name) for field in dataclasses.fields(mask)]  # type: ignore[arg-type]
+
+
+def _same(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+    return a == b
+
+
+def _static(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else value
+
+
+def _bracketed(mask: Mask) -> str:
+    return f"({mask!r})" if isinstance(mask, _Several) else repr(mask)
