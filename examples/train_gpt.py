@@ -1,23 +1,20 @@
 """Train a small GPT, character by character, on a chapter of Jane Austen.
 
-    python examples/train_gpt.py                                   # about half a minute on a laptop
-    python examples/train_gpt.py --attention stacked --dtype float64
-    python examples/train_gpt.py --steps 2000 --checkpoint gpt.pt  # Ctrl-C saves; then add --resume
+    python examples/train_gpt.py                                   # half a minute on a laptop
+    python examples/train_gpt.py --steps 2000 --checkpoint gpt.pt  # Ctrl-C saves; add --resume
 
-`--attention stacked` starts from the weights of `--attention split`, converted, so that both
-trainings follow the same loss curve: stacked heads and weight splits are one function.
+`--attention stacked` starts from the weights of `--attention split`, converted: both follow the
+same loss curve, because stacked heads and weight splits are one function.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ import polyhead as ph
 
 TEXT = Path(__file__).with_name("persuasion_chapter.txt")
 FORMAT = "polyhead train_gpt 1"
-BATCH, LEARNING_RATE, WARM_UP, SAVE_EVERY = 16, 3e-3, 20, 50
+BATCH, LEARNING_RATE, SAVE_EVERY = 16, 3e-3, 50
 
 
 class UsageError(Exception):
@@ -45,7 +42,7 @@ class Settings:
     dtype: str = "float32"
     seed: int = 0
     heads: int = 4
-    layers: int = 3
+    layers: int = 2
     width: int = 96
     context: int = 64
 
@@ -61,9 +58,8 @@ class Block(nn.Module):
         self.attention: nn.Module = ph.MultiHeadAttention(
             width, width, settings.context, dropout=0.0, num_heads=settings.heads
         )
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.mlp = nn.Sequential(up, nn.GELU(), down)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm_1(x))
@@ -80,8 +76,8 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(settings.context, settings.width)
         self.blocks = nn.Sequential(*(Block(settings) for _ in range(settings.layers)))
         self.norm = nn.LayerNorm(settings.width)
-        for embedding in (self.tokens, self.positions):  # the tied head starts near uniform
-            nn.init.normal_(embedding.weight, std=0.02)
+        for embedding in (self.tokens, self.positions):  # small: the head is tied to it
+            nn.init.normal_(embedding.weight, std=0.1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         where = torch.arange(tokens.shape[1], device=tokens.device)
@@ -122,25 +118,14 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         self.generator = torch.Generator().manual_seed(self.settings.seed)
 
-    @property
-    def step(self) -> int:
-        return len(self.losses)
-
-    def batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and the characters that follow them, each (BATCH, context)."""
-        length = self.settings.context
-        starts = torch.randint(len(self.data) - length, (BATCH, 1), generator=self.generator)
-        chunks = self.data[starts + torch.arange(length + 1)].to(self.device)
-        return chunks[:, :-1], chunks[:, 1:]
-
     def train(self, steps: int) -> Iterator[float]:
         """Train until `steps` are done in all, yielding the loss of each."""
-        self.model.train()
-        while self.step < steps:
-            for group in self.optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1.0, (self.step + 1) / WARM_UP)
-            inputs, targets = self.batch()
-            loss = F.cross_entropy(self.model(inputs).flatten(0, 1), targets.flatten())
+        length = self.settings.context
+        while len(self.losses) < steps:
+            starts = torch.randint(len(self.data) - length, (BATCH, 1), generator=self.generator)
+            chunks = self.data[starts + torch.arange(length + 1)].to(self.device)
+            logits = self.model(chunks[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), chunks[:, 1:].flatten())
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -150,7 +135,6 @@ class Training:
     @torch.no_grad()
     def sample(self, count: int) -> str:
         """`count` characters of the model's own."""
-        self.model.eval()
         generator = torch.Generator().manual_seed(self.settings.seed)
         tokens = self.data[:1].to(self.device)
         for _ in range(count):
@@ -163,7 +147,7 @@ class Training:
         return {
             "format": FORMAT,
             "settings": asdict(self.settings),
-            "text": hashlib.sha256(self.text.encode()).hexdigest(),
+            "text": self.text,
             "losses": self.losses,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -171,7 +155,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state["text"] != hashlib.sha256(self.text.encode()).hexdigest():
+        if state["text"] != self.text:
             raise UsageError("the checkpoint was trained on another text; pass that one as --text")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -192,59 +176,36 @@ def save(path: Path, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist; leave out --resume to start anew") from None
-    except Exception as error:  # a damaged file makes torch raise nearly anything
-        raise UsageError(f"{path} cannot be read: truncated, or no checkpoint at all") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UsageError(f"{path} is no checkpoint of this program")
-    return state
-
-
 def start(options: argparse.Namespace) -> Training:
     """A new training, or the one that the checkpoint holds."""
-    try:
-        text = options.text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text {options.text} cannot be read: {error}") from error
+    path = options.checkpoint
+    text = options.text.read_text(encoding="utf-8")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; leave it out for cpu")
     given = {f.name: getattr(options, f.name) for f in fields(Settings)}
     given = {name: value for name, value in given.items() if value is not None}
-    path = options.checkpoint
     if not options.resume:
-        if path is not None and path.exists():
+        if path and path.exists():
             raise UsageError(f"{path} exists; add --resume to go on, or name another file")
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"--checkpoint {path}: the folder {path.parent} does not exist")
         return Training(Settings(**given), text, options.device)
-    if path is None:
+    if not path:
         raise UsageError("--resume needs --checkpoint, the file to go on from")
-    state = load(path)
     try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']!r}")
         saved = Settings(**state["settings"])
-        for name, value in given.items():
-            if value != getattr(saved, name):
-                raise UsageError(f"{path} has --{name} {getattr(saved, name)}, not {value}")
+        changed = [name for name, value in given.items() if value != getattr(saved, name)]
+        if changed:
+            raise UsageError(f"{path} has other settings ({saved}): leave out --{changed[0]}")
         training = Training(saved, text, options.device)
         training.restore(state)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UsageError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    except (UsageError, OSError):
+        raise
+    except Exception as error:  # a damaged file makes torch raise nearly anything
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:80]
+        raise UsageError(f"{path} is truncated or no checkpoint of this program ({why})") from error
     return training
-
-
-@contextmanager
-def between_steps() -> Iterator[list[int]]:
-    """Ctrl-C only notes itself in the list: a step that has begun ends, and can be saved."""
-    noted: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: noted.append(number))
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> None:
@@ -253,46 +214,45 @@ def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> N
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     notes = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
-    first, began = training.step, time.perf_counter()
     bar = Progress(BarColumn(), MofNCompleteColumn(), notes, console=Console(stderr=True))
-    with between_steps() as interrupts, bar:
-        task = bar.add_task("", total=steps, completed=first, loss=float("nan"), rate=0.0)
-        for loss in training.train(steps):
-            tokens = (training.step - first) * BATCH * training.settings.context
-            rate = tokens / (time.perf_counter() - began)
-            bar.update(task, completed=training.step, loss=loss, rate=rate)
-            ends = bool(interrupts) or training.step == steps
-            if checkpoint is not None and (ends or training.step % SAVE_EVERY == 0):
-                save(checkpoint, training.state())
-            if interrupts:
-                raise KeyboardInterrupt
+    first, began = len(training.losses), time.perf_counter()
+    # Ctrl-C only notes itself: a step that has begun ends, so that what is saved is whole.
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    try:
+        with bar:
+            task = bar.add_task("", total=steps, completed=first, loss=float("nan"), rate=0.0)
+            for done, loss in enumerate(training.train(steps), first + 1):
+                tokens = (done - first) * BATCH * training.settings.context
+                rate = tokens / (time.perf_counter() - began)
+                bar.update(task, completed=done, loss=loss, rate=rate)
+                if checkpoint and (interrupts or done == steps or done % SAVE_EVERY == 0):
+                    save(checkpoint, training.state())
+                if interrupts:
+                    raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def parser() -> argparse.ArgumentParser:
-    default = Settings()
     parse = argparse.ArgumentParser(description="Train a small GPT on a text, by character.")
     parse.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file to learn")
-    parse.add_argument("--steps", type=at_least(1), default=300, help="in all (default 300)")
+    parse.add_argument("--steps", type=count, default=300, help="in all (default 300)")
     parse.add_argument("--attention", choices=["split", "stacked"], help="default split")
     parse.add_argument("--dtype", choices=["float32", "float64"], help="default float32")
-    for name in ("heads", "layers", "width", "context"):
-        preset = getattr(default, name)
-        parse.add_argument(f"--{name}", type=at_least(1), help=f"default {preset}")
-    parse.add_argument("--seed", type=at_least(0), help="default 0")
+    for name in ("seed", "heads", "layers", "width", "context"):
+        parse.add_argument(f"--{name}", type=count, help=f"default {getattr(Settings, name)}")
     parse.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parse.add_argument("--checkpoint", type=Path, help="file to save to; default: none")
     parse.add_argument("--resume", action="store_true", help="go on from --checkpoint")
-    parse.add_argument("--sample-tokens", type=at_least(0), default=300, help="default 300")
+    parse.add_argument("--sample-tokens", type=count, default=300, help="default 300")
     return parse
 
 
-def at_least(least: int) -> Any:
-    def integer(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}; got {text}")
-        return int(text)
-
-    return integer
+def count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
+    return int(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -301,27 +261,17 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         training = start(options)
         train_with_bar(training, options.steps, options.checkpoint)
-    except (UsageError, ph.errors.PolyheadError, ImportError, OSError) as error:
+    except (UsageError, ph.errors.PolyheadError, ImportError, OSError, UnicodeError) as error:
         print(f"train_gpt: {error}".splitlines()[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; " + how_to_go_on(options), file=sys.stderr)
+        again = f"saved; to go on, add --resume to: python {' '.join(sys.argv)}"
+        print(again if options.checkpoint else "stopped; --checkpoint FILE would have saved it")
         return 130
-    losses = training.losses
-    seconds = time.perf_counter() - began
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f} after {training.step} steps ({seconds:.0f} s)")
+    seconds, losses = time.perf_counter() - began, training.losses or [float("nan")]
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {len(losses)} steps, {seconds:.0f} s here")
     print(training.sample(options.sample_tokens))
     return 0
-
-
-def how_to_go_on(options: argparse.Namespace) -> str:
-    if options.checkpoint is None:
-        return "nothing was saved: pass --checkpoint FILE to be able to go on"
-    text = "" if options.text == TEXT else f" --text {options.text}"
-    return (
-        f"to go on: python {sys.argv[0]} --checkpoint {options.checkpoint} --resume "
-        f"--steps {options.steps}{text}"
-    )
 
 
 if __name__ == "__main__":
