@@ -3,30 +3,31 @@
     python examples/train_gpt.py                                   # half a minute on a laptop
     python examples/train_gpt.py --steps 2000 --checkpoint gpt.pt  # Ctrl-C saves; add --resume
 
-`--attention stacked` starts from the weights of `--attention split`, converted: both follow the
-same loss curve, because stacked heads and weight splits are one function.
+`--attention stacked` converts the weights of `--attention split`: the loss curve is the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor, nn
 
 import polyhead as ph
 
 TEXT = Path(__file__).with_name("persuasion_chapter.txt")
-FORMAT = "polyhead train_gpt 1"
 BATCH, LEARNING_RATE, SAVE_EVERY = 16, 3e-3, 50
 
 
@@ -53,11 +54,9 @@ class Block(nn.Module):
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         width = settings.width
-        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         # No dropout: two layouts would drop different weights, and their curves would part.
-        self.attention: nn.Module = ph.MultiHeadAttention(
-            width, width, settings.context, dropout=0.0, num_heads=settings.heads
-        )
+        self.attention = ph.MultiHeadAttention(width, width, settings.context, 0.0, settings.heads)
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         up, down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(up, nn.GELU(), down)
 
@@ -71,22 +70,20 @@ class GPT(nn.Module):
 
     def __init__(self, settings: Settings, vocabulary_size: int) -> None:
         super().__init__()
-        self.context = settings.context
+        self.blocks = nn.Sequential(*(Block(settings) for _ in range(settings.layers)))
         self.tokens = nn.Embedding(vocabulary_size, settings.width)
         self.positions = nn.Embedding(settings.context, settings.width)
-        self.blocks = nn.Sequential(*(Block(settings) for _ in range(settings.layers)))
         self.norm = nn.LayerNorm(settings.width)
         for embedding in (self.tokens, self.positions):  # small: the head is tied to it
             nn.init.normal_(embedding.weight, std=0.1)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        where = torch.arange(tokens.shape[1], device=tokens.device)
-        x = self.blocks(self.tokens(tokens) + self.positions(where))
+        x = self.blocks(self.tokens(tokens) + self.positions.weight[: tokens.shape[1]])
         return F.linear(self.norm(x), self.tokens.weight)
 
 
 def build_model(settings: Settings, vocabulary_size: int, device: str = "cpu") -> GPT:
-    """The untrained model. Stacked heads get the weights that split heads would have."""
+    """The untrained model; stacked heads get the weights that split heads would have."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = GPT(settings, vocabulary_size)
@@ -107,13 +104,10 @@ class Training:
 
     def __post_init__(self) -> None:
         if len(self.text) <= self.settings.context:
-            raise UsageError(
-                f"the text must be longer than the context of {self.settings.context} characters; "
-                f"it has {len(self.text)}; pass a longer --text or a smaller --context"
-            )
+            need = f"more than the context of {self.settings.context} characters"
+            raise UsageError(f"the text must have {need}; got {len(self.text)}")
         self.vocabulary = sorted(set(self.text))
-        index = {character: i for i, character in enumerate(self.vocabulary)}
-        self.data = torch.tensor([index[character] for character in self.text])
+        self.data = torch.tensor([self.vocabulary.index(character) for character in self.text])
         self.model = build_model(self.settings, len(self.vocabulary), self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
         self.generator = torch.Generator().manual_seed(self.settings.seed)
@@ -125,7 +119,7 @@ class Training:
             starts = torch.randint(len(self.data) - length, (BATCH, 1), generator=self.generator)
             chunks = self.data[starts + torch.arange(length + 1)].to(self.device)
             logits = self.model(chunks[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), chunks[:, 1:].flatten())
+            loss = F.cross_entropy(logits.transpose(1, 2), chunks[:, 1:])
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
@@ -139,13 +133,12 @@ class Training:
         tokens = self.data[:1].to(self.device)
         for _ in range(count):
             logits = self.model(tokens[None, -self.settings.context :])[0, -1].double().cpu()
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-            tokens = torch.cat([tokens, drawn.to(self.device)])
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).to(self.device)
+            tokens = torch.cat([tokens, drawn])
         return "".join(self.vocabulary[token] for token in tokens[1:].tolist())
 
     def state(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
             "settings": asdict(self.settings),
             "text": self.text,
             "losses": self.losses,
@@ -155,8 +148,6 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        if state["text"] != self.text:
-            raise UsageError("the checkpoint was trained on another text; pass that one as --text")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"])
@@ -164,7 +155,7 @@ class Training:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Replace the file at once and whole: whatever happens, `path` is the old or the new one."""
+    """Replace the file whole: whatever happens, `path` is the old or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -178,53 +169,46 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def start(options: argparse.Namespace) -> Training:
     """A new training, or the one that the checkpoint holds."""
-    path = options.checkpoint
-    text = options.text.read_text(encoding="utf-8")
+    path, text = options.checkpoint, options.text.read_text(encoding="utf-8")
+    if options.resume and not path:
+        raise UsageError("--resume needs --checkpoint, the file to go on from")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here; leave it out for cpu")
-    given = {f.name: getattr(options, f.name) for f in fields(Settings)}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {k: v for k, v in vars(options).items() if hasattr(Settings, k) and v is not None}
     if not options.resume:
         if path and path.exists():
             raise UsageError(f"{path} exists; add --resume to go on, or name another file")
         return Training(Settings(**given), text, options.device)
-    if not path:
-        raise UsageError("--resume needs --checkpoint, the file to go on from")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"its format is {state['format']!r}")
         saved = Settings(**state["settings"])
         changed = [name for name, value in given.items() if value != getattr(saved, name)]
+        changed += ["text"] * (state["text"] != text)
         if changed:
-            raise UsageError(f"{path} has other settings ({saved}): leave out --{changed[0]}")
+            raise UsageError(f"{path} has another --{changed[0]}; it was trained with {saved}")
         training = Training(saved, text, options.device)
         training.restore(state)
     except (UsageError, OSError):
         raise
     except Exception as error:  # a damaged file makes torch raise nearly anything
-        why = f"{type(error).__name__}: {error}".splitlines()[0][:80]
-        raise UsageError(f"{path} is truncated or no checkpoint of this program ({why})") from error
+        raise UsageError(f"{path} is truncated, or no checkpoint of this program") from error
     return training
 
 
 def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> None:
     """Train and show it; save every SAVE_EVERY steps, at the end, and on Ctrl-C."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
     notes = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
     bar = Progress(BarColumn(), MofNCompleteColumn(), notes, console=Console(stderr=True))
-    first, began = len(training.losses), time.perf_counter()
+    first, tokens_a_step = len(training.losses), BATCH * training.settings.context
+    began = time.perf_counter()
     # Ctrl-C only notes itself: a step that has begun ends, so that what is saved is whole.
     interrupts: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number))
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         with bar:
             task = bar.add_task("", total=steps, completed=first, loss=float("nan"), rate=0.0)
             for done, loss in enumerate(training.train(steps), first + 1):
-                tokens = (done - first) * BATCH * training.settings.context
-                rate = tokens / (time.perf_counter() - began)
+                rate = (done - first) * tokens_a_step / (time.perf_counter() - began)
                 bar.update(task, completed=done, loss=loss, rate=rate)
                 if checkpoint and (interrupts or done == steps or done % SAVE_EVERY == 0):
                     save(checkpoint, training.state())
@@ -234,39 +218,28 @@ def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> N
         signal.signal(signal.SIGINT, before)
 
 
-def parser() -> argparse.ArgumentParser:
+def main(arguments: list[str] | None = None) -> int:
     parse = argparse.ArgumentParser(description="Train a small GPT on a text, by character.")
     parse.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file to learn")
-    parse.add_argument("--steps", type=count, default=300, help="in all (default 300)")
+    parse.add_argument("--steps", type=int, default=300, help="in all (default 300)")
     parse.add_argument("--attention", choices=["split", "stacked"], help="default split")
     parse.add_argument("--dtype", choices=["float32", "float64"], help="default float32")
     for name in ("seed", "heads", "layers", "width", "context"):
-        parse.add_argument(f"--{name}", type=count, help=f"default {getattr(Settings, name)}")
+        parse.add_argument(f"--{name}", type=int, help=f"default {getattr(Settings, name)}")
     parse.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parse.add_argument("--checkpoint", type=Path, help="file to save to; default: none")
     parse.add_argument("--resume", action="store_true", help="go on from --checkpoint")
-    parse.add_argument("--sample-tokens", type=count, default=300, help="default 300")
-    return parse
-
-
-def count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more; got {text!r}")
-    return int(text)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    began = time.perf_counter()
+    parse.add_argument("--sample-tokens", type=int, default=300, help="default 300")
+    options, began = parse.parse_args(arguments), time.perf_counter()
     try:
-        training = start(options)
-        train_with_bar(training, options.steps, options.checkpoint)
-    except (UsageError, ph.errors.PolyheadError, ImportError, OSError, UnicodeError) as error:
+        train_with_bar(training := start(options), options.steps, options.checkpoint)
+    except (UsageError, ph.errors.PolyheadError, OSError, UnicodeError) as error:
         print(f"train_gpt: {error}".splitlines()[0], file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = f"saved; to go on, add --resume to: python {' '.join(sys.argv)}"
-        print(again if options.checkpoint else "stopped; --checkpoint FILE would have saved it")
+        again = f"saved; to go on, add --resume to: python {shlex.join(sys.argv)}"
+        saved = options.checkpoint and options.checkpoint.exists()
+        print(again if saved else "stopped; --checkpoint FILE would have saved it")
         return 130
     seconds, losses = time.perf_counter() - began, training.losses or [float("nan")]
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}, {len(losses)} steps, {seconds:.0f} s here")

@@ -21,20 +21,36 @@ from torch import Tensor
 
 from polyhead.errors import ArgumentError, DtypeError, ShapeError
 from polyhead.mask.algebra import All, AnyOf, Mask, Not
-from polyhead.mask.primitives import Align, Causal, Dense, Lengths, Window
+from polyhead.mask.primitives import (
+    Align,
+    Causal,
+    Dense,
+    Documents,
+    LeftPadding,
+    Lengths,
+    Prefix,
+    Window,
+)
 
 __all__ = [
     "All",
     "AnyOf",
     "Causal",
     "Dense",
+    "Documents",
+    "LeftPadding",
     "Lengths",
     "Mask",
     "Not",
+    "Prefix",
     "Window",
     "causal",
+    "cu_seqlens",
     "dense",
+    "documents",
+    "left_padding",
     "lengths",
+    "prefix",
     "window",
 ]
 
@@ -119,6 +135,105 @@ def lengths(lengths: Tensor | Sequence[int]) -> Mask:
     return Lengths(_batch_integers("lengths", lengths))
 
 
+def left_padding(padding: Tensor | Sequence[int]) -> Mask:
+    """Batch row b never sees its first `padding[b]` keys: padding on the left.
+
+    For a row with 2 padding tokens, S = 5; with `causal()` the queries that are padding themselves
+    see nothing, and their output is zero::
+
+        left_padding([2])   causal() & left_padding([2])
+        . . x x x           . . . . .
+        . . x x x           . . . . .
+        . . x x x           . . x . .
+        . . x x x           . . x x .
+        . . x x x           . . x x x
+
+    Args:
+        padding: (B,) integers, in keys.
+
+    >>> left_padding([2]).materialize(1, 5).int().tolist()
+    [[[[0, 0, 1, 1, 1]]]]
+    """
+    return LeftPadding(_batch_integers("padding", padding))
+
+
+def prefix(n: int) -> Mask:
+    """Every query may attend to the first n keys: the part of a prompt that all may read.
+
+    `causal() | prefix(2)` reads the prefix both ways and the rest causally, S = 5::
+
+        prefix(2)     causal() | prefix(2)
+        x x . . .     x x . . .
+        x x . . .     x x . . .
+        x x . . .     x x x . .
+        x x . . .     x x x x .
+        x x . . .     x x x x x
+
+    Args:
+        n: how many keys, at least 0. For a number that differs by batch row use `lengths`.
+
+    >>> prefix(2).materialize(1, 5).int().tolist()
+    [[1, 1, 0, 0, 0]]
+    """
+    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+        raise ArgumentError(
+            "n",
+            "must be an integer of at least 0",
+            repr(n),
+            "use lengths(...) for one number a batch row",
+        )
+    return Prefix(n)
+
+
+def documents(ids: Tensor | Sequence[int]) -> Mask:
+    """Tokens attend within their own document: packed sequences never see each other.
+
+    With ids 0 0 1 1 1::
+
+        documents(ids)   causal() & documents(ids)
+        x x . . .        x . . . .
+        x x . . .        x x . . .
+        . . x x x        . . x . .
+        . . x x x        . . x x .
+        . . x x x        . . x x x
+
+    Args:
+        ids: (S,) or (B, S) integers, the document of each key; queries are the last T of them.
+
+    >>> documents([0, 0, 1]).materialize(3, 3).int().tolist()
+    [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    tensor = ids if isinstance(ids, Tensor) else torch.tensor(ids)
+    _check_integers("ids", tensor)
+    if tensor.ndim not in (1, 2):
+        raise ShapeError(
+            "ids", "must be (S,) or (B, S)", tuple(tensor.shape), "give one id a key token"
+        )
+    return Documents(tensor)
+
+
+def cu_seqlens(cu_seqlens: Tensor | Sequence[int]) -> Mask:
+    """`documents`, told by where each begins, as flash-attention's `cu_seqlens` does.
+
+    Args:
+        cu_seqlens: (N + 1,) integers that begin with 0 and never fall: document i holds keys
+            cu_seqlens[i] to cu_seqlens[i + 1] - 1. The last is S.
+
+    >>> cu_seqlens([0, 2, 5]) == documents([0, 0, 1, 1, 1])
+    True
+    """
+    bounds = _batch_integers("cu_seqlens", cu_seqlens).long()
+    sizes = bounds.diff()
+    if not len(bounds) or bounds[0] != 0 or bool((sizes < 0).any()):
+        raise ArgumentError(
+            "cu_seqlens",
+            "must begin with 0 and never fall",
+            bounds.tolist(),
+            "pass the cumulative sum of the lengths, with 0 before it",
+        )
+    return Documents(torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes))
+
+
 def dense(allowed: Tensor) -> Mask:
     """A mask written out. **True means "may attend"**, as in `scaled_dot_product_attention`.
 
@@ -151,13 +266,17 @@ def dense(allowed: Tensor) -> Mask:
 
 def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     tensor = values if isinstance(values, Tensor) else torch.tensor(values)
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise DtypeError(name, "must be int32 or int64", tensor.dtype, "convert with .long()")
+    _check_integers(name, tensor)
     if tensor.ndim != 1:
         raise ShapeError(
             name, "must have one entry a batch row, (B,)", tuple(tensor.shape), "flatten it"
         )
     return tensor
+
+
+def _check_integers(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(name, "must be int32 or int64", tensor.dtype, "convert with .long()")
 
 
 def _check_align(align: Align) -> Align:

@@ -11,7 +11,7 @@ from torch import Tensor
 from polyhead.errors import DeviceError, ShapeError
 from polyhead.mask.algebra import Mask
 
-__all__ = ["Align", "Causal", "Dense", "Lengths", "Window"]
+__all__ = ["Align", "Causal", "Dense", "Documents", "LeftPadding", "Lengths", "Prefix", "Window"]
 
 Align = Literal["end", "start"]
 
@@ -73,6 +73,70 @@ class Lengths(Mask):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class LeftPadding(Mask):
+    padding: Tensor
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        key = torch.arange(S, device=self.padding.device)
+        return (key >= self.padding[:, None])[:, None, None, :]
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        _check_batch("mask.left_padding(padding)", self.padding, B, device)
+
+    def __repr__(self) -> str:
+        return f"left_padding({_brief(self.padding)})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Prefix(Mask):
+    n: int
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        return (torch.arange(S, device=device) < self.n).expand(stop - start, S)
+
+    def __repr__(self) -> str:
+        return f"prefix({self.n})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Documents(Mask):
+    ids: Tensor
+
+    def rows(
+        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+    ) -> Tensor:
+        query_ids = self.ids[..., S - T + start : S - T + stop]
+        allowed = query_ids[..., :, None] == self.ids[..., None, :]
+        return allowed if allowed.ndim == 2 else allowed[:, None]
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        name = "mask.documents(ids)"
+        if self.ids.shape[-1] != S or T > S:
+            raise ShapeError(
+                name,
+                f"must name the document of each of the S = {S} keys, the T = {T} queries among "
+                "them",
+                tuple(self.ids.shape),
+                "give one id a key token, of cached tokens too",
+            )
+        if self.ids.ndim == 2:
+            _check_batch(name, self.ids, B, device)
+        _check_device(name, self.ids, device)
+
+    @property
+    def _own_size(self) -> tuple[int | None, int | None]:
+        return self.ids.shape[-1], self.ids.shape[-1]
+
+    def __repr__(self) -> str:
+        shown = _brief(self.ids) if self.ids.ndim == 1 else "x".join(map(str, self.ids.shape))
+        return f"documents({shown})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Dense(Mask):
     allowed: Tensor
 
@@ -128,5 +192,5 @@ def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
 def _brief(tensor: Tensor) -> str:
     # A meta tensor has no values to show.
     if tensor.is_meta or len(tensor) > 8:
-        return f"<{len(tensor)} rows>"
+        return f"<{len(tensor)} entries>"
     return repr(tensor.tolist())
