@@ -128,7 +128,6 @@ class Training:
 
     @torch.no_grad()
     def sample(self, count: int) -> str:
-        """`count` characters of the model's own."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         tokens = self.data[:1].to(self.device)
         for _ in range(count):

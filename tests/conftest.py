@@ -1,6 +1,14 @@
 """Fixtures that several test files share."""
 
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture(scope="session")
@@ -9,3 +17,89 @@ def smollm2():
     from polyhead.integrations.models import load_model
 
     return load_model()
+
+
+def _naive_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    allowed: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention in the dtype of its inputs, a Python loop over heads. Shares nothing with src."""
+    B, H, T, D = query.shape
+    S = key.shape[2]
+    group = H // key.shape[1]
+    scale = D**-0.5 if scale is None else scale
+    everybody = torch.ones(B, H, T, S, dtype=torch.bool)
+    allowed = everybody if allowed is None else everybody & allowed
+    bias = torch.zeros(B, H, T, S, dtype=query.dtype) if bias is None else bias.expand(B, H, T, S)
+    batches = []
+    for b in range(B):
+        heads = []
+        for h in range(H):
+            scores = query[b, h] @ key[b, h // group].T * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = (scores + bias[b, h].to(query.dtype)).masked_fill(~allowed[b, h], -math.inf)
+            attends = scores.detach().isfinite().any(dim=-1, keepdim=True) if S else everybody[b, h]
+            scores = torch.where(attends, scores, 0.0) if S else scores
+            if sinks is not None:
+                scores = torch.cat([scores, sinks[h].to(query.dtype).expand(T, 1)], dim=-1)
+            weights = torch.softmax(scores, dim=-1)[:, :S]
+            heads.append(torch.where(attends, weights, 0.0) @ value[b, h // group])
+        batches.append(torch.stack(heads))
+    return torch.stack(batches)
+
+
+@pytest.fixture(scope="session")
+def naive_attention() -> Callable[..., Tensor]:
+    """The oracle: `naive_attention(query, key, value, *, allowed=, bias=, scale=, ...)`."""
+    return _naive_attention
+
+
+def _assert_as_good_as_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    assert actual.dtype == eager.dtype
+    eager_error = (eager.double() - exact).abs().max().item()
+    rounding = 4 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    torch.testing.assert_close(
+        actual.double(), exact, rtol=0.0, atol=2 * eager_error + rounding, equal_nan=False
+    )
+
+
+@pytest.fixture(scope="session")
+def assert_as_good_as_eager() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """`assert_as_good_as_eager(actual, eager, exact)`: the tolerance of STYLE.md, derived.
+
+    Allowed is twice the largest error of an eager run in the same dtype against float64, and 4
+    units in the last place of the largest number.
+    """
+    return _assert_as_good_as_eager
+
+
+class TensorSizes(TorchDispatchMode):
+    """Records the elements of every storage that an operation makes, and the operations' names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.operations.append(func.overloadpacket.__name__)
+        for item in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(item, Tensor):
+                held = item.untyped_storage().nbytes() // item.element_size()
+                self.largest = max(self.largest, held)
+        return result
+
+
+@pytest.fixture
+def tensor_sizes() -> TensorSizes:
+    """A mode: `with tensor_sizes: ...`, then `.largest` elements held and `.operations`."""
+    return TensorSizes()

@@ -9,20 +9,23 @@ from torch import Tensor
 
 from polyhead.errors import ArgumentError, ShapeError
 
-__all__ = ["Rope"]
+__all__ = ["Rope", "rotate"]
 
 
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding: turns pairs of features by an angle that grows with position.
 
-    Feature pair i of D / 2, (x[i], x[i + D/2]), at position p turns by p * theta ** (-2i / D),
-    so that the product of a query and a key depends on the distance between them only.
+    Pair i of R / 2 at position p turns by p * theta ** (-2i / R), so that the product of a query
+    and a key depends on the distance between them only. R is the number of features that turn.
 
     Args:
         theta: base of the wavelengths, positive; 10000 in the paper, 500000 in Llama 3.
+        interleaved: which features make pair i: x[2i] and x[2i + 1] (the paper, GPT-J) if True,
+            x[i] and x[i + R / 2] (Llama and transformers) if False.
+        rotary_dim: how many features turn, R, even; the others stay. None: all of a head.
 
-    Source: Su et al. 2021, "RoFormer", in the half-split layout of Llama and transformers.
+    Source: Su et al. 2021, "RoFormer", section 3.2.2; partial: GPT-NeoX.
 
     >>> rope = Rope(theta=10_000.0)
     >>> rope(torch.ones(1, 1, 2, 4), torch.tensor([0, 1]))[0, 0, 0]   # position 0 turns nothing
@@ -30,16 +33,22 @@ class Rope:
     """
 
     theta: float = 10_000.0
+    interleaved: bool = False
+    rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
         if not self.theta > 0.0:
             raise ArgumentError("theta", "must be positive", self.theta, "10000.0 is usual")
+        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
+            raise ArgumentError(
+                "rotary_dim", "must be even and at least 2", self.rotary_dim, "pairs turn"
+            )
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """Turn queries or keys to their positions.
 
         Args:
-            x: (B, heads, T, D), D even.
+            x: (B, heads, T, D).
             positions: (T,) or (B, T) integers: where each token stands.
 
         Returns:
@@ -47,16 +56,46 @@ class Rope:
             float64).
 
         Raises:
-            ShapeError: D is odd.
+            ShapeError: the features that turn are odd in number, or more than D.
         """
-        D = x.shape[-1]
-        if D % 2:
-            raise ShapeError("head size", "must be even for rope", D, "change head_dim")
+        R = self._turning(x.shape[-1])
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        exponent = torch.arange(0, D, 2, device=x.device, dtype=compute) / D
+        exponent = torch.arange(0, R, 2, device=x.device, dtype=compute) / R
         # Written as transformers writes it: float32 angles agree to the bit, far positions too.
         angles = positions[..., None].to(compute) * (1.0 / self.theta**exponent)
         angles = angles.unsqueeze(-3)  # the same for every head
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        left, right = x.chunk(2, dim=-1)
-        return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+        return rotate(x, cos, sin, interleaved=self.interleaved)
+
+    def _turning(self, D: int) -> int:
+        R = D if self.rotary_dim is None else self.rotary_dim
+        if R % 2:
+            raise ShapeError("head size", "must be even for rope", R, "change head_dim")
+        if R > D:
+            raise ShapeError(
+                "rotary_dim", f"must be at most the head size {D}", R, "let fewer features turn"
+            )
+        return R
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
+    """Turn pairs of features by angles of which cosine and sine are given.
+
+        (a, b) becomes (a cos - b sin, b cos + a sin)
+
+    Args:
+        x: (..., D).
+        cos, sin: (..., R / 2), R at most D; features from R on stay as they are.
+        interleaved: which features make a pair, as in `Rope`.
+
+    >>> quarter = torch.tensor([0.0]), torch.tensor([1.0])               # 90 degrees
+    >>> rotate(torch.tensor([1.0, 2.0, 7.0]), *quarter)
+    tensor([-2.,  1.,  7.])
+    """
+    R = 2 * cos.shape[-1]
+    turning, rest = x[..., :R], x[..., R:]
+    pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    pair_dim = -1 if interleaved else -2
+    a, b = pairs.unbind(pair_dim)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair_dim).flatten(-2)
+    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)

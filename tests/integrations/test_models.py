@@ -230,11 +230,11 @@ def test_no_tokenizer(folder):
 
 def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, monkeypatch):
     (folder / "config.json").write_text(
-        '{"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}'
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}'
     )
     (folder / "own.py").write_text("raise AssertionError('run')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    with pytest.raises(ModelError, match="trust_remote_code"):
+    with pytest.raises(ModelError, match="contains custom code"):
         load_model(str(folder))
 
 

@@ -33,8 +33,15 @@ def check_rope(rope: Rope | None, head_dim: int) -> None:
         raise DtypeError(
             "rope", "must be a polyhead.Rope or None", repr(rope), "pass Rope(theta=10_000.0)"
         )
-    if head_dim % 2:
+    if rope.rotary_dim is None and head_dim % 2:
         raise ShapeError("head_dim", "must be even with rope", head_dim, "change it or drop rope")
+    if rope.rotary_dim is not None and rope.rotary_dim > head_dim:
+        raise ShapeError(
+            "rope",
+            f"must turn at most head_dim = {head_dim} features",
+            f"rotary_dim = {rope.rotary_dim}",
+            "let fewer turn",
+        )
 
 
 def check_mask(mask: Mask | None) -> None:

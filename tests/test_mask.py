@@ -1,0 +1,389 @@
+"""Masks against rules written in plain Python, their algebra, their words and their errors."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import polyhead as ph
+from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from polyhead.mask import All, AnyOf, Mask, causal, dense, lengths, window
+
+CPU = torch.device("cpu")
+H = 2
+ALIGNS = st.sampled_from(["end", "start"])
+
+
+def stands_at(t, T, S, align):
+    return S - T + t if align == "end" else t
+
+
+@st.composite
+def primitives(draw, B, T, S):
+    """A mask and its rule: `rule(b, h, t, s)` says in plain Python whether t may attend to s."""
+    kind = draw(st.sampled_from(["causal", "window", "lengths", "dense"]))
+    if kind == "causal":
+        align = draw(ALIGNS)
+        return causal(align), lambda b, h, t, s: s <= stands_at(t, T, S, align)
+    if kind == "window":
+        align, size = draw(ALIGNS), st.integers(0, 9)
+        before, after = draw(
+            st.tuples(st.none() | size, st.none() | size).filter(lambda pair: pair != (None, None))
+        )
+
+        def in_window(b, h, t, s):
+            distance = stands_at(t, T, S, align) - s
+            return (before is None or distance <= before) and (after is None or -distance <= after)
+
+        return window(before, after, align=align), in_window
+    if kind == "lengths":
+        sizes = draw(st.lists(st.integers(0, S + 1), min_size=B, max_size=B))
+        return lengths(sizes), lambda b, h, t, s: s < sizes[b]
+    shape = [draw(st.sampled_from([1, size])) for size in (B, H, T, S)]
+    shape = draw(st.sampled_from([shape, shape[2:]]))
+    seed = draw(st.integers(0, 99))
+    allowed = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.6
+    written = allowed.expand(B, H, T, S).tolist()
+    return dense(allowed), lambda b, h, t, s: written[b][h][t][s]
+
+
+@st.composite
+def cases(draw, count=1):
+    """B, T, S and `count` pairs of mask and rule, compound ones among them."""
+    B, T, S = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 7))
+
+    def combined(pairs):
+        def both(two):
+            (a, rule_a), (b, rule_b) = two
+            return a & b, lambda *at: rule_a(*at) and rule_b(*at)
+
+        def either(two):
+            (a, rule_a), (b, rule_b) = two
+            return a | b, lambda *at: rule_a(*at) or rule_b(*at)
+
+        def opposite(one):
+            mask, rule = one
+            return ~mask, lambda *at: not rule(*at)
+
+        two = st.tuples(pairs, pairs)
+        return two.map(both) | two.map(either) | pairs.map(opposite)
+
+    masks = st.recursive(primitives(B, T, S), combined, max_leaves=4)
+    return B, T, S, [draw(masks) for _ in range(count)]
+
+
+def written_out(mask, B, T, S):
+    return mask.materialize(T, S).expand(B, H, T, S)
+
+
+@given(cases())
+@settings(max_examples=200, deadline=None)
+def test_a_mask_allows_what_its_rule_allows(case):
+    B, T, S, [(mask, rule)] = case
+    want = [
+        [[[bool(rule(b, h, t, s)) for s in range(S)] for t in range(T)] for h in range(H)]
+        for b in range(B)
+    ]
+    allowed = mask.materialize(T, S)
+    assert allowed.dtype == torch.bool
+    assert allowed.ndim in (2, 4)
+    assert allowed.expand(B, H, T, S).tolist() == want
+    mask.check(B, H, T, S, CPU)
+
+
+@given(cases(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_rows_and_for_queries_are_slices_of_the_whole(case, data):
+    B, T, S, [(mask, _)] = case
+    start = data.draw(st.integers(0, T))
+    stop = data.draw(st.integers(start, T))
+    want = written_out(mask, B, T, S)[:, :, start:stop]
+    rows = mask.rows(start, stop, T, S).expand(B, H, stop - start, S)
+    assert torch.equal(rows, want)
+    chunk = mask.for_queries(start, stop, T)
+    chunk.check(B, H, stop - start, S, CPU)
+    assert torch.equal(written_out(chunk, B, stop - start, S), want)
+    inner = chunk.for_queries(min(1, stop - start), stop - start, stop - start)
+    assert torch.equal(
+        written_out(inner, B, stop - start - min(1, stop - start), S),
+        want[:, :, min(1, stop - start) :],
+    )
+
+
+@given(cases(count=3))
+@settings(max_examples=100, deadline=None)
+def test_the_algebra_is_boolean(case):
+    B, T, S, [(a, _), (b, _), (c, _)] = case
+
+    def same(left, right):
+        return torch.equal(written_out(left, B, T, S), written_out(right, B, T, S))
+
+    assert ~~a == a
+    assert a & a == a
+    assert a | a == a
+    assert same(~(a & b), ~a | ~b)
+    assert same(~(a | b), ~a & ~b)
+    assert (a & b) & c == a & (b & c)
+    assert (a | b) | c == a | (b | c)
+    assert same(a & (b | c), (a & b) | (a & c))
+    assert same(a & b, b & a)
+    assert not written_out(a & ~a, B, T, S).any()
+    assert written_out(a | ~a, B, T, S).all()
+
+
+@given(cases())
+@settings(max_examples=100, deadline=None)
+def test_equal_masks_have_equal_hashes_and_every_mask_can_be_printed(case):
+    B, T, S, [(mask, _)] = case
+    assert mask == mask & mask
+    assert hash(mask) == hash(mask | mask)
+    assert str(mask).startswith(f"{mask!r}\n")
+    assert str(mask.for_queries(0, T, T))
+
+
+def test_and_or_flatten_and_keep_each_part_once():
+    a, b, c = causal(), window(before=2), window(after=1)
+    assert (a & (b & (a & c))).conjuncts == (a, b, c)
+    assert ((a | b) | (c | a)).parts == (a, b, c)
+    assert isinstance(a & b, All)
+    assert isinstance(a | b, AnyOf)
+    assert a.conjuncts == (a,)
+    assert ((a & b) | c).conjuncts == ((a & b) | c,)
+    assert (~a).conjuncts == (~a,)
+
+
+def test_causal_and_511_before_sees_512_keys():
+    keys = (causal() & window(before=511)).materialize(1000, 1000).sum(dim=-1)
+    assert keys.tolist() == [min(t + 1, 512) for t in range(1000)]
+
+
+def test_a_window_sees_before_itself_and_after():
+    keys = window(before=3, after=2).materialize(20, 20).sum(dim=-1).tolist()
+    assert keys == [3, 4, 5, *[6] * 15, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("T", "S", "end", "start"),
+    [
+        (3, 5, "x x x . .\nx x x x .\nx x x x x", "x . . . .\nx x . . .\nx x x . ."),
+        (4, 2, ". .\n. .\nx .\nx x", "x .\nx x\nx x\nx x"),
+    ],
+)
+def test_causal_draws_as_documented(T, S, end, start):
+    assert causal().draw(T, S) == end
+    assert causal(align="start").draw(T, S) == start
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows"),
+    [
+        (window(before=1), ["xxxxx", "xxxxx", ".xxxx", "..xxx", "...xx"]),
+        (window(before=1, after=1), ["xx...", "xxx..", ".xxx.", "..xxx", "...xx"]),
+        (causal() & window(before=1), ["x....", "xx...", ".xx..", "..xx.", "...xx"]),
+    ],
+)
+def test_window_draws_as_documented(mask, rows):
+    assert mask.draw(5, 5) == "\n".join(" ".join(row) for row in rows)
+
+
+def test_draw_takes_one_batch_row_and_head():
+    assert lengths([3, 5]).draw(2, 5) == "x x x . .\nx x x . ."
+    assert lengths([3, 5]).draw(1, 5, batch=1) == "x x x x x"
+    by_head = dense(torch.tensor([[[[True]], [[False]]]]))
+    assert by_head.draw(1, 2) == "x x"
+    assert by_head.draw(1, 2, head=1, batch=7) == ". ."
+
+
+def test_str_is_the_expression_and_a_drawing():
+    mask = dense(torch.tensor([[True, False], [True, True]]))
+    assert str(mask) == "dense(2x2)\nx .\nx x"
+    assert str(causal()) == "causal()\n" + causal().draw(8, 8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "T", "S"),
+    [
+        (dense(torch.ones(3, 5, dtype=torch.bool)) & lengths([2]), 3, 5),
+        (causal() | dense(torch.ones(1, 1, 3, 5, dtype=torch.bool)), 3, 5),
+        (dense(torch.ones(3, 5, dtype=torch.bool)) & dense(torch.ones(1, 5).bool()), 3, 5),
+        (~dense(torch.ones(3, 1, dtype=torch.bool)), 3, 8),
+        (dense(torch.ones(3, 5, dtype=torch.bool)).for_queries(1, 3, 3), 2, 5),
+        (causal().for_queries(12, 16, 16), 4, 16),
+        (lengths([3, 5]), 8, 8),
+    ],
+)
+def test_str_draws_at_a_size_that_fits_every_part(mask, T, S):
+    assert str(mask) == f"{mask!r}\n{mask.draw(T, S)}"
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (causal(), "causal()"),
+        (causal(align="start"), 'causal(align="start")'),
+        (window(before=2), "window(before=2)"),
+        (window(after=0), "window(after=0)"),
+        (window(2, 1, align="start"), 'window(before=2, after=1, align="start")'),
+        (lengths([3, 0]), "lengths([3, 0])"),
+        (lengths(range(9)), "lengths(<9 rows>)"),
+        (lengths(torch.ones(2, dtype=torch.long, device="meta")), "lengths(<2 rows>)"),
+        (dense(torch.ones(2, 1, 3, 4, dtype=torch.bool)), "dense(2x1x3x4)"),
+        (causal() & ~window(after=1), "causal() & ~window(after=1)"),
+        (
+            causal() & (lengths([1]) | window(after=1)),
+            "causal() & (lengths([1]) | window(after=1))",
+        ),
+        (~(causal() & lengths([1])), "~(causal() & lengths([1]))"),
+        ((causal() & lengths([1])) | causal(), "(causal() & lengths([1])) | causal()"),
+        (causal().for_queries(1, 2, 4), "causal().for_queries(1, 2, 4)"),
+        (
+            (causal() | lengths([1])).for_queries(0, 2, 4),
+            "(causal() | lengths([1])).for_queries(0, 2, 4)",
+        ),
+    ],
+)
+def test_repr_is_the_expression(mask, text):
+    assert repr(mask) == text
+
+
+def test_masks_are_values():
+    assert causal() == causal(align="end") != causal(align="start")
+    assert window(before=1) != window(after=1)
+    assert window(before=1, after=0) != causal() & window(before=1)
+    assert causal() & window(before=1) != causal() | window(before=1)
+    assert lengths([1, 2]) == lengths(torch.tensor([1, 2])) != lengths([1, 3])
+    assert lengths([1]) != lengths(torch.tensor([1], dtype=torch.int32))
+    assert dense(torch.tensor([[True]])) != dense(torch.tensor([[False]]))
+    assert causal() != "causal()"
+    assert len({causal(), causal(), window(1), lengths([1, 2]), lengths([1, 2])}) == 3
+    with pytest.raises(AttributeError):
+        causal().align = "start"
+
+
+def test_materialize_goes_where_it_is_told():
+    assert (causal() & window(before=2)).materialize(2, 3, device="meta").is_meta
+
+
+def test_a_mask_combines_with_masks_only():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        causal() & torch.ones(2, 2, dtype=torch.bool).numpy().tolist()
+    with pytest.raises(TypeError, match="unsupported operand"):
+        causal() | True
+    with pytest.raises(NotImplementedError):
+        Mask().materialize(2, 2)
+
+
+MUST_BE_BOOL = (
+    "allowed must be a bool tensor, True = may attend; got {}; "
+    "pass numbers that are added to the scores as attention(bias=...)"
+)
+SIZE = "{} must be an integer of at least 0, or None; got {}; count the keys"
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: dense(torch.ones(2, 2)), DtypeError, MUST_BE_BOOL.format("torch.float32")),
+        (lambda: dense([[True]]), DtypeError, MUST_BE_BOOL.format("list")),
+        (
+            lambda: dense(torch.ones(3, 4, 5, dtype=torch.bool)),
+            ShapeError,
+            "allowed must have 2 dimensions (T, S) or 4 (B, H, T, S); got (3, 4, 5); "
+            "unsqueeze the missing ones: mask[:, None] if it differs by batch row",
+        ),
+        (lambda: window(before=-3), ArgumentError, SIZE.format("before", -3)),
+        (lambda: window(after=1.5), ArgumentError, SIZE.format("after", 1.5)),
+        (lambda: window(before=True), ArgumentError, SIZE.format("before", True)),
+        (
+            lambda: window(),
+            ArgumentError,
+            "before, after must not both be None; got no limit at all; give one of them",
+        ),
+        (
+            lambda: causal(align="middle"),
+            ArgumentError,
+            'align must be "end" or "start"; got \'middle\'; see mask.causal',
+        ),
+        (
+            lambda: window(before=1, align="left"),
+            ArgumentError,
+            'align must be "end" or "start"; got \'left\'; see mask.causal',
+        ),
+        (
+            lambda: lengths([1.5]),
+            DtypeError,
+            "lengths must be int32 or int64; got torch.float32; convert with .long()",
+        ),
+        (
+            lambda: lengths([[1, 2]]),
+            ShapeError,
+            "lengths must have one entry a batch row, (B,); got (1, 2); flatten it",
+        ),
+    ],
+)
+def test_building_errors_say_what_was_got(build, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        build()
+
+
+META = torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("mask", "device", "error", "message"),
+    [
+        (
+            lengths([1, 2, 3]),
+            CPU,
+            ShapeError,
+            "mask.lengths(lengths) must have one entry a batch row, B = 2; got 3; "
+            "give one for each",
+        ),
+        (
+            lengths([1, 2]),
+            META,
+            DeviceError,
+            'mask.lengths(lengths) must be on the query\'s device, meta; got cpu; .to("meta")',
+        ),
+        (
+            dense(torch.ones(5, 8, dtype=torch.bool)),
+            CPU,
+            ShapeError,
+            "mask.dense(allowed) must broadcast to (B, H, T, S) = (2, 3, 5, 7); got (5, 8); "
+            "give each dimension its full size or 1",
+        ),
+        (
+            dense(torch.ones(5, 7, dtype=torch.bool)),
+            META,
+            DeviceError,
+            'mask.dense(allowed) must be on the query\'s device, meta; got cpu; .to("meta")',
+        ),
+        (
+            causal().for_queries(1, 4, 9),
+            CPU,
+            ShapeError,
+            "mask.for_queries(start, stop) must cover the call's T = 5 queries; got 1 .. 4; "
+            "give the range of this chunk",
+        ),
+    ],
+)
+def test_a_mask_that_does_not_fit_the_call_says_why(mask, device, error, message):
+    anywhere = [
+        mask,
+        ~mask,
+        causal() & mask,
+        mask | causal(),
+        (causal() | ~mask).for_queries(0, 5, 5),
+    ]
+    for compound in anywhere:
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            compound.check(2, 3, 5, 7, device)
+
+
+def test_the_module_exports_its_functions():
+    for name in ph.mask.__all__:
+        assert hasattr(ph.mask, name)

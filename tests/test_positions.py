@@ -1,0 +1,101 @@
+"""Rope against transformers to the bit, and the law that makes it rope."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+import polyhead as ph
+from polyhead.errors import ArgumentError, ShapeError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("head_dim", [24, 80])
+def test_digits_of_transformers(dtype, theta, head_dim):
+    torch.manual_seed(0)
+    query = torch.randn(2, 3, 11, head_dim, dtype=dtype)
+    key = torch.randn(2, 1, 11, head_dim, dtype=dtype)
+    positions = torch.stack([torch.arange(11), torch.arange(7919, 7930)])
+    config = LlamaConfig(
+        hidden_size=3 * head_dim,
+        num_attention_heads=3,
+        head_dim=head_dim,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    cos, sin = LlamaRotaryEmbedding(config)(query, positions)
+    want_query, want_key = apply_rotary_pos_emb(query, key, cos, sin)
+    rope = ph.Rope(theta=theta)
+    assert torch.equal(rope(query, positions), want_query)
+    assert torch.equal(rope(key, positions), want_key)
+
+
+@given(
+    st.integers(0, 5000),
+    st.integers(0, 5000),
+    st.integers(0, 100_000),
+    st.sampled_from([2, 6, 64]),
+    st.floats(10.0, 1e6),
+)
+@settings(max_examples=100, deadline=None)
+def test_products_depend_on_the_distance_only(at_query, at_key, shift, head_dim, theta):
+    generator = torch.Generator().manual_seed(head_dim)
+    query, key = torch.randn(2, 1, 1, 1, head_dim, dtype=torch.float64, generator=generator)
+    rope = ph.Rope(theta=theta)
+
+    def product(p, q):
+        return (rope(query, torch.tensor([p])) * rope(key, torch.tensor([q]))).sum().item()
+
+    assert product(at_query + shift, at_key + shift) == pytest.approx(
+        product(at_query, at_key), abs=1e-8
+    )
+
+
+def test_a_turn_is_by_the_angle_of_the_formula():
+    x = torch.tensor([3.0, 5.0, 0.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
+    turned = ph.Rope(theta=100.0)(x, torch.tensor([7]))[0, 0, 0]
+    angles = torch.tensor([7.0, 7.0 * 100.0**-0.5], dtype=torch.float64)
+    want = torch.cat([x[0, 0, 0, :2] * angles.cos(), x[0, 0, 0, :2] * angles.sin()])
+    torch.testing.assert_close(turned, want, rtol=0, atol=1e-14)
+
+
+def test_positions_by_batch_row():
+    x = torch.randn(2, 3, 5, 8)
+    positions = torch.tensor([[0, 1, 2, 3, 4], [9, 9, 2, 0, 100]])
+    rope = ph.Rope()
+    for b in range(2):
+        assert torch.equal(rope(x, positions)[b], rope(x[b : b + 1], positions[b])[0])
+    assert not torch.equal(rope(x, positions)[1], rope(x, positions[0])[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_keeps_dtype_and_norm(dtype):
+    x = torch.randn(2, 3, 5, 8, dtype=dtype)
+    turned = ph.Rope()(x, torch.arange(5))
+    assert turned.dtype == dtype
+    torch.testing.assert_close(
+        turned.double().norm(dim=-1),
+        x.double().norm(dim=-1),
+        rtol=2 * torch.finfo(dtype).eps,
+        atol=0,
+    )
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+
+
+def test_an_odd_head_size_is_refused():
+    message = "head size must be even for rope; got 7; change head_dim"
+    with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
+        ph.Rope()(torch.ones(1, 1, 2, 7), torch.arange(2))
+
+
+@pytest.mark.parametrize("theta", [0.0, -2.5, float("nan")])
+def test_theta_must_be_positive(theta):
+    message = f"theta must be positive; got {theta}; 10000.0 is usual"
+    with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
+        ph.Rope(theta=theta)
