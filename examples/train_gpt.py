@@ -132,8 +132,8 @@ class Training:
         tokens = self.data[:1].to(self.device)
         for _ in range(count):
             logits = self.model(tokens[None, -self.settings.context :])[0, -1].double().cpu()
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).to(self.device)
-            tokens = torch.cat([tokens, drawn])
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            tokens = torch.cat([tokens, drawn.to(self.device)])
         return "".join(self.vocabulary[token] for token in tokens[1:].tolist())
 
     def state(self) -> dict[str, Any]:
@@ -175,19 +175,20 @@ def start(options: argparse.Namespace) -> Training:
         raise UsageError("--device cuda: torch sees no CUDA device here; leave it out for cpu")
     given = {k: v for k, v in vars(options).items() if hasattr(Settings, k) and v is not None}
     if not options.resume:
-        if path and path.exists():
-            raise UsageError(f"{path} exists; add --resume to go on, or name another file")
+        if path and (path.exists() or not path.parent.is_dir()):
+            why = "add --resume to go on" if path.exists() else "no such folder"
+            raise UsageError(f"--checkpoint {path}: {why}, or name another file")
         return Training(Settings(**given), text, options.device)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        saved = Settings(**state["settings"])
+        saved = Settings(**dict(state)["settings"])
         changed = [name for name, value in given.items() if value != getattr(saved, name)]
         changed += ["text"] * (state["text"] != text)
         if changed:
             raise UsageError(f"{path} has another --{changed[0]}; it was trained with {saved}")
         training = Training(saved, text, options.device)
         training.restore(state)
-    except (UsageError, OSError):
+    except (UsageError, FileNotFoundError):
         raise
     except Exception as error:  # a damaged file makes torch raise nearly anything
         raise UsageError(f"{path} is truncated, or no checkpoint of this program") from error
@@ -198,16 +199,15 @@ def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> N
     """Train and show it; save every SAVE_EVERY steps, at the end, and on Ctrl-C."""
     notes = TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s")
     bar = Progress(BarColumn(), MofNCompleteColumn(), notes, console=Console(stderr=True))
-    first, tokens_a_step = len(training.losses), BATCH * training.settings.context
-    began = time.perf_counter()
     # Ctrl-C only notes itself: a step that has begun ends, so that what is saved is whole.
     interrupts: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         with bar:
-            task = bar.add_task("", total=steps, completed=first, loss=float("nan"), rate=0.0)
-            for done, loss in enumerate(training.train(steps), first + 1):
-                rate = (done - first) * tokens_a_step / (time.perf_counter() - began)
+            done = len(training.losses)
+            task = bar.add_task("", total=steps, completed=done, loss=float("nan"), rate=0.0)
+            for done, loss in enumerate(training.train(steps), done + 1):
+                rate = (bar.tasks[0].speed or 0.0) * BATCH * training.settings.context
                 bar.update(task, completed=done, loss=loss, rate=rate)
                 if checkpoint and (interrupts or done == steps or done % SAVE_EVERY == 0):
                     save(checkpoint, training.state())

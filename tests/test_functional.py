@@ -40,6 +40,9 @@ def masks(T, S):
         "dense for all queries": ph.mask.dense(by_head[:, :1, -1:]),
         "and": causal & window & ph.mask.lengths([S, 2]),
         "or, not": causal | ~window,
+        "left padding": causal & ph.mask.left_padding([0, 2]),
+        "prefix": causal | ph.mask.prefix(3),
+        **({"documents": ph.mask.documents(torch.arange(S) // 3)} if T <= S else {}),
         "rows": causal.for_queries(2, 2 + T, T + 3),
     }
 
@@ -51,7 +54,12 @@ def gradients(output, inputs, seed=9):
     direction = torch.randn(
         output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    return torch.autograd.grad(output, inputs, direction.to(output.dtype))
+    return torch.autograd.grad(output, inputs, direction.to(output.dtype), retain_graph=True)
+
+
+def gradient(output, inputs):
+    """All gradients as one vector, so that a part that is zero by cancellation has a scale."""
+    return torch.cat([x.flatten() for x in gradients(output, inputs)])
 
 
 def test_the_oracle_attends_as_plain_python_does(naive_attention):
@@ -158,27 +166,23 @@ def test_gradcheck_of_everything_differentiable():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("T", "S"), [(19, 19), (5, 19), (19, 7), (1, 19), (1, 1)])
+@pytest.mark.parametrize(("T", "S"), [(13, 13), (5, 13), (13, 7), (1, 13)])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_backend_is_as_good_as_eager(
     naive_attention, assert_as_good_as_eager, backend, kind, T, S, dtype
 ):
     inputs = [x.requires_grad_() for x in tensors(T=T, S=S, D=24, dtype=dtype)]
-    mask = masks(T, S)[kind]
+    mask = masks(T, S).get(kind)  # documents have no T > S: then nothing is masked
     allowed = None if mask is None else mask.materialize(T, S)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     output = ph.attention(*inputs, mask=mask, backend=backend)
     eager = naive_attention(*inputs, allowed=allowed)
     exact = naive_attention(*exact_inputs, allowed=allowed)
     assert_as_good_as_eager(output, eager, exact)
-    for got, roughly, exactly in zip(
-        gradients(output, inputs),
-        gradients(eager, inputs),
-        gradients(exact, exact_inputs),
-        strict=True,
-    ):
-        assert_as_good_as_eager(got, roughly, exactly)
+    assert_as_good_as_eager(
+        gradient(output, inputs), gradient(eager, inputs), gradient(exact, exact_inputs)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -236,12 +240,12 @@ def empty_rows(T=5, S=3):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", empty_rows())
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "kind"),
+    [(b, kind) for b in BACKENDS for kind in empty_rows() if (b, kind) != ("sdpa", "sinks")],
+)
 def test_a_query_with_nothing_to_attend_to_gives_zeros(backend, kind, dtype):
     options, empty = empty_rows()[kind]
-    if backend == "sdpa" and kind == "sinks":
-        pytest.skip("sdpa refuses sinks")
     options = {k: v.to(dtype) if k == "bias" else v for k, v in options.items()}
     inputs = [x.requires_grad_() for x in tensors(T=5, S=3, dtype=dtype)]
     output, aux = ph.attention(*inputs, **options, backend=backend, return_aux=ALL_AUX)
@@ -254,11 +258,9 @@ def test_a_query_with_nothing_to_attend_to_gives_zeros(backend, kind, dtype):
     for name in ("entropy", "mean_distance", "mass_first", "mass_previous", "mass_self"):
         assert (getattr(aux.stats, name)[where] == 0).all()
     assert (aux.stats.max_logit[where] == -math.inf).all()
-    for gradient in gradients(output, inputs):
-        assert gradient.isfinite().all()
+    assert gradient(output, inputs).isfinite().all()
     assert (gradients(output, inputs)[0][where] == 0).all()
-    unheard = gradients(output[where], inputs)
-    assert all((gradient == 0).all() for gradient in unheard)
+    assert (gradient(output[where], inputs) == 0).all(), "nothing is heard of such a query"
 
 
 @pytest.mark.parametrize("kind", empty_rows())
@@ -267,10 +269,10 @@ def test_the_aux_of_an_empty_query_has_zero_gradient(kind):
     inputs = [x.requires_grad_() for x in tensors(T=5, S=3, dtype=torch.float32)]
     _, aux = ph.attention(*inputs, **options, return_aux=ALL_AUX)
     where = empty[:, None].expand(2, 6, 5)
-    for result in (aux.lse, aux.stats.entropy, aux.stats.max_logit, aux.weights.square().sum(-1)):
-        gradient = torch.autograd.grad(result.sum(), inputs[0], retain_graph=True)[0]
-        assert gradient.isfinite().all()
-        assert (gradient[where] == 0).all()
+    for result in (aux.lse, aux.stats.entropy, aux.stats.mean_distance, aux.weights.square()):
+        by_query = torch.autograd.grad(result.sum(), inputs[0], retain_graph=True)[0]
+        assert by_query.isfinite().all()
+        assert (by_query[where] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -470,9 +472,8 @@ def test_nothing_in_gives_nothing_or_zeros(B, T, S, mask, dtype):
     if S == 0:
         assert (aux.lse == -math.inf).all()
         assert (aux.stats.max_logit == -math.inf).all()
-    for gradient, x in zip(gradients(output, inputs), inputs, strict=True):
-        assert gradient.shape == x.shape
-        assert (gradient == 0).all()
+    assert [x.shape for x in gradients(output, inputs)] == [x.shape for x in inputs]
+    assert (gradient(output, inputs) == 0).all()
 
 
 def test_no_keys_but_a_sink_gives_zeros():
@@ -515,13 +516,9 @@ def test_hostile_memory(naive_attention, assert_as_good_as_eager, backend, seed)
     eager = naive_attention(*eager_inputs, allowed=allowed, bias=bias)
     exact = naive_attention(*exact_inputs, allowed=allowed, bias=bias.double())
     assert_as_good_as_eager(output, eager, exact)
-    for got, roughly, exactly in zip(
-        gradients(output, inputs),
-        gradients(eager, eager_inputs),
-        gradients(exact, exact_inputs),
-        strict=True,
-    ):
-        assert_as_good_as_eager(got, roughly, exactly)
+    assert_as_good_as_eager(
+        gradient(output, inputs), gradient(eager, eager_inputs), gradient(exact, exact_inputs)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -621,3 +618,14 @@ def test_without_aux_is_the_same_call():
     assert bare.scale == 0.5
     assert (call.B, call.H, call.G, call.T, call.S, call.D, call.E) == (2, 6, 2, 5, 7, 8, 8)
     assert call.group == 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_does_not_reach_into_a_backend(backend):
+    inputs = tensors(dtype=torch.float32)
+    outside = ph.attention(*inputs, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, aux = ph.attention(*inputs, backend=backend, return_aux=ALL_AUX)
+        assert (inputs[0] @ inputs[0].mT).dtype == torch.bfloat16
+    assert torch.equal(inside, outside)
+    assert aux.weights.dtype == aux.lse.dtype == torch.float32

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 import polyhead as ph
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from polyhead.mask import All, AnyOf, Mask, causal, dense, lengths, window
+from polyhead.mask import (
+    All,
+    AnyOf,
+    Mask,
+    causal,
+    cu_seqlens,
+    dense,
+    documents,
+    left_padding,
+    lengths,
+    prefix,
+    window,
+)
 
 CPU = torch.device("cpu")
 H = 2
@@ -25,7 +37,8 @@ def stands_at(t, T, S, align):
 @st.composite
 def primitives(draw, B, T, S):
     """A mask and its rule: `rule(b, h, t, s)` says in plain Python whether t may attend to s."""
-    kind = draw(st.sampled_from(["causal", "window", "lengths", "dense"]))
+    kinds = ["causal", "window", "lengths", "left_padding", "prefix", "dense"]
+    kind = draw(st.sampled_from([*kinds, "documents"] if T <= S else kinds))
     if kind == "causal":
         align = draw(ALIGNS)
         return causal(align), lambda b, h, t, s: s <= stands_at(t, T, S, align)
@@ -43,6 +56,19 @@ def primitives(draw, B, T, S):
     if kind == "lengths":
         sizes = draw(st.lists(st.integers(0, S + 1), min_size=B, max_size=B))
         return lengths(sizes), lambda b, h, t, s: s < sizes[b]
+    if kind == "left_padding":
+        sizes = draw(st.lists(st.integers(0, S + 1), min_size=B, max_size=B))
+        return left_padding(sizes), lambda b, h, t, s: s >= sizes[b]
+    if kind == "prefix":
+        n = draw(st.integers(0, S + 1))
+        return prefix(n), lambda b, h, t, s: s < n
+    if kind == "documents":
+        row = st.lists(st.integers(0, 2), min_size=S, max_size=S)
+        if draw(st.booleans()):
+            ids = draw(row)
+            return documents(ids), lambda b, h, t, s: ids[S - T + t] == ids[s]
+        table = draw(st.lists(row, min_size=B, max_size=B))
+        return documents(torch.tensor(table)), lambda b, h, t, s: table[b][S - T + t] == table[b][s]
     shape = [draw(st.sampled_from([1, size])) for size in (B, H, T, S)]
     shape = draw(st.sampled_from([shape, shape[2:]]))
     seed = draw(st.integers(0, 99))
@@ -138,7 +164,7 @@ def test_the_algebra_is_boolean(case):
 @given(cases())
 @settings(max_examples=100, deadline=None)
 def test_equal_masks_have_equal_hashes_and_every_mask_can_be_printed(case):
-    B, T, S, [(mask, _)] = case
+    _, T, _, [(mask, _)] = case
     assert mask == mask & mask
     assert hash(mask) == hash(mask | mask)
     assert str(mask).startswith(f"{mask!r}\n")
@@ -184,10 +210,23 @@ def test_causal_draws_as_documented(T, S, end, start):
         (window(before=1), ["xxxxx", "xxxxx", ".xxxx", "..xxx", "...xx"]),
         (window(before=1, after=1), ["xx...", "xxx..", ".xxx.", "..xxx", "...xx"]),
         (causal() & window(before=1), ["x....", "xx...", ".xx..", "..xx.", "...xx"]),
+        (left_padding([2]), ["..xxx"] * 5),
+        (causal() & left_padding([2]), [".....", ".....", "..x..", "..xx.", "..xxx"]),
+        (prefix(2), ["xx..."] * 5),
+        (causal() | prefix(2), ["xx...", "xx...", "xxx..", "xxxx.", "xxxxx"]),
+        (documents([0, 0, 1, 1, 1]), ["xx...", "xx...", "..xxx", "..xxx", "..xxx"]),
+        (causal() & documents([0, 0, 1, 1, 1]), ["x....", "xx...", "..x..", "..xx.", "..xxx"]),
     ],
 )
-def test_window_draws_as_documented(mask, rows):
+def test_other_masks_draw_as_documented(mask, rows):
     assert mask.draw(5, 5) == "\n".join(" ".join(row) for row in rows)
+
+
+def test_cu_seqlens_are_documents_told_by_their_bounds():
+    assert cu_seqlens([0, 2, 5]) == documents([0, 0, 1, 1, 1])
+    assert cu_seqlens([0, 0, 3, 3]) == documents([1, 1, 1])
+    assert cu_seqlens(torch.tensor([0, 2, 5], dtype=torch.int32)) == cu_seqlens([0, 2, 5])
+    assert cu_seqlens([0]).materialize(0, 0).shape == (0, 0)
 
 
 def test_draw_takes_one_batch_row_and_head():
@@ -214,6 +253,9 @@ def test_str_is_the_expression_and_a_drawing():
         (dense(torch.ones(3, 5, dtype=torch.bool)).for_queries(1, 3, 3), 2, 5),
         (causal().for_queries(12, 16, 16), 4, 16),
         (lengths([3, 5]), 8, 8),
+        (documents([0, 0, 1]), 3, 3),
+        (causal() & documents([0, 0, 1]), 3, 3),
+        (documents([0, 0, 1]) & dense(torch.ones(2, 3, dtype=torch.bool)), 2, 3),
     ],
 )
 def test_str_draws_at_a_size_that_fits_every_part(mask, T, S):
@@ -229,8 +271,13 @@ def test_str_draws_at_a_size_that_fits_every_part(mask, T, S):
         (window(after=0), "window(after=0)"),
         (window(2, 1, align="start"), 'window(before=2, after=1, align="start")'),
         (lengths([3, 0]), "lengths([3, 0])"),
-        (lengths(range(9)), "lengths(<9 rows>)"),
-        (lengths(torch.ones(2, dtype=torch.long, device="meta")), "lengths(<2 rows>)"),
+        (lengths(range(9)), "lengths(<9 entries>)"),
+        (lengths(torch.ones(2, dtype=torch.long, device="meta")), "lengths(<2 entries>)"),
+        (left_padding([3, 0]), "left_padding([3, 0])"),
+        (causal() | prefix(2), "causal() | prefix(2)"),
+        (documents([0, 0, 1]), "documents([0, 0, 1])"),
+        (documents(torch.zeros(2, 5, dtype=torch.long)), "documents(2x5)"),
+        (cu_seqlens([0, 1, 3]), "documents([0, 1, 1])"),
         (dense(torch.ones(2, 1, 3, 4, dtype=torch.bool)), "dense(2x1x3x4)"),
         (causal() & ~window(after=1), "causal() & ~window(after=1)"),
         (
@@ -314,6 +361,36 @@ SIZE = "{} must be an integer of at least 0, or None; got {}; count the keys"
             'align must be "end" or "start"; got \'left\'; see mask.causal',
         ),
         (
+            lambda: prefix(-2),
+            ArgumentError,
+            "n must be an integer of at least 0; got -2; "
+            "use lengths(...) for one number a batch row",
+        ),
+        (
+            lambda: documents(torch.zeros(1, 2, 3).long()),
+            ShapeError,
+            "ids must be (S,) or (B, S); got (1, 2, 3); give one id a key token",
+        ),
+        (
+            lambda: documents([0.0]),
+            DtypeError,
+            "ids must be int32 or int64; got torch.float32; convert with .long()",
+        ),
+        (
+            lambda: left_padding([[1]]),
+            ShapeError,
+            "padding must have one entry a batch row, (B,); got (1, 1); flatten it",
+        ),
+        *(
+            (
+                lambda bounds=bounds: cu_seqlens(bounds),
+                ArgumentError,
+                f"cu_seqlens must begin with 0 and never fall; got {bounds}; "
+                "pass the cumulative sum of the lengths, with 0 before it",
+            )
+            for bounds in ([1, 4], [0, 3, 2])
+        ),
+        (
             lambda: lengths([1.5]),
             DtypeError,
             "lengths must be int32 or int64; got torch.float32; convert with .long()",
@@ -363,6 +440,32 @@ META = torch.device("meta")
             'mask.dense(allowed) must be on the query\'s device, meta; got cpu; .to("meta")',
         ),
         (
+            left_padding([1]),
+            CPU,
+            ShapeError,
+            "mask.left_padding(padding) must have one entry a batch row, B = 2; got 1; "
+            "give one for each",
+        ),
+        (
+            documents([0, 0, 1]),
+            CPU,
+            ShapeError,
+            "mask.documents(ids) must name the document of each of the S = 7 keys, the T = 5 "
+            "queries among them; got (3,); give one id a key token, of cached tokens too",
+        ),
+        (
+            documents(torch.zeros(3, 7, dtype=torch.long)),
+            CPU,
+            ShapeError,
+            "mask.documents(ids) must have one entry a batch row, B = 2; got 3; give one for each",
+        ),
+        (
+            documents([0] * 7),
+            META,
+            DeviceError,
+            'mask.documents(ids) must be on the query\'s device, meta; got cpu; .to("meta")',
+        ),
+        (
             causal().for_queries(1, 4, 9),
             CPU,
             ShapeError,
@@ -382,6 +485,11 @@ def test_a_mask_that_does_not_fit_the_call_says_why(mask, device, error, message
     for compound in anywhere:
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             compound.check(2, 3, 5, 7, device)
+
+
+def test_documents_need_an_id_for_every_query():
+    with pytest.raises(ShapeError, match="S = 3 keys, the T = 5 queries among them"):
+        documents([0, 0, 1]).check(1, 1, 5, 3, CPU)
 
 
 def test_the_module_exports_its_functions():

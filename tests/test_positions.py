@@ -99,3 +99,37 @@ def test_theta_must_be_positive(theta):
     message = f"theta must be positive; got {theta}; 10000.0 is usual"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         ph.Rope(theta=theta)
+
+
+def test_interleaved_pairs_turn_as_complex_numbers():
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    positions = torch.tensor([0, 1, 7, 100, 3])
+    angles = positions[:, None] * 50.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
+    turns = torch.polar(torch.ones_like(angles), angles)
+    want = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turns).flatten(-2)
+    got = ph.Rope(theta=50.0, interleaved=True)(x, positions)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_partial_rotation_leaves_the_rest(interleaved):
+    x = torch.randn(2, 3, 5, 24)
+    positions = torch.arange(5) + 11
+    partial = ph.Rope(interleaved=interleaved, rotary_dim=6)(x, positions)
+    assert torch.equal(partial[..., 6:], x[..., 6:])
+    whole = ph.Rope(interleaved=interleaved)(x[..., :6], positions)
+    assert torch.equal(partial[..., :6], whole)
+    assert not torch.equal(partial[..., :6], x[..., :6])
+
+
+@pytest.mark.parametrize("rotary_dim", [0, -2, 5])
+def test_rotary_dim_must_be_even_and_positive(rotary_dim):
+    message = f"rotary_dim must be even and at least 2; got {rotary_dim}; pairs turn"
+    with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
+        ph.Rope(rotary_dim=rotary_dim)
+
+
+def test_rotary_dim_must_fit_the_head():
+    message = "rotary_dim must be at most the head size 8; got 10; let fewer features turn"
+    with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
+        ph.Rope(rotary_dim=10)(torch.ones(1, 1, 2, 8), torch.arange(2))

@@ -110,8 +110,7 @@ def tiny_metadata():
         "tokenizer.ggml.token_type": [3, 3, 4] + [1] * (len(tokens) - 3),
         "tokenizer.ggml.merges": ["h e", "l l", "he ll"],
         "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 0,
-        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.add_bos_token": False,
     }
 
@@ -160,6 +159,17 @@ def logits(model, ids):
 def test_smollm2_knows_the_capital_of_france(smollm2):
     ids = torch.tensor([smollm2.tokenizer("The capital of France is")["input_ids"]])
     assert smollm2.tokenizer.decode([logits(smollm2.model, ids)[0, -1].argmax()]) == " Paris"
+
+
+def test_smollm2_reads_austen_with_every_row_in_its_place(smollm2):
+    # Query and key rows left in llama.cpp's order still find Paris, but lose 1.7 nats a token here.
+    text = (
+        "It is a truth universally acknowledged, that a single man in possession of a good "
+        "fortune, must be in want of a wife."
+    )
+    ids = torch.tensor([smollm2.tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        assert smollm2.model(ids, labels=ids).loss.item() == pytest.approx(2.7654, abs=1e-3)
 
 
 def test_smollm2_config(smollm2):
@@ -304,6 +314,7 @@ def test_weights_outlive_the_file(tmp_path):
 def test_tiny_tokenizer(tmp_path):
     _, tokenizer = load_gguf(TinyFile().write(tmp_path / "tiny.gguf"))
     assert tokenizer.tokenize("hello<user>") == ["hell", "o", "<user>"]
+    assert tokenizer.tokenize("hello<|end|>") == ["hell", "o", "<|end|>"]
     assert tokenizer.decode(tokenizer("<|start|>hello<user>")["input_ids"]) == (
         "<|start|>hello<user>"
     )
@@ -326,6 +337,7 @@ REFUSED = {
     "llama.attention.head_count": (0, "not describe a Llama model"),
     "llama.attention.head_count_kv": (3, "4 heads cannot share 3 evenly"),
     "llama.attention.key_length": (9, "llama.rope.dimension_count must be the head size 9, got 10"),
+    "llama.rope.freq_base": (-1.0, "llama.rope.freq_base must be a positive number, got -1.0"),
     "llama.context_length": ("long", "llama.context_length must be a positive number, got 'long'"),
     "llama.vocab_size": (100, "262 tokens exceed the vocabulary of 100"),
     "llama.block_count": (2**30, "missing: blk.3.attn_norm.weight, blk.3.attn_q.weight"),
@@ -415,6 +427,20 @@ def test_other_byte_order(tmp_path, tiny_bytes):
     path.write_bytes(tiny_bytes[:4] + b"\0\0\0\x03" + bytes(16))
     with pytest.raises(ModelError, match="byte order of another kind of machine"):
         load_gguf(path)
+
+
+@pytest.mark.filterwarnings("default")
+def test_offset_that_overflows(tmp_path, tiny_bytes, recwarn):
+    corrupt = bytearray(tiny_bytes)
+    name = b"output_norm.weight"
+    # After the name: the number of dimensions (4 bytes), one dimension (8), the type (4).
+    offset = corrupt.index(name) + len(name) + 16
+    corrupt[offset : offset + 8] = b"\xff" * 8
+    path = tmp_path / "far.gguf"
+    path.write_bytes(corrupt)
+    with pytest.raises(ModelError, match=r"far\.gguf cannot be read as GGUF \(FloatingPointError"):
+        load_gguf(path)
+    assert not recwarn.list
 
 
 def test_count_that_would_take_hours(tmp_path, tiny_bytes, monkeypatch):

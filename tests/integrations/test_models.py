@@ -118,10 +118,12 @@ def test_checksum_is_verified_once(installed, cache, hashed):
 
 def test_changed_file_is_verified_again(installed, cache, hashed):
     models._default_file()
-    os.utime(installed, ns=(0, installed.stat().st_mtime_ns + 1))
+    later = installed.stat().st_mtime_ns + 1000
+    os.utime(installed, ns=(later, later))
     models._default_file()
+    assert len(hashed) == 2
     installed.write_bytes(b"longer than it was")
-    os.utime(installed, ns=(0, 0))
+    os.utime(installed, ns=(later, later))
     models._default_file()
     assert len(hashed) == 3
 

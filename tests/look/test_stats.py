@@ -31,6 +31,9 @@ def masks(T, S):
         "dense, one query row": ph.mask.dense(by_row[:, :, :1]),
         "and": causal & window & ph.mask.lengths([S, 3]),
         "or, not": causal | ~window,
+        "prefix": causal | ph.mask.prefix(3),
+        "left padding": causal & ph.mask.left_padding([0, 2]),
+        **({"documents": ph.mask.documents(torch.arange(S) // 3)} if T <= S else {}),
         "rows": causal.for_queries(2, 2 + T, T + 5),
     }
 
@@ -43,7 +46,7 @@ def test_chunks_give_the_definition(monkeypatch, kind, T, S, cells):
     torch.manual_seed(1)
     query = torch.randn(2, 6, T, 8, dtype=torch.float64)
     key = torch.randn(2, 2, S, 8, dtype=torch.float64)
-    mask = masks(T, S)[kind]
+    mask = masks(T, S).get(kind)  # documents have no T > S: then nothing is masked
     _, aux = ph.attention(
         query, key, key, mask=mask, scale=0.7, return_aux=ph.AuxRequest(stats=True)
     )

