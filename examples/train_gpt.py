@@ -204,9 +204,9 @@ def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> N
     before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
         with bar:
-            done = len(training.losses)
-            task = bar.add_task("", total=steps, completed=done, loss=float("nan"), rate=0.0)
-            for done, loss in enumerate(training.train(steps), done + 1):
+            first = len(training.losses)
+            task = bar.add_task("", total=steps, completed=first, loss=float("nan"), rate=0.0)
+            for done, loss in enumerate(training.train(steps), first + 1):
                 rate = (bar.tasks[0].speed or 0.0) * BATCH * training.settings.context
                 bar.update(task, completed=done, loss=loss, rate=rate)
                 if checkpoint and (interrupts or done == steps or done % SAVE_EVERY == 0):

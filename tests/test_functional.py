@@ -356,9 +356,12 @@ def test_weights_and_lse_are_those_of_the_output(case):
 def test_a_large_sink_takes_the_weight_and_leaves_lse_alone():
     inputs = tensors(dtype=torch.float32)
     _, without = ph.attention(*inputs, return_aux=ALL_AUX)
-    _, aux = ph.attention(*inputs, sinks=torch.full((6,), 300.0), return_aux=ALL_AUX)
+    inputs = [x.requires_grad_() for x in inputs]
+    sinks = torch.full((6,), 300.0, requires_grad=True)
+    output, aux = ph.attention(*inputs, sinks=sinks, return_aux=ALL_AUX)
     assert torch.equal(aux.lse, without.lse)
     assert (aux.weights == 0).all()
+    assert (gradient(output, [*inputs, sinks]) == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -409,6 +412,14 @@ def test_stats_of_equal_weights_by_hand():
     assert stats["mass_previous"] == pytest.approx([1 / 3, 1 / 4])
     assert stats["mass_self"] == pytest.approx([1 / 3, 1 / 4])
     assert stats["max_logit"] == [0.0, 0.0]
+
+
+def test_a_distance_to_a_later_key_counts_as_one_to_an_earlier():
+    """T = S = 3 and equal weights, nothing masked."""
+    zeros = torch.zeros(1, 1, 3, 8)
+    _, aux = ph.attention(zeros, zeros, zeros, return_aux=ALL_AUX)
+    assert aux.stats.mean_distance.flatten().tolist() == pytest.approx([3 / 3, 2 / 3, 3 / 3])
+    assert aux.stats.mass_previous.flatten().tolist() == pytest.approx([0, 1 / 3, 1 / 3])
 
 
 def test_the_same_seed_gives_the_same_bits():

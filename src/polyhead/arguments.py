@@ -11,7 +11,14 @@ from polyhead.call import AttentionCall, AuxRequest
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 
-__all__ = ["build_call"]
+__all__ = ["autocasts", "build_call"]
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether the caller has autocast on for this device."""
+    # Asked of a device without autocast (meta), is_autocast_enabled raises.
+    available = torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
 
 
 def build_call(

@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from polyhead.arguments import build_call
+from polyhead.arguments import autocasts, build_call
 from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose
 from polyhead.backends.reference import compute_aux
 from polyhead.call import AttentionCall, Aux, AuxRequest
@@ -114,7 +114,7 @@ def attention(
     chosen = choose(call, backend)
     # Autocast would cast inside a backend, and degrade even the definition: a caller's autocast
     # decides the dtype of query, key and value, and that is the dtype of the output.
-    if torch.is_autocast_enabled(query.device.type):
+    if autocasts(query.device):
         with torch.autocast(query.device.type, enabled=False):
             output, aux = _run(chosen, call)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from polyhead.arguments import autocasts
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 from polyhead.positions import Rope
@@ -86,19 +87,13 @@ def check_input(
         raise DeviceError(
             name, f"must be on the module's device, {weight.device}", x.device, "move one"
         )
-    if x.dtype != weight.dtype and weight.is_floating_point() and not _autocasts(x.device.type):
+    if x.dtype != weight.dtype and weight.is_floating_point() and not autocasts(x.device):
         raise DtypeError(
             name,
             f"must have the module's dtype, {weight.dtype}",
             x.dtype,
             "cast one: nothing is cast silently",
         )
-
-
-def _autocasts(device_type: str) -> bool:
-    # Asked of a device without autocast (meta), is_autocast_enabled raises.
-    available = torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
 
 
 def check_positions(positions: Tensor, B: int, T: int) -> None:
