@@ -205,6 +205,7 @@ def test_num_kv_heads_must_divide(groups):
         ({"context_length": 13}, r"share context_length .*has 11, heads\[1\] has 13"),
         ({"d_out": 2}, r"share d_out .*has 4, heads\[1\] has 2"),
         ({"backend": "reference"}, r"share backend .*has 'auto', heads\[1\] has 'reference'"),
+        ({"device": "meta"}, r"share device .*type='cpu'\), heads\[1\] .*type='meta'\)"),
         ({"dtype": torch.float64}, r"share dtype .*has torch.float32, .* has torch.float64"),
     ],
 )

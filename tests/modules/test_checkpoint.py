@@ -145,3 +145,17 @@ def test_assigned_parts_of_a_fused_checkpoint_share_no_memory():
     module.load_state_dict(state, assign=True)
     storages = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     assert len(storages) == len(list(module.parameters()))
+
+
+@pytest.mark.parametrize("rule", [None, ph.mask.window(before=2)], ids=repr)
+def test_a_causal_checkpoint_does_not_turn_bidirectional(rule):
+    module = ph.MultiHeadAttention(4, 4, 6, 0.0, 2, mask=rule)
+    state = module.state_dict() | {"mask": torch.ones(6, 6).triu(1)}
+    with pytest.raises(RuntimeError, match=r"mask says that the checkpoint is causal; got a modul"):
+        module.load_state_dict(state)
+
+
+def test_a_causal_checkpoint_loads_where_causality_is_one_rule_of_two():
+    rule = ph.mask.causal() & ph.mask.window(before=2)
+    module = ph.MultiHeadAttention(4, 4, 6, 0.0, 2, mask=rule)
+    module.load_state_dict(module.state_dict() | {"mask": torch.ones(6, 6).triu(1)})

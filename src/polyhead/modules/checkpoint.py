@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyhead.mask import Causal
+
 __all__ = ["accept_either_projection", "accept_lecture_mask"]
 
 _SEPARATE = ("W_query", "W_key", "W_value")
@@ -23,13 +25,20 @@ def accept_lecture_mask(
     saved = state_dict.pop(prefix + "mask", None)
     if saved is None:
         return
+    error_messages: list[str] = args[-1]
+    rule = getattr(module, "mask", None)
+    if rule is None or Causal() not in rule.conjuncts:
+        error_messages.append(
+            f"{prefix}mask says that the checkpoint is causal; got a module with mask={rule!r}; "
+            "build it with mask=polyhead.mask.causal(), or delete this entry"
+        )
+        return
     forbidden = saved.bool()
     square = saved.ndim == 2 and saved.shape[0] == saved.shape[1]
     expected = torch.ones_like(forbidden).triu(1) if square else None
     if expected is None or not torch.equal(forbidden, expected):
         inverted = expected is not None and torch.equal(forbidden, ~expected)
         what = "its inverse, 1 on and below the diagonal, as a" if inverted else "another"
-        error_messages: list[str] = args[-1]
         error_messages.append(
             f"{prefix}mask must be the lecture's causal mask, 1 above the diagonal; got {what} "
             f"{tuple(saved.shape)} tensor; pass the rule as mask= to the constructor and delete "
