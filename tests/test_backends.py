@@ -383,3 +383,12 @@ def test_simplify_drops_what_forbids_nothing():
     assert sdpa.simplify(causal & window, 2, 7) == causal & window
     assert sdpa.simplify(start, 1, 7) == start
     assert sdpa.simplify(causal | window, 1, 7) == causal | window
+
+
+def test_sdpa_says_when_its_fused_kernel_is_switched_off():
+    query = torch.randn(1, 2, 3, 8)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        explanation = ph.explain(query, query, query)
+    assert explanation.chosen == "reference"
+    assert "switched off" in explanation.reasons["sdpa"][0]
+    assert ph.explain(query, query, query).chosen == "sdpa"
