@@ -387,7 +387,7 @@ def test_simplify_drops_what_forbids_nothing():
 
 def test_sdpa_says_when_its_fused_kernel_is_switched_off():
     query = torch.randn(1, 2, 3, 8)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH):
         explanation = ph.explain(query, query, query)
     assert explanation.chosen == "reference"
     assert "switched off" in explanation.reasons["sdpa"][0]

@@ -85,7 +85,8 @@ def _math_path_reasons(call: AttentionCall) -> list[str]:
     """What makes torch's CPU dispatcher leave its fused kernel and hold T x S scores."""
     fall = "torch then holds T x S scores and repeats key heads (its math path on CPU)"
     reasons = []
-    if not torch.backends.cuda.flash_sdp_enabled():  # the switch is for every device
+    # The switch is for every device. torch.compile cannot trace the question.
+    if not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled():
         reasons.append(f"has its fused kernel switched off (enable_flash_sdp, sdpa_kernel); {fall}")
     if call.dropout > 0.0:
         reasons.append(f"has no dropout in its CPU kernel; got dropout = {call.dropout}; {fall}")
