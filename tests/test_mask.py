@@ -495,3 +495,8 @@ def test_documents_need_an_id_for_every_query():
 def test_the_module_exports_its_functions():
     for name in ph.mask.__all__:
         assert hasattr(ph.mask, name)
+
+
+@pytest.mark.parametrize("build", [ph.mask.lengths, ph.mask.left_padding, ph.mask.documents])
+def test_an_empty_list_is_integers(build):
+    assert build([]).materialize(0, 0).numel() == 0

@@ -94,9 +94,9 @@ def test_an_odd_head_size_is_refused():
         ph.Rope()(torch.ones(1, 1, 2, 7), torch.arange(2))
 
 
-@pytest.mark.parametrize("theta", [0.0, -2.5, float("nan")])
+@pytest.mark.parametrize("theta", [0.0, -2.5, float("nan"), float("inf")])
 def test_theta_must_be_positive(theta):
-    message = f"theta must be positive; got {theta}; 10000.0 is usual"
+    message = f"theta must be positive and finite; got {theta}; 10000.0 is usual"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         ph.Rope(theta=theta)
 

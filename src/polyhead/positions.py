@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,10 @@ class Rope:
     rotary_dim: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.theta > 0.0:
-            raise ArgumentError("theta", "must be positive", self.theta, "10000.0 is usual")
+        if not 0.0 < self.theta < math.inf:
+            raise ArgumentError(
+                "theta", "must be positive and finite", self.theta, "10000.0 is usual"
+            )
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ArgumentError(
                 "rotary_dim", "must be even and at least 2", self.rotary_dim, "pairs turn"

@@ -23,7 +23,8 @@ def stats(
 ) -> HeadStats:
     """What each head does for every query: entropy, distances, mass on the first token, and so on.
 
-    Exact, against the definition; memory grows with T, not with T x S.
+    Exact, against the definition; memory grows with T, not with T x S. (Under
+    torch.no_grad: a gradient would keep every chunk.)
 
     Args:
         query: (B, H, T, D).

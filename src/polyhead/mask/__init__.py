@@ -203,7 +203,7 @@ def documents(ids: Tensor | Sequence[int]) -> Mask:
     >>> documents([0, 0, 1]).materialize(3, 3).int().tolist()
     [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     """
-    tensor = ids if isinstance(ids, Tensor) else torch.tensor(ids)
+    tensor = _as_tensor(ids)
     _check_integers("ids", tensor)
     if tensor.ndim not in (1, 2):
         raise ShapeError(
@@ -265,13 +265,20 @@ def dense(allowed: Tensor) -> Mask:
 
 
 def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else torch.tensor(values)
+    tensor = _as_tensor(values)
     _check_integers(name, tensor)
     if tensor.ndim != 1:
         raise ShapeError(
             name, "must have one entry a batch row, (B,)", tuple(tensor.shape), "flatten it"
         )
     return tensor
+
+
+def _as_tensor(values: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    # An empty list would become float32.
+    return torch.tensor(values, dtype=None if len(values) else torch.int64)
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:
