@@ -11,7 +11,7 @@ from polyhead.call import AttentionCall, AuxRequest
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 
-__all__ = ["autocasts", "build_call"]
+__all__ = ["autocasts", "build_call", "check_is_tensor"]
 
 
 def autocasts(device: torch.device) -> bool:
@@ -63,7 +63,7 @@ def build_call(
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        _check_is_tensor(name, tensor)
+        check_is_tensor(name, tensor)
         if tensor.ndim != 4:
             raise ShapeError(
                 name,
@@ -124,7 +124,7 @@ def _check_mask(mask: Mask, query: Tensor, S: int) -> None:
 
 
 def _check_bias(bias: Tensor, query: Tensor, S: int) -> None:
-    _check_is_tensor("bias", bias)
+    check_is_tensor("bias", bias)
     full = (*query.shape[:3], S)
     shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if len(shape) > 4 or any(have not in (1, want) for have, want in zip(shape, full, strict=True)):
@@ -145,7 +145,7 @@ def _check_bias(bias: Tensor, query: Tensor, S: int) -> None:
 
 
 def _check_sinks(sinks: Tensor, query: Tensor) -> None:
-    _check_is_tensor("sinks", sinks)
+    check_is_tensor("sinks", sinks)
     if sinks.shape != (query.shape[1],):
         raise ShapeError(
             "sinks",
@@ -158,7 +158,7 @@ def _check_sinks(sinks: Tensor, query: Tensor) -> None:
     _check_same_device("sinks", sinks, query)
 
 
-def _check_is_tensor(name: str, tensor: object) -> None:
+def check_is_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise DtypeError(name, "must be a tensor", type(tensor).__name__, "torch.as_tensor it")
 

@@ -144,3 +144,14 @@ def test_adapters_are_refused():
     layer.v_proj = nn.Sequential(layer.v_proj)
     with pytest.raises(ConversionError, match=r"v_proj must be a plain nn\.Linear.*Sequential"):
         from_transformers(layer)
+
+
+def test_a_frozen_projection_stays_frozen_and_the_others_train():
+    config = transformers.LlamaConfig(
+        hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1
+    )
+    layer = transformers.models.llama.modeling_llama.LlamaAttention(config, layer_idx=0)
+    layer.k_proj.requires_grad_(False)
+    mha = from_transformers(layer)
+    frozen = {name for name, parameter in mha.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"W_key.weight"}

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import polyhead.mask
+from polyhead.convert.linear import check_plain, copied, filled
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
 from polyhead.positions import Rope
@@ -26,11 +27,7 @@ def from_layer(layer: nn.Module) -> MultiHeadAttention:
     config: Any = layer.config
     projections: dict[str, Any] = {name: getattr(layer, name) for name in _NAMES}
     for name, projection in projections.items():
-        if type(projection) is not nn.Linear:
-            raise ConversionError(
-                f"{name} must be a plain nn.Linear to be converted; got "
-                f"{type(projection).__name__}; merge adapters first"
-            )
+        check_plain(name, projection)
     mask = polyhead.mask.causal()
     sliding_window = getattr(layer, "sliding_window", getattr(config, "sliding_window", None))
     if sliding_window is not None:
@@ -51,14 +48,10 @@ def from_layer(layer: nn.Module) -> MultiHeadAttention:
         scale=float(layer.scaling),  # type: ignore[arg-type]
         device="meta",
     )
-    state = {
-        f"{_NAMES[name]}.{kind}": parameter.detach().clone()
-        for name, projection in projections.items()
-        for kind, parameter in projection.named_parameters()
-    }
-    mha.load_state_dict(state, assign=True)
-    mha.requires_grad_(q_proj.weight.requires_grad)
-    return mha.train(layer.training)
+    state: dict[str, Tensor] = {}
+    for name, projection in projections.items():
+        state |= copied(_NAMES[name], projection)
+    return filled(mha, state, layer)
 
 
 def _rope(config: Any) -> Rope:

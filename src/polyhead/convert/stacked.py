@@ -18,17 +18,15 @@ their group's key and value rows.
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from polyhead.convert.linear import check_plain, copied, filled
 from polyhead.errors import ConversionError, ShapeError
 from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
 
 __all__ = ["split_to_stacked", "stacked_to_split"]
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
@@ -78,7 +76,7 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
                 source = h if name == "W_query" else h // group
                 row = rows[source].clone().requires_grad_(parameter.requires_grad)
                 state[f"heads.{h}.{name}.{kind}"] = row
-    return _filled(wrapper, state, mha)
+    return filled(wrapper, state, mha)
 
 
 def stacked_to_split(
@@ -146,13 +144,13 @@ def stacked_to_split(
                     "split; got a mixture; set requires_grad alike"
                 )
             state[f"{name}.{kind}"] = torch.cat(rows).requires_grad_(parameters[0].requires_grad)
-    return _filled(mha, state, wrapper)
+    return filled(mha, state, wrapper)
 
 
 def _projections(mha: MultiHeadAttention) -> dict[str, nn.Linear]:
     """The three projections, separate also where they are fused."""
     for name in ("W_qkv",) if mha.fused else ("W_query", "W_key", "W_value"):
-        _check_plain(name, getattr(mha, name))
+        check_plain(name, getattr(mha, name))
     if mha.fused:
         mha = copy.deepcopy(mha).unfuse()
     return {name: getattr(mha, name) for name in ("W_query", "W_key", "W_value")}
@@ -167,27 +165,16 @@ def _heads(wrapper: MultiHeadAttentionWrapper) -> list[CausalAttention]:
                 "merge adapters first"
             )
         for name in ("W_query", "W_key", "W_value"):
-            _check_plain(f"heads[{index}].{name}", getattr(head, name))
+            check_plain(f"heads[{index}].{name}", getattr(head, name))
         heads.append(head)
     return heads
-
-
-def _check_plain(name: str, projection: nn.Module) -> None:
-    if type(projection) is not nn.Linear:
-        raise ConversionError(
-            f"{name} must be a plain nn.Linear to be converted; got {type(projection).__name__}; "
-            "merge adapters first"
-        )
 
 
 def _out_state(module: MultiHeadAttention | MultiHeadAttentionWrapper) -> dict[str, Tensor]:
     if module.out_proj is None:
         return {}
-    _check_plain("out_proj", module.out_proj)
-    return {
-        f"out_proj.{kind}": parameter.detach().clone().requires_grad_(parameter.requires_grad)
-        for kind, parameter in module.out_proj.named_parameters()
-    }
+    check_plain("out_proj", module.out_proj)
+    return copied("out_proj", module.out_proj)
 
 
 def _common(heads: list[CausalAttention]) -> CausalAttention:
@@ -224,11 +211,3 @@ def _one_a_group(rows: list[Tensor], group: int, name: str) -> list[Tensor]:
                 "leave num_kv_heads out to keep every head"
             )
     return rows[::group]
-
-
-def _filled(module: M, state: dict[str, Tensor], source: nn.Module) -> M:
-    """`module`, built on the meta device so that no random numbers are drawn, with its weights."""
-    module.load_state_dict(state, assign=True)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(state[name].requires_grad)
-    return module.train(source.training)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.arguments import autocasts
+from polyhead.arguments import autocasts, check_is_tensor
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 from polyhead.positions import Rope
@@ -59,8 +59,7 @@ def check_input(
     name: str, x: Tensor, weight: Tensor, d_in: int, context_length: int | None = None
 ) -> None:
     """`x` is (B, tokens, d_in), of the weight's dtype and device, and not too long."""
-    if not isinstance(x, Tensor):
-        raise DtypeError(name, "must be a tensor", type(x).__name__, "torch.as_tensor it")
+    check_is_tensor(name, x)
     if x.ndim != 3:
         raise ShapeError(
             name,
