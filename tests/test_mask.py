@@ -17,6 +17,7 @@ from polyhead.mask import (
     Mask,
     causal,
     cu_seqlens,
+    custom,
     dense,
     documents,
     left_padding,
@@ -34,10 +35,14 @@ def stands_at(t, T, S, align):
     return S - T + t if align == "end" else t
 
 
+def striped(batch, head, query, key):
+    return (2 * batch + head + query + 3 * key) % 4 > 1
+
+
 @st.composite
 def primitives(draw, B, T, S):
     """A mask and its rule: `rule(b, h, t, s)` says in plain Python whether t may attend to s."""
-    kinds = ["causal", "window", "lengths", "left_padding", "prefix", "dense"]
+    kinds = ["causal", "window", "lengths", "left_padding", "prefix", "dense", "custom"]
     kind = draw(st.sampled_from([*kinds, "documents"] if T <= S else kinds))
     if kind == "causal":
         align = draw(ALIGNS)
@@ -69,6 +74,12 @@ def primitives(draw, B, T, S):
             return documents(ids), lambda b, h, t, s: ids[S - T + t] == ids[s]
         table = draw(st.lists(row, min_size=B, max_size=B))
         return documents(torch.tensor(table)), lambda b, h, t, s: table[b][S - T + t] == table[b][s]
+    if kind == "custom":
+        align = draw(ALIGNS)
+        batch, heads = draw(st.sampled_from([1, B])), draw(st.sampled_from([1, H]))
+        mask = custom(striped, batch=batch, heads=heads, align=align)
+        # A function that is not told of other rows and heads sees the first everywhere.
+        return mask, lambda b, h, t, s: striped(b % batch, h % heads, stands_at(t, T, S, align), s)
     shape = [draw(st.sampled_from([1, size])) for size in (B, H, T, S)]
     shape = draw(st.sampled_from([shape, shape[2:]]))
     seed = draw(st.integers(0, 99))
@@ -138,6 +149,74 @@ def test_rows_and_for_queries_are_slices_of_the_whole(case, data):
         written_out(inner, B, stop - start - min(1, stop - start), S),
         want[:, :, min(1, stop - start) :],
     )
+
+
+@given(cases(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_keys_and_for_keys_are_slices_of_the_whole(case, data):
+    B, T, S, [(mask, _)] = case
+    first = data.draw(st.integers(0, S))
+    last = data.draw(st.integers(first, S))
+    want = written_out(mask, B, T, S)[..., first:last]
+    rows = mask.rows(0, T, T, S, keys=(first, last))
+    assert torch.equal(rows.expand(B, H, T, last - first), want)
+    if T > S - first and "documents" in repr(mask):
+        return  # documents name the queries by their keys, which would be gone
+    left = mask.for_keys(first, S)
+    left.check(B, H, T, S - first, CPU)
+    want = written_out(mask, B, T, S)[..., first:]
+    assert torch.equal(written_out(left, B, T, S - first), want)
+    for inner in (left.for_queries(1, T, T), mask.for_queries(1, T, T).for_keys(first, S)):
+        assert torch.equal(written_out(inner, B, T - 1, S - first), want[:, :, 1:])
+    again = data.draw(st.integers(0, S - first))
+    if T <= S - first - again:
+        fewer = left.for_keys(again, S - first)
+        assert torch.equal(written_out(fewer, B, T, S - first - again), want[..., again:])
+
+
+@given(cases(), st.data())
+@settings(max_examples=300, deadline=None)
+def test_no_key_out_of_reach_is_allowed(case, data):
+    B, T, S, [(mask, _)] = case
+    start = data.draw(st.integers(0, T))
+    stop = data.draw(st.integers(start, T))
+    cut = data.draw(st.integers(0, S))
+    for rule, keys in ((mask, S), (mask.for_queries(0, T, T), S), (mask.for_keys(cut, S), S - cut)):
+        if T > keys and "documents" in repr(mask):
+            continue
+        first, last = rule.reach(start, stop, T, keys)
+        outside = written_out(rule, B, T, keys)[:, :, start:stop].clone()
+        if first < last:
+            assert 0 <= first < last <= keys
+            outside[..., first:last] = False
+        assert not outside.any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "reach"),
+    [
+        (causal(), (0, 6)),
+        (causal("start"), (0, 4)),
+        (window(before=2), (2, 9)),
+        (window(before=2, after=1), (2, 7)),
+        (window(before=2, align="start"), (0, 9)),
+        (causal() & window(before=2), (2, 6)),
+        (causal() | prefix(8), (0, 8)),
+        (prefix(2) & lengths([3]), (0, 2)),
+        (~causal(), (0, 9)),
+        ((causal() & window(before=2)).for_queries(0, 7, 7), (2, 6)),
+        (causal("start").for_keys(3, 12), (0, 1)),
+    ],
+    ids=repr,
+)
+def test_reach_is_as_narrow_as_the_structure_tells(mask, reach):
+    """Queries 2 and 3 of 7 against 9 keys stand at 4 and 5."""
+    assert mask.reach(2, 4, 7, 9) == reach
+
+
+def test_reach_of_a_chunk_counts_from_the_chunk():
+    chunk = (causal() & window(before=2)).for_queries(1, 6, 7)
+    assert chunk.reach(1, 3, 5, 9) == (2, 6)
 
 
 @given(cases(count=3))
@@ -291,6 +370,15 @@ def test_str_draws_at_a_size_that_fits_every_part(mask, T, S):
             (causal() | lengths([1])).for_queries(0, 2, 4),
             "(causal() | lengths([1])).for_queries(0, 2, 4)",
         ),
+        (custom(striped), "custom(striped)"),
+        (causal("start").for_keys(2, 7), 'causal(align="start").for_keys(2, 7)'),
+        (
+            (causal() & lengths([3]) & left_padding([3]) & prefix(4)).for_keys(2, 7),
+            "causal() & lengths([1]) & left_padding([1]) & prefix(2)",
+        ),
+        (prefix(1).for_keys(2, 7), "prefix(0)"),
+        (documents([0, 0, 1]).for_keys(1, 3), "documents([0, 1])"),
+        (custom(striped).for_keys(0, 7), "custom(striped)"),
     ],
 )
 def test_repr_is_the_expression(mask, text):
@@ -341,6 +429,40 @@ SIZE = "{} must be an integer of at least 0, or None; got {}; count the keys"
             ShapeError,
             "allowed must have 2 dimensions (T, S) or 4 (B, H, T, S); got (3, 4, 5); "
             "unsqueeze the missing ones: mask[:, None] if it differs by batch row",
+        ),
+        (
+            lambda: custom(torch.ones(2, 2, dtype=torch.bool)),
+            DtypeError,
+            "fn must be a function of (batch, head, query, key); got Tensor; "
+            "wrap a bool tensor in polyhead.mask.dense instead",
+        ),
+        (
+            lambda: custom(striped, heads=0),
+            ArgumentError,
+            "heads must be an integer of at least 1; got 0; count them",
+        ),
+        (
+            lambda: custom(striped, align="left"),
+            ArgumentError,
+            'align must be "end" or "start"; got \'left\'; see mask.causal',
+        ),
+        (
+            lambda: custom(lambda batch, head, query, key: query - key).materialize(2, 2),
+            DtypeError,
+            "mask.custom(fn) must return a bool tensor, True = may attend; got torch.int64; "
+            "compare",
+        ),
+        (
+            lambda: custom(lambda batch, head, query, key: True).materialize(2, 2),
+            DtypeError,
+            "mask.custom(fn) must return a bool tensor, True = may attend; got bool; compare",
+        ),
+        (
+            lambda: custom(lambda *_: torch.ones(2, 1, 2, 2) > 0).materialize(2, 2),
+            ShapeError,
+            "mask.custom(fn) must return what broadcasts to (batch, heads, T, S) = (1, 1, 2, 2); "
+            "got (2, 1, 2, 2); compute it from the four indices alone, and say batch= and heads= "
+            "if it uses them",
         ),
         (lambda: window(before=-3), ArgumentError, SIZE.format("before", -3)),
         (lambda: window(after=1.5), ArgumentError, SIZE.format("after", 1.5)),
@@ -464,6 +586,27 @@ META = torch.device("meta")
             META,
             DeviceError,
             'mask.documents(ids) must be on the query\'s device, meta; got cpu; .to("meta")',
+        ),
+        (
+            custom(striped, batch=3),
+            CPU,
+            ShapeError,
+            "mask.custom(batch=) must be 1 or the call's 2; got 3; say how many batch fn tells "
+            "apart",
+        ),
+        (
+            custom(striped, heads=2),
+            CPU,
+            ShapeError,
+            "mask.custom(heads=) must be 1 or the call's 3; got 2; say how many heads fn tells "
+            "apart",
+        ),
+        (
+            causal("start").for_keys(1, 9),
+            CPU,
+            ShapeError,
+            "mask.for_keys(start, S) must leave the call's S = 7 keys; got 1 .. 9; "
+            "give the first key that is left, and how many there were",
         ),
         (
             causal().for_queries(1, 4, 9),

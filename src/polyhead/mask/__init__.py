@@ -14,16 +14,17 @@ In the drawings a row is a query, a column a key, `x` may attend and `.` may not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from polyhead.errors import ArgumentError, DtypeError, ShapeError
-from polyhead.mask.algebra import All, AnyOf, Mask, Not
+from polyhead.mask.algebra import All, AnyOf, Columns, Mask, Not, Rows
 from polyhead.mask.primitives import (
     Align,
     Causal,
+    Custom,
     Dense,
     Documents,
     LeftPadding,
@@ -36,6 +37,8 @@ __all__ = [
     "All",
     "AnyOf",
     "Causal",
+    "Columns",
+    "Custom",
     "Dense",
     "Documents",
     "LeftPadding",
@@ -43,9 +46,11 @@ __all__ = [
     "Mask",
     "Not",
     "Prefix",
+    "Rows",
     "Window",
     "causal",
     "cu_seqlens",
+    "custom",
     "dense",
     "documents",
     "left_padding",
@@ -262,6 +267,54 @@ def dense(allowed: Tensor) -> Mask:
             "unsqueeze the missing ones: mask[:, None] if it differs by batch row",
         )
     return Dense(allowed)
+
+
+def custom(
+    fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    align: Align = "end",
+) -> Mask:
+    """Any rule, as a function of absolute positions. Only `reference` and `flex` run it.
+
+    A rule that the other functions here can say is faster: their structure is known. `custom` is
+    for the rest; here every second key, and the query's own::
+
+        custom(lambda batch, head, query, key: (key % 2 == 0) | (key == query))
+        x . x . x
+        x x x . x
+        x . x . x
+        x . x x x
+        x . x . x
+
+    Args:
+        fn: given integer tensors that broadcast against each other (batch row, head, position of
+            the query, position of the key), returns a bool tensor, True = may attend. The order
+            is that of `mask_mod` in `torch.nn.attention.flex_attention`.
+        batch: how many batch rows fn tells apart; 1: it does not look at the batch row.
+        heads: how many heads fn tells apart; 1: it does not look at the head.
+        align: as in `causal`; "start" counts queries from 0, as `flex_attention` does.
+
+    Raises:
+        DtypeError, ShapeError: fn is no function, or returned something else (when it is called).
+
+    >>> def strided(batch, head, query, key):
+    ...     return (query - key) % 2 == 0
+    >>> (causal() & custom(strided)).materialize(3, 3).int().tolist()
+    [[[[1, 0, 0], [0, 1, 0], [1, 0, 1]]]]
+    """
+    if not callable(fn):
+        raise DtypeError(
+            "fn",
+            "must be a function of (batch, head, query, key)",
+            type(fn).__name__,
+            "wrap a bool tensor in polyhead.mask.dense instead",
+        )
+    for name, size in (("batch", batch), ("heads", heads)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ArgumentError(name, "must be an integer of at least 1", repr(size), "count them")
+    return Custom(fn, batch, heads, _check_align(align))
 
 
 def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:

@@ -1,16 +1,31 @@
-"""What every mask can do, and how masks combine: `&`, `|`, `~`, and some rows of one."""
+"""What every mask can do, and how masks combine: `&`, `|`, `~`, and some rows or columns of one."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from polyhead.errors import ShapeError
 
-__all__ = ["All", "AnyOf", "Mask", "Not", "Rows"]
+__all__ = ["All", "AnyOf", "Block", "Columns", "Mask", "Not", "Rows"]
+
+
+class Block(NamedTuple):
+    """Queries start .. stop - 1 of T against keys first .. last - 1 of S."""
+
+    start: int
+    stop: int
+    T: int
+    first: int
+    last: int
+    S: int
+    device: torch.device | str | None
 
 
 class Mask:
@@ -35,14 +50,29 @@ class Mask:
         return self.rows(0, T, T, S, device=device)
 
     def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
+        self,
+        start: int,
+        stop: int,
+        T: int,
+        S: int,
+        *,
+        keys: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
     ) -> Tensor:
         """Queries start .. stop - 1 of `materialize(T, S)`, without building the others.
+
+        With `keys` = (first, last) only the columns of keys first .. last - 1.
 
         >>> import polyhead as ph
         >>> ph.mask.causal().rows(1, 2, 2, 3).int().tolist()
         [[1, 1, 1]]
+        >>> ph.mask.causal().rows(0, 2, 2, 3, keys=(1, 3)).int().tolist()
+        [[1, 0], [1, 1]]
         """
+        first, last = (0, S) if keys is None else keys
+        return self._block(Block(start, stop, T, first, last, S, device))
+
+    def _block(self, at: Block) -> Tensor:
         raise NotImplementedError
 
     def for_queries(self, start: int, stop: int, T: int) -> Mask:
@@ -53,6 +83,31 @@ class Mask:
         [[1, 1, 1]]
         """
         return Rows(self, start, stop, T)
+
+    def for_keys(self, start: int, S: int) -> Mask:
+        """This mask for a call on keys start .. S - 1 of S, the queries where they stood.
+
+        What a rolling cache needs: the keys before `start` are gone.
+
+        >>> import polyhead as ph
+        >>> ph.mask.prefix(3).for_keys(1, 5)                        # keys 1 and 2 are left of it
+        prefix(2)
+        """
+        return self if start == 0 else self._from_key(start, S)
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        """Keys first .. last - 1: every key that queries start .. stop - 1 may attend to is there.
+
+        Told from the mask's structure; tensors are not read, so the range can be too wide.
+
+        >>> import polyhead as ph
+        >>> (ph.mask.causal() & ph.mask.window(before=2)).reach(10, 12, 100, 100)
+        (8, 12)
+        """
+        return 0, S
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return Columns(self, start, S)
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         """Raise ShapeError or DeviceError if this mask cannot apply to such a call."""
@@ -121,6 +176,9 @@ class _Several(Mask):
         for part in self.parts:
             part.check(B, H, T, S, device)
 
+    def _from_key(self, start: int, S: int) -> Mask:
+        return type(self)(tuple(part.for_keys(start, S) for part in self.parts))
+
     @property
     def _own_size(self) -> tuple[int | None, int | None]:
         # A part with a size of its own decides; documents fit any smaller T, the others any size.
@@ -133,13 +191,12 @@ class _Several(Mask):
 class All(_Several):
     """All parts must allow."""
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        allowed = self.parts[0].rows(start, stop, T, S, device=device)
-        for part in self.parts[1:]:
-            allowed = allowed & part.rows(start, stop, T, S, device=device)
-        return allowed
+    def _block(self, at: Block) -> Tensor:
+        return functools.reduce(operator.and_, (part._block(at) for part in self.parts))
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        firsts, lasts = zip(*(part.reach(start, stop, T, S) for part in self.parts), strict=True)
+        return max(firsts), min(lasts)
 
     @property
     def conjuncts(self) -> tuple[Mask, ...]:
@@ -152,13 +209,12 @@ class All(_Several):
 class AnyOf(_Several):
     """One part allowing is enough."""
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        allowed = self.parts[0].rows(start, stop, T, S, device=device)
-        for part in self.parts[1:]:
-            allowed = allowed | part.rows(start, stop, T, S, device=device)
-        return allowed
+    def _block(self, at: Block) -> Tensor:
+        return functools.reduce(operator.or_, (part._block(at) for part in self.parts))
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        firsts, lasts = zip(*(part.reach(start, stop, T, S) for part in self.parts), strict=True)
+        return min(firsts), max(lasts)
 
     def __repr__(self) -> str:
         return " | ".join(_bracketed(part) for part in self.parts)
@@ -170,10 +226,11 @@ class Not(Mask):
 
     part: Mask
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        return ~self.part.rows(start, stop, T, S, device=device)
+    def _block(self, at: Block) -> Tensor:
+        return ~self.part._block(at)
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return Not(self.part.for_keys(start, S))
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         self.part.check(B, H, T, S, device)
@@ -198,10 +255,15 @@ class Rows(Mask):
     stop: int
     T: int
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        return self.part.rows(self.start + start, self.start + stop, self.T, S, device=device)
+    def _block(self, at: Block) -> Tensor:
+        start, stop = self.start + at.start, self.start + at.stop
+        return self.part._block(at._replace(start=start, stop=stop, T=self.T))
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        return self.part.reach(self.start + start, self.start + stop, self.T, S)
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return Rows(self.part.for_keys(start, S), self.start, self.stop, self.T)
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         if self.stop - self.start != T:
@@ -220,6 +282,43 @@ class Rows(Mask):
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.part)}.for_queries({self.start}, {self.stop}, {self.T})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Columns(Mask):
+    """Some of the keys of a mask: the last S - first of S."""
+
+    part: Mask
+    first: int
+    S: int
+
+    def _block(self, at: Block) -> Tensor:
+        first, last = self.first + at.first, self.first + at.last
+        return self.part._block(at._replace(first=first, last=last, S=self.S))
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        first, last = self.part.reach(start, stop, T, self.S)
+        return max(first - self.first, 0), last - self.first
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return self.part.for_keys(self.first + start, self.S)
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        if self.S - self.first != S:
+            raise ShapeError(
+                "mask.for_keys(start, S)",
+                f"must leave the call's S = {S} keys",
+                f"{self.first} .. {self.S}",
+                "give the first key that is left, and how many there were",
+            )
+        self.part.check(B, H, T, self.S, device)
+
+    @property
+    def _own_size(self) -> tuple[int | None, int | None]:
+        return self.part._own_size[0], self.S - self.first
+
+    def __repr__(self) -> str:
+        return f"{_bracketed(self.part)}.for_keys({self.first}, {self.S})"
 
 
 def _combine(kind: type[_Several], left: Mask, right: Mask) -> Mask:

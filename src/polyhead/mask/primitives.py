@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from polyhead.errors import DeviceError, ShapeError
-from polyhead.mask.algebra import Mask
+from polyhead.errors import DeviceError, DtypeError, ShapeError
+from polyhead.mask.algebra import Block, Mask
 
-__all__ = ["Align", "Causal", "Dense", "Documents", "LeftPadding", "Lengths", "Prefix", "Window"]
+__all__ = [
+    "Align",
+    "Causal",
+    "Custom",
+    "Dense",
+    "Documents",
+    "LeftPadding",
+    "Lengths",
+    "Prefix",
+    "Window",
+]
 
 Align = Literal["end", "start"]
 
@@ -20,11 +31,15 @@ Align = Literal["end", "start"]
 class Causal(Mask):
     align: Align = "end"
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        query, key = _positions(start, stop, T, S, self.align, device)
+    def _block(self, at: Block) -> Tensor:
+        query, key = _positions(at, self.align)
         return key <= query
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        return 0, min(S, max(0, stop + _offset(T, S, self.align)))
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return self if self.align == "end" else super()._from_key(start, S)
 
     def __repr__(self) -> str:
         return "causal()" if self.align == "end" else f'causal(align="{self.align}")'
@@ -36,16 +51,23 @@ class Window(Mask):
     after: int | None
     align: Align = "end"
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        query, key = _positions(start, stop, T, S, self.align, device)
-        allowed = torch.ones(stop - start, S, dtype=torch.bool, device=device)
+    def _block(self, at: Block) -> Tensor:
+        query, key = _positions(at, self.align)
+        allowed = torch.ones(1, dtype=torch.bool, device=at.device)
         if self.before is not None:
             allowed = allowed & (key >= query - self.before)
         if self.after is not None:
             allowed = allowed & (key <= query + self.after)
         return allowed
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        offset = _offset(T, S, self.align)
+        first = 0 if self.before is None else start + offset - self.before
+        last = S if self.after is None else stop + offset + self.after
+        return min(S, max(0, first)), min(S, max(0, last))
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return self if self.align == "end" else super()._from_key(start, S)
 
     def __repr__(self) -> str:
         sides = {"before": self.before, "after": self.after}
@@ -59,11 +81,12 @@ class Window(Mask):
 class Lengths(Mask):
     lengths: Tensor
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        key = torch.arange(S, device=self.lengths.device)
+    def _block(self, at: Block) -> Tensor:
+        key = torch.arange(at.first, at.last, device=self.lengths.device)
         return (key < self.lengths[:, None])[:, None, None, :]
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return Lengths((self.lengths - start).clamp(min=0))
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         _check_batch("mask.lengths(lengths)", self.lengths, B, device)
@@ -76,11 +99,12 @@ class Lengths(Mask):
 class LeftPadding(Mask):
     padding: Tensor
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        key = torch.arange(S, device=self.padding.device)
+    def _block(self, at: Block) -> Tensor:
+        key = torch.arange(at.first, at.last, device=self.padding.device)
         return (key >= self.padding[:, None])[:, None, None, :]
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return LeftPadding((self.padding - start).clamp(min=0))
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         _check_batch("mask.left_padding(padding)", self.padding, B, device)
@@ -93,10 +117,16 @@ class LeftPadding(Mask):
 class Prefix(Mask):
     n: int
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        return (torch.arange(S, device=device) < self.n).expand(stop - start, S)
+    def _block(self, at: Block) -> Tensor:
+        return (torch.arange(at.first, at.last, device=at.device) < self.n).expand(
+            at.stop - at.start, -1
+        )
+
+    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        return 0, min(S, self.n)
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return Prefix(max(0, self.n - start))
 
     def __repr__(self) -> str:
         return f"prefix({self.n})"
@@ -106,12 +136,15 @@ class Prefix(Mask):
 class Documents(Mask):
     ids: Tensor
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        query_ids = self.ids[..., S - T + start : S - T + stop]
-        allowed = query_ids[..., :, None] == self.ids[..., None, :]
+    def _block(self, at: Block) -> Tensor:
+        offset = at.S - at.T
+        query_ids = self.ids[..., offset + at.start : offset + at.stop]
+        key_ids = self.ids[..., at.first : at.last]
+        allowed = query_ids[..., :, None] == key_ids[..., None, :]
         return allowed if allowed.ndim == 2 else allowed[:, None]
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return Documents(self.ids[..., start:])
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         name = "mask.documents(ids)"
@@ -140,10 +173,14 @@ class Documents(Mask):
 class Dense(Mask):
     allowed: Tensor
 
-    def rows(
-        self, start: int, stop: int, T: int, S: int, *, device: torch.device | str | None = None
-    ) -> Tensor:
-        return self.allowed if self.allowed.shape[-2] == 1 else self.allowed[..., start:stop, :]
+    def _block(self, at: Block) -> Tensor:
+        allowed = self.allowed
+        if allowed.shape[-2] > 1:
+            allowed = allowed[..., at.start : at.stop, :]
+        return allowed if allowed.shape[-1] == 1 else allowed[..., at.first : at.last]
+
+    def _from_key(self, start: int, S: int) -> Mask:
+        return self if self.allowed.shape[-1] == 1 else Dense(self.allowed[..., start:])
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         shape = (1,) * (4 - self.allowed.ndim) + tuple(self.allowed.shape)
@@ -165,13 +202,61 @@ class Dense(Mask):
         return f"dense({'x'.join(str(size) for size in self.allowed.shape)})"
 
 
-def _positions(
-    start: int, stop: int, T: int, S: int, align: Align, device: torch.device | str | None
-) -> tuple[Tensor, Tensor]:
-    """Absolute positions of queries start .. stop - 1 as a column, and of the keys as a row."""
-    offset = S - T if align == "end" else 0
-    query = torch.arange(start, stop, device=device)[:, None] + offset
-    return query, torch.arange(S, device=device)[None, :]
+@dataclass(frozen=True, eq=False, repr=False)
+class Custom(Mask):
+    fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    batch: int = 1
+    heads: int = 1
+    align: Align = "end"
+
+    def _block(self, at: Block) -> Tensor:
+        batch = torch.arange(self.batch, device=at.device)[:, None, None, None]
+        head = torch.arange(self.heads, device=at.device)[:, None, None]
+        query, key = _positions(at, self.align)
+        shape = (self.batch, self.heads, at.stop - at.start, at.last - at.first)
+        return _checked(self, self.fn(batch, head, query[None, None], key[None, None]), shape)
+
+    def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
+        for name, have, want in (("batch", self.batch, B), ("heads", self.heads, H)):
+            if have not in (1, want):
+                raise ShapeError(
+                    f"mask.custom({name}=)",
+                    f"must be 1 or the call's {want}",
+                    have,
+                    f"say how many {name} fn tells apart",
+                )
+
+    def __repr__(self) -> str:
+        return f"custom({getattr(self.fn, '__name__', repr(self.fn))})"
+
+
+def _checked(mask: Custom, allowed: object, shape: tuple[int, ...]) -> Tensor:
+    """What the caller's function returned, if it is a mask of this shape."""
+    rule = "mask.custom(fn)"
+    if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
+        got = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
+        raise DtypeError(rule, "must return a bool tensor, True = may attend", got, "compare")
+    have = (1,) * (len(shape) - allowed.ndim) + tuple(allowed.shape)
+    if len(have) > len(shape) or any(a not in (1, b) for a, b in zip(have, shape, strict=True)):
+        raise ShapeError(
+            rule,
+            f"must return what broadcasts to (batch, heads, T, S) = {shape}",
+            tuple(allowed.shape),
+            "compute it from the four indices alone, and say batch= and heads= if it uses them",
+        )
+    return allowed.expand(shape)
+
+
+def _offset(T: int, S: int, align: Align) -> int:
+    """The absolute position of query 0."""
+    return S - T if align == "end" else 0
+
+
+def _positions(at: Block, align: Align) -> tuple[Tensor, Tensor]:
+    """Absolute positions of the queries as a column, and of the keys as a row."""
+    query = torch.arange(at.start, at.stop, device=at.device)[:, None]
+    key = torch.arange(at.first, at.last, device=at.device)[None, :]
+    return query + _offset(at.T, at.S, align), key
 
 
 def _check_batch(name: str, tensor: Tensor, B: int, device: torch.device) -> None:
