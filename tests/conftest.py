@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -82,12 +83,17 @@ def assert_as_good_as_eager() -> Callable[[Tensor, Tensor, Tensor], None]:
 
 
 class TensorSizes(TorchDispatchMode):
-    """Records the elements of every storage that an operation makes, and the operations' names."""
+    """Records the storages that operations make, and the operations' names.
+
+    `largest`: elements of the largest. `peak`: the most bytes of them that were alive at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[str] = []
         self.largest = 0
+        self.peak = 0
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -96,7 +102,14 @@ class TensorSizes(TorchDispatchMode):
             if isinstance(item, Tensor):
                 held = item.untyped_storage().nbytes() // item.element_size()
                 self.largest = max(self.largest, held)
+                self._count(item.untyped_storage())
         return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        alive = {key: kept for key, kept in self._alive.items() if not kept[0].expired()}
+        alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self._alive = alive
+        self.peak = max(self.peak, sum(size for _, size in alive.values()))
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ BIAS = (
     "bias must broadcast to (B, H, T, S) = (2, 6, 5, 7); got {}; "
     "give each dimension its full size or 1"
 )
-SINKS = "sinks must be (H,) = (6,), one logit a head; got {}; give one for each query head"
+SINKS = "sinks must be (H,) = (6,), one number a head; got {}; give one for each query head"
 
 CASES = [
     ({"query": [[1.0]]}, DtypeError, "query must be a tensor; got list; torch.as_tensor it"),

@@ -114,6 +114,10 @@ def test_a_refusal_lists_every_reason_of_every_backend_asked():
     }
 
 
+def odd(batch, head, query, key):
+    return key % 2 == 1
+
+
 REASONS = [
     ({"dtype": torch.float64}, {}, ["runs float32, bfloat16 and float16; got float64"]),
     (
@@ -134,9 +138,15 @@ REASONS = [
     ({}, {"softcap": 30.0}, ["has no softcap; got softcap = 30.0"]),
     ({}, {"sinks": torch.zeros(6)}, ["has no sinks; got sinks for 6 heads"]),
     (
-        {"dtype": torch.bfloat16},
-        {"bias": torch.zeros(5, 7)},
-        ["takes a bias of the query's dtype bfloat16; got float32"],
+        {"dtype": torch.bfloat16, "device": "meta"},
+        {
+            "bias": torch.zeros(5, 7, device="meta"),
+            "alibi_slopes": torch.zeros(6, device="meta"),
+        },
+        [
+            "takes a bias of the query's dtype bfloat16; got float32",
+            "would round ALiBi to bfloat16; got alibi_slopes",
+        ],
     ),
     ({}, {"dropout": 0.25}, [f"has no dropout in its CPU kernel; got dropout = 0.25; {FALL}"]),
     ({"E": 3}, {}, [f"needs E = D; got D = 8, E = 3; {FALL}"]),
@@ -144,6 +154,16 @@ REASONS = [
         {},
         {"bias": torch.zeros(5, 7, requires_grad=True)},
         [f"gives no gradient to a bias; {FALL}"],
+    ),
+    (
+        {},
+        {"alibi_slopes": torch.zeros(6, requires_grad=True)},
+        [f"gives no gradient to alibi_slopes; {FALL}"],
+    ),
+    (
+        {},
+        {"mask": ph.mask.causal() & ~ph.mask.custom(odd)},
+        ["runs masks of known structure, no custom(odd)"],
     ),
     (
         {"E": 3, "dtype": torch.float64},
@@ -198,44 +218,46 @@ def test_no_backend_reads_values_to_choose(mask):
 @pytest.mark.parametrize(
     ("sizes", "options", "text"),
     [
-        ({}, {}, "runs: sdpa\n  fused kernel, no mask\nreference: could run"),
+        ({}, {}, "runs: sdpa\n  torch's flash kernel, no mask\nreference: could run"),
         (
             {"T": 7},
             {"mask": ph.mask.causal()},
-            "runs: sdpa\n  fused kernel, is_causal: no T x S tensor\nreference: could run",
+            "runs: sdpa\n  torch's flash kernel, is_causal: no T x S tensor\nreference: could run",
         ),
         (
             {},
             {"mask": ph.mask.causal(align="start")},
-            "runs: sdpa\n  fused kernel, is_causal: no T x S tensor\nreference: could run",
+            "runs: sdpa\n  torch's flash kernel, is_causal: no T x S tensor\nreference: could run",
         ),
         (
             {"T": 1},
             {"mask": ph.mask.causal()},
-            "runs: sdpa\n  fused kernel, no mask\nreference: could run",
+            "runs: sdpa\n  torch's flash kernel, no mask\nreference: could run",
         ),
         (
             {"T": 1},
             {"mask": ph.mask.causal() & ph.mask.window(before=3)},
-            "runs: sdpa\n  fused kernel, window(before=3) written out, T = 1 by S = 7\n"
+            "runs: sdpa\n  torch's flash kernel, window(before=3) written out, T = 1 by S = 7\n"
             "reference: could run",
         ),
         (
             {},
             {"mask": ph.mask.causal()},
-            "runs: sdpa\n  fused kernel, causal() written out, T = 5 by S = 7\n"
+            "runs: sdpa\n  torch's flash kernel, causal() written out, T = 5 by S = 7\n"
             "reference: could run",
         ),
         (
             {},
             {"mask": ph.mask.lengths([1, 2]), "bias": torch.zeros(5, 7)},
-            "runs: sdpa\n  fused kernel, lengths([1, 2]) and bias written out, T = 5 by S = 7\n"
+            "runs: sdpa\n"
+            "  torch's flash kernel, lengths([1, 2]) and bias written out, T = 5 by S = 7\n"
             "reference: could run",
         ),
         (
             {},
             {"bias": torch.zeros(7)},
-            "runs: sdpa\n  fused kernel, bias written out, T = 5 by S = 7\nreference: could run",
+            "runs: sdpa\n  torch's flash kernel, bias written out, T = 5 by S = 7\n"
+            "reference: could run",
         ),
         (
             {"B": 1, "H": 4, "T": 512, "S": 1024},
@@ -261,7 +283,7 @@ def test_no_backend_reads_values_to_choose(mask):
         (
             {},
             {"return_aux": ph.AuxRequest(weights=True, lse=True)},
-            "runs: sdpa\n  fused kernel, no mask\n"
+            "runs: sdpa\n  torch's flash kernel, no mask\n"
             "  weights, lse computed apart, by reference: holds T x S scores\n"
             "reference: could run",
         ),

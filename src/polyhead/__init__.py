@@ -6,7 +6,7 @@ Start with `MultiHeadAttention`, `attention` and `explain`; masks are in `polyhe
 from importlib.metadata import version
 
 from polyhead import convert, errors, integrations, look, mask
-from polyhead.backends import Backend
+from polyhead.backends import Backend, backends, use_backend
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
 from polyhead.functional import attention, explain
 from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
@@ -23,12 +23,14 @@ __all__ = [
     "MultiHeadAttentionWrapper",
     "Rope",
     "attention",
+    "backends",
     "convert",
     "errors",
     "explain",
     "integrations",
     "look",
     "mask",
+    "use_backend",
 ]
 
 __version__ = version("polyhead")

@@ -30,6 +30,7 @@ def build_call(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     aux: AuxRequest = AuxRequest(),
 ) -> AttentionCall:
@@ -42,7 +43,9 @@ def build_call(
     if bias is not None:
         _check_bias(bias, query, S)
     if sinks is not None:
-        _check_sinks(sinks, query)
+        _check_per_head("sinks", sinks, query)
+    if alibi_slopes is not None:
+        _check_per_head("alibi_slopes", alibi_slopes, query)
     if scale is None:
         scale = 1.0 / math.sqrt(D)
     elif not math.isfinite(scale):
@@ -58,7 +61,9 @@ def build_call(
             repr(aux),
             "say what to return: AuxRequest(weights=True)",
         )
-    return AttentionCall(query, key, value, mask, bias, scale, softcap, sinks, dropout, aux)
+    return AttentionCall(
+        query, key, value, mask, bias, scale, softcap, sinks, alibi_slopes, dropout, aux
+    )
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -144,18 +149,18 @@ def _check_bias(bias: Tensor, query: Tensor, S: int) -> None:
     _check_same_device("bias", bias, query)
 
 
-def _check_sinks(sinks: Tensor, query: Tensor) -> None:
-    check_is_tensor("sinks", sinks)
-    if sinks.shape != (query.shape[1],):
+def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
+    check_is_tensor(name, tensor)
+    if tensor.shape != (query.shape[1],):
         raise ShapeError(
-            "sinks",
-            f"must be (H,) = ({query.shape[1]},), one logit a head",
-            tuple(sinks.shape),
+            name,
+            f"must be (H,) = ({query.shape[1]},), one number a head",
+            tuple(tensor.shape),
             "give one for each query head",
         )
-    if not sinks.is_floating_point():
-        raise DtypeError("sinks", "must be floating point", sinks.dtype, "convert it first")
-    _check_same_device("sinks", sinks, query)
+    if not tensor.is_floating_point():
+        raise DtypeError(name, "must be floating point", tensor.dtype, "convert it first")
+    _check_same_device(name, tensor, query)
 
 
 def check_is_tensor(name: str, tensor: object) -> None:

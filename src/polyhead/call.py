@@ -107,6 +107,8 @@ class AttentionCall:
         scale: factor on the scores.
         softcap: scores become softcap * tanh(scores / softcap). Or None.
         sinks: (H,) one extra logit a head that takes weight and gives no value. Or None.
+        alibi_slopes: (H,) float32; a score falls by slope * |query position - key position|. Or
+            None.
         dropout: probability with which a weight is dropped; kept ones grow by 1 / (1 - dropout).
         aux: what to return beside the output.
     """
@@ -119,6 +121,7 @@ class AttentionCall:
     scale: float
     softcap: float | None
     sinks: Tensor | None
+    alibi_slopes: Tensor | None
     dropout: float
     aux: AuxRequest
 
@@ -167,6 +170,12 @@ class AttentionCall:
     def compute_dtype(self) -> torch.dtype:
         """Scores and sums are kept in float32, or in float64 when the call is."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether a gradient will be asked of any tensor of this call."""
+        tensors = (self.query, self.key, self.value, self.bias, self.sinks, self.alibi_slopes)
+        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
     def without_aux(self) -> AttentionCall:
         """The same call, asking for the output only."""

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from polyhead.arguments import autocasts, build_call
-from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose
+from polyhead.backends import BACKENDS, Backend, BackendChoice, choose, preferred
 from polyhead.backends.reference import compute_aux
+from polyhead.backends.second_order import run_twice_differentiable
 from polyhead.call import AttentionCall, Aux, AuxRequest
 from polyhead.errors import BackendError
 from polyhead.mask import Mask
@@ -29,6 +30,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     backend: BackendChoice = "auto",
     return_aux: None = None,
@@ -46,6 +48,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     backend: BackendChoice = "auto",
     return_aux: AuxRequest,
@@ -62,6 +65,7 @@ def attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     backend: BackendChoice = "auto",
     return_aux: AuxRequest | None = None,
@@ -79,10 +83,12 @@ def attention(
         scale: factor on the scores; None: 1 / sqrt(D).
         softcap: scores become softcap * tanh(scores / softcap), before the bias.
         sinks: (H,) one extra logit a head that takes weight and gives no value.
+        alibi_slopes: (H,) a score falls by slope * |query position - key position|
+            (`polyhead.alibi_slopes`); positions as in a mask.
         dropout: probability with which a weight is dropped, in [0, 1); applied whenever it is
             not 0, so pass 0 in evaluation.
-        backend: "auto", a name, a `Backend`, or several in order of preference. One that is
-            asked for runs or raises; there is no silent fallback.
+        backend: "auto" (or what `use_backend` says), a name, a `Backend`, or several in order of
+            preference. One that is asked for runs or raises; there is no silent fallback.
         return_aux: what to return beside the output. Never changes the output.
 
     Returns:
@@ -108,6 +114,7 @@ def attention(
         scale,
         softcap,
         sinks,
+        alibi_slopes,
         dropout,
         AuxRequest() if return_aux is None else return_aux,
     )
@@ -156,6 +163,7 @@ def explain(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     backend: BackendChoice = "auto",
     return_aux: AuxRequest | None = None,
@@ -181,17 +189,21 @@ def explain(
         scale,
         softcap,
         sinks,
+        alibi_slopes,
         dropout,
         AuxRequest() if return_aux is None else return_aux,
     )
-    asked = candidates(backend)
-    others = [entry for entry in BACKENDS if entry not in asked]
+    asked = preferred(backend)
+    names = {entry.name for entry in asked}
+    others = [entry for entry in BACKENDS if entry.name not in names]
     reasons = {entry.name: tuple(entry.why_not(call)) for entry in (*asked, *others)}
     try:
         chosen = choose(call, backend)
     except BackendError:
         return Explanation(None, (), reasons)
     notes = chosen.notes(call)
+    if chosen.first_order and call.needs_grad:
+        notes.append("second derivatives through the definition: they hold T x S scores")
     left = [name for name in call.aux.names if name not in chosen.aux]
     if left:
         notes.append(f"{', '.join(left)} computed apart, by reference: holds T x S scores")
@@ -203,8 +215,13 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
 
     The output comes from the chosen backend alone, so that asking for aux never changes it.
     """
-    output, aux = chosen.run(call)
-    left = {name: True for name in call.aux.names if name not in chosen.aux}
+    given = chosen.aux
+    # torch.compile has no second derivatives of its own, and cannot trace this.
+    if chosen.first_order and call.needs_grad and not torch.compiler.is_compiling():
+        output, aux, given = run_twice_differentiable(chosen.run, call), Aux(), frozenset()
+    else:
+        output, aux = chosen.run(call)
+    left = {name: True for name in call.aux.names if name not in given}
     if left:
         rest = compute_aux(replace(call, aux=AuxRequest(**left)))
         aux = replace(aux, **{name: getattr(rest, name) for name in left})

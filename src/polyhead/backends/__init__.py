@@ -7,8 +7,10 @@ the table without a reason runs; one that was asked for by name runs or raises w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -16,7 +18,17 @@ from polyhead.backends import reference, sdpa
 from polyhead.call import AttentionCall, Aux
 from polyhead.errors import ArgumentError, BackendError, DtypeError
 
-__all__ = ["BACKENDS", "REFERENCE", "Backend", "BackendChoice", "choose"]
+__all__ = [
+    "BACKENDS",
+    "REFERENCE",
+    "Backend",
+    "BackendChoice",
+    "backends",
+    "candidates",
+    "choose",
+    "preferred",
+    "use_backend",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,9 @@ class Backend:
         run: the output (B, H, T, E), and the aux this backend has at hand.
         notes: how it would run a call, for `explain`.
         aux: names of what it gives beside the output; the definition computes the rest.
+        passed_over: why "auto" leaves a call to others though it could run.
+        first_order: whether `run` has no second derivative; the definition then gives it.
+        summary: what it is, in a line.
     """
 
     name: str
@@ -36,6 +51,12 @@ class Backend:
     run: Callable[[AttentionCall], tuple[Tensor, Aux]]
     notes: Callable[[AttentionCall], list[str]] = lambda call: []
     aux: frozenset[str] = frozenset()
+    passed_over: Callable[[AttentionCall], list[str]] | None = None
+    first_order: bool = False
+    summary: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.summary}" if self.summary else self.name
 
 
 REFERENCE = Backend(
@@ -44,15 +65,71 @@ REFERENCE = Backend(
     reference.run,
     reference.notes,
     aux=frozenset({"weights", "lse", "stats"}),
+    summary="the definition, in plain PyTorch; runs everything, holds T x S scores",
 )
 
 # In order of preference. The definition runs everything, so it stands last.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("sdpa", sdpa.why_not, sdpa.run, sdpa.notes),
+    Backend(
+        "sdpa",
+        sdpa.why_not,
+        sdpa.run,
+        sdpa.notes,
+        first_order=True,
+        summary="torch's scaled_dot_product_attention, where a fused kernel of it runs",
+    ),
     REFERENCE,
 )
 
 BackendChoice = str | Backend | Sequence[str | Backend]
+
+
+class _Preferred(threading.local):
+    """What "auto" stands for, in each thread. (torch.compile traces this, and no ContextVar.)"""
+
+    def __init__(self) -> None:
+        self.backend: BackendChoice = "auto"
+
+
+_preferred = _Preferred()
+
+
+def backends() -> tuple[Backend, ...]:
+    """All backends, in the order in which "auto" tries them.
+
+    >>> for backend in backends():
+    ...     print(backend)
+    sdpa: torch's scaled_dot_product_attention, where a fused kernel of it runs
+    reference: the definition, in plain PyTorch; runs everything, holds T x S scores
+    """
+    return BACKENDS
+
+
+@contextmanager
+def use_backend(backend: BackendChoice) -> Iterator[None]:
+    """Within this context, in this thread, `backend="auto"` stands for `backend`.
+
+    A call or a module that names its backend keeps it. What is named here runs or raises, as ever.
+
+    Args:
+        backend: as in `polyhead.attention`; "auto" within a list is the table's own order.
+
+    Raises:
+        ArgumentError, DtypeError: there is no such backend.
+
+    >>> import polyhead as ph
+    >>> query = key = value = torch.ones(1, 2, 3, 8)
+    >>> with ph.use_backend("reference"):
+    ...     ph.explain(query, key, value).chosen
+    'reference'
+    """
+    candidates(backend)
+    before = _preferred.backend
+    _preferred.backend = backend
+    try:
+        yield
+    finally:
+        _preferred.backend = before
 
 
 def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
@@ -60,15 +137,15 @@ def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
 
     Args:
         call: what is asked.
-        backend: "auto" for the table's order, a name, a `Backend`, or several in order of
-            preference.
+        backend: "auto" for what `use_backend` says, or else the table's order; a name, a
+            `Backend`, or several in order of preference.
 
     Raises:
         BackendError: every candidate refused; it lists all their reasons.
         ArgumentError: there is no backend of that name.
     """
     refused: dict[str, list[str]] = {}
-    for candidate in candidates(backend):
+    for candidate in preferred(backend):
         reasons = candidate.why_not(call)
         if not reasons:
             return candidate
@@ -76,12 +153,19 @@ def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
     raise BackendError(refused)
 
 
+def preferred(backend: BackendChoice) -> tuple[Backend, ...]:
+    """The backends that `backend=` stands for here and now, in order."""
+    # A Backend or a list may compare with a string in ways of its own.
+    automatic = isinstance(backend, str) and backend == "auto"
+    return candidates(_preferred.backend if automatic else backend)
+
+
 def candidates(backend: BackendChoice) -> tuple[Backend, ...]:
-    """The backends that `backend=` stands for, in order."""
+    """The backends that `backend=` stands for, in order; "auto" is the table."""
     if isinstance(backend, Backend):
         return (backend,)
     if backend == "auto":
-        return BACKENDS
+        return _AUTOMATIC
     if isinstance(backend, str):
         return (_by_name(backend),)
     if isinstance(backend, Sequence) and backend:
@@ -92,6 +176,17 @@ def candidates(backend: BackendChoice) -> tuple[Backend, ...]:
         repr(backend),
         'pass "auto" to let polyhead choose',
     )
+
+
+def _automatic(backend: Backend) -> Backend:
+    """The backend as "auto" sees it: what it is passed over for counts as a reason."""
+    passed_over = backend.passed_over
+    if passed_over is None:
+        return backend
+    return replace(backend, why_not=lambda call: backend.why_not(call) or passed_over(call))
+
+
+_AUTOMATIC = tuple(_automatic(backend) for backend in BACKENDS)
 
 
 def _by_name(name: str) -> Backend:

@@ -3,12 +3,14 @@
     scores  = scale * query @ key^T               per head; query head h uses key head h // group
     scores  = softcap * tanh(scores / softcap)    if softcap
     scores  = scores + bias                       if bias
+    scores  = scores - slope * |query - key|      if ALiBi slopes; positions, one slope a head
     scores  = -inf where the mask forbids
     weights = exp(scores - lse), lse = log sum exp(scores); a sink adds exp(sink) to the sum
     output  = dropout(weights) @ value
 
 Sources: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; softcap: Gemma 2 report,
-2024; sinks: gpt-oss model card, 2025. It imports no kernel, and shares no helper with one.
+2024; ALiBi: Press et al. 2022; sinks: gpt-oss model card, 2025. It imports no kernel, and shares
+no helper with one.
 """
 
 from __future__ import annotations
@@ -47,14 +49,14 @@ def compute_aux(call: AttentionCall, first_position: int | None = None) -> Aux:
 
     Args:
         call: what is asked.
-        first_position: where query 0 stands, for the distances in stats; None: at S - T.
+        first_position: where query 0 stands, for distances; None: at S - T.
     """
-    scores_bhts = _scores(call)
+    scores_bhts = _scores(call, first_position)
     weights_bhts = _normalise(scores_bhts, call.sinks)
     return _aux(call, scores_bhts, weights_bhts, first_position)
 
 
-def _scores(call: AttentionCall) -> Tensor:
+def _scores(call: AttentionCall, first_position: int | None = None) -> Tensor:
     """(B, H, T, S) in the compute dtype, -inf where the mask forbids."""
     # The queries of a group are rows against their one key head. (Broadcasting the key over the
     # group would repeat it in memory: matmul copies what it broadcasts.)
@@ -66,10 +68,20 @@ def _scores(call: AttentionCall) -> Tensor:
         scores_bhts = call.softcap * torch.tanh(scores_bhts / call.softcap)
     if call.bias is not None:
         scores_bhts = scores_bhts + call.bias.to(call.compute_dtype)
+    if call.alibi_slopes is not None:
+        slopes_h11 = call.alibi_slopes.to(call.compute_dtype)[:, None, None]
+        scores_bhts = scores_bhts - slopes_h11 * _distances(call, first_position).abs()
     if call.mask is not None:
         allowed = call.mask.materialize(call.T, call.S, device=call.device)
         scores_bhts = scores_bhts.masked_fill(~allowed, float("-inf"))
     return scores_bhts
+
+
+def _distances(call: AttentionCall, first_position: int | None) -> Tensor:
+    """(T, S) query position - key position."""
+    first = call.S - call.T if first_position is None else first_position
+    query_t1 = torch.arange(first, first + call.T, device=call.device)[:, None]
+    return query_t1 - torch.arange(call.S, device=call.device)
 
 
 def _normalise(scores_bhts: Tensor, sinks: Tensor | None) -> Tensor:
@@ -117,20 +129,17 @@ def _aux(
     weights_bhts: Tensor,
     first_position: int | None = None,
 ) -> Aux:
-    first = call.S - call.T if first_position is None else first_position
     return Aux(
         weights=weights_bhts.to(call.dtype) if call.aux.weights else None,
         lse=_lse(scores_bhts) if call.aux.lse else None,
-        stats=_stats(scores_bhts, weights_bhts, first) if call.aux.stats else None,
+        stats=_stats(scores_bhts, weights_bhts, _distances(call, first_position))
+        if call.aux.stats
+        else None,
     )
 
 
-def _stats(scores_bhts: Tensor, weights_bhts: Tensor, first_position: int) -> HeadStats:
-    T, S = weights_bhts.shape[-2:]
-    device = weights_bhts.device
-    query_t1 = torch.arange(first_position, first_position + T, device=device)[:, None]
-    distance_ts = query_t1 - torch.arange(S, device=device)
-
+def _stats(scores_bhts: Tensor, weights_bhts: Tensor, distance_ts: Tensor) -> HeadStats:
+    S = weights_bhts.shape[-1]
     # Zero weights get the log of 1: 0 * log(0) has no gradient.
     log_weights_bhts = torch.log(weights_bhts.masked_fill(weights_bhts == 0.0, 1.0))
 

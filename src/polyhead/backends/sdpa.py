@@ -10,11 +10,27 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend
+from torch.utils.checkpoint import checkpoint
 
 from polyhead.call import AttentionCall, Aux
-from polyhead.mask import All, Causal, Mask
+from polyhead.mask import All, Causal, Custom, Mask
 
 __all__ = ["notes", "run", "why_not"]
+
+# Above this many cells a mask is written out in chunks of so many queries: linear memory, and
+# keys out of a window's reach are not visited.
+_WHOLE = 2**20
+_ROWS = 512
+
+_KERNELS = {
+    SDPBackend.MATH.value: "math path",
+    SDPBackend.FLASH_ATTENTION.value: "flash kernel",
+    SDPBackend.EFFICIENT_ATTENTION.value: "memory-efficient kernel",
+    SDPBackend.CUDNN_ATTENTION.value: "cuDNN kernel",
+    SDPBackend.OVERRIDEABLE.value: "kernel of this device",
+}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,37 +47,50 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"has no softcap; got softcap = {call.softcap}")
     if call.sinks is not None:
         reasons.append(f"has no sinks; got sinks for {call.H} heads")
-    if call.bias is not None and call.bias.dtype != call.dtype:
-        reasons.append(
-            f"takes a bias of the query's dtype {_name(call.dtype)}; got {_name(call.bias.dtype)}"
-        )
+    reasons.extend(_custom_reasons(call.mask))
+    if not torch.compiler.is_compiling() and _forward_mode():
+        reasons.append("has no forward-mode derivative and no torch.func transform; one is active")
+    if call.device.type != "cpu" and call.dtype != torch.float32:
+        reasons.extend(_wide_bias_reasons(call))
     if call.device.type == "cpu":
         reasons.extend(_math_path_reasons(call))
     return reasons
 
 
 def notes(call: AttentionCall) -> list[str]:
-    """How it would run: by structure, or through a mask written out."""
+    """How it would run: which kernel of torch's, and by structure or a mask written out."""
+    kernel = _kernel_name(call)
     mask = simplify(call.mask, call.T, call.S)
-    if call.bias is None and mask is None:
-        return ["fused kernel, no mask"]
-    if call.bias is None and _is_upper_left(mask, call.T, call.S):
-        return ["fused kernel, is_causal: no T x S tensor"]
+    if not _writes_out(call, mask):
+        how = "no mask" if mask is None else "is_causal: no T x S tensor"
+        return [f"torch's {kernel}, {how}"]
     parts = [repr(mask)] if mask is not None else []
-    if call.bias is not None:
-        parts.append("bias")
-    return [f"fused kernel, {' and '.join(parts)} written out, T = {call.T} by S = {call.S}"]
+    parts += ["bias"] if call.bias is not None else []
+    parts += ["ALiBi"] if call.alibi_slopes is not None else []
+    chunks = _chunks(call, mask)
+    size = f"T = {call.T} by S = {call.S}"
+    if len(chunks) > 1:
+        widest = max(last - first for _, _, first, last in chunks)
+        size += f", {_ROWS} queries by at most {widest} keys at a time"
+    return [f"torch's {kernel}, {' and '.join(parts)} written out, {size}"]
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E); aux is left to the definition."""
     mask = simplify(call.mask, call.T, call.S)
-    if call.bias is None and (mask is None or _is_upper_left(mask, call.T, call.S)):
-        return _kernel(call, attn_mask=None, is_causal=mask is not None), Aux()
-    attn_mask, attends = _written_out(call, mask)
-    output = _kernel(call, attn_mask=attn_mask, is_causal=False)
-    # `where` also stops the gradient: a query with nothing to attend to gives and gets zeros.
-    return torch.where(attends, output, 0.0), Aux()
+    if not _writes_out(call, mask):
+        return _kernel(call, call.query, call.key, call.value, is_causal=mask is not None), Aux()
+    chunks = _chunks(call, mask)
+    if len(chunks) == 1:
+        return _attend_chunk(call, mask, *chunks[0]), Aux()
+    if call.needs_grad:
+        # Kept for the backward pass, the chunks' masks would together be T x S: written out again.
+        outputs = [
+            checkpoint(_attend_chunk, call, mask, *chunk, use_reentrant=False) for chunk in chunks
+        ]
+    else:
+        outputs = [_attend_chunk(call, mask, *chunk) for chunk in chunks]
+    return torch.cat(outputs, dim=2), Aux()
 
 
 def simplify(mask: Mask | None, T: int, S: int) -> Mask | None:
@@ -81,6 +110,18 @@ def simplify(mask: Mask | None, T: int, S: int) -> Mask | None:
     return All(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
+def _wide_bias_reasons(call: AttentionCall) -> list[str]:
+    """Beside 16-bit queries only the CPU kernel takes numbers of 32 bits to add to the scores."""
+    reasons = []
+    if call.bias is not None and call.bias.dtype != call.dtype:
+        reasons.append(
+            f"takes a bias of the query's dtype {_name(call.dtype)}; got {_name(call.bias.dtype)}"
+        )
+    if call.alibi_slopes is not None:
+        reasons.append(f"would round ALiBi to {_name(call.dtype)}; got alibi_slopes")
+    return reasons
+
+
 def _math_path_reasons(call: AttentionCall) -> list[str]:
     """What makes torch's CPU dispatcher leave its fused kernel and hold T x S scores."""
     fall = "torch then holds T x S scores and repeats key heads (its math path on CPU)"
@@ -92,35 +133,140 @@ def _math_path_reasons(call: AttentionCall) -> list[str]:
         reasons.append(f"has no dropout in its CPU kernel; got dropout = {call.dropout}; {fall}")
     if call.E != call.D:
         reasons.append(f"needs E = D; got D = {call.D}, E = {call.E}; {fall}")
-    if call.bias is not None and call.bias.requires_grad and torch.is_grad_enabled():
-        reasons.append(f"gives no gradient to a bias; {fall}")
+    for name, tensor in (("a bias", call.bias), ("alibi_slopes", call.alibi_slopes)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            reasons.append(f"gives no gradient to {name}; {fall}")
     return reasons
 
 
-def _is_upper_left(mask: Mask | None, T: int, S: int) -> bool:
+def _custom_reasons(mask: Mask | None) -> list[str]:
+    if mask is None:
+        return []
+    return [
+        f"runs masks of known structure, no {rule!r}"
+        for rule in mask.primitives()
+        if isinstance(rule, Custom)
+    ]
+
+
+def _forward_mode() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on; its kernels know neither."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _kernel_name(call: AttentionCall) -> str:
+    """Which of its kernels torch would take."""
+    if call.device.type == "meta":
+        return "fused kernel"
+    mask = simplify(call.mask, call.T, call.S)
+    attn_mask = None
+    if _writes_out(call, mask):
+        # The choice is by dtype and shape; one that broadcasts costs no memory.
+        attn_mask = call.query.new_zeros(1).expand(call.B, call.H, call.T, call.S)
+    choice = torch._fused_sdp_choice(
+        call.query,
+        call.key,
+        call.value,
+        attn_mask,
+        call.dropout,
+        is_causal=attn_mask is None and mask is not None,
+        scale=call.scale,
+        enable_gqa=call.group > 1,
+    )
+    return _KERNELS[choice]
+
+
+def _writes_out(call: AttentionCall, mask: Mask | None) -> bool:
+    """Whether the kernel needs its mask as a tensor."""
+    if call.bias is not None or call.alibi_slopes is not None:
+        return True
+    return mask is not None and not _is_upper_left(mask, call.T, call.S)
+
+
+def _is_upper_left(mask: Mask, T: int, S: int) -> bool:
     return isinstance(mask, Causal) and (mask.align == "start" or T == S)
 
 
-def _written_out(call: AttentionCall, mask: Mask | None) -> tuple[Tensor, Tensor]:
-    """The mask and bias as one `attn_mask`, and which queries attend to anything, (..., T, 1)."""
-    allowed = None if mask is None else mask.materialize(call.T, call.S, device=call.device)
-    if call.bias is None:
+def _chunks(call: AttentionCall, mask: Mask | None) -> list[tuple[int, int, int, int]]:
+    """Queries start .. stop - 1 against keys first .. last - 1, so that no mask is T x S."""
+    # A compiled graph would have one branch a chunk, and so be for one length only.
+    if torch.compiler.is_compiling() or call.T * call.S <= _WHOLE:
+        return [(0, call.T, 0, call.S)]
+    starts = range(0, call.T, _ROWS)
+    spans = [(start, min(start + _ROWS, call.T)) for start in starts]
+    reach = (0, call.S)
+    return [
+        (*span, *(reach if mask is None else mask.reach(*span, call.T, call.S))) for span in spans
+    ]
+
+
+def _attend_chunk(
+    call: AttentionCall, mask: Mask | None, start: int, stop: int, first: int, last: int
+) -> Tensor:
+    """Some queries against the keys they can reach, through a mask written out."""
+    if first >= last:
+        return call.query.new_zeros(call.B, call.H, stop - start, call.E)
+    attn_mask, attends = _written_out(call, mask, start, stop, first, last)
+    output = _kernel(
+        call,
+        call.query[:, :, start:stop],
+        call.key[:, :, first:last],
+        call.value[:, :, first:last],
+        attn_mask=attn_mask,
+    )
+    # `where` also stops the gradient: a query with nothing to attend to gives and gets zeros.
+    return torch.where(attends, output, 0.0)
+
+
+def _written_out(
+    call: AttentionCall, mask: Mask | None, start: int, stop: int, first: int, last: int
+) -> tuple[Tensor, Tensor]:
+    """The mask and bias as one `attn_mask`, and which queries, (..., rows, 1), attend at all."""
+    allowed = None
+    if mask is not None:
+        keys = (first, last)
+        allowed = mask.rows(start, stop, call.T, call.S, keys=keys, device=call.device)
+    bias = _bias(call, start, stop, first, last)
+    if bias is None:
         assert allowed is not None
         attends = allowed.any(dim=-1, keepdim=True)
         return allowed | ~attends, attends
-    # The fused kernels take a bias of 2 or 4 dimensions only.
-    attn_mask = call.bias.reshape((1,) * (4 - call.bias.ndim) + call.bias.shape)
     if allowed is not None:
-        attn_mask = attn_mask.masked_fill(~allowed, float("-inf"))
-    attends = (attn_mask != float("-inf")).any(dim=-1, keepdim=True)
-    return attn_mask.masked_fill(~attends, 0.0), attends
+        bias = bias.masked_fill(~allowed, float("-inf"))
+    attends = (bias != float("-inf")).any(dim=-1, keepdim=True)
+    return bias.masked_fill(~attends, 0.0), attends
 
 
-def _kernel(call: AttentionCall, *, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+def _bias(call: AttentionCall, start: int, stop: int, first: int, last: int) -> Tensor | None:
+    """What is added to the scores of this chunk: the bias and ALiBi, of four dimensions."""
+    bias = None
+    if call.bias is not None:
+        # The fused kernels take a bias of 2 or 4 dimensions only.
+        bias = call.bias.reshape((1,) * (4 - call.bias.ndim) + call.bias.shape)
+        bias = bias if bias.shape[2] == 1 else bias[:, :, start:stop]
+        bias = bias if bias.shape[3] == 1 else bias[..., first:last]
+    if call.alibi_slopes is None:
+        return bias
+    offset = call.S - call.T
+    query = torch.arange(start + offset, stop + offset, device=call.device)[:, None]
+    distance = (query - torch.arange(first, last, device=call.device)).abs()
+    alibi = (-call.alibi_slopes.float()[:, None, None] * distance)[None]
+    return alibi if bias is None else alibi + bias
+
+
+def _kernel(
+    call: AttentionCall,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+) -> Tensor:
     return F.scaled_dot_product_attention(
-        _packed(call.query),
-        _packed(call.key),
-        _packed(call.value),
+        _packed(query),
+        _packed(key),
+        _packed(value),
         attn_mask=attn_mask,
         dropout_p=call.dropout,
         is_causal=is_causal,

@@ -19,7 +19,14 @@ _CELLS = 2**22
 
 
 def stats(
-    query: Tensor, key: Tensor, *, mask: Mask | None = None, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> HeadStats:
     """What each head does for every query: entropy, distances, mass on the first token, and so on.
 
@@ -31,6 +38,7 @@ def stats(
         key: (B, G, S, D), G a divisor of H.
         mask: who may attend, in terms of absolute positions; None: everybody.
         scale: factor on the scores; None: 1 / sqrt(D).
+        softcap, sinks, alibi_slopes: as in `polyhead.attention`.
 
     Returns:
         HeadStats of (B, H, T) tensors; `.per_head()` gives one number a head.
@@ -40,7 +48,17 @@ def stats(
     >>> ph.look.stats(query, key, mask=ph.mask.causal()).mass_first[0, 0]
     tensor([1.0000, 0.5000, 0.3333, 0.2500])
     """
-    call = build_call(query, key, key, mask, scale=scale, aux=AuxRequest(stats=True))
+    call = build_call(
+        query,
+        key,
+        key,
+        mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+        aux=AuxRequest(stats=True),
+    )
     T, S = call.T, call.S
     rows = max(1, _CELLS // max(1, call.B * call.H * S))
     chunks = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -112,6 +113,15 @@ class Mask:
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         """Raise ShapeError or DeviceError if this mask cannot apply to such a call."""
 
+    def primitives(self) -> Iterator[Mask]:
+        """The rules that this mask is made of, whichever way they are combined.
+
+        >>> import polyhead as ph
+        >>> [*(ph.mask.causal() | ~ph.mask.prefix(3)).primitives()]
+        [causal(), prefix(3)]
+        """
+        yield self
+
     @property
     def conjuncts(self) -> tuple[Mask, ...]:
         """The masks that must all allow: the parts of an `&`, or this mask alone.
@@ -176,6 +186,10 @@ class _Several(Mask):
         for part in self.parts:
             part.check(B, H, T, S, device)
 
+    def primitives(self) -> Iterator[Mask]:
+        for part in self.parts:
+            yield from part.primitives()
+
     def _from_key(self, start: int, S: int) -> Mask:
         return type(self)(tuple(part.for_keys(start, S) for part in self.parts))
 
@@ -229,6 +243,9 @@ class Not(Mask):
     def _block(self, at: Block) -> Tensor:
         return ~self.part._block(at)
 
+    def primitives(self) -> Iterator[Mask]:
+        return self.part.primitives()
+
     def _from_key(self, start: int, S: int) -> Mask:
         return Not(self.part.for_keys(start, S))
 
@@ -258,6 +275,9 @@ class Rows(Mask):
     def _block(self, at: Block) -> Tensor:
         start, stop = self.start + at.start, self.start + at.stop
         return self.part._block(at._replace(start=start, stop=stop, T=self.T))
+
+    def primitives(self) -> Iterator[Mask]:
+        return self.part.primitives()
 
     def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         return self.part.reach(self.start + start, self.start + stop, self.T, S)
@@ -295,6 +315,9 @@ class Columns(Mask):
     def _block(self, at: Block) -> Tensor:
         first, last = self.first + at.first, self.first + at.last
         return self.part._block(at._replace(first=first, last=last, S=self.S))
+
+    def primitives(self) -> Iterator[Mask]:
+        return self.part.primitives()
 
     def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         first, last = self.part.reach(start, stop, T, self.S)
