@@ -44,6 +44,7 @@ def masks(T, S):
         "prefix": causal | ph.mask.prefix(3),
         **({"documents": ph.mask.documents(torch.arange(S) // 3)} if T <= S else {}),
         "rows": causal.for_queries(2, 2 + T, T + 3),
+        "columns": ph.mask.causal(align="start").for_keys(2, S + 2),
     }
 
 
@@ -141,6 +142,87 @@ def test_the_definition_is_the_oracle_to_1e12(naive_attention, size, option):
     torch.testing.assert_close(output, want, rtol=0, atol=1e-12)
     for got, expected in zip(gradients(output, inputs), gradients(want, inputs), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("T", "S"), [(5, 7), (7, 5), (1, 6)])
+def test_alibi_is_a_bias_of_the_distance(naive_attention, assert_as_good_as_eager, T, S, dtype):
+    """The bias is written here a second time, in plain Python."""
+    slopes = torch.tensor([0.5, 0.25, 1.0, 0.0, -0.5, 2.0], dtype=torch.float64)
+    distance = torch.tensor([[abs(S - T + t - s) for s in range(S)] for t in range(T)])
+    inputs = tensors(T=T, S=S, dtype=dtype)
+    bias = -slopes[:, None, None] * distance
+    exact = naive_attention(*(x.double() for x in inputs), bias=bias)
+    eager = naive_attention(*inputs, bias=bias)
+    for backend in BACKENDS:
+        if dtype == torch.float64 and backend != "reference":
+            continue
+        got = ph.attention(*inputs, alibi_slopes=slopes.float(), backend=backend)
+        assert_as_good_as_eager(got, eager, exact)
+
+
+def test_alibi_slopes_can_be_learnt():
+    slopes = torch.tensor([0.5, 0.25, 1.0, 0.1, 0.2, 2.0], dtype=torch.float64, requires_grad=True)
+    inputs = tensors(T=3, S=4)
+    assert torch.autograd.gradcheck(lambda s: ph.attention(*inputs, alibi_slopes=s), (slopes,))
+
+
+def test_a_custom_mask_is_the_rule_it_states(naive_attention):
+    inputs = tensors()
+    rule = ph.mask.custom(lambda b, h, q, k: (q + k + b + h) % 3 > 0, batch=2, heads=6)
+    at = torch.meshgrid(*(torch.arange(n) for n in (2, 6, 5, 7)), indexing="ij")
+    allowed = (at[2] + 2 + at[3] + at[0] + at[1]) % 3 > 0  # query 0 of 5 stands at key 2 of 7
+    want = naive_attention(*inputs, allowed=allowed)
+    torch.testing.assert_close(ph.attention(*inputs, mask=rule), want, rtol=0, atol=1e-12)
+    mask = rule & ph.mask.causal()
+    want = naive_attention(*inputs, allowed=allowed & ph.mask.causal().materialize(5, 7))
+    torch.testing.assert_close(ph.attention(*inputs, mask=mask), want, rtol=0, atol=1e-12)
+
+
+VARIANTS = {
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": torch.linspace(-1, 2, 6)},
+    "alibi": {"alibi_slopes": torch.linspace(0, 1, 6)},
+    "bias": {"bias": torch.linspace(-1, 1, 13)},
+    "scale": {"scale": 0.3},
+    "all of them": {
+        "softcap": 1.5,
+        "sinks": torch.linspace(-1, 2, 6),
+        "alibi_slopes": torch.linspace(0, 1, 6),
+        "bias": torch.linspace(-1, 1, 13),
+        "scale": 0.3,
+    },
+    "values of another size": {},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [13, 5, 1])
+@pytest.mark.parametrize("kind", ["none", "causal", "lengths", "and", "or, not", "dense by head"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_computes_a_variant_or_refuses(
+    naive_attention, assert_as_good_as_eager, backend, variant, kind, T, dtype
+):
+    E = 40 if variant == "values of another size" else None
+    inputs = [x.requires_grad_() for x in tensors(T=T, S=13, D=24, E=E, dtype=dtype)]
+    options = VARIANTS[variant] | {"mask": masks(T, 13)[kind]}
+    if ph.explain(*inputs, **options, backend=backend).chosen is None:
+        with pytest.raises(ph.errors.BackendError):
+            ph.attention(*inputs, **options, backend=backend)
+        return
+    output = ph.attention(*inputs, **options, backend=backend)
+    mask, slopes = options.pop("mask"), options.pop("alibi_slopes", None)
+    options["allowed"] = None if mask is None else mask.materialize(T, 13)
+    if slopes is not None:
+        distance = (torch.arange(13 - T, 13)[:, None] - torch.arange(13)).abs()
+        options["bias"] = options.get("bias", 0.0) - slopes[:, None, None] * distance
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    eager, exact = (naive_attention(*x, **options) for x in (inputs, exact_inputs))
+    assert_as_good_as_eager(output, eager, exact)
+    assert_as_good_as_eager(
+        gradient(output, inputs), gradient(eager, inputs), gradient(exact, exact_inputs)
+    )
 
 
 def test_gradcheck_of_everything_differentiable():

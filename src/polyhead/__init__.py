@@ -7,21 +7,41 @@ from importlib.metadata import version
 
 from polyhead import convert, errors, integrations, look, mask
 from polyhead.backends import Backend, backends, use_backend
+from polyhead.cache import Cache, KVCache, PagedKVCache
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
 from polyhead.functional import attention, explain
 from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
-from polyhead.positions import Rope
+from polyhead.positions import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NTKScaling,
+    Rope,
+    YarnScaling,
+    alibi_slopes,
+)
 
 __all__ = [
     "AttentionCall",
     "Aux",
     "AuxRequest",
     "Backend",
+    "Cache",
     "CausalAttention",
+    "DynamicNTKScaling",
     "HeadStats",
+    "KVCache",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
     "MultiHeadAttention",
     "MultiHeadAttentionWrapper",
+    "NTKScaling",
+    "PagedKVCache",
     "Rope",
+    "YarnScaling",
+    "alibi_slopes",
     "attention",
     "backends",
     "convert",

@@ -11,7 +11,7 @@ from polyhead.call import AttentionCall, AuxRequest
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 
-__all__ = ["autocasts", "build_call", "check_is_tensor"]
+__all__ = ["autocasts", "build_call", "check_is_tensor", "check_softcap"]
 
 
 def autocasts(device: torch.device) -> bool:
@@ -50,8 +50,7 @@ def build_call(
         scale = 1.0 / math.sqrt(D)
     elif not math.isfinite(scale):
         raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ArgumentError("softcap", "must be positive", softcap, "leave it out for no cap")
+    check_softcap(softcap)
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
     if not isinstance(aux, AuxRequest):
@@ -161,6 +160,11 @@ def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
     if not tensor.is_floating_point():
         raise DtypeError(name, "must be floating point", tensor.dtype, "convert it first")
     _check_same_device(name, tensor, query)
+
+
+def check_softcap(softcap: float | None) -> None:
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ArgumentError("softcap", "must be positive", softcap, "leave it out for no cap")
 
 
 def check_is_tensor(name: str, tensor: object) -> None:

@@ -41,7 +41,8 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
         training mode are kept, and which parameters are frozen.
 
     Raises:
-        ConversionError: a projection is no plain nn.Linear (adapters, quantisation).
+        ConversionError: a projection is no plain nn.Linear (adapters, quantisation), or stacked
+            heads have no such option (sinks, softcap and others).
 
     >>> split = MultiHeadAttention(6, 4, context_length=8, dropout=0.0, num_heads=2)
     >>> stacked = split_to_stacked(split)
@@ -49,6 +50,7 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
     >>> torch.allclose(stacked(x), split(x), atol=1e-6)
     True
     """
+    _check_options(mha)
     split = _projections(mha)
     state = _out_state(mha)
     has_bias = split["W_query"].bias is not None
@@ -145,6 +147,24 @@ def stacked_to_split(
                 )
             state[f"{name}.{kind}"] = torch.cat(rows).requires_grad_(parameters[0].requires_grad)
     return filled(mha, state, wrapper)
+
+
+def _check_options(mha: MultiHeadAttention) -> None:
+    """Stacked heads are the lecture's: what they cannot do must not be lost."""
+    options = {
+        "value_head_dim": mha.value_head_dim != mha.head_dim,
+        "alibi": mha.alibi,
+        "softcap": mha.softcap is not None,
+        "sinks": mha.sinks is not None,
+        "qk_norm": mha.q_norm is not None,
+        "output_gate": mha.W_gate is not None,
+    }
+    used = [name for name, on in options.items() if on]
+    if used:
+        raise ConversionError(
+            f"stacked heads have no {', '.join(options)}; got a split with {', '.join(used)}; "
+            "keep it as it is"
+        )
 
 
 def _projections(mha: MultiHeadAttention) -> dict[str, nn.Linear]:

@@ -6,11 +6,22 @@ import torch
 from torch import Tensor
 
 from polyhead.arguments import autocasts, check_is_tensor
+from polyhead.cache import Cache
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from polyhead.mask import Mask
+from polyhead.mask import Mask, Window
 from polyhead.positions import Rope
 
-__all__ = ["check_dropout", "check_input", "check_positions", "check_rope", "check_sizes"]
+__all__ = [
+    "check_cache",
+    "check_dropout",
+    "check_input",
+    "check_mask",
+    "check_positions",
+    "check_rope",
+    "check_sizes",
+    "head_sizes",
+    "kv_heads",
+]
 
 
 def check_sizes(**sizes: int) -> None:
@@ -43,6 +54,108 @@ def check_rope(rope: Rope | None, head_dim: int) -> None:
             f"rotary_dim = {rope.rotary_dim}",
             "let fewer turn",
         )
+
+
+def head_sizes(
+    d_out: int,
+    num_heads: int,
+    head_dim: int | None,
+    value_head_dim: int | None,
+    *,
+    out_proj: bool,
+) -> tuple[int, int]:
+    """The size of a head's queries and keys, and of its values."""
+    if head_dim is None:
+        if d_out % num_heads:
+            raise ShapeError(
+                "d_out",
+                f"must be divisible by num_heads = {num_heads}: it is split into heads",
+                d_out,
+                "change one of them, or say head_dim",
+            )
+        head_dim = d_out // num_heads
+    check_sizes(head_dim=head_dim)
+    name = "head_dim" if value_head_dim is None else "value_head_dim"
+    value_head_dim = head_dim if value_head_dim is None else value_head_dim
+    check_sizes(value_head_dim=value_head_dim)
+    if not out_proj and num_heads * value_head_dim != d_out:
+        raise ShapeError(
+            "d_out",
+            f"must be num_heads * {name} = {num_heads * value_head_dim} without an output "
+            "projection",
+            d_out,
+            f"leave out_proj on, or change {name}",
+        )
+    return head_dim, value_head_dim
+
+
+def kv_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    """How many key/value heads there are."""
+    if num_kv_heads is None:
+        return num_heads
+    check_sizes(num_kv_heads=num_kv_heads)
+    if num_heads % num_kv_heads:
+        raise ShapeError(
+            "num_kv_heads",
+            f"must divide num_heads = {num_heads}",
+            num_kv_heads,
+            "every key head serves the same number of query heads",
+        )
+    return num_kv_heads
+
+
+def check_cache(
+    cache: Cache,
+    rule: Mask | None,
+    x: Tensor,
+    memory: Tensor | None,
+    num_heads: int,
+    context_length: int,
+) -> None:
+    """Whether the tokens of x can follow what the cache holds. Asked before it is changed."""
+    if not isinstance(cache, Cache):
+        raise DtypeError(
+            "cache",
+            "must be a polyhead.KVCache, PagedKVCache or None",
+            type(cache).__name__,
+            "make one with make_cache(batch)",
+        )
+    if memory is not None:
+        raise ArgumentError(
+            "cache",
+            "must be None with memory, whose keys do not grow",
+            "both",
+            "project memory once with project_heads, and call polyhead.attention",
+        )
+    check_is_tensor("x", x)
+    T = x.shape[1] if x.ndim == 3 else 0
+    if cache.length + T > context_length:
+        raise ShapeError(
+            "x",
+            f"must fit context_length = {context_length} behind the {cache.length} cached tokens",
+            T,
+            "shorten it, or build the module with a larger context_length",
+        )
+    window = getattr(cache, "window", None)
+    if window is not None and not _within(rule, window):
+        raise ArgumentError(
+            "cache",
+            f"with window = {window} needs a mask that looks no further back",
+            repr(rule),
+            f"add & polyhead.mask.window(before={window}) to it, or use a cache without a window",
+        )
+    if rule is not None:
+        rule.check(x.shape[0], num_heads, T, cache.length + T, x.device)
+
+
+def _within(rule: Mask | None, window: int) -> bool:
+    return rule is not None and any(
+        isinstance(part, Window)
+        and part.align == "end"
+        and part.before is not None
+        and part.before <= window
+        for part in rule.conjuncts
+    )
 
 
 def check_mask(mask: Mask | None) -> None:

@@ -171,14 +171,16 @@ def turn(
     key_bgsd: Tensor,
     positions: Tensor | None,
     memory: Tensor | None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by rope. `positions` says where the queries stand, and the keys
-    too unless these come from a memory; the default is 0 .. S - 1 with the queries at the end."""
+    """Queries and keys turned by rope. `positions` says where the queries stand, and the keys too
+    unless these come from a memory; by default keys stand at first .. first + S - 1 and the
+    queries at their end."""
     B, _, T, _ = query_bhtd.shape
-    S = key_bgsd.shape[2]
-    key_positions = torch.arange(S, device=key_bgsd.device)
+    last = first + key_bgsd.shape[2]
+    key_positions = torch.arange(first, last, device=key_bgsd.device)
     if positions is None:
-        positions = torch.arange(S - T, S, device=query_bhtd.device)
+        positions = torch.arange(last - T, last, device=query_bhtd.device)
     else:
         check_positions(positions, B, T)
         if memory is None:

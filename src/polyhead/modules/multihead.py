@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from typing import overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 import polyhead.mask
+from polyhead.arguments import check_softcap
 from polyhead.backends import BackendChoice
+from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
-from polyhead.errors import ArgumentError, ShapeError
 from polyhead.functional import attention
 from polyhead.mask import Mask
 from polyhead.modules.arguments import (
+    check_cache,
     check_dropout,
     check_input,
     check_mask,
     check_rope,
     check_sizes,
+    head_sizes,
+    kv_heads,
 )
 from polyhead.modules.causal import both, turn
 from polyhead.modules.checkpoint import accept_either_projection, accept_lecture_mask
 from polyhead.modules.contributions import split_by_head
-from polyhead.positions import Rope
+from polyhead.modules.fusing import fuse, unfuse
+from polyhead.positions import Rope, alibi_slopes
 
 __all__ = ["MultiHeadAttention"]
 
@@ -48,11 +54,18 @@ class MultiHeadAttention(nn.Module):
         num_kv_heads: how many key/value heads, G, a divisor of H; None: H. Query head h uses
             key head h // (H / G).
         head_dim: size of a head; None: d_out / num_heads, which must then be an integer.
+        value_head_dim: size of a head's values, where it differs; None: head_dim.
         out_proj: whether a linear layer mixes the merged heads.
         out_bias: whether that layer has a bias.
         rope: rotary positions for queries and keys, or None.
+        alibi: whether scores fall linearly with the distance, by `polyhead.alibi_slopes`.
         mask: who may attend to whom; None: everybody (as for cross-attention).
         scale: factor on the scores; None: 1 / sqrt(head_dim).
+        softcap: scores become softcap * tanh(scores / softcap). Or None.
+        sinks: whether each head learns a logit that takes weight and gives no value (`sinks`, H).
+        qk_norm: makes the norm of queries and of keys from head_dim, before rope (`q_norm`,
+            `k_norm`): `nn.RMSNorm`, `functools.partial(nn.RMSNorm, eps=1e-6)`. Or None.
+        output_gate: whether the merged heads are multiplied by sigmoid(x W_gate).
         backend: as in `polyhead.attention`.
         device, dtype: of the parameters.
 
@@ -62,12 +75,18 @@ class MultiHeadAttention(nn.Module):
     Raises:
         ShapeError, DtypeError, DeviceError, ArgumentError: an argument breaks a rule.
 
-    Source: Vaswani et al. 2017, section 3.2.2; grouped heads: Ainslie et al. 2023.
+    Source: Vaswani et al. 2017, section 3.2.2; grouped heads: Ainslie et al. 2023; norms of
+    queries and keys: Henry et al. 2020; output gate: Qiu et al. 2025.
 
     >>> split = MultiHeadAttention(d_in=3, d_out=2, context_length=6, dropout=0.0, num_heads=2)
     >>> split(torch.ones(1, 6, 3)).shape                         # 2 heads of 1 feature
     torch.Size([1, 6, 2])
     """
+
+    W_query: nn.Linear
+    W_key: nn.Linear
+    W_value: nn.Linear
+    W_qkv: nn.Linear  # in place of the three once fused
 
     def __init__(
         self,
@@ -80,11 +99,17 @@ class MultiHeadAttention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_head_dim: int | None = None,
         out_proj: bool = True,
         out_bias: bool = True,
         rope: Rope | None = None,
+        alibi: bool = False,
         mask: Mask | None = polyhead.mask.causal(),
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        output_gate: bool = False,
         backend: BackendChoice = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -92,9 +117,12 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         check_sizes(d_in=d_in, d_out=d_out, context_length=context_length, num_heads=num_heads)
         check_dropout(dropout)
-        head_dim = _head_dim(d_out, num_heads, head_dim, out_proj)
-        num_kv_heads = _num_kv_heads(num_heads, num_kv_heads)
+        head_dim, value_head_dim = head_sizes(
+            d_out, num_heads, head_dim, value_head_dim, out_proj=out_proj
+        )
+        num_kv_heads = kv_heads(num_heads, num_kv_heads)
         check_rope(rope, head_dim)
+        check_softcap(softcap)
         check_mask(mask)
         self.d_in = d_in
         self.d_out = d_out
@@ -102,19 +130,29 @@ class MultiHeadAttention(nn.Module):
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.value_head_dim = value_head_dim
         self.rope = rope
+        self.alibi = alibi
         self.mask = mask
         self.scale = scale
+        self.softcap = softcap
         self.backend = backend
-        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
-        self.W_query = nn.Linear(d_in, q_size, bias=qkv_bias, device=device, dtype=dtype)
-        self.W_key = nn.Linear(d_in, kv_size, bias=qkv_bias, device=device, dtype=dtype)
-        self.W_value = nn.Linear(d_in, kv_size, bias=qkv_bias, device=device, dtype=dtype)
-        self.out_proj = (
-            nn.Linear(q_size, d_out, bias=out_bias, device=device, dtype=dtype)
-            if out_proj
-            else None
+
+        def linear(features: int, out: int, bias: bool) -> nn.Linear:
+            return nn.Linear(features, out, bias=bias, device=device, dtype=dtype)
+
+        merged = num_heads * value_head_dim
+        self.W_query = linear(d_in, num_heads * head_dim, qkv_bias)
+        self.W_key = linear(d_in, num_kv_heads * head_dim, qkv_bias)
+        self.W_value = linear(d_in, num_kv_heads * value_head_dim, qkv_bias)
+        self.out_proj = linear(merged, d_out, out_bias) if out_proj else None
+        # After what the lecture has, so that the same seed gives its digits.
+        self.W_gate = linear(d_in, merged, qkv_bias) if output_gate else None
+        self.sinks = (
+            nn.Parameter(torch.zeros(num_heads, device=device, dtype=dtype)) if sinks else None
         )
+        self.q_norm = None if qk_norm is None else qk_norm(head_dim).to(device, dtype)
+        self.k_norm = None if qk_norm is None else qk_norm(head_dim).to(device, dtype)
         self.dropout = nn.Dropout(dropout)
         for accept in (accept_lecture_mask, accept_either_projection):
             self.register_load_state_dict_pre_hook(accept)  # type: ignore[no-untyped-call]
@@ -125,6 +163,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
+        cache: Cache | None = None,
         *,
         positions: Tensor | None = None,
         return_aux: None = None,
@@ -136,6 +175,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
+        cache: Cache | None = None,
         *,
         positions: Tensor | None = None,
         return_aux: AuxRequest,
@@ -146,6 +186,7 @@ class MultiHeadAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
+        cache: Cache | None = None,
         *,
         positions: Tensor | None = None,
         return_aux: AuxRequest | None = None,
@@ -155,43 +196,85 @@ class MultiHeadAttention(nn.Module):
         Args:
             x: (B, T, d_in) what the queries are made of.
             memory: (B, S, d_in) what keys and values are made of; None: x itself.
-            mask: who may attend, together with the module's own mask (both must allow).
+            mask: who may attend, together with the module's own mask (both must allow). With a
+                cache its keys are all tokens so far, cached ones included.
+            cache: keys and values of the tokens before x (`make_cache`); those of x are added to
+                it. Without gradients only.
             positions: (T,) or (B, T) for rope; None: the queries stand at the end of the keys.
             return_aux: what to return beside the output.
 
         Returns:
             (B, T, d_out), or (output, Aux) if `return_aux` is given.
+
+        >>> mha = MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2).eval()
+        >>> x = torch.randn(1, 4, 8)
+        >>> with torch.no_grad():
+        ...     cache = mha.make_cache(batch=1)
+        ...     prompt, token = mha(x[:, :3], cache=cache), mha(x[:, 3:], cache=cache)
+        ...     torch.allclose(torch.cat([prompt, token], dim=1), mha(x), atol=1e-6)
+        True
         """
-        contexts_bhte, aux = self._attend(x, memory, mask, positions, return_aux or AuxRequest())
+        contexts_bhte, aux = self._attend(
+            x, memory, mask, cache, positions, return_aux or AuxRequest()
+        )
         y = contexts_bhte.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
             y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
+    def make_cache(self, batch: int, max_tokens: int | None = None, **options: Any) -> KVCache:
+        """An empty `KVCache` that fits this module: its heads, sizes, dtype and device.
+
+        Args:
+            batch: rows.
+            max_tokens: None: context_length.
+            options: more of `KVCache`'s keywords, such as window= or storage=torch.int8.
+        """
+        fit: dict[str, Any] = {
+            "value_head_dim": self.value_head_dim,
+            "dtype": self._weight.dtype,
+            "device": self._weight.device,
+        }
+        most = self.context_length if max_tokens is None else max_tokens
+        return KVCache(batch, most, self.num_kv_heads, self.head_dim, **(fit | options))
+
     def project_heads(
-        self, x: Tensor, memory: Tensor | None = None, *, positions: Tensor | None = None
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        first_position: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as `attention` receives them: projected, split, turned by rope.
+        """Queries, keys and values as `attention` receives them: split, normed, turned by rope.
+
+        Args:
+            x, memory, positions: as in `forward`.
+            first_position: where the first key stands, if positions are not given.
 
         Returns:
-            query (B, H, T, head_dim), key and value (B, G, S, head_dim); views where rope allows.
+            query (B, H, T, head_dim), key (B, G, S, head_dim), value (B, G, S, value_head_dim);
+            views where nothing turns or norms them.
 
         >>> mha = MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2)
         >>> query, key, value = mha.project_heads(torch.randn(1, 4, 8))
         >>> query.shape
         torch.Size([1, 2, 4, 4])
         """
-        weight = self.W_qkv.weight if self.fused else self.W_query.weight
-        check_input("x", x, weight, self.d_in, self.context_length)
+        check_input("x", x, self._weight, self.d_in, self.context_length)
         if memory is not None:
-            check_input("memory", memory, weight, self.d_in)
+            check_input("memory", memory, self._weight, self.d_in)
         query, key, value = self._project(x, memory)
         query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        value_bgsd = value.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
+        value_bgse = value.unflatten(2, (self.num_kv_heads, self.value_head_dim)).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            query_bhtd, key_bgsd = self.q_norm(query_bhtd), self.k_norm(key_bgsd)
         if self.rope is not None:
-            query_bhtd, key_bgsd = turn(self.rope, query_bhtd, key_bgsd, positions, memory)
-        return query_bhtd, key_bgsd, value_bgsd
+            query_bhtd, key_bgsd = turn(
+                self.rope, query_bhtd, key_bgsd, positions, memory, first_position
+            )
+        return query_bhtd, key_bgsd, value_bgse
 
     def head_contexts(
         self,
@@ -201,8 +284,8 @@ class MultiHeadAttention(nn.Module):
         *,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """What each head alone computes, (B, H, T, head_dim): its context vectors."""
-        return self._attend(x, memory, mask, positions, AuxRequest())[0]
+        """What each head alone computes, (B, H, T, value_head_dim): its context vectors, gated."""
+        return self._attend(x, memory, mask, None, positions, AuxRequest())[0]
 
     def head_contributions(
         self,
@@ -242,132 +325,75 @@ class MultiHeadAttention(nn.Module):
             ArgumentError: a projection is no plain nn.Linear (adapters, quantisation), or some
                 of their parameters are frozen and others are not.
         """
-        if self.fused:
-            return self
-        parts = [self.W_query, self.W_key, self.W_value]
-        if any(type(part) is not nn.Linear for part in parts):
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            raise ArgumentError(
-                "fuse()", "needs plain nn.Linear projections", kinds, "merge adapters first"
-            )
-        if len({p.requires_grad for part in parts for p in part.parameters()}) > 1:
-            raise ArgumentError(
-                "fuse()",
-                "needs W_query, W_key and W_value all trainable or all frozen",
-                "a mixture",
-                "set requires_grad alike",
-            )
-        del self.W_query, self.W_key, self.W_value
-        self.W_qkv = _linear_of(
-            torch.cat([part.weight for part in parts]),
-            None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
-            requires_grad=parts[0].weight.requires_grad,
-        )
-        self._projections_first()
-        return self
+        return fuse(self)
 
     def unfuse(self) -> MultiHeadAttention:
         """Undo `fuse()`: W_query, W_key and W_value again, with the same bits."""
-        if not self.fused:
-            return self
-        fused = self.W_qkv
-        biases = [None] * 3 if fused.bias is None else fused.bias.split(self._qkv_sizes)
-        del self.W_qkv
-        self.W_query, self.W_key, self.W_value = (
-            _linear_of(weight, bias, requires_grad=fused.weight.requires_grad)
-            for weight, bias in zip(fused.weight.split(self._qkv_sizes), biases, strict=True)
-        )
-        self._projections_first()
-        return self
-
-    def _projections_first(self) -> None:
-        """Parameters keep their order: an optimizer's saved state knows them by number alone."""
-        for name in ("out_proj", "dropout"):
-            if name in self._modules:
-                self._modules[name] = self._modules.pop(name)
+        return unfuse(self)
 
     @property
-    def _qkv_sizes(self) -> list[int]:
-        kv_size = self.num_kv_heads * self.head_dim
-        return [self.num_heads * self.head_dim, kv_size, kv_size]
+    def _weight(self) -> Tensor:
+        return (self.W_qkv if self.fused else self.W_query).weight
+
+    @property
+    def qkv_sizes(self) -> list[int]:
+        """Features of all queries, keys and values: the rows of W_qkv, in order."""
+        return [
+            self.num_heads * self.head_dim,
+            self.num_kv_heads * self.head_dim,
+            self.num_kv_heads * self.value_head_dim,
+        ]
 
     def _attend(
         self,
         x: Tensor,
         memory: Tensor | None,
         mask: Mask | None,
+        cache: Cache | None,
         positions: Tensor | None,
         request: AuxRequest,
     ) -> tuple[Tensor, Aux]:
-        """Context vectors (B, H, T, head_dim) of every head, and the aux."""
-        query, key, value = self.project_heads(x, memory, positions=positions)
-        return attention(
+        """Context vectors (B, H, T, value_head_dim) of every head, gated, and the aux."""
+        rule = both(self.mask, mask)
+        first = 0
+        if cache is not None:
+            check_cache(cache, rule, x, memory, self.num_heads, self.context_length)
+            first = cache.length
+        query, key, value = self.project_heads(x, memory, positions=positions, first_position=first)
+        if cache is not None:
+            key, value = cache.append(key, value)
+            rule = None if rule is None else rule.for_keys(cache.start, cache.length)
+        contexts_bhte, aux = attention(
             query,
             key,
             value,
-            mask=both(self.mask, mask),
+            mask=rule,
             scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            alibi_slopes=alibi_slopes(self.num_heads, device=x.device) if self.alibi else None,
             dropout=self.dropout.p if self.training else 0.0,
             backend=self.backend,
             return_aux=request,
         )
+        if self.W_gate is not None:
+            gate = torch.sigmoid(self.W_gate(x)).unflatten(2, (self.num_heads, -1))
+            contexts_bhte = contexts_bhte * gate.transpose(1, 2)
+        return contexts_bhte, aux
 
     def _project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if not self.fused:
             source = x if memory is None else memory
             return self.W_query(x), self.W_key(source), self.W_value(source)
-        query, key, value = self.W_qkv(x).split(self._qkv_sizes, dim=-1)
+        query, key, value = self.W_qkv(x).split(self.qkv_sizes, dim=-1)
         if memory is not None:
-            _, key, value = self.W_qkv(memory).split(self._qkv_sizes, dim=-1)
+            _, key, value = self.W_qkv(memory).split(self.qkv_sizes, dim=-1)
         return query, key, value
 
     def extra_repr(self) -> str:
         heads = f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}"
         return (
-            f"{heads}, head_dim={self.head_dim}, context_length={self.context_length}, "
-            f"mask={self.mask!r}, rope={self.rope}"
+            f"{heads}, head_dim={self.head_dim}, value_head_dim={self.value_head_dim}, "
+            f"context_length={self.context_length}, mask={self.mask!r}, rope={self.rope}, "
+            f"alibi={self.alibi}, softcap={self.softcap}, sinks={self.sinks is not None}"
         )
-
-
-def _head_dim(d_out: int, num_heads: int, head_dim: int | None, out_proj: bool) -> int:
-    if head_dim is None:
-        if d_out % num_heads:
-            raise ShapeError(
-                "d_out",
-                f"must be divisible by num_heads = {num_heads}: it is split into heads",
-                d_out,
-                "change one of them, or say head_dim",
-            )
-        return d_out // num_heads
-    check_sizes(head_dim=head_dim)
-    if not out_proj and num_heads * head_dim != d_out:
-        raise ShapeError(
-            "d_out",
-            f"must be num_heads * head_dim = {num_heads * head_dim} without an output projection",
-            d_out,
-            "leave out_proj on, or change head_dim",
-        )
-    return head_dim
-
-
-def _num_kv_heads(num_heads: int, num_kv_heads: int | None) -> int:
-    if num_kv_heads is None:
-        return num_heads
-    check_sizes(num_kv_heads=num_kv_heads)
-    if num_heads % num_kv_heads:
-        raise ShapeError(
-            "num_kv_heads",
-            f"must divide num_heads = {num_heads}",
-            num_kv_heads,
-            "every key head serves the same number of query heads",
-        )
-    return num_kv_heads
-
-
-def _linear_of(weight: Tensor, bias: Tensor | None, *, requires_grad: bool) -> nn.Linear:
-    """An nn.Linear that owns a copy of these."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=requires_grad)
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=requires_grad)
-    return linear

@@ -1,0 +1,213 @@
+"""Each row's tokens side by side in one tensor: all of them, or those that a window needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyhead.cache.base import Cache, check_count, empty_like
+from polyhead.cache.formats import Held
+from polyhead.errors import ArgumentError
+
+__all__ = ["KVCache"]
+
+
+class KVCache(Cache):
+    """Keys and values side by side; memory grows by doubling, and `append` gives views of it.
+
+    With `window` it holds about 2 * (window + 1 + rewindable) tokens, however many it is given:
+    new tokens go behind the old, and when the memory is full the needed end moves to its front,
+    O(1) a token on average. A chunk longer than the memory is returned with the window before it,
+    and its end is kept.
+
+    Args:
+        batch: rows, B.
+        max_tokens: the most tokens it takes; None, only with a window: no limit.
+        num_kv_heads: key/value heads, G.
+        head_dim: D.
+        value_head_dim: E; None: D. 0 is allowed: a latent cache keeps everything in the key.
+        dtype: of what goes in and comes out.
+        storage: None: numbers are held as they come. torch.int8: as codes with one float32 scale
+            for each token and head. Then, with a = the largest |number| of a token and head, each
+            number comes back within a / 254 (and rounding). Let a_k and a_v be the largest of all
+            keys' and values' a, and d = scale * sum |query| * a_k / 254. A score moves by at most
+            d, the weights of a query together by 2 * tanh(d / 2), and so every output by at most
+
+                a_v / 254 + 2 * tanh(d / 2) * a_v
+
+        device: where to hold it.
+        window: the `before` of the `polyhead.mask.window(before=...)` it serves: a query needs
+            the `window` tokens before it, and itself. None: every token is held.
+        rewindable: with a window, how far `rewind` can always go back: to this many tokens before
+            the largest length there has been.
+        preallocate: take all memory now: addresses then never change (but by a `reorder` that
+            changes `batch`). Under torch.compile(fullgraph=True) a step with `append` is one graph,
+            and not a new one for each length. A captured CUDA graph would replay one length.
+
+    Raises:
+        ArgumentError, DtypeError: an argument breaks a rule.
+
+    >>> cache = KVCache(batch=1, max_tokens=64, num_kv_heads=2, head_dim=4, window=3)
+    >>> prompt, token = torch.zeros(1, 2, 10, 4), torch.ones(1, 2, 1, 4)
+    >>> _ = cache.append(prompt, prompt)
+    >>> key, value = cache.append(token, token)
+    >>> key.shape, cache.length, cache.start                # the 3 before, and itself
+    (torch.Size([1, 2, 4, 4]), 11, 7)
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        max_tokens: int | None,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        storage: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        window: int | None = None,
+        rewindable: int = 0,
+        preallocate: bool = False,
+    ) -> None:
+        super().__init__(
+            batch, max_tokens, num_kv_heads, head_dim, value_head_dim, dtype, storage, device
+        )
+        check_count("rewindable", rewindable, 0)
+        if window is not None:
+            check_count("window", window, 0)
+        elif max_tokens is None:
+            raise ArgumentError(
+                "max_tokens", "must be given without a window", None, "say how many tokens at most"
+            )
+        self.window = window
+        self.rewindable = rewindable
+        self._most_slots = _most_slots(max_tokens, window, rewindable)
+        self._first_held = 0  # the position whose token is in slot 0
+        self._held = empty_like(self._nothing(), batch, self._most_slots if preallocate else 0)
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_chunk(key, value)
+        new, T = self._encode(key, value), key.shape[2]
+        if self.length - self._first_held + T > self._most_slots:
+            end = self._needed_from(self.length - self.rewindable)
+            if self.length - end + T > self._most_slots:
+                return self._append_long(new, T)
+            self._drop_before(end)
+        self._reserve(self.length - self._first_held + T)
+        self.start = self._needed_from(self.length)
+        self.length += T
+        _copy(new, self._slots(self.length - T, self.length))
+        return self._decode(self._slots(self.start, self.length))
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        self.start = self._needed_from(self.length - 1)
+        return self._decode(self._slots(self.start, self.length))
+
+    def quantised(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `read` decodes, as it is held: views, not to be written to.
+
+        Returns:
+            key codes (B, G, S, D) int8, key scales (B, G, S) float32, value codes (B, G, S, E),
+            value scales (B, G, S). A number is code * scale.
+
+        Raises:
+            ArgumentError: the cache was not made with storage=torch.int8.
+        """
+        if self.storage != torch.int8:
+            raise ArgumentError(
+                "storage", "must be torch.int8 to have codes", self.storage, "use read()"
+            )
+        self.start = self._needed_from(self.length - 1)
+        key_codes, key_scales, value_codes, value_scales = self._slots(self.start, self.length)
+        return key_codes, key_scales, value_codes, value_scales
+
+    def rewind(self, n: int) -> None:
+        self._check_rewind(n)
+        length = self.length - n
+        if length == 0:
+            self.reset()
+            return
+        if self._needed_from(length - 1) < self._first_held:
+            most = self._needed_from(self.length - 1) - self._first_held
+            raise ArgumentError(
+                "n",
+                f"must be at most {most}: with window = {self.window} the tokens before position "
+                f"{self._first_held} are gone",
+                n,
+                f"make the cache with rewindable = {n} or more, or reset it",
+            )
+        self.length = length
+        self.start = self._needed_from(length - 1)
+
+    def reorder(self, rows: Tensor) -> None:
+        self._check_rows(rows)
+        held = self._slots(self._first_held, self.length)
+        moved = tuple(part.index_select(0, rows) for part in held)
+        if len(rows) != self.batch:
+            self._held = empty_like(self._held, len(rows), self._held[0].shape[2])
+            self.batch = len(rows)
+        _copy(moved, self._slots(self._first_held, self.length))
+
+    def reset(self) -> None:
+        self.length = self.start = self._first_held = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._held)
+
+    def _needed_from(self, position: int) -> int:
+        """The first position that a query at this one may need."""
+        return 0 if self.window is None else max(0, position - self.window)
+
+    def _slots(self, first: int, stop: int) -> Held:
+        """Views of the tokens at positions first .. stop - 1."""
+        first, stop = first - self._first_held, stop - self._first_held
+        return tuple(part[:, :, first:stop] for part in self._held)
+
+    def _reserve(self, tokens: int) -> None:
+        slots = self._held[0].shape[2]
+        if tokens > slots:
+            held = empty_like(self._held, self.batch, min(max(2 * slots, tokens), self._most_slots))
+            used = self.length - self._first_held
+            _copy(self._slots(self._first_held, self.length), tuple(p[:, :, :used] for p in held))
+            self._held = held
+
+    def _drop_before(self, position: int) -> None:
+        # Cloned, since the two places may overlap.
+        kept = tuple(part.clone() for part in self._slots(position, self.length))
+        self._first_held = position
+        _copy(kept, self._slots(position, self.length))
+
+    def _append_long(self, new: Held, T: int) -> tuple[Tensor, Tensor]:
+        """A chunk that the memory cannot hold beside its window: only its end is kept."""
+        first = self._needed_from(self.length)
+        before = self._slots(first, self.length)
+        seen = new
+        if first < self.length:
+            seen = tuple(torch.cat(parts, dim=2) for parts in zip(before, new, strict=True))
+        end = self._needed_from(self.length + T - 1 - self.rewindable)
+        self._reserve(self.length + T - end)
+        self.start = first
+        self.length += T
+        self._first_held = end
+        kept = self._slots(end, self.length)
+        _copy(tuple(part[:, :, -kept[0].shape[2] :] for part in new), kept)
+        return self._decode(seen)
+
+    def _extra_repr(self) -> str:
+        return (
+            "" if self.window is None else f", window={self.window}, rewindable={self.rewindable}"
+        )
+
+
+def _most_slots(max_tokens: int | None, window: int | None, rewindable: int) -> int:
+    """How many tokens the memory may hold. Twice the needed end: half of it moves at most."""
+    limits = [] if max_tokens is None else [max_tokens]
+    limits += [] if window is None else [2 * (window + 1 + rewindable)]
+    return min(limits)
+
+
+def _copy(source: Held, target: Held) -> None:
+    for from_part, to_part in zip(source, target, strict=True):
+        to_part.copy_(from_part)

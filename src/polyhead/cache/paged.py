@@ -1,0 +1,201 @@
+"""Tokens in blocks of a pool, found through a table: rows with the same past share its blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyhead.cache.base import Cache, check_count, empty_like
+from polyhead.cache.formats import Held
+from polyhead.errors import ArgumentError
+
+__all__ = ["PagedKVCache"]
+
+
+class PagedKVCache(Cache):
+    """Keys and values in blocks of `block_size` tokens; rows with the same past share blocks.
+
+    Token p of row b is in block `block_table[b, p // block_size]`, slot p % block_size. `reorder`
+    moves numbers in the table only: `cache.reorder(torch.tensor([0, 0, 0, 0]))` makes four rows of
+    one prompt, and copies nothing. A partly filled block that several rows hold is copied when
+    they append. A block that no row holds any more is used again.
+
+    `append` and `read` gather a copy; a kernel reads `pools` through `block_table` instead.
+
+    Args:
+        batch: rows, B.
+        max_tokens: the most tokens a row takes.
+        num_kv_heads: key/value heads, G.
+        head_dim: D.
+        value_head_dim: E; None: D. 0 is allowed.
+        dtype: of what goes in and comes out.
+        storage: None or torch.int8, as in `KVCache`.
+        device: where to hold the pools and the table.
+        block_size: tokens in a block.
+        num_blocks: size of the pool, allocated now; None: it grows by doubling.
+
+    Attributes:
+        block_table: (B, blocks a row) int32 on the device: numbers of blocks. Not to be written.
+
+    Raises:
+        ArgumentError, DtypeError: an argument breaks a rule.
+
+    Source: Kwon et al. 2023, "Efficient Memory Management for Large Language Model Serving with
+    PagedAttention".
+
+    >>> cache = PagedKVCache(batch=1, max_tokens=64, num_kv_heads=2, head_dim=4, block_size=4)
+    >>> prompt, tokens = torch.zeros(1, 2, 6, 4), torch.ones(3, 2, 1, 4)
+    >>> _ = cache.append(prompt, prompt)
+    >>> cache.reorder(torch.tensor([0, 0, 0]))              # three answers to one prompt
+    >>> key, value = cache.append(tokens, tokens)
+    >>> key.shape, cache.block_table.tolist()
+    (torch.Size([3, 2, 7, 4]), [[0, 1], [0, 2], [0, 3]])
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        max_tokens: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        value_head_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        storage: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+    ) -> None:
+        check_count("max_tokens", max_tokens, 1)
+        super().__init__(
+            batch, max_tokens, num_kv_heads, head_dim, value_head_dim, dtype, storage, device
+        )
+        check_count("block_size", block_size, 1)
+        if num_blocks is not None:
+            check_count("num_blocks", num_blocks, 1)
+        self.block_size = block_size
+        self._fixed = num_blocks is not None
+        self._most_columns = -(-max_tokens // block_size)
+        self._pools = empty_like(self._nothing(), num_blocks or 0, block_size)
+        self._set_table(torch.empty(batch, 0, dtype=torch.int32))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool, held by a row or free."""
+        return self._pools[0].shape[0]
+
+    @property
+    def block_uses(self) -> Tensor:
+        """(num_blocks,) int64 on the CPU: how many rows hold each block; 0: it is free."""
+        return torch.bincount(self._table.flatten(), minlength=self.num_blocks)
+
+    @property
+    def pools(self) -> Held:
+        """What the blocks hold. Not to be written.
+
+        Returns:
+            (key, value), (num_blocks, G, block_size, D) and (..., E); with storage=torch.int8
+            (key codes, key scales, value codes, value scales), the scales (..., block_size).
+        """
+        return self._pools
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_chunk(key, value)
+        new, T = self._encode(key, value), key.shape[2]
+        if T:
+            self._make_room(T)
+            position = torch.arange(self.length, self.length + T, device=self.device)
+            block_bt = self.block_table[:, position // self.block_size]
+            slot_t = position % self.block_size
+            for pool, part in zip(self._pools, new, strict=True):
+                pool[block_bt, :, slot_t] = part.transpose(1, 2)
+            self.length += T
+        return self.read()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        # (B, blocks, G, block_size, ...) to (B, G, tokens, ...)
+        blocks = (pool[self.block_table].transpose(1, 2).flatten(2, 3) for pool in self._pools)
+        return self._decode(tuple(part[:, :, : self.length] for part in blocks))
+
+    def rewind(self, n: int) -> None:
+        self._check_rewind(n)
+        self.length -= n
+        self._set_table(self._table[:, : self._columns(self.length)].clone())
+
+    def reorder(self, rows: Tensor) -> None:
+        self._check_rows(rows)
+        self._set_table(self._table[rows.cpu()])
+        self.batch = len(rows)
+
+    def reset(self) -> None:
+        self.rewind(self.length)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(pool.nbytes for pool in self._pools) + self.block_table.nbytes
+
+    def _columns(self, length: int) -> int:
+        return -(-length // self.block_size)
+
+    def _set_table(self, table: Tensor) -> None:
+        # Which blocks are free is decided on the CPU, without waiting for a device.
+        self._table = table
+        self.block_table = table.to(self.device)
+
+    def _make_room(self, T: int) -> None:
+        """Blocks for T more tokens; afterwards no row writes into a block that another holds."""
+        columns = self._columns(self.length + T) - self._table.shape[1]
+        sharing = self._rows_to_part()
+        if not columns and not sharing:
+            return
+        taken = self._take(len(sharing) + self.batch * columns)
+        table = torch.cat((self._table, taken[len(sharing) :].view(self.batch, columns)), dim=1)
+        if sharing:
+            last, copies = self._table.shape[1] - 1, taken[: len(sharing)]
+            source, target = table[sharing, last].to(self.device), copies.to(self.device)
+            for pool in self._pools:
+                pool[target] = pool[source]
+            table[sharing, last] = copies
+        self._set_table(table)
+
+    def _rows_to_part(self) -> list[int]:
+        """Rows about to write into a block that a row before them holds too.
+
+        Rows share whole pasts, so a block is at the same place in each of them.
+        """
+        if self.length % self.block_size == 0:
+            return []
+        last = self._table[:, -1].tolist()
+        return [row for row, block in enumerate(last) if block in last[:row]]
+
+    def _take(self, count: int) -> Tensor:
+        """The numbers of `count` free blocks, int32."""
+        uses = self.block_uses
+        missing = count - int((uses == 0).sum())
+        if missing > 0:
+            if self._fixed:
+                raise ArgumentError(
+                    "num_blocks",
+                    f"must leave {count} free blocks to append to batch = {self.batch} rows at "
+                    f"length = {self.length}",
+                    f"{count - missing} free of {self.num_blocks}",
+                    "rewind or reset the cache, or make one with more num_blocks",
+                )
+            self._grow(self.num_blocks + missing)
+            uses = self.block_uses
+        return (uses == 0).nonzero().flatten()[:count].int()
+
+    def _grow(self, least: int) -> None:
+        num_blocks = self.num_blocks
+        pools = empty_like(
+            self._pools,
+            max(least, min(2 * num_blocks, self.batch * self._most_columns)),
+            self.block_size,
+        )
+        for old, new in zip(self._pools, pools, strict=True):
+            new[:num_blocks].copy_(old)
+        self._pools = pools
+
+    def _extra_repr(self) -> str:
+        in_use = int((self.block_uses > 0).sum())
+        return f", block_size={self.block_size}, blocks in use={in_use} of {self.num_blocks}"

@@ -1,0 +1,72 @@
+"""One projection in place of three, and back, with the same bits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from polyhead.modules.multihead import MultiHeadAttention
+
+__all__ = ["fuse", "unfuse"]
+
+_PROJECTIONS = ("W_qkv", "W_query", "W_key", "W_value")
+
+
+def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
+    if mha.fused:
+        return mha
+    parts = [mha.W_query, mha.W_key, mha.W_value]
+    if any(type(part) is not nn.Linear for part in parts):
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ArgumentError(
+            "fuse()", "needs plain nn.Linear projections", kinds, "merge adapters first"
+        )
+    if len({p.requires_grad for part in parts for p in part.parameters()}) > 1:
+        raise ArgumentError(
+            "fuse()",
+            "needs W_query, W_key and W_value all trainable or all frozen",
+            "a mixture",
+            "set requires_grad alike",
+        )
+    del mha.W_query, mha.W_key, mha.W_value
+    mha.W_qkv = _linear_of(
+        torch.cat([part.weight for part in parts]),
+        None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
+        requires_grad=parts[0].weight.requires_grad,
+    )
+    _projections_first(mha)
+    return mha
+
+
+def unfuse(mha: MultiHeadAttention) -> MultiHeadAttention:
+    if not mha.fused:
+        return mha
+    fused = mha.W_qkv
+    biases = [None] * 3 if fused.bias is None else fused.bias.split(mha.qkv_sizes)
+    del mha.W_qkv
+    mha.W_query, mha.W_key, mha.W_value = (
+        _linear_of(weight, bias, requires_grad=fused.weight.requires_grad)
+        for weight, bias in zip(fused.weight.split(mha.qkv_sizes), biases, strict=True)
+    )
+    _projections_first(mha)
+    return mha
+
+
+def _projections_first(mha: MultiHeadAttention) -> None:
+    """Parameters keep their order: an optimizer's saved state knows them by number alone."""
+    for name in [name for name in mha._modules if name not in _PROJECTIONS]:
+        mha._modules[name] = mha._modules.pop(name)
+
+
+def _linear_of(weight: Tensor, bias: Tensor | None, *, requires_grad: bool) -> nn.Linear:
+    """An nn.Linear that owns a copy of these."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=requires_grad)
+    return linear
