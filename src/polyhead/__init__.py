@@ -18,6 +18,7 @@ from polyhead.positions import (
     LongRopeScaling,
     NTKScaling,
     Rope,
+    RopeScaling,
     YarnScaling,
     alibi_slopes,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "NTKScaling",
     "PagedKVCache",
     "Rope",
+    "RopeScaling",
     "YarnScaling",
     "alibi_slopes",
     "attention",

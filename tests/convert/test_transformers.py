@@ -1,5 +1,7 @@
 """Attention layers of transformers, converted: the same function of the same hidden states."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import polyhead as ph
 from polyhead.convert import from_transformers
 from polyhead.errors import ConversionError
+from polyhead.positions import LinearScaling
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,6 +40,73 @@ MODELS = {
         },
     ),
 }
+
+# Where a scaling grows with the text, its context is shorter than the T tokens of the tests.
+SCALED = {
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.5},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 30},
+    "yarn, all said": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 300,
+        "beta_fast": 9.0,
+        "beta_slow": 0.5,
+        "attention_factor": 1.5,
+        "mscale": 2.0,  # without effect beside attention_factor
+        "mscale_all_dim": 3.0,
+        "truncate": False,
+    },
+    "yarn, mscale": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 30,
+        "mscale": 2.0,
+        "mscale_all_dim": 5.0,
+    },
+    "yarn, one mscale": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 30,
+        "mscale": 2.0,  # without effect alone
+    },
+    "yarn, factor by the contexts": {
+        "rope_type": "yarn",
+        "factor": None,
+        "original_max_position_embeddings": 2,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 20,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.5, 2.0, 3.0, 4.0],
+        "original_max_position_embeddings": 4,
+    },
+    "longrope, all said": {
+        "rope_type": "longrope",
+        "factor": 3.0,
+        "attention_factor": 1.2,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.5, 2.0, 3.0, 4.0],
+        "original_max_position_embeddings": 20,
+    },
+}
+for kind, rope_parameters in SCALED.items():
+    MODELS[f"llama, {kind}"] = (
+        "Llama",
+        {
+            "head_dim": 8,
+            "max_position_embeddings": 8 if "dynamic" in kind else 37,
+            "rope_parameters": {**rope_parameters, "rope_theta": 500.0},
+        },
+    )
+PLAIN = [name for name in MODELS if name.removeprefix("llama, ") not in SCALED]
 
 
 def build(name, **more):
@@ -77,7 +147,7 @@ def test_same_output_in_a_running_model(name, implementation, layer_index):
     torch.testing.assert_close(got, seen["y"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", PLAIN)
 def test_same_output_in_float64(name):
     """By hand, because transformers computes angles in float32 whatever the model's dtype."""
     model = build(name, attn_implementation="sdpa").double()
@@ -131,12 +201,32 @@ def test_unknown_module_says_what_is_known(unknown):
         from_transformers(unknown)
 
 
-@pytest.mark.parametrize("kind", ["linear", "dynamic"])
-def test_scaled_rope_is_refused(kind):
-    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0}
-    layer = build("llama", rope_parameters=rope).layers[0].self_attn
-    with pytest.raises(ConversionError, match=f'rope of type "default" .*; got "{kind}"'):
+def test_an_unknown_rope_is_refused():
+    layer = build("llama").layers[0].self_attn
+    layer.config.rope_parameters = {"rope_type": "proportional", "rope_theta": 10_000.0}
+    known = '"default", "linear", "dynamic", "yarn", "longrope", "llama3"'
+    with pytest.raises(ConversionError, match=f'^rope of type {known} can .*; got "proportional"$'):
         from_transformers(layer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "context_length"),
+    [("linear", 92), ("dynamic", 20), ("yarn", 120), ("llama3", 160), ("longrope", 37)],
+)
+def test_a_scaled_layer_accepts_what_it_was_scaled_for(kind, context_length):
+    layer = build(f"llama, {kind}").layers[0].self_attn
+    assert from_transformers(layer).context_length == context_length
+
+
+def test_rope_options_as_transformers_4_keeps_them():
+    layer = build("llama").layers[0].self_attn
+    layer.config = SimpleNamespace(
+        **{**SIZES, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.5}}
+    )
+    want = ph.Rope(theta=500.0, scaling=LinearScaling(2.5))
+    assert from_transformers(layer).rope == want
+    layer.config.rope_scaling = None
+    assert from_transformers(layer).rope == ph.Rope(theta=500.0)
 
 
 def test_adapters_are_refused():

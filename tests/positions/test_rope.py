@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import polyhead as ph
-from polyhead.errors import ArgumentError, ShapeError
+from polyhead.errors import ArgumentError, DtypeError, ShapeError
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,3 +133,9 @@ def test_rotary_dim_must_fit_the_head():
     message = "rotary_dim must be at most the head size 8; got 10; let fewer features turn"
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         ph.Rope(rotary_dim=10)(torch.ones(1, 1, 2, 8), torch.arange(2))
+
+
+def test_scaling_must_be_a_scaling():
+    message = "scaling must be a RopeScaling or None; got 2.0; pass LinearScaling(factor=2.0)"
+    with pytest.raises(DtypeError, match=f"^{re.escape(message)}, or another$"):
+        ph.Rope(scaling=2.0)

@@ -1,4 +1,4 @@
-"""Where a token stands: rotary positions."""
+"""Rotary positions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.errors import ArgumentError, ShapeError
+from polyhead.errors import ArgumentError, DtypeError, ShapeError
+from polyhead.positions.scaling import RopeScaling, inverse_frequencies
 
 __all__ = ["Rope", "rotate"]
 
@@ -25,6 +26,12 @@ class Rope:
         interleaved: which features make pair i: x[2i] and x[2i + 1] (the paper, GPT-J) if True,
             x[i] and x[i + R / 2] (Llama and transformers) if False.
         rotary_dim: how many features turn, R, even; the others stay. None: all of a head.
+        scaling: how the angles change for a context longer than the trained one, such as
+            `YarnScaling`; None: not at all.
+
+    Raises:
+        ArgumentError: theta is not positive and finite, or rotary_dim not even and positive.
+        DtypeError: scaling is no `RopeScaling`.
 
     Source: Su et al. 2021, "RoFormer", section 3.2.2; partial: GPT-NeoX.
 
@@ -36,6 +43,7 @@ class Rope:
     theta: float = 10_000.0
     interleaved: bool = False
     rotary_dim: int | None = None
+    scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 < self.theta < math.inf:
@@ -45,6 +53,13 @@ class Rope:
         if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
             raise ArgumentError(
                 "rotary_dim", "must be even and at least 2", self.rotary_dim, "pairs turn"
+            )
+        if self.scaling is not None and not isinstance(self.scaling, RopeScaling):
+            raise DtypeError(
+                "scaling",
+                "must be a RopeScaling or None",
+                repr(self.scaling),
+                "pass LinearScaling(factor=2.0), or another",
             )
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -59,15 +74,22 @@ class Rope:
             float64).
 
         Raises:
-            ShapeError: the features that turn are odd in number, or more than D.
+            ShapeError: the features that turn are odd in number, or more than D, or not as many
+                as the scaling needs.
         """
         R = self._turning(x.shape[-1])
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-        exponent = torch.arange(0, R, 2, device=x.device, dtype=compute) / R
-        # Written as transformers writes it: float32 angles agree to the bit, far positions too.
-        angles = positions[..., None].to(compute) * (1.0 / self.theta**exponent)
+        exponents = torch.arange(0, R, 2, device=x.device, dtype=compute) / R
+        if self.scaling is None:
+            frequencies, factor = inverse_frequencies(self.theta, exponents), 1.0
+        else:
+            frequencies, factor = self.scaling.frequencies(self.theta, exponents, positions)
+        angles = positions[..., None].to(compute) * frequencies
         angles = angles.unsqueeze(-3)  # the same for every head
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1.0:
+            cos, sin = cos * factor, sin * factor
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return rotate(x, cos, sin, interleaved=self.interleaved)
 
     def _turning(self, D: int) -> int:

@@ -1,0 +1,20 @@
+"""Where a token stands: rotary positions, their scalings to longer contexts, ALiBi's slopes."""
+
+from polyhead.positions.alibi import alibi_slopes
+from polyhead.positions.growing import DynamicNTKScaling, LongRopeScaling
+from polyhead.positions.rope import Rope, rotate
+from polyhead.positions.scaling import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling
+from polyhead.positions.yarn import YarnScaling
+
+__all__ = [
+    "DynamicNTKScaling",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
+    "NTKScaling",
+    "Rope",
+    "RopeScaling",
+    "YarnScaling",
+    "alibi_slopes",
+    "rotate",
+]
