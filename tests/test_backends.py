@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import threading
 
 import pytest
 import torch
@@ -29,7 +31,7 @@ def refusing(name, *reasons):
 
 
 def test_the_table_is_in_order_of_preference():
-    assert [backend.name for backend in BACKENDS] == ["sdpa", "reference"]
+    assert [backend.name for backend in BACKENDS] == ["sdpa", "flex", "reference"]
     assert candidates("auto") == BACKENDS
     assert REFERENCE is BACKENDS[-1]
 
@@ -76,7 +78,9 @@ def test_the_aux_a_backend_gives_is_not_computed_again():
 
 @pytest.mark.parametrize("backend", ["flashy", ["sdpa", "flashy"]])
 def test_an_unknown_name_lists_the_known(backend):
-    message = "backend must be one of auto, sdpa, reference; got 'flashy'; choose one of these"
+    message = (
+        "backend must be one of auto, sdpa, flex, reference; got 'flashy'; choose one of these"
+    )
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         ph.attention(*tensors(), backend=backend)
 
@@ -209,94 +213,147 @@ def test_no_backend_reads_values_to_choose(mask):
     arguments = tensors(device="meta")
     bias = torch.ones(5, 7, device="meta")
     call = build_call(*arguments, mask=mask, bias=bias)
-    assert all(backend.why_not(call) == [] for backend in BACKENDS)
+    for backend in BACKENDS:
+        # Some know no such device; none may look into a tensor.
+        assert backend.why_not(call) == [] or "meta" in backend.why_not(call)[0]
     explained = ph.explain(*arguments, mask=mask, bias=bias)
     assert explained.chosen == "sdpa"
     assert str(explained)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "options", "text"),
+    ("sizes", "options", "note"),
     [
-        ({}, {}, "runs: sdpa\n  torch's flash kernel, no mask\nreference: could run"),
-        (
-            {"T": 7},
-            {"mask": ph.mask.causal()},
-            "runs: sdpa\n  torch's flash kernel, is_causal: no T x S tensor\nreference: could run",
-        ),
-        (
-            {},
-            {"mask": ph.mask.causal(align="start")},
-            "runs: sdpa\n  torch's flash kernel, is_causal: no T x S tensor\nreference: could run",
-        ),
-        (
-            {"T": 1},
-            {"mask": ph.mask.causal()},
-            "runs: sdpa\n  torch's flash kernel, no mask\nreference: could run",
-        ),
+        ({}, {}, "no mask"),
+        ({"T": 7}, {"mask": ph.mask.causal()}, "is_causal: no T x S tensor"),
+        ({}, {"mask": ph.mask.causal(align="start")}, "is_causal: no T x S tensor"),
+        ({"T": 1}, {"mask": ph.mask.causal()}, "no mask"),
         (
             {"T": 1},
             {"mask": ph.mask.causal() & ph.mask.window(before=3)},
-            "runs: sdpa\n  torch's flash kernel, window(before=3) written out, T = 1 by S = 7\n"
-            "reference: could run",
+            "window(before=3) written out, T = 1 by S = 7",
         ),
-        (
-            {},
-            {"mask": ph.mask.causal()},
-            "runs: sdpa\n  torch's flash kernel, causal() written out, T = 5 by S = 7\n"
-            "reference: could run",
-        ),
+        ({}, {"mask": ph.mask.causal()}, "causal() written out, T = 5 by S = 7"),
         (
             {},
             {"mask": ph.mask.lengths([1, 2]), "bias": torch.zeros(5, 7)},
-            "runs: sdpa\n"
-            "  torch's flash kernel, lengths([1, 2]) and bias written out, T = 5 by S = 7\n"
-            "reference: could run",
+            "lengths([1, 2]) and bias written out, T = 5 by S = 7",
         ),
+        ({}, {"bias": torch.zeros(7)}, "bias written out, T = 5 by S = 7"),
+        ({}, {"alibi_slopes": torch.zeros(6)}, "ALiBi written out, T = 5 by S = 7"),
+    ],
+)
+def test_sdpa_names_its_kernel_and_what_it_writes_out(sizes, options, note):
+    explained = ph.explain(*tensors(**sizes), **options, backend="sdpa")
+    assert explained.notes == (f"torch's flash kernel, {note}",)
+
+
+def test_the_definition_says_what_it_holds():
+    explained = ph.explain(*tensors(B=1, H=4, T=512, S=1024), backend="reference")
+    note = "plain PyTorch, holds the T x S scores of every head: 8.0 MiB each copy"
+    assert explained.notes == (note,)
+
+
+def taking(name, note):
+    return ph.Backend(name, lambda call: [], lambda call: (call.query, ph.Aux()), lambda c: [note])
+
+
+ABLE, LATER = taking("able", "as it can"), taking("later", "never seen")
+SHY = ph.Backend(
+    "shy", lambda c: [], lambda c: pytest.fail("not asked"), passed_over=lambda c: ["is slow"]
+)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "text"),
+    [
         (
+            [refusing("no", "needs D = 64; got D = 8", "has no bias"), ABLE, LATER],
             {},
-            {"bias": torch.zeros(7)},
-            "runs: sdpa\n  torch's flash kernel, bias written out, T = 5 by S = 7\n"
-            "reference: could run",
+            "runs: able\n  as it can\n"
+            "no: cannot run\n  needs D = 64; got D = 8\n  has no bias\n"
+            "later: could run\n"
+            "shy: could run, if asked for by name\n  is slow",
         ),
         (
-            {"B": 1, "H": 4, "T": 512, "S": 1024},
-            {"softcap": 2.0},
-            "runs: reference\n"
-            "  plain PyTorch, holds the T x S scores of every head: 8.0 MiB each copy\n"
-            "sdpa: cannot run\n  has no softcap; got softcap = 2.0",
-        ),
-        (
+            refusing("no", "has no bias"),
             {},
-            {"backend": "reference"},
-            "runs: reference\n"
-            "  plain PyTorch, holds the T x S scores of every head: 0.0 MiB each copy\n"
-            "sdpa: could run",
-        ),
-        (
-            {},
-            {"backend": "sdpa", "softcap": 2.0},
             "runs: nothing, every backend asked for refuses\n"
-            "sdpa: cannot run\n  has no softcap; got softcap = 2.0\n"
-            "reference: could run",
+            "no: cannot run\n  has no bias\n"
+            "able: could run\n"
+            "shy: could run, if asked for by name\n  is slow",
         ),
         (
-            {},
+            ABLE,
             {"return_aux": ph.AuxRequest(weights=True, lse=True)},
-            "runs: sdpa\n  torch's flash kernel, no mask\n"
+            "runs: able\n  as it can\n"
             "  weights, lse computed apart, by reference: holds T x S scores\n"
-            "reference: could run",
+            "shy: could run, if asked for by name\n  is slow",
         ),
     ],
 )
-def test_explain_prints_the_choice_and_every_reason(sizes, options, text):
-    assert str(ph.explain(*tensors(**sizes), **options)) == text
+def test_explain_prints_the_choice_and_every_reason(monkeypatch, backend, options, text):
+    monkeypatch.setattr(ph.functional, "BACKENDS", (ABLE, SHY))
+    assert str(ph.explain(*tensors(), **options, backend=backend)) == text
+
+
+def test_auto_passes_over_what_a_name_gets(monkeypatch):
+    table = (SHY, ABLE)
+    monkeypatch.setattr("polyhead.functional.BACKENDS", table)
+    monkeypatch.setattr(sys.modules["polyhead.backends"], "BACKENDS", table)
+    automatic = tuple((backend, True) for backend in table)
+    monkeypatch.setattr(sys.modules["polyhead.backends"], "_AUTOMATIC", automatic)
+    call = build_call(*tensors())
+    assert choose(call) is ABLE
+    assert choose(call, ["auto", LATER]) is ABLE
+    assert choose(call, "shy") is SHY
+    assert choose(call, [SHY, "auto"]) is SHY
+    assert ph.explain(*tensors()).passed_over == {"shy": ("is slow",)}
+
+
+def test_use_backend_is_what_auto_means_within():
+    inputs = tensors()
+    call = build_call(*inputs)
+    with ph.use_backend("reference"):
+        assert choose(call) is REFERENCE
+        assert ph.explain(*inputs).chosen == "reference"
+        assert choose(call, "sdpa").name == "sdpa"
+        with ph.use_backend([refusing("never", "no"), "auto"]):
+            assert choose(call).name == BACKENDS[0].name
+            assert candidates("auto")[0].name == "never"
+        assert choose(call) is REFERENCE
+    assert choose(call) is BACKENDS[0]
+
+
+def test_use_backend_runs_or_raises_and_ends_with_an_error():
+    with pytest.raises(BackendError, match="softcap"), ph.use_backend("sdpa"):
+        ph.attention(*tensors(), softcap=2.0)
+    assert choose(build_call(*tensors(), softcap=2.0)) is REFERENCE
+    with pytest.raises(ArgumentError, match="'flashy'"), ph.use_backend("flashy"):
+        pytest.fail("entered")
+
+
+def test_use_backend_is_of_its_own_thread():
+    seen = []
+    with ph.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(choose(build_call(*tensors()))))
+        thread.start()
+        thread.join()
+    assert seen == [BACKENDS[0]]
+
+
+def test_backends_are_listed_in_order_with_a_line_each():
+    assert ph.backends() == BACKENDS
+    assert all(str(backend).startswith(f"{backend.name}: ") for backend in ph.backends())
+    assert str(ph.Backend("own", lambda call: [], lambda call: None)) == "own"
 
 
 def test_explain_lists_the_callers_own_backend_first():
     explained = ph.explain(*tensors(), backend=[refusing("own", "not today"), "reference"])
     assert explained.chosen == "reference"
-    assert explained.reasons == {"own": ("not today",), "reference": (), "sdpa": ()}
+    assert list(explained.reasons)[:2] == ["own", "reference"]
+    assert explained.reasons["own"] == ("not today",)
+    assert set(explained.reasons) == {"own", *(backend.name for backend in BACKENDS)}
 
 
 @st.composite

@@ -10,7 +10,12 @@ from polyhead.backends import Backend, backends, use_backend
 from polyhead.cache import Cache, KVCache, PagedKVCache
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
 from polyhead.functional import attention, explain
-from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
+from polyhead.modules import (
+    CausalAttention,
+    MultiHeadAttention,
+    MultiHeadAttentionWrapper,
+    MultiHeadLatentAttention,
+)
 from polyhead.positions import (
     DynamicNTKScaling,
     LinearScaling,
@@ -38,6 +43,7 @@ __all__ = [
     "LongRopeScaling",
     "MultiHeadAttention",
     "MultiHeadAttentionWrapper",
+    "MultiHeadLatentAttention",
     "NTKScaling",
     "PagedKVCache",
     "Rope",

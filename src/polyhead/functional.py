@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyhead.arguments import autocasts, build_call
-from polyhead.backends import BACKENDS, Backend, BackendChoice, choose, preferred
+from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose
 from polyhead.backends.reference import compute_aux
 from polyhead.backends.second_order import run_twice_differentiable
 from polyhead.call import AttentionCall, Aux, AuxRequest
@@ -137,19 +137,24 @@ class Explanation:
         chosen: name of the backend that runs, or None if all refuse.
         notes: how it would run the call.
         reasons: for every backend, each reason against it; empty where it could run.
+        passed_over: for backends that could run and that "auto" leaves out all the same, why.
     """
 
     chosen: str | None
     notes: tuple[str, ...]
     reasons: dict[str, tuple[str, ...]]
+    passed_over: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         lines = [f"runs: {self.chosen or 'nothing, every backend asked for refuses'}"]
         lines += [f"  {note}" for note in self.notes]
         for name, reasons in self.reasons.items():
-            if name != self.chosen:
-                lines.append(f"{name}: " + ("could run" if not reasons else "cannot run"))
-                lines += [f"  {reason}" for reason in reasons]
+            if name == self.chosen:
+                continue
+            passed_over = self.passed_over.get(name, ())
+            could = "could run, if asked for by name" if passed_over else "could run"
+            lines.append(f"{name}: " + ("cannot run" if reasons else could))
+            lines += [f"  {reason}" for reason in (*reasons, *passed_over)]
         return "\n".join(lines)
 
 
@@ -179,6 +184,8 @@ def explain(
       plain PyTorch, holds the T x S scores of every head: 0.0 MiB each copy
     sdpa: cannot run
       has no softcap; got softcap = 30.0
+    flex: could run, if asked for by name
+      compiles for seconds each new size and kind of mask on cpu
     """
     call = build_call(
         query,
@@ -193,21 +200,26 @@ def explain(
         dropout,
         AuxRequest() if return_aux is None else return_aux,
     )
-    asked = preferred(backend)
+    asked = candidates(backend)
     names = {entry.name for entry in asked}
     others = [entry for entry in BACKENDS if entry.name not in names]
     reasons = {entry.name: tuple(entry.why_not(call)) for entry in (*asked, *others)}
+    passed_over = {
+        entry.name: tuple(entry.passed_over(call))
+        for entry in (*asked, *others)
+        if entry.passed_over is not None and not reasons[entry.name]
+    }
     try:
         chosen = choose(call, backend)
     except BackendError:
-        return Explanation(None, (), reasons)
+        return Explanation(None, (), reasons, passed_over)
     notes = chosen.notes(call)
     if chosen.first_order and call.needs_grad:
         notes.append("second derivatives through the definition: they hold T x S scores")
     left = [name for name in call.aux.names if name not in chosen.aux]
     if left:
         notes.append(f"{', '.join(left)} computed apart, by reference: holds T x S scores")
-    return Explanation(chosen.name, tuple(notes), reasons)
+    return Explanation(chosen.name, tuple(notes), reasons, passed_over)
 
 
 def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:

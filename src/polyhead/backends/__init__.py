@@ -10,11 +10,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from polyhead.backends import reference, sdpa
+from polyhead.backends import flex, reference, sdpa
 from polyhead.call import AttentionCall, Aux
 from polyhead.errors import ArgumentError, BackendError, DtypeError
 
@@ -26,7 +26,6 @@ __all__ = [
     "backends",
     "candidates",
     "choose",
-    "preferred",
     "use_backend",
 ]
 
@@ -78,6 +77,15 @@ BACKENDS: tuple[Backend, ...] = (
         first_order=True,
         summary="torch's scaled_dot_product_attention, where a fused kernel of it runs",
     ),
+    Backend(
+        "flex",
+        flex.why_not,
+        flex.run,
+        flex.notes,
+        passed_over=flex.passed_over,
+        first_order=True,
+        summary="torch's flex_attention, compiled for each kind of call",
+    ),
     REFERENCE,
 )
 
@@ -100,6 +108,7 @@ def backends() -> tuple[Backend, ...]:
     >>> for backend in backends():
     ...     print(backend)
     sdpa: torch's scaled_dot_product_attention, where a fused kernel of it runs
+    flex: torch's flex_attention, compiled for each kind of call
     reference: the definition, in plain PyTorch; runs everything, holds T x S scores
     """
     return BACKENDS
@@ -123,7 +132,7 @@ def use_backend(backend: BackendChoice) -> Iterator[None]:
     ...     ph.explain(query, key, value).chosen
     'reference'
     """
-    candidates(backend)
+    _expanded(backend)
     before = _preferred.backend
     _preferred.backend = backend
     try:
@@ -145,31 +154,35 @@ def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
         ArgumentError: there is no backend of that name.
     """
     refused: dict[str, list[str]] = {}
-    for candidate in preferred(backend):
+    for candidate, automatic in _expanded(_preference(backend)):
         reasons = candidate.why_not(call)
+        if automatic and not reasons and candidate.passed_over is not None:
+            reasons = candidate.passed_over(call)
         if not reasons:
             return candidate
         refused[candidate.name] = reasons
     raise BackendError(refused)
 
 
-def preferred(backend: BackendChoice) -> tuple[Backend, ...]:
-    """The backends that `backend=` stands for here and now, in order."""
-    # A Backend or a list may compare with a string in ways of its own.
-    automatic = isinstance(backend, str) and backend == "auto"
-    return candidates(_preferred.backend if automatic else backend)
-
-
 def candidates(backend: BackendChoice) -> tuple[Backend, ...]:
-    """The backends that `backend=` stands for, in order; "auto" is the table."""
+    """The backends that `backend=` stands for here and now, in order."""
+    return tuple(candidate for candidate, _ in _expanded(_preference(backend)))
+
+
+def _preference(backend: BackendChoice) -> BackendChoice:
+    # A list may compare with a string in ways of its own.
+    automatic = isinstance(backend, str) and backend == "auto"
+    return _preferred.backend if automatic else backend
+
+
+def _expanded(backend: BackendChoice) -> tuple[tuple[Backend, bool], ...]:
+    """Backends in order, and whether "auto" put each there: the table, as it stands."""
     if isinstance(backend, Backend):
-        return (backend,)
-    if backend == "auto":
-        return _AUTOMATIC
+        return ((backend, False),)
     if isinstance(backend, str):
-        return (_by_name(backend),)
+        return _AUTOMATIC if backend == "auto" else ((_by_name(backend), False),)
     if isinstance(backend, Sequence) and backend:
-        return tuple(entry for item in backend for entry in candidates(item))
+        return tuple(entry for item in backend for entry in _expanded(item))
     raise DtypeError(
         "backend",
         "must be a name, a Backend, or a non-empty sequence of these",
@@ -178,15 +191,7 @@ def candidates(backend: BackendChoice) -> tuple[Backend, ...]:
     )
 
 
-def _automatic(backend: Backend) -> Backend:
-    """The backend as "auto" sees it: what it is passed over for counts as a reason."""
-    passed_over = backend.passed_over
-    if passed_over is None:
-        return backend
-    return replace(backend, why_not=lambda call: backend.why_not(call) or passed_over(call))
-
-
-_AUTOMATIC = tuple(_automatic(backend) for backend in BACKENDS)
+_AUTOMATIC = tuple((backend, True) for backend in BACKENDS)
 
 
 def _by_name(name: str) -> Backend:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
+from polyhead.backends.transforms import transform_reasons
 from polyhead.call import AttentionCall, Aux
 from polyhead.mask import All, Causal, Custom, Mask
 
@@ -48,8 +48,7 @@ def why_not(call: AttentionCall) -> list[str]:
     if call.sinks is not None:
         reasons.append(f"has no sinks; got sinks for {call.H} heads")
     reasons.extend(_custom_reasons(call.mask))
-    if not torch.compiler.is_compiling() and _forward_mode():
-        reasons.append("has no forward-mode derivative and no torch.func transform; one is active")
+    reasons.extend(transform_reasons())
     if call.device.type != "cpu" and call.dtype != torch.float32:
         reasons.extend(_wide_bias_reasons(call))
     if call.device.type == "cpu":
@@ -147,11 +146,6 @@ def _custom_reasons(mask: Mask | None) -> list[str]:
         for rule in mask.primitives()
         if isinstance(rule, Custom)
     ]
-
-
-def _forward_mode() -> bool:
-    """Whether torch.func or forward-mode differentiation looks on; its kernels know neither."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _kernel_name(call: AttentionCall) -> str:
