@@ -126,7 +126,7 @@ def use_backend(backend: BackendChoice) -> Iterator[None]:
     Raises:
         ArgumentError, DtypeError: there is no such backend.
 
-    >>> import polyhead as ph
+    >>> import torch, polyhead as ph
     >>> query = key = value = torch.ones(1, 2, 3, 8)
     >>> with ph.use_backend("reference"):
     ...     ph.explain(query, key, value).chosen

@@ -38,7 +38,7 @@ def check_dropout(dropout: float) -> None:
         )
 
 
-def check_rope(rope: Rope | None, head_dim: int) -> None:
+def check_rope(rope: Rope | None, head_dim: int, name: str = "head_dim") -> None:
     if rope is None:
         return
     if not isinstance(rope, Rope):
@@ -46,11 +46,11 @@ def check_rope(rope: Rope | None, head_dim: int) -> None:
             "rope", "must be a polyhead.Rope or None", repr(rope), "pass Rope(theta=10_000.0)"
         )
     if rope.rotary_dim is None and head_dim % 2:
-        raise ShapeError("head_dim", "must be even with rope", head_dim, "change it or drop rope")
+        raise ShapeError(name, "must be even with rope", head_dim, "change it or drop rope")
     if rope.rotary_dim is not None and rope.rotary_dim > head_dim:
         raise ShapeError(
             "rope",
-            f"must turn at most head_dim = {head_dim} features",
+            f"must turn at most {name} = {head_dim} features",
             f"rotary_dim = {rope.rotary_dim}",
             "let fewer turn",
         )

@@ -14,7 +14,7 @@ import polyhead.mask
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
-from polyhead.errors import ArgumentError, DtypeError, ShapeError
+from polyhead.errors import ArgumentError, DtypeError
 from polyhead.functional import attention
 from polyhead.mask import Mask
 from polyhead.modules.arguments import (
@@ -118,7 +118,7 @@ class MultiHeadLatentAttention(nn.Module):
         check_sizes(value_head_dim=value_head_dim)
         if query_rank is not None:
             check_sizes(query_rank=query_rank)
-        _check_rope_size(rope, rope_head_dim)
+        check_rope(rope, rope_head_dim, "rope_head_dim")
         check_mask(mask)
         self.d_in = d_in
         self.d_out = d_out
@@ -303,7 +303,8 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.einsum("bhtc,hec->bhte", contexts_bhtc, W_value_hec)
 
     def _heads(self, features: Tensor, size: int) -> Tensor:
-        return features.unflatten(2, (self.num_heads, size)).transpose(1, 2)
+        by_head: Tensor = features.unflatten(2, (self.num_heads, size))
+        return by_head.transpose(1, 2)
 
     def _absorbing_is_less(self, T: int, S: int) -> bool:
         """Whether the absorbed form takes fewer multiplications for T queries against S keys.
@@ -345,11 +346,3 @@ class MultiHeadLatentAttention(nn.Module):
             f"value_head_dim={self.value_head_dim}, context_length={self.context_length}, "
             f"mask={self.mask!r}, rope={self.rope}, scale={self.scale}"
         )
-
-
-def _check_rope_size(rope: Rope | None, rope_head_dim: int) -> None:
-    if isinstance(rope, Rope) and rope.rotary_dim is None and rope_head_dim % 2:
-        raise ShapeError(
-            "rope_head_dim", "must be even with rope", rope_head_dim, "change it or pass rope=None"
-        )
-    check_rope(rope, rope_head_dim)
