@@ -10,13 +10,16 @@ INPUT := $(if $(filter undefined,$(origin TEXT)),--file examples/persuasion.txt,
 DOCUMENTS := $(wildcard README.md docs/*.md docs/decisions/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-all check clean
+.PHONY: help setup run bench test test-all check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: $(STAMP) ## read a text and show its attention: make run TEXT="..." ARGS="--option"
 	@$(BIN)/polyhead run $(ARGS) $(INPUT)
+
+bench: $(STAMP) ## measure polyhead beside its peers, in about a minute: make bench ARGS="--suite full"
+	@$(BIN)/polyhead bench $(ARGS)
 
 test: $(STAMP) ## the quick tests: make test ARGS="-k mask"
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)

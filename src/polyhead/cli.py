@@ -7,16 +7,22 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 try:
     import click
     from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
     print(f'polyhead needs {error.name} on the command line: pip install "polyhead[cli]"')
     raise SystemExit(2) from None
 
+from polyhead.bench import SUITES, BenchResult, Case, Settings, find_cases, run_bench
+from polyhead.bench.memory import check_memory_is_told
+from polyhead.bench.plot import check_can_plot, plot
+from polyhead.bench.report import print_result
 from polyhead.errors import ArgumentError, PolyheadError
 from polyhead.run import HeadRow, RunReport, run
 
@@ -24,6 +30,19 @@ __all__ = ["main"]
 
 # Dark blue to yellow through green, the order of viridis: told apart by the colour-blind too.
 _SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+def _in_a_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before minutes of work for it."""
+    if value is not None and not value.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(value.parent)!r}")
+    return value
+
+
+_NEW_FILE: dict[str, Any] = {
+    "type": click.Path(dir_okay=False, writable=True, path_type=Path),
+    "callback": _in_a_folder,
+}
 
 
 class _Commands(click.Group):
@@ -63,6 +82,77 @@ def run_command(
         click.echo(json.dumps(dataclasses.asdict(report)))
     else:
         _print_report(report, Console())
+
+
+@main.command("bench")
+@click.option("--suite", type=click.Choice(list(SUITES)), help="Which cases; default quick.")
+@click.option("--case", "ids", multiple=True, help="One case, such as P5; may be repeated.")
+@click.option("--json", "json_path", **_NEW_FILE, help="Write every number into this file.")
+@click.option("--plot", "plot_path", **_NEW_FILE, help="Draw the results into this file.")
+@click.option("--memory", is_flag=True, help="Measure peak memory too, in processes of their own.")
+@click.option("--threads", type=click.IntRange(min=1), help="For every peer; default torch's.")
+@click.option("--rounds", type=click.IntRange(min=5), help="The least rounds of each case.")
+@click.option("--seconds", type=click.FloatRange(min=0), help="The least seconds of each case.")
+@click.option("--without", multiple=True, metavar="PEER", help="Leave out peers; may be repeated.")
+@click.option("--anyway", is_flag=True, help="Measure although other processes are busy.")
+@click.option("--shrink", type=click.IntRange(min=1), default=1, help="Divide sizes: a trial run.")
+def bench_command(
+    suite: str | None,
+    ids: tuple[str, ...],
+    json_path: Path | None,
+    plot_path: Path | None,
+    memory: bool,
+    threads: int | None,
+    rounds: int | None,
+    seconds: float | None,
+    without: tuple[str, ...],
+    anyway: bool,
+    shrink: int,
+) -> None:
+    """Measure polyhead beside its peers on this machine.
+
+    Every peer is first held to float64. Exit code 1: polyhead was wrong; 2: it could not be
+    measured, because other processes were busy or the options are wrong.
+    """
+    if suite is not None and ids:
+        raise click.UsageError("give either --suite or --case")
+    chosen = SUITES[suite or "quick"]
+    cases = find_cases(ids) if ids else chosen.select()
+    # Found out before, not after, minutes of measuring.
+    if memory:
+        check_memory_is_told()
+    if plot_path is not None:
+        check_can_plot()
+    settings = Settings(
+        rounds=chosen.rounds if rounds is None else rounds,
+        seconds=chosen.seconds if seconds is None else seconds,
+        threads=threads,
+        memory=memory,
+        anyway=anyway,
+        shrink=shrink,
+        without=(*without, *(() if ids else chosen.without)),
+    )
+    result = _bench_with_progress(cases, settings)
+    print_result(result, Console())
+    if json_path is not None:
+        json_path.write_text(result.to_json(), encoding="utf-8")
+    if plot_path is not None and result.cases:
+        plot(result, plot_path)
+    if result.refusal is not None:
+        click.echo(f"polyhead: {result.refusal}", err=True)
+    sys.exit(1 if result.wrong else 2 if result.refusal else 0)
+
+
+def _bench_with_progress(cases: tuple[Case, ...], settings: Settings) -> BenchResult:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    # Cleared at the end: what stays are the tables.
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        return run_bench(
+            cases,
+            settings,
+            lambda step, done: bar.update(task, description=step, completed=done),
+        )
 
 
 def _read_text(text: str | None, file: Path | None) -> str:

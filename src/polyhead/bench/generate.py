@@ -1,0 +1,82 @@
+"""Decoding inside transformers: one token of `generate`, by the attention of each peer."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any
+
+import torch
+
+from polyhead.bench.cases import Case, Inputs
+from polyhead.bench.peers import Peer, Results, Run, chosen_backend
+from polyhead.integrations import transformers as integration
+
+__all__ = ["GENERATORS", "HF_EAGER"]
+
+_LAYERS = 4
+
+
+def _reasons(case: Case) -> list[str]:
+    found = importlib.util.find_spec("transformers") is not None
+    return [] if found else ["transformers is not installed"]
+
+
+def _model(case: Case) -> Any:
+    """A Llama of random weights, the same ones each time: 4 layers as wide as H * D."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config: Any = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=case.width,
+        intermediate_size=4 * case.width,
+        num_hidden_layers=_LAYERS,
+        num_attention_heads=case.H,
+        num_key_value_heads=case.G,
+        max_position_embeddings=case.S + case.tokens,
+        eos_token_id=None,
+    )
+    config._attn_implementation = "sdpa"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(config)
+    return model.to(case.dtype).eval()
+
+
+def _prepare(attention: str, case: Case, inputs: Inputs) -> Run:
+    """Read the prompt once, by sdpa for everybody; what is measured is the tokens after it."""
+    from transformers import DynamicCache
+
+    if attention == "polyhead":
+        integration.register()
+    model, ids = _model(case), inputs["ids"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    model.set_attn_implementation(attention)
+
+    def run() -> Results:
+        answer = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=case.tokens,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
+        # Of the first token only: the next depends on which token won.
+        return {"output": answer.logits[0]}
+
+    return run
+
+
+HF_EAGER = Peer("transformers eager", _reasons, partial(_prepare, "eager"))
+
+GENERATORS: tuple[Peer, ...] = (
+    Peer("polyhead", _reasons, partial(_prepare, "polyhead"), backend=chosen_backend, ours=True),
+    Peer("transformers sdpa", _reasons, partial(_prepare, "sdpa")),
+    HF_EAGER,
+)

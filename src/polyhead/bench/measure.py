@@ -1,0 +1,102 @@
+"""Time, fairly: variants take turns, medians are told with their quartiles."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from polyhead.errors import ArgumentError
+
+__all__ = ["LEAST_ROUNDS", "Timing", "interleave"]
+
+LEAST_ROUNDS = 5
+# A sample is at least so long, so that the clock and a single hiccup do not count.
+_SAMPLE_SECONDS = 0.01
+_MOST_REPEATS = 10_000
+
+Call = Callable[[], object]
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a call, one sample a round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Half of the samples lie between these two.
+
+        >>> Timing((1.0, 2.0, 3.0, 4.0, 50.0)).quartiles
+        (2.0, 4.0)
+        """
+        lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return lower, upper
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Clock = time.perf_counter,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Timing]:
+    """Measure calls in turn: a round takes one sample of each, beginning with another each time.
+
+    So a busy moment hits all of them, and none always follows the same other. Short calls are
+    repeated within a sample, after one that does not count.
+
+    Args:
+        calls: what to measure, by name.
+        rounds: at least so many, and at least 5.
+        seconds: go on at least so long.
+        clock: tells seconds.
+        progress: called after each round with the share that is done.
+
+    Raises:
+        ArgumentError: fewer than 5 rounds.
+
+    >>> timings = interleave({"nothing": lambda: None}, rounds=5, seconds=0.0)
+    >>> len(timings["nothing"].samples)
+    5
+    """
+    if rounds < LEAST_ROUNDS:
+        raise ArgumentError(
+            "rounds", f"must be at least {LEAST_ROUNDS}", rounds, "medians of fewer say little"
+        )
+    repeats = {name: _repeats(call, clock) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    start, done = clock(), 0
+    while names and (done < rounds or clock() - start < seconds):
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_sample(calls[name], repeats[name], clock))
+        done += 1
+        progress(min(done / rounds, (clock() - start) / seconds if seconds else 1.0, 1.0))
+    return {name: Timing(tuple(measured)) for name, measured in samples.items()}
+
+
+def _repeats(call: Call, clock: Clock) -> int:
+    """How many calls make a sample. The first call, which may set things up, is not looked at."""
+    call()
+    once = _sample(call, 1, clock)
+    return max(1, min(ceil(_SAMPLE_SECONDS / max(once, 1e-9)), _MOST_REPEATS))
+
+
+def _sample(call: Call, repeats: int, clock: Clock) -> float:
+    if repeats > 1:
+        call()
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - start) / repeats

@@ -1,0 +1,90 @@
+"""Pictures: shares of the ceiling as bars, and time and memory against length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from polyhead.bench.results import BenchResult, CaseResult, VariantResult
+from polyhead.errors import DependencyError
+
+__all__ = ["check_can_plot", "plot"]
+
+
+def check_can_plot() -> None:
+    """Raise DependencyError if matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise DependencyError(
+            'matplotlib is needed for --plot: pip install "polyhead[bench]"'
+        ) from error
+
+
+def plot(result: BenchResult, path: Path) -> None:
+    """Write a picture; its format is the name's ending, as matplotlib knows it.
+
+    Args:
+        result: cases of one kind (`L256` ... and `L131072`) give curves against T, others bars.
+        path: where to.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    check_can_plot()
+    from matplotlib.figure import Figure
+
+    curves = all(case.id.startswith("L") for case in result.cases)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    if curves:
+        _curves(result, figure)
+    else:
+        _bars(result, figure)
+    figure.suptitle("\n".join([result.machine.cpu, *result.warnings]), fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _bars(result: BenchResult, figure: Any) -> None:
+    """A group of bars a case, the ceiling a line at 1. Cases without a ceiling have no bars."""
+    cases = [case for case in result.cases if any(v.share for v in case.variants)]
+    names = _names(cases)
+    axes = figure.subplots()
+    width = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        shares = [_of(case, name).share or 0.0 for case in cases]
+        places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(cases))]
+        axes.bar(places, shares, width, label=name)
+    axes.axhline(1.0, color="black", linewidth=1)
+    axes.set_xticks(range(len(cases)), [f"{case.id}\nof {case.ceiling}" for case in cases])
+    axes.set_ylabel("share of the ceiling measured in this run")
+    if names:
+        axes.legend(fontsize="small")
+
+
+def _curves(result: BenchResult, figure: Any) -> None:
+    """Time against T, and memory where it was measured, both axes logarithmic."""
+    wanted = [("milliseconds", "time (ms)")]
+    if any(v.memory_mib is not None for case in result.cases for v in case.variants):
+        wanted.append(("memory_mib", "memory beyond the inputs (MiB)"))
+    all_axes = figure.subplots(1, len(wanted), squeeze=False)[0]
+    for axes, (attribute, label) in zip(all_axes, wanted, strict=True):
+        for name in _names(list(result.cases)):
+            points = [(c.tokens, getattr(_of(c, name), attribute)) for c in result.cases]
+            tokens = [tokens for tokens, value in points if value is not None]
+            values = [value for _, value in points if value is not None]
+            axes.plot(tokens, values, marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("tokens (T)")
+        axes.set_ylabel(label)
+        axes.legend(fontsize="small")
+
+
+def _names(cases: list[CaseResult]) -> list[str]:
+    """Every peer that was timed somewhere, polyhead first."""
+    return list(dict.fromkeys(v.name for c in cases for v in c.variants if v.milliseconds))
+
+
+def _of(case: CaseResult, name: str) -> VariantResult:
+    missing = VariantResult(name, ours=False)
+    return next((variant for variant in case.variants if variant.name == name), missing)

@@ -1,0 +1,56 @@
+"""Ratios, and the JSON file."""
+
+import json
+
+import pytest
+
+from polyhead.bench.results import SCHEMA, VariantResult
+
+
+def test_speed_up_over_the_best_peer_and_over_one_by_name(case_result):
+    case = case_result()
+    assert case.best_peer.name == "sdpa"
+    assert case.speedup_over("best") == 1.5
+    assert case.speedup_over("eager") == 4.0
+
+
+@pytest.mark.parametrize("name", ["flex", "OpenVINO", "nobody"])
+def test_no_speed_up_over_who_has_no_time(case_result, name):
+    assert case_result().speedup_over(name) is None
+
+
+def test_no_speed_up_where_polyhead_has_no_time(case_result, timed):
+    wrong = VariantResult("polyhead", True, refused=("output is off by 1",), wrong=True)
+    case = case_result(variants=(wrong, timed("sdpa", 3.0)))
+    assert (case.ours, case.speedup_over("best")) == (None, None)
+    assert case_result(variants=(timed("polyhead", 3.0),)).speedup_over("best") is None
+
+
+def test_only_polyhead_being_wrong_makes_the_run_wrong(bench_result, case_result):
+    assert not bench_result().wrong
+    wrong = VariantResult("polyhead", True, refused=("output is off by 1",), wrong=True)
+    assert bench_result(case_result(), case_result(variants=(wrong,))).wrong
+
+
+def test_json_has_everything_and_the_number_of_its_schema(bench_result):
+    data = json.loads(bench_result(warnings=("careful",), left_out=("flex",)).to_json())
+    assert data["schema"] == SCHEMA == 1
+    assert set(data) == {
+        *("schema", "machine", "ceilings", "cases", "warnings", "left_out", "refusal"),
+    }
+    assert data["warnings"] == ["careful"]
+    (case,) = data["cases"]
+    assert set(case) == {
+        *("id", "what", "tokens", "unit", "ceiling", "gate", "others_share", "variants"),
+        "targets",
+    }
+    assert set(case["variants"][0]) == {
+        *("name", "ours", "backend", "refused", "wrong", "milliseconds", "lower", "upper"),
+        *("samples", "rate", "share", "memory_mib"),
+    }
+    assert case["targets"][0] == {
+        "what": "times as fast as the best peer",
+        "wanted": 1.2,
+        "got": 1.5,
+        "met": True,
+    }

@@ -1,0 +1,151 @@
+"""Whole runs of cases divided until they are tiny. No time is looked at."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from polyhead.bench import run as run_module
+from polyhead.bench.lineup import peers_of
+from polyhead.bench.load import DisturbedError
+from polyhead.bench.peers import SDPA, Peer
+from polyhead.bench.run import Settings, judge, run_bench, too_slow
+from polyhead.bench.suites import CASES, find_cases
+
+TRIAL = Settings(rounds=5, seconds=0.0, anyway=True, shrink=64, without=("flex", "book: flex"))
+
+
+@pytest.mark.parametrize("id", ["P3", "P7/bf16", "W1", "D1", "D4", "T1", "T4", "S1", "M2"])
+def test_every_kind_of_case_ends_in_times_of_right_peers(id):
+    (case,) = run_bench(find_cases((id,))[:1], TRIAL).cases
+    assert case.id == id
+    assert case.ours is not None, case.variants
+    assert not any(variant.wrong for variant in case.variants)
+    assert {v.samples for v in case.variants if v.milliseconds} == {5}
+    for variant in case.variants:
+        if variant.milliseconds:
+            assert variant.lower <= variant.milliseconds <= variant.upper
+            assert variant.rate > 0
+        else:
+            assert variant.refused
+    assert case.targets == ()  # nothing is judged by a trial
+
+
+def test_a_wrong_peer_is_not_measured(monkeypatch):
+    calls = []
+
+    def prepare(case, inputs):
+        right = SDPA.prepare(case, inputs)
+
+        def run():
+            calls.append(1)
+            return {"output": right()["output"] * 1.01}
+
+        return run
+
+    wrong = Peer("polyhead", lambda case: [], prepare, ours=True)
+    monkeypatch.setattr(run_module, "peers_of", lambda case: (wrong, SDPA))
+    result = run_bench(find_cases(("P2",)), TRIAL)
+    (case,) = result.cases
+    assert result.wrong
+    assert len(calls) == 1  # by the gate
+    assert (case.ours, case.variants[0].milliseconds) == (None, None)
+    assert case.variants[0].refused[0].startswith("output is off by")
+    assert case.variants[1].milliseconds is not None
+
+
+def test_who_is_hopelessly_slow_is_not_measured_unless_a_target_names_it():
+    def peer(name, **more):
+        return Peer(name, lambda case: [], lambda case, inputs: dict, **more)
+
+    peers = [peer("polyhead", ours=True), peer("sdpa"), peer("eager"), peer("engine")]
+    peers.append(peer("flex", compiles=True))
+    seconds = {"polyhead": 99.0, "sdpa": 0.1, "eager": 2.1, "engine": 1.9, "flex": 40.0}
+    plain, named = find_cases(("P2", "D1"))  # of which the second has a target over sdpa
+    slow = too_slow(plain, peers, seconds)
+    assert {peer.name: said for peer, said in slow.items()} == {
+        "eager": "its first call took 2.1 s, over 20 times the fastest"
+    }
+    assert too_slow(named, peers, {**seconds, "sdpa": 99.0, "eager": 0.1, "engine": 0.1}) == {}
+    # Slow, but over within a second.
+    assert too_slow(plain, peers, {**seconds, "sdpa": 0.01, "eager": 0.9, "engine": 0.9}) == {}
+
+
+def test_a_peer_that_is_too_slow_says_so_in_place_of_a_time(monkeypatch):
+    monkeypatch.setattr(run_module, "_HOPELESS", -1)
+    monkeypatch.setattr(run_module, "_HOPELESS_SECONDS", 0.0)
+    (case,) = run_bench(find_cases(("P2",)), TRIAL).cases
+    assert case.ours is not None
+    assert case.best_peer is None
+    sdpa = next(variant for variant in case.variants if variant.name == "sdpa")
+    assert sdpa.refused[0].startswith("its first call took ")
+    assert not sdpa.wrong
+
+
+def test_a_disturbance_keeps_what_was_measured_before_and_stops(monkeypatch):
+    honest, tries = run_module.quietly, []
+
+    def disturbed_at_the_third(measure, *, anyway):
+        tries.append(1)
+        if len(tries) == 3:
+            raise DisturbedError("others are busy")
+        return honest(measure, anyway=anyway)
+
+    monkeypatch.setattr(run_module, "quietly", disturbed_at_the_third)
+    result = run_bench(find_cases(("P2", "P3", "P8")), TRIAL)
+    assert [case.id for case in result.cases] == ["P2"]
+    assert result.refusal == "P3: others are busy"
+
+
+def test_warnings_tell_what_makes_numbers_worthless():
+    result = run_bench((), TRIAL)
+    assert result.warnings[0].startswith("measured with --anyway")
+    assert "sizes divided by 64: a trial, to be compared with nothing" in result.warnings
+    assert result.left_out == ("flex", "book: flex")
+
+
+def test_progress_never_goes_back():
+    steps = []
+    run_bench(find_cases(("P2", "T1")), TRIAL, lambda step, done: steps.append((step, done)))
+    done = [share for _, share in steps]
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    assert next(step for step, _ in steps if step.startswith("T1")) == "T1: preparing"
+
+
+def test_memory_is_asked_of_those_that_were_measured(monkeypatch):
+    asked = []
+    monkeypatch.setattr(run_module, "peak_mebibytes", lambda *a: asked.append(a) or 1.5)
+    settings = dataclasses.replace(TRIAL, memory=True)
+    (case,) = run_bench(find_cases(("T1",)), settings).cases
+    measured = [variant for variant in case.variants if variant.milliseconds]
+    assert asked == [("T1", variant.name, 64) for variant in measured]
+    assert {variant.memory_mib for variant in measured} == {1.5}
+
+
+def test_threads_are_set_for_everybody():
+    before = torch.get_num_threads()
+    try:
+        assert run_bench((), dataclasses.replace(TRIAL, threads=3)).machine.threads == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_targets_are_judged_against_the_best_peer_a_peer_by_name_and_the_ceiling(case_result):
+    (case,) = find_cases(("P4",))
+    met = judge(case, case_result())
+    assert [(t.what, t.wanted, t.got, t.met) for t in met] == [
+        ("times as fast as the best peer", 2.2, 1.5, False),
+        ("times as fast as sdpa", 3.0, 1.5, False),
+        ("of the ceiling (bfloat16)", 0.65, 0.5, False),
+    ]
+    call = judge(find_cases(("D4/call",))[0], case_result())
+    assert [(t.what, t.wanted, t.got, t.met) for t in call] == [("us at most", 15, 2000.0, False)]
+    nothing = judge(case, case_result(variants=()))
+    assert {target.met for target in nothing} == {None}
+
+
+def test_targets_name_peers_that_there_are():
+    for case in CASES:
+        names = {"best", *(peer.name for peer in peers_of(case))}
+        assert set(case.targets) <= names
