@@ -258,6 +258,7 @@ class Backward {
     const Dropout dropout(a_);
     const uint64_t row_key = dropout.row_key(at);
     const float kept_factor = 1.0F / (1.0F - a_.dropout);
+    F32 bias_sum{};
     const F32 cap = all(a_.softcap == 0.0F ? 0.0F : 1.0F / a_.softcap);
     for (int64_t i = span.begin; i < span.end; i += kLanes) {
       const F32 weight = exp2_of((load(weights + i) - most - log_total) * kLog2E);
@@ -266,17 +267,24 @@ class Backward {
         kept = select(dropout.kept(row_key, block.s + i), all(kept_factor), F32{});
       F32 score = weight * (kept * load(scores + i) - delta);
       store(weights + i, kept * weight);
-      if (worker.bias != nullptr) add_to_bias(worker.bias, q, block.s + i, score);
+      bias_sum += score;
+      if (worker.bias != nullptr && g_.bias_stride[3] != 0)
+        add_to_bias(worker.bias, q, block.s + i, score);
       const F32 capped = load(worker.capped + i - span.begin) * cap;
       if (a_.softcap != 0.0F) score *= 1.0F - capped * capped;
       store(scores + i, score * a_.scale);
     }
+    // One number for all keys: adding them up first rounds less often.
+    if (worker.bias != nullptr && g_.bias_stride[3] == 0) *bias_at(worker.bias, q) += sum(bias_sum);
+  }
+
+  float* bias_at(float* bias, const Query& q) const {
+    return bias + q.b * g_.bias_stride[0] + q.h * g_.bias_stride[1] + q.t * g_.bias_stride[2];
   }
 
   void add_to_bias(float* bias, const Query& q, int64_t s, F32 gradient) const {
     const int64_t stride = g_.bias_stride[3];
-    float* to = bias + q.b * g_.bias_stride[0] + q.h * g_.bias_stride[1] +
-                q.t * g_.bias_stride[2] + s * stride;
+    float* to = bias_at(bias, q) + s * stride;
     const int64_t count = smaller(kLanes, a_.S - s);
     if (stride == 1) return store_first(to, load_first(to, count) + gradient, count);
     for (int64_t i = 0; i < count; ++i) to[i * stride] += gradient[i];

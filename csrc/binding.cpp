@@ -132,7 +132,7 @@ Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
 
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
     const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
     const OptionalTensor& documents, const OptionalTensor& sinks,
@@ -144,17 +144,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(
   const Tensor output =
       torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
   const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
-  const Tensor shifts = empty_floats(query, {2, a.B, a.H, a.T});
-  const Tensor statistics = empty_floats(query, {stats ? 6 : 0, a.B, a.H, a.T});
-  const Output out{output.mutable_data_ptr(), data_of(lse), data_of(shifts),
-                   stats ? data_of(statistics) : nullptr};
+  const Tensor details = empty_floats(query, {stats ? 8 : 2, a.B, a.H, a.T});
+  const Output out{output.mutable_data_ptr(), data_of(lse), data_of(details),
+                   stats ? data_of(details) + 2 * lse.numel() : nullptr};
   if (lse.numel() > 0) kernels().forward(a, out);
-  return {output, lse, shifts, statistics};
+  return {output, lse, details};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& output,
-    const Tensor& lse, const Tensor& shifts, const Tensor& query, const Tensor& key,
+    const Tensor& lse, const Tensor& details, const Tensor& query, const Tensor& key,
     const Tensor& value, const OptionalTensor& bias, const OptionalTensor& allowed,
     const OptionalTensor& lengths, const OptionalTensor& padding, const OptionalTensor& documents,
     const OptionalTensor& sinks, const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
@@ -179,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   g.grad_output = rows_of(grad_output, "grad_output");
   g.output = rows_of(output, "output");
   g.lse = data_of(lse);
-  g.shifts = data_of(shifts);
+  g.shifts = data_of(details);
   g.grad_lse = floats_of(grad_lse);
   g.query = data_of(query_grad);
   g.key = data_of(key_grad);
@@ -194,15 +193,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {query_grad, key_grad, value_grad, bias_gradient, sinks_gradient};
 }
 
+constexpr char kForwardArguments[] =
+    "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, Tensor? lengths, "
+    "Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
+    "SymInt[] band, float scale, float softcap, float dropout, bool stats) "
+    "-> (Tensor output, Tensor lse, Tensor details)";
+
 STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
-  m.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
-      "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, "
-      "Tensor? seed, SymInt[] band, float scale, float softcap, float dropout, bool stats) "
-      "-> (Tensor output, Tensor lse, Tensor shifts, Tensor stats)");
+  m.def((std::string("attention_forward") + kForwardArguments).c_str());
+  // The same without a derivative: asking torch's autograd for one takes longer than to decode a
+  // token of a small model.
+  m.def((std::string("attention_inference") + kForwardArguments).c_str());
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, "
-      "Tensor shifts, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
+      "Tensor details, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
       "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, "
       "Tensor? seed, SymInt[] band, float scale, float softcap, float dropout, bool bias_grad, "
       "bool sinks_grad) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)");
@@ -211,6 +215,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_inference", TORCH_BOX(&attention_forward));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
 

@@ -6,33 +6,48 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kDecodeRows = 32;   // queries of a group that are worth no packing
-constexpr int64_t kDecodeKeys = 128;  // keys whose scores are taken before their values are read
+constexpr int64_t kDecodeTokens = 16;  // more queries are worth packing keys for,
+constexpr int64_t kDecodeRows = 32;    // and so are more of a group
+constexpr int64_t kDecodeKeys = 64;    // keys whose scores are taken before their values are read
+
+inline bool is_decoding(const Attention& a) {
+  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows;
+}
 
 // dots[row * stride + key] = scale * query row . key, for Rows queries and Keys keys.
 template <int Rows, int Keys, class Element>
 [[gnu::always_inline]] inline void dots_of(const float* queries, int64_t query_stride,
                                            const Element* keys, int64_t key_stride, int64_t size,
                                            float scale, float* dots, int64_t stride) {
-  F32 sums[Rows][Keys] = {};
+  F32 sums[Rows * Keys] = {};
   const auto add = [&](int64_t d, auto&& load_key) {
     F32 key[Keys];
 #pragma GCC unroll 8
     for (int k = 0; k < Keys; ++k) key[k] = load_key(keys + k * key_stride + d);
 #pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) {
-      const F32 query = load(queries + row * query_stride + d);
+      F32 query = load(queries + row * query_stride + d);
+      hold(query);
 #pragma GCC unroll 8
-      for (int k = 0; k < Keys; ++k) sums[row][k] += query * key[k];
+      for (int k = 0; k < Keys; ++k) sums[row * Keys + k] += query * key[k];
     }
   };
   int64_t d = 0;
   for (; d + kLanes <= size; d += kLanes) add(d, [](const Element* from) { return load(from); });
   if (d < size) add(d, [&](const Element* from) { return load_first(from, size - d); });
+  float totals[Rows * Keys];
+  sum_each(sums, totals);
 #pragma GCC unroll 8
-  for (int row = 0; row < Rows; ++row)
-#pragma GCC unroll 8
-    for (int k = 0; k < Keys; ++k) dots[row * stride + k] = scale * sum(sums[row][k]);
+  for (int i = 0; i < Rows * Keys; ++i) dots[i / Keys * stride + i % Keys] = scale * totals[i];
+}
+
+// Asks for `count` tokens' rows ahead of their use: read in tiles, they are no stream that the
+// processor would recognise.
+template <class Element>
+inline void prefetch_rows(const Element* rows, int64_t stride, int64_t count, int64_t size) {
+  constexpr int64_t kLine = 64 / sizeof(Element);
+  for (int64_t token = 0; token < count; ++token)
+    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(rows + token * stride + i);
 }
 
 template <class Element>
@@ -113,7 +128,11 @@ class Decode {
   void score_keys(int64_t head, int64_t begin, int64_t end, const float* queries,
                   float* scores) const {
     int64_t s = begin;
-    for (; s + 8 <= end; s += 8) score_some<8>(head, s, s - begin, queries, scores);
+    const Element* values = row_of<Element>(a_.value, head / a_.G, head % a_.G, begin);
+    for (; s + 8 <= end; s += 8) {
+      prefetch_rows(values + (s - begin) * a_.value.stride[2], a_.value.stride[2], 8, a_.E);
+      score_some<8>(head, s, s - begin, queries, scores);
+    }
     for (; s < end; ++s) score_some<1>(head, s, s - begin, queries, scores);
     for (; s < round_up(end, kLanes); ++s)
       for (int64_t row = 0; row < rows_; ++row) scores[row * kDecodeKeys + s - begin] = 0.0F;
@@ -153,23 +172,32 @@ class Decode {
     }
   }
 
+  // weighted += weights @ value. Fetches the keys of the next block meanwhile, as score_keys
+  // fetches the values of this one.
   void add_values(int64_t head, int64_t begin, int64_t end, const float* weights,
                   float* weighted) const {
-    // Few enough values at a time that each stays in L1 for all rows.
-    constexpr int64_t kValues = 32;
-    for (int64_t s = begin; s < end; s += kValues) {
-      const int64_t count = smaller(kValues, end - s);
-      const Element* values = row_of<Element>(a_.value, head / a_.G, head % a_.G, s);
-      for (int64_t row = 0; row < rows_; row += kTileRows) {
-        const int64_t rows = smaller(kTileRows, rows_ - row);
-        const LeftOperand<float> left{weights + row * kDecodeKeys + (s - begin), kDecodeKeys, 1};
-        int64_t e = 0;
-        for (; e + kPanel <= a_.E; e += kPanel)
-          add_tile<kTileVectors, true>(rows, left, values + e, count, a_.E - e,
-                                       weighted + row * output_stride() + e);
-        for (; e < a_.E; e += kLanes)
-          add_tile<1, false>(rows, left, values + e, count, a_.E - e,
-                             weighted + row * output_stride() + e);
+    const Element* values = row_of<Element>(a_.value, head / a_.G, head % a_.G, begin);
+    const int64_t count = end - begin;
+    const int64_t to_fetch = greater(0, smaller(kDecodeKeys, a_.S - end));
+    int64_t fetched = 0;
+    for (int64_t row = 0; row < rows_; row += kTileRows) {
+      const int64_t rows = smaller(kTileRows, rows_ - row);
+      const LeftOperand<float> left{weights + row * kDecodeKeys, kDecodeKeys, 1};
+      float* to = weighted + row * output_stride();
+      for (int64_t e = 0; e < a_.E;) {
+        const int64_t next = e + kPanel <= a_.E ? e + kPanel : e + kLanes;
+        // A little at a time: memory serves only so many requests at once.
+        const int64_t fetch = row > 0 ? to_fetch : smaller(to_fetch, next * to_fetch / a_.E);
+        if (fetched < fetch)
+          prefetch_rows(row_of<Element>(a_.key, head / a_.G, head % a_.G, end + fetched),
+                        a_.key.stride[2], fetch - fetched, a_.D);
+        fetched = fetch;
+        if (next - e == kPanel) {
+          add_tile<kTileVectors, true>(rows, left, values + e, count, a_.E - e, to + e);
+        } else {
+          add_tile<1, false>(rows, left, values + e, count, a_.E - e, to + e);
+        }
+        e = next;
       }
     }
   }

@@ -3,20 +3,19 @@
 #include "decode.hpp"
 #include "prefill.hpp"
 
+#include <type_traits>
+
 namespace polyhead::POLYHEAD_ISA {
 namespace {
 
-template <template <class> class Pass>
-void run_decode(const Attention& a, const Output& out) {
-  by_dtype(a.query.dtype, [&](auto element) { Pass<decltype(element)>(a, out).run(); });
-}
-
 void forward(const Attention& a, const Output& out) {
-  if (a.group() * a.T <= kDecodeRows && a.T <= 16) return run_decode<Decode>(a, out);
-#if defined(__AVX512BF16__)
-  if (a.query.dtype == Dtype::bf16) return Prefill<Pair>(a, out).run();
-#endif
-  Prefill<float>(a, out).run();
+  if (is_decoding(a)) {
+    by_dtype(a.query.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
+  } else if (kHasPairs && a.query.dtype == Dtype::bf16) {
+    Prefill<std::conditional_t<kHasPairs, Pair, float>>(a, out).run();
+  } else {
+    Prefill<float>(a, out).run();
+  }
 }
 
 void backward(const Attention& a, const Gradients& g) { Backward(a, g).run(); }

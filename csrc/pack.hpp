@@ -148,8 +148,8 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
       const int64_t first = e / kPanel * kPanel;
       const int64_t width = Packed<Pair>::panel_width(first, size);
       Pair* panel = to + Packed<Pair>::row_panel(first, tokens);
-      const U32 low = __builtin_convertvector(load_as<U16>(rows[0] + e), U32);
-      const U32 high = __builtin_convertvector(load_as<U16>(rows[1] + e), U32);
+      const U32 low = widen(load_as<U16>(rows[0] + e));
+      const U32 high = widen(load_as<U16>(rows[1] + e));
       store_as(panel + s / 2 * width + (e - first), low | (high << 16));
     }
   }

@@ -13,7 +13,8 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-#if defined(__AVX512F__)
+// POLYHEAD_EMULATE_AVX512 gives a test the layouts of AVX-512 on any processor.
+#if defined(__AVX512F__) || defined(POLYHEAD_EMULATE_AVX512)
 constexpr int kVectorBytes = 64;
 constexpr int kTileVectors = 4;  // 6 x 4 accumulators, 4 loads and a broadcast: 29 of 32 registers
 #elif defined(__AVX2__)
@@ -22,6 +23,11 @@ constexpr int kTileVectors = 2;  // 6 x 2 accumulators, 2 loads and a broadcast:
 #else
 constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 2;
+#endif
+#if defined(__AVX512BF16__) || defined(POLYHEAD_EMULATE_AVX512)
+constexpr bool kHasPairs = true;  // a dot product of bfloat16 pairs is one instruction
+#else
+constexpr bool kHasPairs = false;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kTileRows = 6;
@@ -58,6 +64,13 @@ inline void store_as(void* to, Vector vector) {
 // x - 0 is x for every x, -0 and NaN too, so this costs no subtraction.
 inline F32 all(float x) { return x - F32{}; }
 
+// Keeps a number in its register, where the compiler would rather load it again for each use.
+inline void hold(F32& v) {
+#if defined(__x86_64__) && !defined(POLYHEAD_EMULATE_AVX512)
+  asm("" : "+v"(v));
+#endif
+}
+
 inline F32 select(I32 mask, F32 yes, F32 no) {
   return reinterpret_cast<F32>((mask & reinterpret_cast<I32>(yes)) |
                                (~mask & reinterpret_cast<I32>(no)));
@@ -81,15 +94,61 @@ inline float sum(F32 v) {
   return lanes[0];
 }
 
+// One step towards the sums of a's and of b's lanes: in both, runs of `Run` lanes belong together,
+// and in the result runs of half the length, a's and b's in turn.
+template <int Run>
+inline F32 halve_runs(F32 a, F32 b) {
+  I32 lower, upper;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const int half = Run / 2;
+    const int lane = i / Run * Run + i % half + (i % Run < half ? 0 : kLanes);
+    lower[i] = lane;
+    upper[i] = lane + half;
+  }
+  return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, upper);
+}
+
+// sums[i] = the sum of v[i]'s lanes, for as many vectors as a vector has lanes, or 8.
+template <int Count, int Run = kLanes>
+inline void sum_each(F32 (&v)[Count], float* sums) {
+  if constexpr (Count > kLanes) {
+    for (int i = 0; i < Count; i += kLanes)
+      sum_each<kLanes>(reinterpret_cast<F32(&)[kLanes]>(v[i]), sums + i);
+  } else if constexpr (Count > 1) {
+    // The later half goes between, so that the sums end up in order.
+    F32 halves[Count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) halves[i] = halve_runs<Run>(v[i], v[i + Count / 2]);
+    sum_each<Count / 2, Run / 2>(halves, sums);
+  } else {
+    float lanes[kLanes];
+    store_as(lanes, v[0]);
+    for (int i = 0; i < kLanes / Run; ++i) {
+      sums[i] = lanes[i * Run];
+      for (int j = 1; j < Run; ++j) sums[i] += lanes[i * Run + j];
+    }
+  }
+}
+
 inline float largest(F32 v) {
   float most = v[0];
   for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
 }
 
-inline F32 widen(U16 bits, BFloat16) {
-  return reinterpret_cast<F32>(__builtin_convertvector(bits, U32) << 16);
+inline U32 widen(U16 bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  // GCC 12 makes five instructions of the conversion below.
+  return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, U32);
+#endif
 }
+
+inline F32 widen(U16 bits, BFloat16) { return reinterpret_cast<F32>(widen(bits) << 16); }
 
 inline F32 widen(U16 bits, Float16) {
 #if defined(__AVX512F__)
@@ -97,7 +156,7 @@ inline F32 widen(U16 bits, Float16) {
 #elif defined(__F16C__)
   return reinterpret_cast<F32>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
 #else
-  const U32 wide = __builtin_convertvector(bits, U32);
+  const U32 wide = widen(bits);
   const U32 sign = (wide & 0x8000) << 16;
   const U32 magnitude = wide & 0x7FFF;
   // Moved to float32's place the exponent is 112 too small; a multiplication mends it, for

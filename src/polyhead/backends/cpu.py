@@ -71,9 +71,12 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     if structure.rest is not None:
         allowed = structure.rest.materialize(call.T, call.S, device=call.device)
     sinks, slopes = call.sinks, _alibi_slopes(call)
+    needs_gradient = _needs_gradient(call)
     # The kernel's statistics have no gradient.
-    by_reference = call.aux.stats and _needs_gradient(call)
-    output, lse, _, stats = torch.ops.polyhead.attention_forward(
+    stats_here = call.aux.stats and not needs_gradient
+    operators = torch.ops.polyhead
+    attend = operators.attention_forward if needs_gradient else operators.attention_inference
+    output, lse, details = attend(
         cpu_operators.side_by_side(call.query),
         cpu_operators.side_by_side(call.key),
         cpu_operators.side_by_side(call.value),
@@ -89,12 +92,14 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
         call.scale,
         0.0 if call.softcap is None else call.softcap,
         call.dropout,
-        call.aux.stats and not by_reference,
+        stats_here,
     )
-    statistics = HeadStats(*stats.unbind()) if call.aux.stats and not by_reference else None
-    if by_reference:
-        statistics = reference.compute_aux(replace(call, aux=AuxRequest(stats=True))).stats
-    return output, Aux(lse=lse if call.aux.lse else None, stats=statistics)
+    stats = None
+    if stats_here:
+        stats = HeadStats(*details[2:].unbind())
+    elif call.aux.stats:
+        stats = reference.compute_aux(replace(call, aux=AuxRequest(stats=True))).stats
+    return output, Aux(lse=lse if call.aux.lse else None, stats=stats)
 
 
 def _needs_gradient(call: AttentionCall) -> bool:

@@ -1,7 +1,7 @@
 """The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
 
-`torch.ops.polyhead.attention_forward` and `attention_backward` exist if the package was built
-with a C++ compiler (`is_built`).
+`torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative) and
+`attention_backward` exist if the package was built with a C++ compiler (`is_built`).
 """
 
 from __future__ import annotations
@@ -45,14 +45,13 @@ def choose_isa(name: str) -> None:
 
 def _forward_shapes(
     query: Tensor, key: Tensor, value: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     B, H, T, _ = query.shape
     stats = arguments[-1]
     return (
         query.new_empty(B, H, T, value.shape[-1]),
         query.new_empty(B, H, T, dtype=torch.float32),
-        query.new_empty(2, B, H, T, dtype=torch.float32),
-        query.new_empty(6 if stats else 0, B, H, T, dtype=torch.float32),
+        query.new_empty(8 if stats else 2, B, H, T, dtype=torch.float32),
     )
 
 
@@ -61,7 +60,7 @@ def _backward_shapes(
     grad_lse: Tensor | None,
     output: Tensor,
     lse: Tensor,
-    shifts: Tensor,
+    details: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,16 +78,16 @@ def _backward_shapes(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    result, lse, shifts, stats = output
-    ctx.mark_non_differentiable(shifts, stats)
+    result, lse, details = output
+    ctx.mark_non_differentiable(details)
     ctx.set_materialize_grads(False)
     tensors, ctx.options = inputs[:11], inputs[11:15]
-    ctx.save_for_backward(result, lse, shifts, *tensors)
+    ctx.save_for_backward(result, lse, details, *tensors)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> Any:
-    result, lse, shifts, *tensors = ctx.saved_tensors
-    query, key, value, bias, sinks = (*tensors[:4], tensors[8])
+    result, lse, details, *tensors = ctx.saved_tensors
+    query, bias, sinks = tensors[0], tensors[3], tensors[8]
     if grad_output is None:
         grad_output = torch.zeros_like(result)
     needs_bias, needs_sinks = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
@@ -97,7 +96,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_
         None if grad_lse is None else grad_lse.contiguous(),
         result,
         lse,
-        shifts,
+        details,
         *tensors,
         *ctx.options,
         needs_bias,
@@ -117,6 +116,13 @@ def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_
     )
 
 
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "the C++ kernels have no second derivative; "
+        'pass backend="reference" to differentiate attention twice'
+    )
+
+
 def side_by_side(tensor: Tensor) -> Tensor:
     """The tensor with its features side by side, the one layout that the kernels ask for."""
     if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
@@ -126,7 +132,7 @@ def side_by_side(tensor: Tensor) -> Tensor:
 
 if is_built:
     torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
+    torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
     torch.library.register_fake("polyhead::attention_backward", _backward_shapes)
-    torch.library.register_autograd(
-        "polyhead::attention_forward", _gradients, setup_context=_save
-    )
+    torch.library.register_autograd("polyhead::attention_forward", _gradients, setup_context=_save)
+    torch.library.register_autograd("polyhead::attention_backward", _refuse)

@@ -101,12 +101,12 @@ def _with_part(structure: Structure, part: Mask, S: int, end: int, start: int) -
         padding = part.padding if old is None else torch.maximum(old, part.padding)
         return replace(structure, padding=padding)
     if isinstance(part, Documents):
-        # The kernel takes the queries for the last of the keys; chosen rows need not be.
-        has_place = start == 0 and structure.documents is None
-        return replace(structure, documents=part.ids) if has_place else None
+        return replace(structure, documents=part.ids) if structure.documents is None else None
     if isinstance(part, AnyOf):
         return _with_union(structure, part, S, end, start)
     if isinstance(part, Rows):
+        if any(isinstance(inner, Documents) for inner in part.part.conjuncts):
+            return None  # a kernel takes the queries for the last of the keys, and these may not be
         start += part.start
         return _with_all(structure, part.part, S, S - part.T + start, start)
     return None
@@ -121,7 +121,9 @@ def _with_all(structure: Structure, mask: Mask, S: int, end: int, start: int) ->
     return structure
 
 
-def _with_union(structure: Structure, union: AnyOf, S: int, end: int, start: int) -> Structure | None:
+def _with_union(
+    structure: Structure, union: AnyOf, S: int, end: int, start: int
+) -> Structure | None:
     """`causal() | prefix(n)`: what begins at the first key is still one range of keys."""
     if structure.joined_upper != UNBOUNDED:
         return None
