@@ -81,6 +81,13 @@ std::vector<int64_t> integers_of(const OptionalTensor& tensor) {
   return integers;
 }
 
+// Torch's number of threads, or one where waking a second takes longer than the work.
+int threads_for(const Attention& a) {
+  constexpr double kSmall = 1 << 17;  // multiplications
+  const double work = static_cast<double>(a.B) * a.H * a.T * a.S * (a.D + a.E);
+  return work < kSmall ? 1 : static_cast<int>(torch::stable::get_num_threads());
+}
+
 // An `Attention`, and what its pointers point to beside the tensors.
 struct Call {
   Attention attention;
@@ -122,7 +129,7 @@ struct Call {
     a.softcap = static_cast<float>(softcap);
     a.dropout = static_cast<float>(dropout);
     if (seed) a.seed = static_cast<uint64_t>(integers_of(seed).at(0));
-    a.threads = static_cast<int>(torch::stable::get_num_threads());
+    a.threads = threads_for(a);
   }
 };
 

@@ -70,7 +70,10 @@ class Prefill {
     keys_size_ = Packed<Element>::columns_size(a_.S, a_.D);
     values_size_ = Packed<Element>::rows_size(a_.S, a_.E);
     Buffer<Element> packed(wave * (keys_size_ + values_size_));
+    Buffer<Span> needed(a_.B);
     Buffer<float> scratch(a_.threads * worker_size());
+    for (int64_t b = 0; b < a_.B; ++b) needed.data()[b] = keys_of(a_, b, 0, a_.T);
+    needed_ = needed.data();
     keys_ = packed.data();
     values_ = keys_ + wave * keys_size_;
 #pragma omp parallel num_threads(a_.threads)
@@ -132,8 +135,7 @@ class Prefill {
     const int64_t b = (start + slot) / a_.G;
     const int64_t g = (start + slot) % a_.G;
     const int64_t end = smaller(begin + kKeyBlock, a_.S);
-    const Span needed = keys_of(a_, b, 0, a_.T);
-    if (needed.end <= begin || end <= needed.begin) return;
+    if (needed_[b].end <= begin || end <= needed_[b].begin) return;
     pack_columns(a_.key, b, g, begin, end, a_.D,
                  keys_ + slot * keys_size_ + Packed<Element>::column_panel(begin, a_.D));
     pack_rows(a_.value, b, g, begin, end, a_.S, a_.E, values_ + slot * values_size_);
@@ -233,6 +235,7 @@ class Prefill {
   const Output& out_;
   int64_t query_blocks_;
   int64_t keys_size_ = 0, values_size_ = 0;
+  const Span* needed_ = nullptr;  // of each batch row, the keys that any query may attend to
   Element* keys_ = nullptr;
   Element* values_ = nullptr;
 };

@@ -51,7 +51,8 @@ def why_not(call: AttentionCall) -> list[str]:
 def notes(call: AttentionCall) -> list[str]:
     """Instruction set, threads, and which way keys are read."""
     threads = torch.get_num_threads()
-    noted = [f"{cpu_operators.isa()} kernels, {threads} thread{'s' if threads > 1 else ''}"]
+    many = f"up to {threads} threads" if threads > 1 else "1 thread"
+    noted = [f"{cpu_operators.isa()} kernels, {many}"]
     if call.T <= _MAX_DECODE_TOKENS and call.group * call.T <= _MAX_DECODE_ROWS:
         noted.append("few queries: keys are read once, in place, shared out among the threads")
     else:
