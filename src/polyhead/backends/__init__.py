@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from polyhead.backends import cpu, reference, sdpa
+from polyhead.backends import reference, sdpa
 from polyhead.call import AttentionCall, Aux
 from polyhead.errors import ArgumentError, BackendError, DtypeError
 
@@ -48,7 +48,6 @@ REFERENCE = Backend(
 
 # In order of preference. The definition runs everything, so it stands last.
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cpu", cpu.why_not, cpu.run, cpu.notes, aux=frozenset({"lse", "stats"})),
     Backend("sdpa", sdpa.why_not, sdpa.run, sdpa.notes),
     REFERENCE,
 )
