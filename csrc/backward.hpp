@@ -251,10 +251,7 @@ class Backward {
     }
     const int64_t begin = block.s + span.begin;
     shape_scores(a_, q, begin, block.s + span.end, weights + span.begin, worker.capped);
-    float delta = deltas_[at];
-    // exp(score - lse) is P times this, as lse leaves the sink out.
-    if (g_.grad_lse != nullptr)
-      delta -= g_.grad_lse[at] * std::exp(most + log_total - g_.lse[at]);
+    const float delta = deltas_[at];
     const Dropout dropout(a_);
     const uint64_t row_key = dropout.row_key(at);
     const float kept_factor = 1.0F / (1.0F - a_.dropout);
@@ -266,6 +263,9 @@ class Backward {
       if (a_.dropout > 0.0F)
         kept = select(dropout.kept(row_key, block.s + i), all(kept_factor), F32{});
       F32 score = weight * (kept * load(scores + i) - delta);
+      // d lse / d score is exp(score - lse), which is no weight: lse leaves the sink out.
+      if (g_.grad_lse != nullptr)
+        score += g_.grad_lse[at] * exp2_of((load(weights + i) - g_.lse[at]) * kLog2E);
       store(weights + i, kept * weight);
       bias_sum += score;
       if (worker.bias != nullptr && g_.bias_stride[3] != 0)

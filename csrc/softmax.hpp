@@ -2,6 +2,7 @@
 // softmax over keys that come block by block (Milakov and Gimelshein 2018).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -211,11 +212,25 @@ struct RowResult {
   float log_total;  // log of the sum of exp(score - most), with the sink
 };
 
+// The sum of exp(score - most) over a row's keys and its sink, as its inverse and its logarithm.
+struct Total {
+  float inverse;
+  float log;
+};
+
+inline Total total_of(const Attention& a, int64_t h, const RowSums& row) {
+  if (a.sinks == nullptr) return {1.0F / row.sum, std::log(row.sum)};
+  // Shifted by the larger of the two: beside a large sink exp(sink - most) would be infinite.
+  const float shift = std::max(row.most, a.sinks[h]);
+  const float keys = std::exp(row.most - shift);
+  const float total = row.sum * keys + std::exp(a.sinks[h] - shift);
+  return {keys / total, shift - row.most + std::log(total)};
+}
+
 inline RowResult finish_row(const Attention& a, int64_t h, const RowSums& row) {
   if (row.most == -kInfinity) return {0.0F, -kInfinity, 0.0F};
-  float total = row.sum;
-  if (a.sinks != nullptr) total += std::exp(a.sinks[h] - row.most);
-  return {1.0F / (total * (1.0F - a.dropout)), row.most + std::log(row.sum), std::log(total)};
+  const Total total = total_of(a, h, row);
+  return {total.inverse / (1.0F - a.dropout), row.most + std::log(row.sum), total.log};
 }
 
 // The six numbers of HeadStats for one query; `stride` from one to the next.
@@ -224,13 +239,11 @@ inline void write_stats(const Attention& a, int64_t h, const RowSums& row, float
   for (int64_t i = 0; i < 6; ++i) to[i * stride] = 0.0F;
   to[5 * stride] = row.most;
   if (row.most == -kInfinity) return;
-  const float sink = a.sinks == nullptr ? 0.0F : std::exp(a.sinks[h] - row.most);
-  const float total = row.sum + sink;
-  const float log_total = std::log(total);
-  const auto mass = [&](float score) { return std::exp(score - row.most) / total; };
-  // - sum of w log w, with log w = score - most - log_total.
-  to[0 * stride] = log_total * (row.sum / total) - row.scores / total;
-  to[1 * stride] = row.distance / total;
+  const Total total = total_of(a, h, row);
+  const auto mass = [&](float score) { return std::exp(score - row.most) * total.inverse; };
+  // - sum of w log w, with log w = score - most - log of the total.
+  to[0 * stride] = total.log * (row.sum * total.inverse) - row.scores * total.inverse;
+  to[1 * stride] = row.distance * total.inverse;
   to[2 * stride] = mass(row.first);
   to[3 * stride] = mass(row.previous);
   to[4 * stride] = mass(row.self);

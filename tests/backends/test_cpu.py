@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import shutil
@@ -19,12 +20,12 @@ import polyhead as ph
 from polyhead.arguments import build_call
 from polyhead.backends import cpu, cpu_operators, reference
 
-if not cpu_operators.is_built:
+if cpu_operators.missing:
     if os.environ.get("CI"):
         pytest.fail("CI has a compiler, so the kernels must be there", pytrace=False)
     pytest.skip("built without a C++ compiler", allow_module_level=True)
 
-CPU = ph.Backend("cpu", cpu.why_not, cpu.run, cpu.notes, aux=frozenset({"lse", "stats"}))
+CPU = next(backend for backend in ph.backends() if backend.name == "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -404,9 +405,10 @@ def test_dropout_drops_the_same_weights_in_backward():
     torch.testing.assert_close(got, by_hand, rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_derivative_is_refused():
+def test_the_operator_alone_has_no_second_derivative():
+    """So that it cannot be wrong in silence; `attention` takes the definition's."""
     inputs = [x.requires_grad_() for x in tensors()]
-    output = ph.attention(*inputs, backend=CPU)
+    output, _ = cpu.run(build_call(*inputs))
     (grad,) = torch.autograd.grad(output.sum(), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(grad.sum(), inputs[0])
@@ -542,8 +544,31 @@ def test_why_not_with_numbers(sizes, reasons):
 def test_why_not_on_another_device_and_without_the_kernels(monkeypatch):
     call = build_call(*(x.to("meta") for x in tensors()))
     assert cpu.why_not(call) == ["runs on the CPU; got device meta"]
-    monkeypatch.setattr(cpu_operators, "is_built", False)
-    assert "C++ compiler" in cpu.why_not(build_call(*tensors()))[0]
+    monkeypatch.setattr(cpu_operators, "missing", "was not built")
+    assert cpu.why_not(build_call(*tensors())) == ["was not built"]
+
+
+def test_kernels_that_cannot_be_loaded_are_a_reason_and_no_crash(monkeypatch, tmp_path):
+    broken = tmp_path / "_kernels.so"
+    broken.write_bytes(b"no library")
+    spec = importlib.util.spec_from_file_location("polyhead._kernels", broken)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    assert cpu_operators._load().startswith("was built, and could not be loaded: ")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "C++ compiler" in cpu_operators._load()
+
+
+def test_auto_leaves_bfloat16_to_torch_where_only_it_uses_amx(monkeypatch):
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
+    inputs = tensors(dtype=torch.bfloat16)
+    explained = ph.explain(*inputs)
+    assert explained.chosen == "sdpa"
+    reason = "uses no AMX, and torch's own bfloat16 kernel does on this processor"
+    assert explained.passed_over["cpu"] == (reason,)
+    # What torch's kernel cannot do, or is asked for by name, stays here.
+    assert ph.explain(*inputs, softcap=2.0).chosen == "cpu"
+    assert ph.explain(*inputs, backend="cpu").chosen == "cpu"
+    assert ph.explain(*tensors()).chosen == "cpu"
 
 
 @pytest.mark.parametrize(("T", "way"), [(1, "read once, in place"), (17, "packed once a key head")])
@@ -573,3 +598,18 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
     with pytest.raises(RuntimeError, match="lacks instruction set sse9"):
         cpu_operators.choose_isa("sse9")
     assert cpu_operators.isa() == before
+
+
+def test_auto_leaves_small_dropout_to_the_seed_everybody_knows():
+    """The lecture's code, the definition and auto drop the same weights of a small example."""
+    small, large = tensors(T=6, S=6), tensors(T=64, S=64)
+    outputs = []
+    for backend in ("auto", "reference"):
+        torch.manual_seed(0)
+        outputs.append(ph.attention(*small, dropout=0.5, backend=backend))
+    assert torch.equal(*outputs)
+    assert ph.explain(*large, dropout=0.5).chosen == "cpu"
+    assert ph.explain(*small, dropout=0.5).passed_over["cpu"] == (
+        "drops by its own generator; 432 weights are few enough to drop as F.dropout does for "
+        "this seed",
+    )

@@ -7,16 +7,18 @@ only where it shares a tile with values that it may attend to.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from polyhead.backends import cpu_operators, reference
-from polyhead.backends.structure import read_structure
+from polyhead.backends import cpu_operators, reference, sdpa
+from polyhead.backends.structure import custom_reasons, read_structure
+from polyhead.backends.transforms import transform_reasons
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
 
-__all__ = ["notes", "run", "why_not"]
+__all__ = ["notes", "passed_over", "run", "why_not"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_SIZE = 512
@@ -24,16 +26,14 @@ _MAX_TOKENS = 2**31 - 2
 # As in csrc/decode.hpp: so few queries a key head are not worth packing keys for.
 _MAX_DECODE_TOKENS = 16
 _MAX_DECODE_ROWS = 32
+_FEW_WEIGHTS = 2**14
 
 
 def why_not(call: AttentionCall) -> list[str]:
     """Every reason why the kernels cannot run this call."""
     reasons = []
-    if not cpu_operators.is_built:
-        reasons.append(
-            "was not built, for want of a C++ compiler; "
-            "install one and run: pip install --no-build-isolation polyhead"
-        )
+    if cpu_operators.missing:
+        reasons.append(cpu_operators.missing)
     if call.device.type != "cpu":
         reasons.append(f"runs on the CPU; got device {call.device}")
     if call.dtype not in _DTYPES:
@@ -42,10 +42,25 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"has heads of up to {_MAX_HEAD_SIZE}; got D = {call.D}, E = {call.E}")
     if max(call.T, call.S) > _MAX_TOKENS:
         reasons.append(f"has up to {_MAX_TOKENS} tokens; got T = {call.T}, S = {call.S}")
-    slopes = _alibi_slopes(call)
-    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
+    if _learnt(call.alibi_slopes):
         reasons.append("gives no gradient to alibi_slopes")
+    reasons.extend(custom_reasons(call.mask))
+    reasons.extend(transform_reasons())
     return reasons
+
+
+def passed_over(call: AttentionCall) -> list[str]:
+    """Why "auto" leaves a call to torch: matrix units that these kernels do not use, and small
+    examples with dropout, whose digits should be those of the same lines typed by hand."""
+    if call.dtype == torch.bfloat16 and _has_amx() and not sdpa.why_not(call):
+        return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
+    weights = call.B * call.H * call.T * call.S
+    if call.dropout > 0.0 and weights <= _FEW_WEIGHTS:
+        return [
+            f"drops by its own generator; {weights} weights are few enough to drop as F.dropout "
+            "does for this seed"
+        ]
+    return []
 
 
 def notes(call: AttentionCall) -> list[str]:
@@ -60,8 +75,6 @@ def notes(call: AttentionCall) -> list[str]:
     rest = read_structure(call.mask, call.T, call.S).rest
     if rest is not None:
         noted.append(f"{rest!r} written out as booleans")
-    if call.aux.stats and _needs_gradient(call):
-        noted.append("stats, with gradients, by reference: holds T x S scores")
     return noted
 
 
@@ -71,12 +84,11 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     allowed = None
     if structure.rest is not None:
         allowed = structure.rest.materialize(call.T, call.S, device=call.device)
-    sinks, slopes = call.sinks, _alibi_slopes(call)
-    needs_gradient = _needs_gradient(call)
+    sinks, slopes = call.sinks, call.alibi_slopes
     # The kernel's statistics have no gradient.
-    stats_here = call.aux.stats and not needs_gradient
+    stats_here = call.aux.stats and not call.needs_grad
     operators = torch.ops.polyhead
-    attend = operators.attention_forward if needs_gradient else operators.attention_inference
+    attend = operators.attention_forward if call.needs_grad else operators.attention_inference
     output, lse, details = attend(
         cpu_operators.side_by_side(call.query),
         cpu_operators.side_by_side(call.key),
@@ -103,13 +115,13 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     return output, Aux(lse=lse if call.aux.lse else None, stats=stats)
 
 
-def _needs_gradient(call: AttentionCall) -> bool:
-    tensors = (call.query, call.key, call.value, call.bias, call.sinks)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _learnt(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _alibi_slopes(call: AttentionCall) -> Tensor | None:
-    return getattr(call, "alibi_slopes", None)
+@functools.cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,7 +1,7 @@
 """The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
 
 `torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative) and
-`attention_backward` exist if the package was built with a C++ compiler (`is_built`).
+`attention_backward` exist if the package was built with a C++ compiler; `missing` says if not.
 """
 
 from __future__ import annotations
@@ -12,18 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["choose_isa", "is_built", "isa"]
+__all__ = ["choose_isa", "isa", "missing"]
 
 
-def _load() -> bool:
+def _load() -> str:
+    """Load the operators, or say why they are not there."""
     spec = importlib.util.find_spec("polyhead._kernels")
     if spec is None or spec.origin is None:
-        return False
-    torch.ops.load_library(spec.origin)
-    return True
+        return (
+            "was not built, for want of a C++ compiler; "
+            "install one and run: pip install --no-build-isolation polyhead"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:  # built for another torch or system: all else must go on working
+        return f"was built, and could not be loaded: {error}"
+    return ""
 
 
-is_built = _load()
+missing = _load()
 
 
 def isa() -> str:
@@ -130,7 +137,7 @@ def side_by_side(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-if is_built:
+if not missing:
     torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
     torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
     torch.library.register_fake("polyhead::attention_backward", _backward_shapes)

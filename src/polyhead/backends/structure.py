@@ -11,16 +11,17 @@ from polyhead.mask import (
     All,
     AnyOf,
     Causal,
+    Custom,
     Documents,
     LeftPadding,
     Lengths,
     Mask,
     Prefix,
+    Rows,
     Window,
 )
-from polyhead.mask.algebra import Rows
 
-__all__ = ["Structure", "read_structure"]
+__all__ = ["Structure", "custom_reasons", "read_structure"]
 
 UNBOUNDED = 2**40  # beyond any number of tokens, and far from overflow when one is added
 
@@ -52,6 +53,17 @@ class Structure:
     def band(self) -> list[int]:
         """The rules that depend on positions alone, in the order that csrc/ranges.hpp takes."""
         return [self.lower, self.upper, self.stop, self.joined_upper, self.joined_prefix]
+
+
+def custom_reasons(mask: Mask | None) -> list[str]:
+    """Why a kernel that needs structure cannot run this mask: some rule of it has none."""
+    if mask is None:
+        return []
+    return [
+        f"runs masks of known structure, no {rule!r}"
+        for rule in mask.primitives()
+        if isinstance(rule, Custom)
+    ]
 
 
 def read_structure(mask: Mask | None, T: int, S: int) -> Structure:
