@@ -50,10 +50,13 @@ def why_not(call: AttentionCall) -> list[str]:
 
 
 def passed_over(call: AttentionCall) -> list[str]:
-    """Why "auto" leaves a call to torch: matrix units that these kernels do not use, and small
-    examples with dropout, whose digits should be those of the same lines typed by hand."""
+    """Why "auto" leaves a call to torch: matrix units that these kernels do not use, exported
+    programs, and small examples with dropout, whose digits should be those of the same lines typed
+    by hand."""
     if call.dtype == torch.bfloat16 and _has_amx() and not sdpa.why_not(call):
         return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
+    if torch.compiler.is_exporting():
+        return ["would tie an exported program to this library; torch's own operators do not"]
     weights = call.B * call.H * call.T * call.S
     if call.dropout > 0.0 and weights <= _FEW_WEIGHTS:
         return [
