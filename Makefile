@@ -38,7 +38,7 @@ check: $(STAMP) ## formatting, lint, types, layers, examples in the documentatio
 setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)
 
 # Stamped last, so an interrupted set-up runs again.
-$(STAMP): pyproject.toml requirements.lock models.lock scripts/setup
+$(STAMP): pyproject.toml requirements.lock models.lock scripts/setup CMakeLists.txt $(wildcard csrc/*)
 	@rm -f $@
 	@PYTHON="$(PYTHON)" scripts/setup
 	@touch $@

@@ -10,7 +10,7 @@ import torch
 
 import polyhead as ph
 
-BACKENDS = ["reference", "sdpa"]
+BACKENDS = ["reference", "sdpa", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL_AUX = ph.AuxRequest(weights=True, lse=True, stats=True)
 

@@ -160,7 +160,7 @@ def test_keys_and_for_keys_are_slices_of_the_whole(case, data):
     want = written_out(mask, B, T, S)[..., first:last]
     rows = mask.rows(0, T, T, S, keys=(first, last))
     assert torch.equal(rows.expand(B, H, T, last - first), want)
-    if T > S - first and "documents" in repr(mask):
+    if S - first < T and "documents" in repr(mask):
         return  # documents name the queries by their keys, which would be gone
     left = mask.for_keys(first, S)
     left.check(B, H, T, S - first, CPU)
@@ -169,7 +169,7 @@ def test_keys_and_for_keys_are_slices_of_the_whole(case, data):
     for inner in (left.for_queries(1, T, T), mask.for_queries(1, T, T).for_keys(first, S)):
         assert torch.equal(written_out(inner, B, T - 1, S - first), want[:, :, 1:])
     again = data.draw(st.integers(0, S - first))
-    if T <= S - first - again:
+    if S - first - again >= T:
         fewer = left.for_keys(again, S - first)
         assert torch.equal(written_out(fewer, B, T, S - first - again), want[..., again:])
 
@@ -182,7 +182,7 @@ def test_no_key_out_of_reach_is_allowed(case, data):
     stop = data.draw(st.integers(start, T))
     cut = data.draw(st.integers(0, S))
     for rule, keys in ((mask, S), (mask.for_queries(0, T, T), S), (mask.for_keys(cut, S), S - cut)):
-        if T > keys and "documents" in repr(mask):
+        if keys < T and "documents" in repr(mask):
             continue
         first, last = rule.reach(start, stop, T, keys)
         outside = written_out(rule, B, T, keys)[:, :, start:stop].clone()

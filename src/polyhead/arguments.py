@@ -48,9 +48,13 @@ def build_call(
         _check_per_head("alibi_slopes", alibi_slopes, query)
     if scale is None:
         scale = 1.0 / math.sqrt(D)
-    elif not math.isfinite(scale):
-        raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
+    else:
+        scale = _concrete(scale)
+        if not math.isfinite(scale):
+            raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
+    softcap = None if softcap is None else _concrete(softcap)
     check_softcap(softcap)
+    dropout = _concrete(dropout)
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
     if not isinstance(aux, AuxRequest):
@@ -63,6 +67,11 @@ def build_call(
     return AttentionCall(
         query, key, value, mask, bias, scale, softcap, sinks, alibi_slopes, dropout, aux
     )
+
+
+def _concrete(number: float) -> float:
+    # torch.compile may make a number symbolic, and then traces no error or reason that names it.
+    return float(number) if torch.compiler.is_compiling() else number
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

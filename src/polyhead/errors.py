@@ -54,7 +54,8 @@ class ArgumentError(PolyheadError, ValueError):
         self.rule = rule
         self.got = got
         self.remedy = remedy
-        super().__init__(f"{argument} {rule}; got {got}; {remedy}")
+        # Not super().__init__, which torch.compile cannot trace: its error would not name this one.
+        self.args = (f"{argument} {rule}; got {got}; {remedy}",)
 
     def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, object, str]]:
         return type(self), (self.argument, self.rule, self.got, self.remedy)
@@ -82,10 +83,10 @@ class BackendError(PolyheadError, NotImplementedError):
     def __init__(self, reasons: Mapping[str, Sequence[str]]) -> None:
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
         lines = [f"  {name}: {reason}" for name, why in self.reasons.items() for reason in why]
-        super().__init__(
+        self.args = (
             "no backend asked for can run this call:\n"
             + "\n".join(lines)
-            + '\n  pass backend="auto" to let polyhead choose one that can'
+            + '\n  pass backend="auto" to let polyhead choose one that can',
         )
 
     def __reduce__(self) -> tuple[type[BackendError], tuple[dict[str, tuple[str, ...]]]]:

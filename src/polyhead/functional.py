@@ -230,7 +230,9 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
     given = chosen.aux
     # torch.compile has no second derivatives of its own, and cannot trace this.
     if chosen.first_order and call.needs_grad and not torch.compiler.is_compiling():
-        output, aux, given = run_twice_differentiable(chosen.run, call), Aux(), frozenset()
+        given = chosen.aux & {"lse"}  # of the others the kernel has no gradient
+        asked = AuxRequest(lse=call.aux.lse and "lse" in given)
+        output, aux = run_twice_differentiable(chosen.run, replace(call, aux=asked))
     else:
         output, aux = chosen.run(call)
     left = {name: True for name in call.aux.names if name not in given}

@@ -131,9 +131,7 @@ def test_on_cuda_it_has_gradients_and_sinks_but_no_small_heads(D, E, triton, rea
 
 def test_auto_leaves_a_cpu_to_others():
     call = build_call(*tensors())
-    assert flex.passed_over(call) == [
-        "compiles for seconds each new size and kind of mask on cpu"
-    ]
+    assert flex.passed_over(call) == ["compiles for seconds each new size and kind of mask on cpu"]
 
 
 def test_it_reads_no_values_to_choose():

@@ -11,7 +11,7 @@ from torch.autograd import gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
 import polyhead as ph
-from polyhead.backends import REFERENCE
+from polyhead.backends import REFERENCE, sdpa
 from polyhead.errors import BackendError
 
 
@@ -102,6 +102,21 @@ def test_a_retained_graph_is_run_again_and_a_freed_one_is_torchs_error():
         torch.autograd.grad(output, inputs)
 
 
+def test_a_retained_graph_keeps_its_dropout():
+    def run(call):
+        return REFERENCE.run(call)
+
+    own = ph.Backend("own", lambda call: [], run, first_order=True)
+    inputs = tensors()
+    output = ph.attention(*inputs, dropout=0.5, backend=own).sum()
+    state = torch.get_rng_state()
+    first = torch.autograd.grad(output, inputs, retain_graph=True)
+    again = torch.autograd.grad(output, inputs)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(torch.get_rng_state(), state), "no backward pass moves the generator"
+
+
 def test_what_the_kernel_saved_goes_with_the_backward_pass():
     kept = []
 
@@ -149,6 +164,23 @@ def test_explain_says_where_second_derivatives_come_from():
     assert note not in ph.explain(*tensors(), backend="reference").notes
     with torch.no_grad():
         assert note not in ph.explain(*tensors(), backend="sdpa").notes
+
+
+def test_a_mask_that_allows_nothing_gives_zero_gradients():
+    inputs = tensors()
+    nothing = ph.mask.prefix(0)
+    for backend in ph.backends():
+        if backend.why_not(ph.functional.build_call(*inputs, nothing)):
+            continue
+        output = ph.attention(*inputs, mask=nothing, backend=backend)
+        assert all((g == 0).all() for g in torch.autograd.grad(output.sum(), inputs))
+
+
+def test_chunks_without_a_key_in_reach_give_zero_gradients(monkeypatch):
+    monkeypatch.setattr(sdpa, "_WHOLE", 1)
+    inputs = tensors()
+    output = ph.attention(*inputs, mask=ph.mask.prefix(0), backend="sdpa")
+    assert all((g == 0).all() for g in torch.autograd.grad(output.sum(), inputs))
 
 
 def test_aux_asked_beside_a_kernel_keeps_its_gradient():

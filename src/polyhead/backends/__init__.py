@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from polyhead.backends import flex, reference, sdpa
+from polyhead.backends import cpu, flex, reference, sdpa
 from polyhead.call import AttentionCall, Aux
 from polyhead.errors import ArgumentError, BackendError, DtypeError
 
@@ -70,6 +70,16 @@ REFERENCE = Backend(
 # In order of preference. The definition runs everything, so it stands last.
 BACKENDS: tuple[Backend, ...] = (
     Backend(
+        "cpu",
+        cpu.why_not,
+        cpu.run,
+        cpu.notes,
+        aux=frozenset({"lse", "stats"}),
+        passed_over=cpu.passed_over,
+        first_order=True,
+        summary="polyhead's own C++ kernels for the processor; every mask and variant fused",
+    ),
+    Backend(
         "sdpa",
         sdpa.why_not,
         sdpa.run,
@@ -107,6 +117,7 @@ def backends() -> tuple[Backend, ...]:
 
     >>> for backend in backends():
     ...     print(backend)
+    cpu: polyhead's own C++ kernels for the processor; every mask and variant fused
     sdpa: torch's scaled_dot_product_attention, where a fused kernel of it runs
     flex: torch's flex_attention, compiled for each kind of call
     reference: the definition, in plain PyTorch; runs everything, holds T x S scores

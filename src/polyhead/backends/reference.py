@@ -60,10 +60,9 @@ def _scores(call: AttentionCall, first_position: int | None = None) -> Tensor:
     """(B, H, T, S) in the compute dtype, -inf where the mask forbids."""
     # The queries of a group are rows against their one key head. (Broadcasting the key over the
     # group would repeat it in memory: matmul copies what it broadcasts.)
-    rows = call.group * call.T
-    query_bgrd = call.query.to(call.compute_dtype).reshape(call.B, call.G, rows, call.D)
+    query_bgrd = _split(call.query.to(call.compute_dtype), call.G, call.group * call.T)
     scores_bgrs = query_bgrd @ call.key.to(call.compute_dtype).mT
-    scores_bhts = scores_bgrs.reshape(call.B, call.H, call.T, call.S) * call.scale
+    scores_bhts = _split(scores_bgrs, call.H, call.T) * call.scale
     if call.softcap is not None:
         scores_bhts = call.softcap * torch.tanh(scores_bhts / call.softcap)
     if call.bias is not None:
@@ -117,10 +116,16 @@ def _lse(scores_bhts: Tensor) -> Tensor:
 
 
 def _weighted_values(weights_bhts: Tensor, call: AttentionCall) -> Tensor:
-    rows = call.group * call.T
-    weights_bgrs = weights_bhts.reshape(call.B, call.G, rows, call.S)
+    weights_bgrs = _split(weights_bhts, call.G, call.group * call.T)
     output_bgre = weights_bgrs @ call.value.to(call.compute_dtype)
-    return output_bgre.reshape(call.B, call.H, call.T, call.E)
+    return _split(output_bgre, call.H, call.T)
+
+
+def _split(x: Tensor, heads: int, rows: int) -> Tensor:
+    """The rows of all heads, in their order, as `rows` for each of `heads`."""
+    # By way of one dimension: a merge of two that grow with T makes torch.export fix T.
+    split: Tensor = x.flatten(1).unflatten(1, (heads, rows, x.shape[-1]))
+    return split
 
 
 def _aux(

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
+from polyhead.backends.structure import custom_reasons
 from polyhead.backends.transforms import transform_reasons
 from polyhead.call import AttentionCall, Aux
-from polyhead.mask import All, Causal, Custom, Mask
+from polyhead.mask import All, Causal, Mask
 
 __all__ = ["notes", "run", "why_not"]
 
@@ -47,7 +48,7 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"has no softcap; got softcap = {call.softcap}")
     if call.sinks is not None:
         reasons.append(f"has no sinks; got sinks for {call.H} heads")
-    reasons.extend(_custom_reasons(call.mask))
+    reasons.extend(custom_reasons(call.mask))
     reasons.extend(transform_reasons())
     if call.device.type != "cpu" and call.dtype != torch.float32:
         reasons.extend(_wide_bias_reasons(call))
@@ -136,16 +137,6 @@ def _math_path_reasons(call: AttentionCall) -> list[str]:
         if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
             reasons.append(f"gives no gradient to {name}; {fall}")
     return reasons
-
-
-def _custom_reasons(mask: Mask | None) -> list[str]:
-    if mask is None:
-        return []
-    return [
-        f"runs masks of known structure, no {rule!r}"
-        for rule in mask.primitives()
-        if isinstance(rule, Custom)
-    ]
 
 
 def _kernel_name(call: AttentionCall) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyhead.arguments import autocasts, check_is_tensor
 from polyhead.cache import Cache
@@ -169,9 +169,9 @@ def check_mask(mask: Mask | None) -> None:
 
 
 def check_input(
-    name: str, x: Tensor, weight: Tensor, d_in: int, context_length: int | None = None
+    name: str, x: Tensor, projection: nn.Module, d_in: int, context_length: int | None = None
 ) -> None:
-    """`x` is (B, tokens, d_in), of the weight's dtype and device, and not too long."""
+    """`x` is (B, tokens, d_in), of the projection's dtype and device, and not too long."""
     check_is_tensor(name, x)
     if x.ndim != 3:
         raise ShapeError(
@@ -195,6 +195,9 @@ def check_input(
             x.shape[1],
             "shorten it, or build the module with a larger context_length",
         )
+    weight = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor):
+        return  # an adapter or a quantised layer knows itself what it takes
     if x.device != weight.device:
         raise DeviceError(
             name, f"must be on the module's device, {weight.device}", x.device, "move one"

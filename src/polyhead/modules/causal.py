@@ -131,10 +131,9 @@ class CausalAttention(nn.Module):
         Returns:
             (B, T, d_out), or (output, Aux) if `return_aux` is given; Aux has one head.
         """
-        weight = self.W_query.weight
-        check_input("x", x, weight, self.d_in, self.context_length)
+        check_input("x", x, self.W_query, self.d_in, self.context_length)
         if memory is not None:
-            check_input("memory", memory, weight, self.d_in)
+            check_input("memory", memory, self.W_query, self.d_in)
         source = x if memory is None else memory
         query, key, value = self.W_query(x), self.W_key(source), self.W_value(source)
         query_bhtd, key_bgsd, value_bgse = query[:, None], key[:, None], value[:, None]

@@ -260,7 +260,7 @@ class MultiHeadLatentAttention(nn.Module):
         self, x: Tensor, positions: Tensor | None, first: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Both parts of the queries, (B, H, T, ...), and [c, k_rope], (B, 1, T, C + R)."""
-        check_input("x", x, self.W_kv_down.weight, self.d_in, self.context_length)
+        check_input("x", x, self.W_kv_down, self.d_in, self.context_length)
         source = x
         if self.W_query_down is not None and self.q_norm is not None:
             source = self.q_norm(self.W_query_down(x))

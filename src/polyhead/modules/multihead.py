@@ -230,11 +230,11 @@ class MultiHeadAttention(nn.Module):
             max_tokens: None: context_length.
             options: more of `KVCache`'s keywords, such as window= or storage=torch.int8.
         """
-        fit: dict[str, Any] = {
-            "value_head_dim": self.value_head_dim,
-            "dtype": self._weight.dtype,
-            "device": self._weight.device,
-        }
+        fit: dict[str, Any] = {"value_head_dim": self.value_head_dim}
+        # Heads are in the dtype of no integer weight, as quantised layers have.
+        like = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if like is not None:
+            fit |= {"dtype": like.dtype, "device": like.device}
         most = self.context_length if max_tokens is None else max_tokens
         return KVCache(batch, most, self.num_kv_heads, self.head_dim, **(fit | options))
 
@@ -261,9 +261,10 @@ class MultiHeadAttention(nn.Module):
         >>> query.shape
         torch.Size([1, 2, 4, 4])
         """
-        check_input("x", x, self._weight, self.d_in, self.context_length)
+        projection = self.W_qkv if self.fused else self.W_query
+        check_input("x", x, projection, self.d_in, self.context_length)
         if memory is not None:
-            check_input("memory", memory, self._weight, self.d_in)
+            check_input("memory", memory, projection, self.d_in)
         query, key, value = self._project(x, memory)
         query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
@@ -330,10 +331,6 @@ class MultiHeadAttention(nn.Module):
     def unfuse(self) -> MultiHeadAttention:
         """Undo `fuse()`: W_query, W_key and W_value again, with the same bits."""
         return unfuse(self)
-
-    @property
-    def _weight(self) -> Tensor:
-        return (self.W_qkv if self.fused else self.W_query).weight
 
     @property
     def qkv_sizes(self) -> list[int]:

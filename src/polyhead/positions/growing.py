@@ -153,4 +153,4 @@ def _reach(positions: Tensor, at_least: int, dtype: torch.dtype) -> Tensor:
 
     The padding holds `at_least`, and lets a call on no token have a maximum.
     """
-    return F.pad(positions.to(dtype).flatten(), (0, 1), value=at_least - 1).amax() + 1
+    return F.pad(positions.to(dtype).flatten(), (0, 1), value=at_least - 1).amax(0) + 1

@@ -1,0 +1,90 @@
+// What crosses the border between the torch binding and the kernels: plain pointers, sizes, strides.
+//
+// The letters are those of src/polyhead/call.py: B batch rows, H query heads, G key/value heads,
+// T queries, S keys, D head size of queries and keys, E head size of values. Strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace polyhead {
+
+enum class Dtype { f32, bf16, f16 };
+
+// (B, heads, tokens, size) with any strides; a stride of 0 broadcasts. For q, k and v the last
+// stride is 1.
+struct View {
+  const void* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t stride[4] = {0, 0, 0, 0};
+};
+
+struct Attention {
+  int64_t B, H, G, T, S, D, E;
+  View query, key, value;
+  View bias;                         // added to the scores; data == nullptr: none
+  const uint8_t* allowed = nullptr;  // a bool tensor, true: may attend; nullptr: everybody
+  int64_t allowed_stride[4] = {0, 0, 0, 0};
+
+  // Query t of batch row b may attend to keys first[b * range_stride + t] up to, not including,
+  // last[b * range_stride + t].
+  const int32_t* first = nullptr;
+  const int32_t* last = nullptr;
+  int64_t range_stride = 0;
+  // The document of each key, where documents are not runs of keys; nullptr: ranges say it all.
+  const int32_t* document = nullptr;
+  int64_t document_stride = 0;
+
+  const float* sinks = nullptr;         // (H,)
+  const float* alibi_slopes = nullptr;  // (H,)
+  float scale = 1.0F;
+  float softcap = 0.0F;  // 0: none
+  float dropout = 0.0F;
+  uint64_t seed = 0;
+  int threads = 1;
+
+  int64_t group() const { return H / G; }
+  // Where query t stands among the keys, for ALiBi, documents and distances.
+  int64_t position(int64_t t) const { return S - T + t; }
+};
+
+struct Output {
+  void* output = nullptr;  // (B, H, T, E), contiguous, in the query's dtype
+  float* lse = nullptr;    // (B, H, T)
+  // (2, B, H, T), for backward: each row's largest score, and the log of the sum of
+  // exp(score - largest), the sink's too. Their sum is an lse that loses digits where scores are
+  // large: added up, a row of the lowest float32 would no longer know how many keys it has.
+  float* shifts = nullptr;
+  float* stats = nullptr;  // (6, B, H, T) in the order of HeadStats; nullptr: not asked for
+};
+
+// What backward is given beside the call, and what it fills in: float32, contiguous.
+struct Gradients {
+  View grad_output;                 // (B, H, T, E)
+  View output;                      // (B, H, T, E), what forward returned
+  const float* lse = nullptr;       // (B, H, T), likewise
+  const float* shifts = nullptr;    // (2, B, H, T), likewise
+  const float* grad_lse = nullptr;  // (B, H, T); nullptr: lse was not used
+  float* query = nullptr;           // (B, H, T, D)
+  float* key = nullptr;             // (B, G, S, D)
+  float* value = nullptr;           // (B, G, S, E)
+  float* bias = nullptr;            // bias_size numbers with these strides; nullptr: not asked for
+  int64_t bias_stride[4] = {0, 0, 0, 0};
+  int64_t bias_size = 0;
+  float* sinks = nullptr;  // (H,); nullptr: not asked for
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* isa;
+  void (*forward)(const Attention&, const Output&);
+  void (*backward)(const Attention&, const Gradients&);
+};
+
+// The kernels of the best instruction set that this processor has; the environment variable
+// POLYHEAD_CPU_ISA, or choose_isa, asks for another.
+const Kernels& kernels();
+
+// Returns whether this processor and this build have the named instruction set.
+bool choose_isa(const char* name);
+
+}  // namespace polyhead

@@ -1,0 +1,350 @@
+// Gradients, with the scores computed anew from each row's largest score and sum (Dao et al. 2022).
+//
+// With P the weights, Z the scores, o and do a row of the output and of its gradient:
+//
+//   dV = dropped(P)^T dO        dP = dropped(dO V^T)        dZ = P * (dP - do . o)
+//   dQ = scale * dS K           dK = scale * dS^T Q         dS = dZ * (1 - (capped / softcap)^2)
+//
+// A task owns the keys of one key head that fall to it, and walks over all queries of the group:
+// dK and dV stay with it, and dQ goes to a part of its own where several tasks share a head. Who
+// does what depends on sizes and thread count alone, and so does every bit of the result.
+#pragma once
+
+#include <numeric>
+
+#include "prefill.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+constexpr int64_t kGradQueries = 48;  // 8 tiles; with kGradKeys everything fits L2
+constexpr int64_t kGradKeys = 192;    // whole panels of every instruction set, and whole tiles
+constexpr int64_t kGradStride = kGradKeys + 16;
+constexpr int64_t kGradTiles = kGradQueries / kTileRows;
+
+class Backward {
+ public:
+  Backward(const Attention& a, const Gradients& g)
+      : a_(a),
+        g_(g),
+        rows_(a.B * a.H * a.T),
+        key_blocks_((a.S + kGradKeys - 1) / kGradKeys),
+        splits_(smaller(greater(key_blocks_, 1), a.threads / std::gcd(a.B * a.G, int64_t{a.threads}))),
+        parts_(shares_bias() ? a.threads : 0) {}
+
+  void run() {
+    Buffer<float> deltas(rows_);
+    Buffer<float> query_parts(splits_ > 1 ? splits_ * rows_ * a_.D : 0);
+    Buffer<float> bias_parts(parts_ * g_.bias_size);
+    Buffer<float> scratch(a_.threads * worker_size());
+    deltas_ = deltas.data();
+    query_parts_ = splits_ > 1 ? query_parts.data() : g_.query;
+#pragma omp parallel num_threads(a_.threads)
+    {
+      Worker worker(*this, scratch.data() + thread_number() * worker_size());
+      worker.bias = parts_ > 0 ? bias_parts.data() + thread_number() * g_.bias_size : g_.bias;
+      if (parts_ > 0) fill_zeros(worker.bias, g_.bias_size);
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < rows_; ++row) prepare_row(row);
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < splits_ * rows_; ++row)
+        fill_zeros(query_parts_ + row * a_.D, a_.D);
+      // One task a turn for each thread, whatever the speed of the threads.
+#pragma omp for schedule(static, 1)
+      for (int64_t task = 0; task < a_.B * a_.G * splits_; ++task) run_task(worker, task);
+      if (splits_ > 1) {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows_; ++row)
+          add_parts(query_parts_ + row * a_.D, splits_, rows_ * a_.D, a_.D, g_.query + row * a_.D);
+      }
+      if (parts_ > 0) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < g_.bias_size; i += 1024)
+          add_parts(bias_parts.data() + i, parts_, g_.bias_size, smaller(1024, g_.bias_size - i),
+                    g_.bias + i);
+      }
+      if (g_.sinks != nullptr) {
+#pragma omp for schedule(static)
+        for (int64_t h = 0; h < a_.H; ++h) g_.sinks[h] = sink_gradient(h);
+      }
+    }
+  }
+
+ private:
+  int64_t size_d() const { return round_up(a_.D, kLanes); }
+  int64_t size_e() const { return round_up(a_.E, kLanes); }
+  int64_t worker_size() const {
+    return kGradKeys * (3 * size_d() + 2 * size_e()) + kGradQueries * (2 * size_d() + size_e()) +
+           2 * kGradQueries * kGradStride + kGradStride;
+  }
+
+  // Whether two tasks may add to one number of the bias's gradient.
+  bool shares_bias() const {
+    if (g_.bias == nullptr) return false;
+    const bool by_head = (g_.bias_stride[0] != 0 || a_.B == 1) &&
+                         (g_.bias_stride[1] != 0 || a_.G == 1);
+    return !by_head || (g_.bias_stride[3] == 0 && splits_ > 1);
+  }
+
+  // One thread's scratch.
+  struct Worker {
+    float *key_columns, *value_columns;     // a block of keys, packed for scores
+    float *key_rows, *key_grad, *value_grad;  // the same keys, and their gradients
+    float *queries, *query_grad, *grads;    // a block of queries, and of the output's gradient
+    float *weights, *scores;                // P after dropout, and dP, which becomes scale * dS
+    float* capped;                          // one row of scores after softcap
+    float* bias = nullptr;                  // where gradients of the bias are added
+
+    Worker(const Backward& p, float* scratch) {
+      const auto take = [&](int64_t size) {
+        float* taken = scratch;
+        scratch += size;
+        return taken;
+      };
+      key_columns = take(kGradKeys * p.size_d());
+      key_rows = take(kGradKeys * p.size_d());
+      key_grad = take(kGradKeys * p.size_d());
+      value_columns = take(kGradKeys * p.size_e());
+      value_grad = take(kGradKeys * p.size_e());
+      queries = take(kGradQueries * p.size_d());
+      query_grad = take(kGradQueries * p.size_d());
+      grads = take(kGradQueries * p.size_e());
+      weights = take(kGradQueries * kGradStride);
+      scores = take(kGradQueries * kGradStride);
+      capped = take(kGradStride);
+    }
+  };
+
+  // A block of queries against a block of keys.
+  struct Block {
+    int64_t b, h, t, rows, s, keys;
+    Span tiles[kGradTiles];  // of the keys of the block, counted from s, those of each tile
+    int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
+    int64_t tile_rows(int64_t tile) const { return smaller(kTileRows, rows - tile * kTileRows); }
+  };
+
+  static void fill_zeros(float* to, int64_t size) {
+    std::memset(to, 0, static_cast<size_t>(size) * sizeof(float));
+  }
+
+  static void add_parts(const float* parts, int64_t count, int64_t stride, int64_t size,
+                        float* to) {
+    for (int64_t i = 0; i < size; i += kLanes) {
+      F32 total{};
+      for (int64_t part = 0; part < count; ++part)
+        total += load_first(parts + part * stride + i, size - i);
+      store_first(to + i, total, size - i);
+    }
+  }
+
+  // do . o, less what lse's own gradient adds: dZ gets exp(score - lse) * dlse from it.
+  void prepare_row(int64_t row) const {
+    const int64_t t = row % a_.T, h = row / a_.T % a_.H, b = row / a_.T / a_.H;
+    F32 total{};
+    by_dtype(a_.query.dtype, [&](auto element) {
+      using Element = decltype(element);
+      const Element* output = row_of<Element>(g_.output, b, h, t);
+      const Element* grad = row_of<Element>(g_.grad_output, b, h, t);
+      for (int64_t e = 0; e < a_.E; e += kLanes)
+        total += load_first(output + e, a_.E - e) * load_first(grad + e, a_.E - e);
+    });
+    deltas_[row] = sum(total);
+  }
+
+  float sink_gradient(int64_t h) const {
+    float total = 0.0F;
+    for (int64_t b = 0; b < a_.B; ++b) {
+      for (int64_t t = 0; t < a_.T; ++t) {
+        const int64_t row = (b * a_.H + h) * a_.T + t;
+        if (g_.shifts[row] == -kInfinity) continue;
+        total -= deltas_[row] * std::exp(a_.sinks[h] - g_.shifts[row] - g_.shifts[rows_ + row]);
+      }
+    }
+    return total;
+  }
+
+  void run_task(const Worker& worker, int64_t task) const {
+    const int64_t head = task / splits_, split = task % splits_;
+    const int64_t b = head / a_.G, g = head % a_.G;
+    // Every splits_-th block: with a causal mask early keys are seen by more queries.
+    for (int64_t block = split; block < key_blocks_; block += splits_) {
+      const int64_t s = block * kGradKeys;
+      const int64_t count = smaller(kGradKeys, a_.S - s);
+      pack_columns(a_.key, b, g, s, s + count, a_.D, worker.key_columns);
+      pack_columns(a_.value, b, g, s, s + count, a_.E, worker.value_columns);
+      widen_rows(a_.key, b, g, s, s + count, a_.D, worker.key_rows, size_d());
+      fill_zeros(worker.key_rows + count * size_d(), (kGradKeys - count) * size_d());
+      fill_zeros(worker.key_grad, kGradKeys * size_d());
+      fill_zeros(worker.value_grad, kGradKeys * size_e());
+      for (int64_t h = g * a_.group(); h < (g + 1) * a_.group(); ++h)
+        for (int64_t t = 0; t < a_.T; t += kGradQueries)
+          run_block(worker, {b, h, t, smaller(kGradQueries, a_.T - t), s, count, {}}, split);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = (b * a_.G + g) * a_.S + s + i;
+        copy_row(worker.key_grad + i * size_d(), a_.D, g_.key + at * a_.D);
+        copy_row(worker.value_grad + i * size_e(), a_.E, g_.value + at * a_.E);
+      }
+    }
+  }
+
+  static void copy_row(const float* from, int64_t size, float* to) {
+    std::memcpy(to, from, static_cast<size_t>(size) * sizeof(float));
+  }
+
+  void run_block(const Worker& worker, Block block, int64_t split) const {
+    bool any = false;
+    for (int64_t i = 0; i < block.tile_count(); ++i) {
+      const int64_t t = block.t + i * kTileRows;
+      const Span keys = keys_of(a_, block.b, t, t + block.tile_rows(i));
+      block.tiles[i] = {greater(keys.begin - block.s, 0) / kLanes * kLanes,
+                        smaller(round_up(keys.end - block.s, kLanes), round_up(block.keys, kLanes))};
+      if (block.tiles[i].empty()) block.tiles[i] = {0, 0};
+      any = any || !block.tiles[i].empty();
+    }
+    if (!any) return;
+    widen_rows(a_.query, block.b, block.h, block.t, block.t + block.rows, a_.D, worker.queries,
+               size_d());
+    widen_rows(g_.grad_output, block.b, block.h, block.t, block.t + block.rows, a_.E, worker.grads,
+               size_e());
+    multiply_columns(block, worker.queries, worker.key_columns, a_.D, a_.scale, worker.weights);
+    multiply_columns(block, worker.grads, worker.value_columns, a_.E, 1.0F, worker.scores);
+    for (int64_t row = 0; row < block.rows; ++row) differentiate_row(worker, block, row);
+    add_to_keys(block, worker.weights, worker.grads, a_.E, worker.value_grad);
+    add_to_keys(block, worker.scores, worker.queries, a_.D, worker.key_grad);
+    add_to_queries(worker, block, split);
+  }
+
+  // products = factor * rows @ columns, for the keys of each tile.
+  void multiply_columns(const Block& block, const float* rows, const float* columns, int64_t depth,
+                        float factor, float* products) const {
+    const int64_t row_stride = round_up(depth, kLanes);
+    for (int64_t panel = 0; panel < block.keys; panel += kPanel) {
+      const RightOperand<float> right{columns + Packed<float>::column_panel(panel, depth), kPanel};
+      for (int64_t i = 0; i < block.tile_count(); ++i) {
+        if (panel >= block.tiles[i].end || panel + kPanel <= block.tiles[i].begin) continue;
+        const LeftOperand<float> left{rows + i * kTileRows * row_stride, row_stride, 1};
+        float* to = products + i * kTileRows * kGradStride + panel;
+        tile_of<kTileVectors>(block.tile_rows(i), left, right, depth,
+                              [&](int row, int v, F32 product) {
+                                store(to + row * kGradStride + v * kLanes, product * factor);
+                              });
+      }
+    }
+  }
+
+  // From dot products to P after dropout, and from dP to scale * dS, in place; 0 where no key is.
+  void differentiate_row(const Worker& worker, const Block& block, int64_t row) const {
+    const Span span = block.tiles[row / kTileRows];
+    float* weights = worker.weights + row * kGradStride;
+    float* scores = worker.scores + row * kGradStride;
+    fill_zeros(weights, span.begin);
+    fill_zeros(scores, span.begin);
+    fill_zeros(weights + span.end, kGradKeys - span.end);
+    fill_zeros(scores + span.end, kGradKeys - span.end);
+    if (span.empty()) return;
+    const Query q(a_, block.b, block.h, block.t + row);
+    const int64_t at = (q.b * a_.H + q.h) * a_.T + q.t;
+    const float most = g_.shifts[at], log_total = g_.shifts[rows_ + at];
+    if (most == -kInfinity) {
+      fill_zeros(weights + span.begin, span.end - span.begin);
+      fill_zeros(scores + span.begin, span.end - span.begin);
+      return;
+    }
+    const int64_t begin = block.s + span.begin;
+    shape_scores(a_, q, begin, block.s + span.end, weights + span.begin, worker.capped);
+    const float delta = deltas_[at];
+    const Dropout dropout(a_);
+    const uint64_t row_key = dropout.row_key(at);
+    const float kept_factor = 1.0F / (1.0F - a_.dropout);
+    F32 bias_sum{};
+    const F32 cap = all(a_.softcap == 0.0F ? 0.0F : 1.0F / a_.softcap);
+    for (int64_t i = span.begin; i < span.end; i += kLanes) {
+      const F32 weight = exp2_of((load(weights + i) - most - log_total) * kLog2E);
+      F32 kept = all(1.0F);
+      if (a_.dropout > 0.0F)
+        kept = select(dropout.kept(row_key, block.s + i), all(kept_factor), F32{});
+      F32 score = weight * (kept * load(scores + i) - delta);
+      // d lse / d score is exp(score - lse), which is no weight: lse leaves the sink out.
+      if (g_.grad_lse != nullptr)
+        score += g_.grad_lse[at] * exp2_of((load(weights + i) - g_.lse[at]) * kLog2E);
+      store(weights + i, kept * weight);
+      bias_sum += score;
+      if (worker.bias != nullptr && g_.bias_stride[3] != 0)
+        add_to_bias(worker.bias, q, block.s + i, score);
+      const F32 capped = load(worker.capped + i - span.begin) * cap;
+      if (a_.softcap != 0.0F) score *= 1.0F - capped * capped;
+      store(scores + i, score * a_.scale);
+    }
+    // One number for all keys: adding them up first rounds less often.
+    if (worker.bias != nullptr && g_.bias_stride[3] == 0) *bias_at(worker.bias, q) += sum(bias_sum);
+  }
+
+  float* bias_at(float* bias, const Query& q) const {
+    return bias + q.b * g_.bias_stride[0] + q.h * g_.bias_stride[1] + q.t * g_.bias_stride[2];
+  }
+
+  void add_to_bias(float* bias, const Query& q, int64_t s, F32 gradient) const {
+    const int64_t stride = g_.bias_stride[3];
+    float* to = bias_at(bias, q) + s * stride;
+    const int64_t count = smaller(kLanes, a_.S - s);
+    if (stride == 1) return store_first(to, load_first(to, count) + gradient, count);
+    for (int64_t i = 0; i < count; ++i) to[i * stride] += gradient[i];
+  }
+
+  // to (keys x size) += left^T @ right, left being (queries x keys) and right (queries x size).
+  void add_to_keys(const Block& block, const float* left, const float* right, int64_t size,
+                   float* to) const {
+    const int64_t stride = round_up(size, kLanes);
+    for (int64_t key = 0; key < block.keys; key += kTileRows) {
+      // The queries that see any of these keys are among these rows.
+      Span rows{block.rows, 0};
+      for (int64_t i = 0; i < block.tile_count(); ++i) {
+        if (block.tiles[i].end <= key || key + kTileRows <= block.tiles[i].begin) continue;
+        rows.begin = smaller(rows.begin, i * kTileRows);
+        rows.end = i * kTileRows + block.tile_rows(i);
+      }
+      if (rows.empty()) continue;
+      const LeftOperand<float> a{left + rows.begin * kGradStride + key, 1, kGradStride};
+      for (int64_t column = 0; column < size; column += kPanel) {
+        const RightOperand<float> b{right + rows.begin * stride + column, stride};
+        float* at = to + key * stride + column;
+        tile_of(kTileRows, Packed<float>::panel_width(column, size) / kLanes, a, b,
+                rows.end - rows.begin, [&](int row, int v, F32 product) {
+                  float* sum = at + row * stride + v * kLanes;
+                  store(sum, load(sum) + product);
+                });
+      }
+    }
+  }
+
+  void add_to_queries(const Worker& worker, const Block& block, int64_t split) const {
+    for (int64_t i = 0; i < block.tile_count(); ++i) {
+      const Span span = block.tiles[i];
+      if (span.empty()) continue;
+      const int64_t first = i * kTileRows;
+      const LeftOperand<float> left{worker.scores + first * kGradStride + span.begin, kGradStride,
+                                    1};
+      for (int64_t d = 0; d < a_.D; d += kPanel) {
+        const RightOperand<float> keys{worker.key_rows + span.begin * size_d() + d, size_d()};
+        tile_of(block.tile_rows(i), Packed<float>::panel_width(d, a_.D) / kLanes, left, keys,
+                span.end - span.begin, [&](int row, int v, F32 product) {
+                  store(worker.query_grad + (first + row) * size_d() + d + v * kLanes, product);
+                });
+      }
+      for (int64_t row = first; row < first + block.tile_rows(i); ++row) {
+        const int64_t at = (block.b * a_.H + block.h) * a_.T + block.t + row;
+        float* to = query_parts_ + (split * rows_ + at) * a_.D;
+        const float* from = worker.query_grad + row * size_d();
+        for (int64_t d = 0; d < a_.D; d += kLanes)
+          store_first(to + d, load_first(to + d, a_.D - d) + load(from + d), a_.D - d);
+      }
+    }
+  }
+
+  const Attention& a_;
+  const Gradients& g_;
+  int64_t rows_, key_blocks_, splits_, parts_;
+  float* deltas_ = nullptr;
+  float* query_parts_ = nullptr;
+};
+
+}  // namespace polyhead::POLYHEAD_ISA

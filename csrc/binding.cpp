@@ -1,0 +1,241 @@
+// The operators that torch sees. The only file that knows of torch, through its stable ABI, so that
+// one build serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.hpp"
+#include "ranges.hpp"
+
+namespace polyhead {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "polyhead: needs float32, bfloat16 or float16");
+  }
+}
+
+// The strides of a tensor broadcast to four dimensions: 0 where its size is 1.
+void broadcast_strides(const Tensor& tensor, int64_t (&stride)[4]) {
+  STD_TORCH_CHECK(tensor.dim() <= 4, "polyhead: at most 4 dimensions");
+  const int64_t missing = 4 - tensor.dim();
+  for (int64_t i = 0; i < 4; ++i)
+    stride[i] = i < missing || tensor.size(i - missing) == 1 ? 0 : tensor.stride(i - missing);
+}
+
+View view_of(const Tensor& tensor) {
+  View view;
+  view.data = tensor.const_data_ptr();
+  view.dtype = dtype_of(tensor);
+  broadcast_strides(tensor, view.stride);
+  return view;
+}
+
+View rows_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, "polyhead: ", name, " must have 4 dimensions");
+  STD_TORCH_CHECK(tensor.size(3) <= 1 || tensor.stride(3) == 1, "polyhead: ", name,
+                  " must have its features side by side (last stride 1)");
+  STD_TORCH_CHECK(tensor.size(3) <= 512, "polyhead: ", name, " has a head size above 512");
+  return view_of(tensor);
+}
+
+const float* floats_of(const OptionalTensor& tensor) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(),
+                  "polyhead: numbers by head must be float32 and contiguous");
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+// int32 or int64 of any strides, one or two dimensions.
+std::vector<int64_t> integers_of(const OptionalTensor& tensor) {
+  std::vector<int64_t> integers;
+  if (!tensor) return integers;
+  const bool is_matrix = tensor->dim() == 2;
+  const int64_t rows = is_matrix ? tensor->size(0) : 1;
+  const int64_t columns = tensor->size(is_matrix ? 1 : 0);
+  const int64_t row_stride = is_matrix ? tensor->stride(0) : 0;
+  const int64_t column_stride = tensor->stride(is_matrix ? 1 : 0);
+  const bool is_wide = tensor->scalar_type() == ScalarType::Long;
+  integers.reserve(static_cast<size_t>(rows * columns));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t at = row * row_stride + column * column_stride;
+      integers.push_back(is_wide ? static_cast<const int64_t*>(tensor->const_data_ptr())[at]
+                                 : static_cast<const int32_t*>(tensor->const_data_ptr())[at]);
+    }
+  }
+  return integers;
+}
+
+// Torch's number of threads, or one where waking a second takes longer than the work.
+int threads_for(const Attention& a) {
+  constexpr double kSmall = 1 << 17;  // multiplications
+  const double work = static_cast<double>(a.B) * a.H * a.T * a.S * (a.D + a.E);
+  return work < kSmall ? 1 : static_cast<int>(torch::stable::get_num_threads());
+}
+
+// An `Attention`, and what its pointers point to beside the tensors.
+struct Call {
+  Attention attention;
+  Ranges ranges;
+
+  Call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+       const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
+       const OptionalTensor& documents, const OptionalTensor& sinks,
+       const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+       const std::vector<int64_t>& band, double scale, double softcap, double dropout) {
+    Attention& a = attention;
+    a.query = rows_of(query, "query");
+    a.key = rows_of(key, "key");
+    a.value = rows_of(value, "value");
+    a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
+    a.G = key.size(1), a.S = key.size(2), a.E = value.size(3);
+    STD_TORCH_CHECK(a.T < INT32_MAX && a.S < INT32_MAX, "polyhead: at most 2^31 - 2 tokens");
+    STD_TORCH_CHECK(a.query.dtype == a.key.dtype && a.query.dtype == a.value.dtype,
+                    "polyhead: query, key and value must have one dtype");
+    STD_TORCH_CHECK(a.G > 0 && a.H % a.G == 0, "polyhead: H must be a multiple of G");
+    STD_TORCH_CHECK(band.size() == 5, "polyhead: band must have 5 numbers");
+    if (bias) a.bias = view_of(*bias);
+    if (allowed) {
+      a.allowed = static_cast<const uint8_t*>(allowed->const_data_ptr());
+      broadcast_strides(*allowed, a.allowed_stride);
+    }
+    ranges = ranges_of({band[0], band[1], band[2], band[3], band[4]}, a.B, a.T, a.S,
+                       integers_of(lengths), integers_of(padding), integers_of(documents));
+    a.first = ranges.first.data();
+    a.last = ranges.last.data();
+    a.range_stride = ranges.batches > 1 ? a.T : 0;
+    if (!ranges.documents.empty()) {
+      a.document = ranges.documents.data();
+      a.document_stride = ranges.document_batches > 1 ? a.S : 0;
+    }
+    a.sinks = floats_of(sinks);
+    a.alibi_slopes = floats_of(alibi_slopes);
+    a.scale = static_cast<float>(scale);
+    a.softcap = static_cast<float>(softcap);
+    a.dropout = static_cast<float>(dropout);
+    if (seed) a.seed = static_cast<uint64_t>(integers_of(seed).at(0));
+    a.threads = threads_for(a);
+  }
+};
+
+Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+    const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
+    const OptionalTensor& documents, const OptionalTensor& sinks,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+    const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
+  const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
+                  alibi_slopes, seed, band, scale, softcap, dropout);
+  const Attention& a = call.attention;
+  const Tensor output =
+      torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
+  const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
+  const Tensor details = empty_floats(query, {stats ? 8 : 2, a.B, a.H, a.T});
+  const Output out{output.mutable_data_ptr(), data_of(lse), data_of(details),
+                   stats ? data_of(details) + 2 * lse.numel() : nullptr};
+  if (lse.numel() > 0) kernels().forward(a, out);
+  return {output, lse, details};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& output,
+    const Tensor& lse, const Tensor& details, const Tensor& query, const Tensor& key,
+    const Tensor& value, const OptionalTensor& bias, const OptionalTensor& allowed,
+    const OptionalTensor& lengths, const OptionalTensor& padding, const OptionalTensor& documents,
+    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+    const std::vector<int64_t>& band, double scale, double softcap, double dropout,
+    bool bias_grad, bool sinks_grad) {
+  const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
+                  alibi_slopes, seed, band, scale, softcap, dropout);
+  const Attention& a = call.attention;
+  const auto zeros = [&](std::vector<int64_t> sizes) {
+    return torch::stable::new_zeros(query, sizes, ScalarType::Float);
+  };
+  const auto sizes_if = [](bool asked, const OptionalTensor& tensor) {
+    if (!asked) return std::vector<int64_t>{0};
+    return std::vector<int64_t>(tensor->sizes().begin(), tensor->sizes().end());
+  };
+  const Tensor query_grad = empty_floats(query, {a.B, a.H, a.T, a.D});
+  const Tensor key_grad = zeros({a.B, a.G, a.S, a.D});
+  const Tensor value_grad = zeros({a.B, a.G, a.S, a.E});
+  const Tensor bias_gradient = zeros(sizes_if(bias_grad, bias));
+  const Tensor sinks_gradient = zeros(sizes_if(sinks_grad, sinks));
+  Gradients g;
+  g.grad_output = rows_of(grad_output, "grad_output");
+  g.output = rows_of(output, "output");
+  g.lse = data_of(lse);
+  g.shifts = data_of(details);
+  g.grad_lse = floats_of(grad_lse);
+  g.query = data_of(query_grad);
+  g.key = data_of(key_grad);
+  g.value = data_of(value_grad);
+  if (bias_grad) {
+    g.bias = data_of(bias_gradient);
+    g.bias_size = bias_gradient.numel();
+    broadcast_strides(bias_gradient, g.bias_stride);
+  }
+  if (sinks_grad) g.sinks = data_of(sinks_gradient);
+  if (lse.numel() > 0) kernels().backward(a, g);
+  return {query_grad, key_grad, value_grad, bias_gradient, sinks_gradient};
+}
+
+constexpr char kForwardArguments[] =
+    "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, Tensor? lengths, "
+    "Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
+    "SymInt[] band, float scale, float softcap, float dropout, bool stats) "
+    "-> (Tensor output, Tensor lse, Tensor details)";
+
+STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
+  m.def((std::string("attention_forward") + kForwardArguments).c_str());
+  // The same without a derivative: asking torch's autograd for one takes longer than to decode a
+  // token of a small model.
+  m.def((std::string("attention_inference") + kForwardArguments).c_str());
+  m.def(
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, "
+      "Tensor details, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
+      "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, "
+      "Tensor? seed, SymInt[] band, float scale, float softcap, float dropout, bool bias_grad, "
+      "bool sinks_grad) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)");
+  m.def("cpu_isa(str name) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("attention_inference", TORCH_BOX(&attention_forward));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
+}
+
+// The instruction set in use, after asking for the one named; "" asks for none.
+std::string cpu_isa(const std::string& name) {
+  STD_TORCH_CHECK(name.empty() || choose_isa(name.c_str()),
+                  "polyhead: this processor or build lacks instruction set ", name);
+  return kernels().isa;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(polyhead, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}
+
+}  // namespace
+}  // namespace polyhead

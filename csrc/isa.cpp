@@ -1,0 +1,84 @@
+// Which instruction set's kernels run, by what the processor has.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#include "attention.hpp"
+
+namespace polyhead {
+
+#if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const Kernels kTable;
+}
+namespace avx512 {
+extern const Kernels kTable;
+}
+namespace avx2 {
+extern const Kernels kTable;
+}
+#endif
+namespace portable {
+extern const Kernels kTable;
+}
+
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+struct Candidate {
+  const Kernels* kernels;
+  bool (*has)();
+};
+
+// Best first.
+const Candidate kCandidates[] = {
+#if defined(__x86_64__)
+    {&avx512_bf16::kTable, has_avx512_bf16},
+    {&avx512::kTable, has_avx512},
+    {&avx2::kTable, has_avx2},
+#endif
+    {&portable::kTable, always},
+};
+
+const Kernels* find(const char* name) {
+  for (const Candidate& candidate : kCandidates)
+    if (candidate.has() && (name == nullptr || std::strcmp(name, candidate.kernels->isa) == 0))
+      return candidate.kernels;
+  return nullptr;
+}
+
+const Kernels* first_choice() {
+  const Kernels* asked = find(std::getenv("POLYHEAD_CPU_ISA"));
+  return asked != nullptr ? asked : find(nullptr);
+}
+
+std::atomic<const Kernels*>& chosen() {
+  static std::atomic<const Kernels*> kernels{first_choice()};
+  return kernels;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *chosen(); }
+
+bool choose_isa(const char* name) {
+  const Kernels* found = find(name);
+  if (found == nullptr) return false;
+  chosen() = found;
+  return true;
+}
+
+}  // namespace polyhead

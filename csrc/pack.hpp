@@ -1,0 +1,158 @@
+// Keys, values and queries copied into the order in which tiles read them: once per key head, for
+// every query of every head of its group. Conversion to float32 happens here, once, too.
+#pragma once
+
+#include "tile.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a tile
+constexpr int64_t kMaxHeadSize = 512;
+
+inline int64_t offset(const View& view, int64_t b, int64_t head, int64_t token) {
+  return b * view.stride[0] + head * view.stride[1] + token * view.stride[2];
+}
+
+template <class Source>
+inline const Source* row_of(const View& view, int64_t b, int64_t head, int64_t token) {
+  return static_cast<const Source*>(view.data) + offset(view, b, head, token);
+}
+
+// One row of numbers as float32, 0 up to the next whole vector.
+template <class Source>
+inline void widen_row(const Source* from, int64_t size, float* to) {
+  for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_first(from + i, size - i));
+}
+
+// Rows of one head as float32, each `stride` numbers long.
+inline void widen_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                       int64_t size, float* to, int64_t stride) {
+  by_dtype(view.dtype, [&](auto source) {
+    for (int64_t token = begin; token < end; ++token, to += stride)
+      widen_row(row_of<decltype(source)>(view, b, head, token), size, to);
+  });
+}
+
+// How a tensor is held for tiles that take Elements.
+template <class Element>
+struct Packed {
+  static constexpr int kDepth = Step<Element>::kDepth;
+
+  static int64_t steps(int64_t depth) { return round_up(depth, kDepth) / kDepth; }
+
+  // Panels of kPanel tokens: [panel][step of the size][token].
+  static int64_t columns_size(int64_t tokens, int64_t size) {
+    return round_up(tokens, kPanel) * steps(size);
+  }
+  static int64_t column_panel(int64_t token, int64_t size) { return token * steps(size); }
+
+  // Panels of kPanel features, the last one narrower: [panel][step of the tokens][feature].
+  static int64_t rows_size(int64_t tokens, int64_t size) {
+    return steps(round_up(tokens, kPanel)) * round_up(size, kLanes);
+  }
+  static int64_t row_panel(int64_t feature, int64_t tokens) {
+    return feature * steps(round_up(tokens, kPanel));
+  }
+  static int64_t panel_width(int64_t feature, int64_t size) {
+    return smaller(kPanel, round_up(size, kLanes) - feature);
+  }
+};
+
+// Queries, row by row, as left operand.
+inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, int64_t end,
+                         int64_t size, float* to) {
+  widen_rows(view, b, h, begin, end, size, to, round_up(size, kLanes));
+}
+
+inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, int64_t end,
+                         int64_t size, Pair* to) {
+  const int64_t stride = round_up(size, kLanes);
+  for (int64_t token = begin; token < end; ++token, to += stride) {
+    to[(size - 1) / 2].bits = 0;  // an odd size ends with half a pair
+    std::memcpy(to, row_of<BFloat16>(view, b, h, token), static_cast<size_t>(size) * 2);
+  }
+}
+
+// Tokens [begin, end) as columns, in panels from `to` on; the last panel is filled up with zeros.
+inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                         int64_t size, float* to) {
+  alignas(64) float row[kMaxHeadSize];
+  by_dtype(view.dtype, [&](auto source) {
+    for (int64_t panel = begin; panel < end; panel += kPanel) {
+      float* columns = to + Packed<float>::column_panel(panel - begin, size);
+      for (int64_t s = 0; s < kPanel; ++s) {
+        if (panel + s < end) {
+          widen_row(row_of<decltype(source)>(view, b, head, panel + s), size, row);
+        } else if (s == 0 || panel + s == end) {
+          std::memset(row, 0, sizeof row);
+        }
+        for (int64_t d = 0; d < size; ++d) columns[d * kPanel + s] = row[d];
+      }
+    }
+  });
+}
+
+inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                         int64_t size, Pair* to) {
+  const int64_t steps = Packed<Pair>::steps(size);
+  alignas(64) Pair row[kMaxHeadSize / 2];
+  for (int64_t panel = begin; panel < end; panel += kPanel) {
+    Pair* columns = to + Packed<Pair>::column_panel(panel - begin, size);
+    for (int64_t s = 0; s < kPanel; ++s) {
+      if (panel + s < end) {
+        row[steps - 1].bits = 0;
+        std::memcpy(row, row_of<BFloat16>(view, b, head, panel + s), static_cast<size_t>(size) * 2);
+      } else {
+        std::memset(row, 0, sizeof row);
+      }
+      for (int64_t d = 0; d < steps; ++d) columns[d * kPanel + s] = row[d];
+    }
+  }
+}
+
+// Tokens [begin, end) of `tokens` as rows; begin is even.
+inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                      int64_t tokens, int64_t size, float* to) {
+  alignas(64) float row[kMaxHeadSize];
+  by_dtype(view.dtype, [&](auto source) {
+    const int64_t padded_end = round_up(end, kPanel);
+    for (int64_t s = begin; s < padded_end; ++s) {
+      if (s < end) {
+        widen_row(row_of<decltype(source)>(view, b, head, s), size, row);
+      } else {
+        std::memset(row, 0, sizeof row);
+      }
+      for (int64_t e = 0; e < size; e += kPanel) {
+        const int64_t width = Packed<float>::panel_width(e, size);
+        float* panel = to + Packed<float>::row_panel(e, tokens);
+        std::memcpy(panel + s * width, row + e, static_cast<size_t>(width) * 4);
+      }
+    }
+  });
+}
+
+inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                      int64_t tokens, int64_t size, Pair* to) {
+  const int64_t padded_end = round_up(end, kPanel);
+  const int64_t padded_size = round_up(size, kLanes);
+  alignas(64) uint16_t rows[2][kMaxHeadSize] = {};
+  for (int64_t s = begin; s < padded_end; s += 2) {
+    for (int64_t i = 0; i < 2; ++i) {
+      if (s + i < end) {
+        std::memcpy(rows[i], row_of<BFloat16>(view, b, head, s + i), static_cast<size_t>(size) * 2);
+      } else {
+        std::memset(rows[i], 0, sizeof rows[i]);
+      }
+    }
+    for (int64_t e = 0; e < padded_size; e += kLanes) {
+      const int64_t first = e / kPanel * kPanel;
+      const int64_t width = Packed<Pair>::panel_width(first, size);
+      Pair* panel = to + Packed<Pair>::row_panel(first, tokens);
+      const U32 low = widen(load_as<U16>(rows[0] + e));
+      const U32 high = widen(load_as<U16>(rows[1] + e));
+      store_as(panel + s / 2 * width + (e - first), low | (high << 16));
+    }
+  }
+}
+
+}  // namespace polyhead::POLYHEAD_ISA

@@ -1,0 +1,252 @@
+// The scores of one query, from dot products to weights: softcap, ALiBi, bias, mask, then the
+// softmax over keys that come block by block (Milakov and Gimelshein 2018).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "elementary.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+struct Query {
+  int64_t b, h, t;
+  int64_t first, last;  // the keys it may attend to, before documents and dense masks
+
+  Query(const Attention& a, int64_t b, int64_t h, int64_t t)
+      : b(b),
+        h(h),
+        t(t),
+        first(a.first[b * a.range_stride + t]),
+        last(a.last[b * a.range_stride + t]) {}
+};
+
+// Numbers of a row of a broadcast tensor, a vector at a time, reading `count` of them at most.
+template <class Element>
+inline F32 load_strided(const Element* from, int64_t stride, int64_t count) {
+  if (stride == 1) return load_first(from, count);
+  Element lanes[kLanes] = {};
+  for (int64_t i = 0; i < smaller(count, kLanes); ++i) lanes[i] = from[i * stride];
+  return load(lanes);
+}
+
+inline void add_alibi(const Attention& a, const Query& q, int64_t begin, int64_t end, float* z) {
+  const float slope = a.alibi_slopes[q.h];
+  for (int64_t s = begin; s < end; s += kLanes) {
+    const I32 ahead = lane_numbers() + static_cast<int32_t>(s - a.position(q.t));
+    const F32 distance = __builtin_convertvector(ahead < 0 ? -ahead : ahead, F32);
+    store(z + s - begin, load(z + s - begin) - slope * distance);
+  }
+}
+
+inline void add_bias(const Attention& a, const Query& q, int64_t begin, int64_t end, float* z) {
+  by_dtype(a.bias.dtype, [&](auto element) {
+    const auto* row = static_cast<const decltype(element)*>(a.bias.data) +
+                      q.b * a.bias.stride[0] + q.h * a.bias.stride[1] + q.t * a.bias.stride[2];
+    const int64_t stride = a.bias.stride[3];
+    for (int64_t s = begin; s < smaller(end, a.S); s += kLanes)
+      store(z + s - begin, load(z + s - begin) + load_strided(row + s * stride, stride, a.S - s));
+  });
+}
+
+inline void mask_forbidden(const Attention& a, const Query& q, int64_t begin, int64_t end,
+                           float* z) {
+  const uint8_t* row = a.allowed + q.b * a.allowed_stride[0] + q.h * a.allowed_stride[1] +
+                       q.t * a.allowed_stride[2];
+  const int64_t stride = a.allowed_stride[3];
+  for (int64_t s = begin; s < smaller(end, a.S); s += kLanes) {
+    U8 may;
+    if (stride == 1 && s + kLanes <= a.S) {
+      may = load_as<U8>(row + s);
+    } else {
+      for (int64_t i = 0; i < kLanes; ++i) may[i] = s + i < a.S ? row[(s + i) * stride] : 0;
+    }
+    const I32 allowed = __builtin_convertvector(may, I32) != 0;
+    store(z + s - begin, select(allowed, load(z + s - begin), all(-kInfinity)));
+  }
+}
+
+inline void mask_other_documents(const Attention& a, const Query& q, int64_t begin, int64_t end,
+                                 float* z) {
+  const int32_t* documents = a.document + q.b * a.document_stride;
+  const int32_t own = documents[a.position(q.t)];
+  for (int64_t s = begin; s < smaller(end, a.S); ++s)
+    if (documents[s] != own) z[s - begin] = -kInfinity;
+}
+
+inline void mask_outside(const Query& q, int64_t begin, int64_t end, float* z) {
+  for (int64_t s = begin; s < smaller(q.first, end); ++s) z[s - begin] = -kInfinity;
+  for (int64_t s = greater(q.last, begin); s < end; ++s) z[s - begin] = -kInfinity;
+}
+
+// z holds the scaled dot products with keys [begin, end), whole vectors; afterwards the scores.
+// `capped` gets the scores between softcap and bias, which backward needs.
+inline void shape_scores(const Attention& a, const Query& q, int64_t begin, int64_t end, float* z,
+                         float* capped = nullptr) {
+  if (a.softcap != 0.0F) {
+    const float inverse = 1.0F / a.softcap;
+    for (int64_t i = 0; i < end - begin; i += kLanes) {
+      const F32 cap = a.softcap * tanh_of(load(z + i) * inverse);
+      store(z + i, cap);
+      if (capped != nullptr) store(capped + i, cap);
+    }
+  }
+  if (a.alibi_slopes != nullptr) add_alibi(a, q, begin, end, z);
+  if (a.bias.data != nullptr) add_bias(a, q, begin, end, z);
+  if (a.allowed != nullptr) mask_forbidden(a, q, begin, end, z);
+  if (a.document != nullptr) mask_other_documents(a, q, begin, end, z);
+  mask_outside(q, begin, end, z);
+}
+
+// Sums over the keys seen so far, relative to the largest score among them.
+struct RowSums {
+  float most = -kInfinity;  // the largest score
+  float sum = 0.0F;         // of exp(score - most)
+  // For statistics only:
+  float scores = 0.0F;    // of exp(score - most) * (score - most)
+  float distance = 0.0F;  // of exp(score - most) * |query position - key position|
+  float first = -kInfinity, previous = -kInfinity, self = -kInfinity;  // the scores of these keys
+
+  // Makes the sums relative to a larger score; returns the factor for other sums of the row.
+  float move_to(float new_most) {
+    if (new_most == most) return 1.0F;
+    const float factor = exp2_of(all((most - new_most) * kLog2E))[0];
+    if (sum != 0.0F) scores = factor * (scores + sum * (most - new_most));
+    sum *= factor;
+    distance *= factor;
+    most = new_most;
+    return factor;
+  }
+
+  // Adds other keys' sums, relative to the same score.
+  void add(const RowSums& other) {
+    sum += other.sum;
+    scores += other.scores;
+    distance += other.distance;
+    first = first > other.first ? first : other.first;  // one of the two is -inf
+    previous = previous > other.previous ? previous : other.previous;
+    self = self > other.self ? self : other.self;
+  }
+};
+
+inline float largest_of(const float* z, int64_t n) {
+  F32 a = all(-kInfinity), b = a;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    a = larger(load(z + i), a);
+    b = larger(load(z + i + kLanes), b);
+  }
+  if (i < n) a = larger(load(z + i), a);
+  return largest(larger(a, b));
+}
+
+inline bool any_nan(const float* z, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (std::isnan(z[i])) return true;
+  return false;
+}
+
+inline void note_scores(const Attention& a, const Query& q, int64_t begin, int64_t end,
+                        const float* z, RowSums& row) {
+  const auto note = [&](int64_t s, float& score) {
+    if (begin <= s && s < smaller(end, a.S)) score = z[s - begin];
+  };
+  note(0, row.first);
+  note(a.position(q.t) - 1, row.previous);
+  note(a.position(q.t), row.self);
+}
+
+// Turns scores of keys [begin, end) into exp(score - most) in place, as tiles of Elements want
+// them; returns the factor that the row's earlier products must be multiplied by.
+template <bool kStats, class Element>
+inline float online_softmax(const Attention& a, const Query& q, int64_t begin, int64_t end,
+                            float* z, RowSums& row) {
+  const int64_t n = end - begin;
+  if constexpr (kStats) note_scores(a, q, begin, end, z, row);
+  const float block_most = largest_of(z, n);
+  const float most = block_most > row.most ? block_most : row.most;
+  if (most == -kInfinity) {
+    // Nothing to attend to, or nothing but NaN, which the sum then carries to the output.
+    if (any_nan(z, n)) row = {.most = 0.0F, .sum = kNaN};
+    std::memset(z, 0, static_cast<size_t>(n) * sizeof(float));
+    return 1.0F;
+  }
+  const float factor = row.move_to(most);
+  const bool drops = a.dropout > 0.0F;
+  const Dropout dropout(a);
+  const uint64_t row_key = drops ? dropout.row_key((q.b * a.H + q.h) * a.T + q.t) : 0;
+  F32 sum{}, scores{}, distance{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F32 below = load(z + i) - most;
+    F32 weight = exp2_of(below * kLog2E);
+    sum += weight;
+    if constexpr (kStats) {
+      // 0 * -inf is NaN, and what is forbidden counts for nothing.
+      scores += weight * select(weight == 0.0F, F32{}, below);
+      const I32 ahead = lane_numbers() + static_cast<int32_t>(begin + i - a.position(q.t));
+      distance += weight * __builtin_convertvector(ahead < 0 ? -ahead : ahead, F32);
+    }
+    if (drops) weight = select(dropout.kept(row_key, begin + i), weight, F32{});
+    if constexpr (Step<Element>::kDepth == 1) {
+      store(z + i, weight);
+    } else {
+      store_as(reinterpret_cast<char*>(z) + i * 2, round_to_bf16(weight));
+    }
+  }
+  row.sum += POLYHEAD_ISA::sum(sum);
+  if constexpr (kStats) {
+    row.scores += POLYHEAD_ISA::sum(scores);
+    row.distance += POLYHEAD_ISA::sum(distance);
+  }
+  return factor;
+}
+
+// What remains to be done with the sum of exp(score - most) * value, once every key was seen.
+struct RowResult {
+  float factor;     // for that sum, to be the output
+  float lse;        // without the sink
+  float log_total;  // log of the sum of exp(score - most), with the sink
+};
+
+// The sum of exp(score - most) over a row's keys and its sink, as its inverse and its logarithm.
+struct Total {
+  float inverse;
+  float log;
+};
+
+inline Total total_of(const Attention& a, int64_t h, const RowSums& row) {
+  if (a.sinks == nullptr) return {1.0F / row.sum, std::log(row.sum)};
+  // Shifted by the larger of the two: beside a large sink exp(sink - most) would be infinite.
+  const float shift = std::max(row.most, a.sinks[h]);
+  const float keys = std::exp(row.most - shift);
+  const float total = row.sum * keys + std::exp(a.sinks[h] - shift);
+  return {keys / total, shift - row.most + std::log(total)};
+}
+
+inline RowResult finish_row(const Attention& a, int64_t h, const RowSums& row) {
+  if (row.most == -kInfinity) return {0.0F, -kInfinity, 0.0F};
+  const Total total = total_of(a, h, row);
+  return {total.inverse / (1.0F - a.dropout), row.most + std::log(row.sum), total.log};
+}
+
+// The six numbers of HeadStats for one query; `stride` from one to the next.
+inline void write_stats(const Attention& a, int64_t h, const RowSums& row, float* to,
+                        int64_t stride) {
+  for (int64_t i = 0; i < 6; ++i) to[i * stride] = 0.0F;
+  to[5 * stride] = row.most;
+  if (row.most == -kInfinity) return;
+  const Total total = total_of(a, h, row);
+  const auto mass = [&](float score) { return std::exp(score - row.most) * total.inverse; };
+  // - sum of w log w, with log w = score - most - log of the total.
+  to[0 * stride] = total.log * (row.sum * total.inverse) - row.scores * total.inverse;
+  to[1 * stride] = row.distance * total.inverse;
+  to[2 * stride] = mass(row.first);
+  to[3 * stride] = mass(row.previous);
+  to[4 * stride] = mass(row.self);
+}
+
+}  // namespace polyhead::POLYHEAD_ISA

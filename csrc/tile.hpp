@@ -1,0 +1,123 @@
+// The register tile: a few rows times a few vectors of columns, held in registers over the depth.
+//
+// The left operand is read a number at a time and broadcast; the right one is read in vectors. A
+// float32 operand holds one number of the summed dimension a step, a Pair two.
+#pragma once
+
+#include "vec.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+template <class Element>
+struct Step;  // how many numbers of the summed dimension one step takes, and what a step adds
+
+template <>
+struct Step<float> {
+  static constexpr int kDepth = 1;
+  static F32 broadcast(const float* a) { return all(*a); }
+  static F32 add(F32 sum, F32 a, F32 b) { return sum + a * b; }
+  static F32 right(const float* b) { return load(b); }
+};
+
+template <>
+struct Step<Pair> {
+  static constexpr int kDepth = 2;
+  static U32 broadcast(const Pair* a) { return a->bits - U32{}; }
+  static U32 right(const Pair* b) { return load_as<U32>(b); }
+  static F32 add(F32 sum, U32 a, U32 b) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<F32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
+                                                  reinterpret_cast<__m512bh>(a),
+                                                  reinterpret_cast<__m512bh>(b)));
+#else
+    const F32 first = reinterpret_cast<F32>(a << 16) * reinterpret_cast<F32>(b << 16);
+    const U32 upper = U32{} + 0xFFFF0000U;
+    return sum + first + reinterpret_cast<F32>(a & upper) * reinterpret_cast<F32>(b & upper);
+#endif
+  }
+};
+
+// What right operands not packed are read as.
+template <>
+struct Step<BFloat16> : Step<float> {
+  static F32 right(const BFloat16* b) { return load(b); }
+};
+template <>
+struct Step<Float16> : Step<float> {
+  static F32 right(const Float16* b) { return load(b); }
+};
+
+template <class Left>
+struct LeftOperand {
+  const Left* data;
+  int64_t row;   // from one row to the next
+  int64_t step;  // from one step of the summed dimension to the next
+};
+
+template <class Right>
+struct RightOperand {
+  const Right* data;
+  int64_t step;
+  int64_t valid = kLanes;  // columns that may be read, where there is one vector of them
+};
+
+// products = left (Rows x depth) @ right (depth x Vectors * kLanes); `finish(row, vector, product)`
+// gets each vector of them.
+template <int Rows, int Vectors, bool Whole, class Left, class Right, class Finish>
+[[gnu::always_inline]] inline void tile(LeftOperand<Left> left, RightOperand<Right> right,
+                                        int64_t steps, Finish&& finish) {
+  F32 sums[Rows][Vectors] = {};
+  const Left* a = left.data;
+  const Right* b = right.data;
+  for (int64_t step = 0; step < steps; ++step, a += left.step, b += right.step) {
+    decltype(Step<Right>::right(b)) columns[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      if constexpr (Whole) {
+        columns[v] = Step<Right>::right(b + v * kLanes);
+      } else {
+        columns[v] = load_first(b, right.valid);
+      }
+    }
+#pragma GCC unroll 8
+    for (int row = 0; row < Rows; ++row) {
+      const auto number = Step<Left>::broadcast(a + row * left.row);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v)
+        sums[row][v] = Step<Left>::add(sums[row][v], number, columns[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < Rows; ++row)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) finish(row, v, sums[row][v]);
+}
+
+// A tile whose height is known at run time, at most kTileRows.
+template <int Vectors, bool Whole = true, class Left, class Right, class Finish>
+inline void tile_of(int64_t rows, LeftOperand<Left> left, RightOperand<Right> right, int64_t steps,
+                    Finish&& finish) {
+  switch (rows) {
+    case 1: return tile<1, Vectors, Whole>(left, right, steps, finish);
+    case 2: return tile<2, Vectors, Whole>(left, right, steps, finish);
+    case 3: return tile<3, Vectors, Whole>(left, right, steps, finish);
+    case 4: return tile<4, Vectors, Whole>(left, right, steps, finish);
+    case 5: return tile<5, Vectors, Whole>(left, right, steps, finish);
+    default: return tile<6, Vectors, Whole>(left, right, steps, finish);
+  }
+}
+
+// A tile whose width is known at run time too, at most kTileVectors.
+template <class Left, class Right, class Finish>
+inline void tile_of(int64_t rows, int64_t vectors, LeftOperand<Left> left,
+                    RightOperand<Right> right, int64_t steps, Finish&& finish) {
+  static_assert(kTileVectors <= 4);
+  switch (vectors) {
+    case 1: return tile_of<1>(rows, left, right, steps, finish);
+    case 2: return tile_of<2>(rows, left, right, steps, finish);
+    case 3: return tile_of<kTileVectors < 3 ? 1 : 3>(rows, left, right, steps, finish);
+    default: return tile_of<kTileVectors>(rows, left, right, steps, finish);
+  }
+}
+
+}  // namespace polyhead::POLYHEAD_ISA

@@ -1,0 +1,254 @@
+// The vectors of one instruction set. Everything here is in that set's own namespace: an inline
+// function compiled for AVX-512 must never be the one the linker picks for an older processor.
+#pragma once
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <cstring>
+
+#include "attention.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+// POLYHEAD_EMULATE_AVX512 gives a test the layouts of AVX-512 on any processor.
+#if defined(__AVX512F__) || defined(POLYHEAD_EMULATE_AVX512)
+constexpr int kVectorBytes = 64;
+constexpr int kTileVectors = 4;  // 6 x 4 accumulators, 4 loads and a broadcast: 29 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kTileVectors = 2;  // 6 x 2 accumulators, 2 loads and a broadcast: 15 of 16 registers
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kTileVectors = 2;
+#endif
+#if defined(__AVX512BF16__) || defined(POLYHEAD_EMULATE_AVX512)
+constexpr bool kHasPairs = true;  // a dot product of bfloat16 pairs is one instruction
+#else
+constexpr bool kHasPairs = false;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+constexpr int kTileRows = 6;
+
+using F32 [[gnu::vector_size(kVectorBytes)]] = float;
+using I32 [[gnu::vector_size(kVectorBytes)]] = int32_t;
+using U32 [[gnu::vector_size(kVectorBytes)]] = uint32_t;
+using U16 [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
+using U8 [[gnu::vector_size(kVectorBytes / 4)]] = uint8_t;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+// Two neighbouring bfloat16 of the summed dimension, the operand of a dot-product instruction.
+struct [[gnu::may_alias]] Pair {
+  uint32_t bits;
+};
+
+template <class Vector>
+inline Vector load_as(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <class Vector>
+inline void store_as(void* to, Vector vector) {
+  std::memcpy(to, &vector, sizeof vector);
+}
+
+// x - 0 is x for every x, -0 and NaN too, so this costs no subtraction.
+inline F32 all(float x) { return x - F32{}; }
+
+// Keeps a number in its register, where the compiler would rather load it again for each use.
+inline void hold(F32& v) {
+#if defined(__x86_64__) && !defined(POLYHEAD_EMULATE_AVX512)
+  asm("" : "+v"(v));
+#endif
+}
+
+inline F32 select(I32 mask, F32 yes, F32 no) {
+  return reinterpret_cast<F32>((mask & reinterpret_cast<I32>(yes)) |
+                               (~mask & reinterpret_cast<I32>(no)));
+}
+
+inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
+
+// 0, 1, 2, ...
+inline I32 lane_numbers() {
+  I32 lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+inline float sum(F32 v) {
+  float lanes[kLanes];
+  store_as(lanes, v);
+#pragma GCC unroll 8
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+// One step towards the sums of a's and of b's lanes: in both, runs of `Run` lanes belong together,
+// and in the result runs of half the length, a's and b's in turn.
+template <int Run>
+inline F32 halve_runs(F32 a, F32 b) {
+  I32 lower, upper;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    const int half = Run / 2;
+    const int lane = i / Run * Run + i % half + (i % Run < half ? 0 : kLanes);
+    lower[i] = lane;
+    upper[i] = lane + half;
+  }
+  return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, upper);
+}
+
+// sums[i] = the sum of v[i]'s lanes, for as many vectors as a vector has lanes, or 8.
+template <int Count, int Run = kLanes>
+inline void sum_each(F32 (&v)[Count], float* sums) {
+  if constexpr (Count > kLanes) {
+    for (int i = 0; i < Count; i += kLanes)
+      sum_each<kLanes>(reinterpret_cast<F32(&)[kLanes]>(v[i]), sums + i);
+  } else if constexpr (Count > 1) {
+    // The later half goes between, so that the sums end up in order.
+    F32 halves[Count / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < Count / 2; ++i) halves[i] = halve_runs<Run>(v[i], v[i + Count / 2]);
+    sum_each<Count / 2, Run / 2>(halves, sums);
+  } else {
+    float lanes[kLanes];
+    store_as(lanes, v[0]);
+    for (int i = 0; i < kLanes / Run; ++i) {
+      sums[i] = lanes[i * Run];
+      for (int j = 1; j < Run; ++j) sums[i] += lanes[i * Run + j];
+    }
+  }
+}
+
+inline float largest(F32 v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+
+inline U32 widen(U16 bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  // GCC 12 makes five instructions of the conversion below.
+  return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, U32);
+#endif
+}
+
+inline F32 widen(U16 bits, BFloat16) { return reinterpret_cast<F32>(widen(bits) << 16); }
+
+inline F32 widen(U16 bits, Float16) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(bits)));
+#elif defined(__F16C__)
+  return reinterpret_cast<F32>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#else
+  const U32 wide = widen(bits);
+  const U32 sign = (wide & 0x8000) << 16;
+  const U32 magnitude = wide & 0x7FFF;
+  // Moved to float32's place the exponent is 112 too small; a multiplication mends it, for
+  // subnormal numbers too. Infinities and NaNs keep an exponent of all ones.
+  const F32 finite = reinterpret_cast<F32>(magnitude << 13) * all(0x1p112F);
+  const U32 special = (magnitude << 13) | 0x7F800000;
+  const F32 value =
+      select(reinterpret_cast<I32>(magnitude >= 0x7C00), reinterpret_cast<F32>(special), finite);
+  return reinterpret_cast<F32>(reinterpret_cast<U32>(value) | sign);
+#endif
+}
+
+inline F32 load(const float* from) { return load_as<F32>(from); }
+inline F32 load(const BFloat16* from) { return widen(load_as<U16>(from), BFloat16{}); }
+inline F32 load(const Float16* from) { return widen(load_as<U16>(from), Float16{}); }
+
+// The first `count` lanes, 0 in the others: reads nothing beyond them.
+template <class Element>
+inline F32 load_first(const Element* from, int64_t count) {
+  if (count >= kLanes) return load(from);
+  Element lanes[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
+inline void store(float* to, F32 v) { store_as(to, v); }
+
+// Rounded to the nearest, ties to even.
+inline U16 round_to_bf16(F32 v) {
+#if defined(__AVX512BF16__)
+  return reinterpret_cast<U16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#else
+  const U32 bits = reinterpret_cast<U32>(v);
+  const U32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const U32 quiet_nan = (bits >> 16) | 0x40;
+  const U32 is_nan = reinterpret_cast<U32>(v != v);
+  return __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), U16);
+#endif
+}
+
+inline void store(BFloat16* to, F32 v) { store_as(to, round_to_bf16(v)); }
+
+inline uint16_t narrow_to_f16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7FFFFFFF;
+  if (bits > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
+  if (bits >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);
+  if (bits < 0x38800000) {
+    // Adding 0.5 leaves the subnormal's digits, rounded to even, at the bottom of the number.
+    float magnitude;
+    std::memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5F;
+    std::memcpy(&bits, &magnitude, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3F000000));
+  }
+  return static_cast<uint16_t>(sign | ((bits - 0x38000000 + 0xFFF + ((bits >> 13) & 1)) >> 13));
+}
+
+inline void store(Float16* to, F32 v) {
+#if defined(__AVX512F__)
+  store_as(to, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store_as(to, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i].bits = narrow_to_f16(v[i]);
+#endif
+}
+
+template <class Element>
+inline void store_first(Element* to, F32 v, int64_t count) {
+  if (count >= kLanes) return store(to, v);
+  Element lanes[kLanes];
+  store(lanes, v);
+  for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
+// Calls `with` on a value of the C++ type that holds numbers of this dtype.
+template <class Function>
+inline auto by_dtype(Dtype dtype, Function&& with) {
+  switch (dtype) {
+    case Dtype::bf16: return with(BFloat16{});
+    case Dtype::f16: return with(Float16{});
+    default: return with(float{});
+  }
+}
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+
+}  // namespace polyhead::POLYHEAD_ISA

@@ -1,0 +1,145 @@
+"""The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
+
+`torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative) and
+`attention_backward` exist if the package was built with a C++ compiler; `missing` says if not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["choose_isa", "isa", "missing"]
+
+
+def _load() -> str:
+    """Load the operators, or say why they are not there."""
+    spec = importlib.util.find_spec("polyhead._kernels")
+    if spec is None or spec.origin is None:
+        return (
+            "was not built, for want of a C++ compiler; "
+            "install one and run: pip install --no-build-isolation polyhead"
+        )
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:  # built for another torch or system: all else must go on working
+        return f"was built, and could not be loaded: {error}"
+    return ""
+
+
+missing = _load()
+
+
+def isa() -> str:
+    """The instruction set whose kernels run: the best of this processor, or POLYHEAD_CPU_ISA."""
+    return str(torch.ops.polyhead.cpu_isa(""))
+
+
+def choose_isa(name: str) -> None:
+    """Run another instruction set's kernels, in the whole process; to compare and to test.
+
+    Args:
+        name: "avx512_bf16", "avx512", "avx2" or "portable".
+
+    Raises:
+        RuntimeError: this processor or build lacks it.
+    """
+    torch.ops.polyhead.cpu_isa(name)
+
+
+def _forward_shapes(
+    query: Tensor, key: Tensor, value: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, T, _ = query.shape
+    stats = arguments[-1]
+    return (
+        query.new_empty(B, H, T, value.shape[-1]),
+        query.new_empty(B, H, T, dtype=torch.float32),
+        query.new_empty(8 if stats else 2, B, H, T, dtype=torch.float32),
+    )
+
+
+def _backward_shapes(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    details: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *_, bias_grad, sinks_grad = arguments
+
+    def like(tensor: Tensor | None, asked: bool = True) -> Tensor:
+        shape = tensor.shape if asked and tensor is not None else (0,)
+        return query.new_empty(shape, dtype=torch.float32)
+
+    sinks = arguments[4]
+    return like(query), like(key), like(value), like(bias, bias_grad), like(sinks, sinks_grad)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    result, lse, details = output
+    ctx.mark_non_differentiable(details)
+    ctx.set_materialize_grads(False)
+    tensors, ctx.options = inputs[:11], inputs[11:15]
+    ctx.save_for_backward(result, lse, details, *tensors)
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> Any:
+    result, lse, details, *tensors = ctx.saved_tensors
+    query, bias, sinks = tensors[0], tensors[3], tensors[8]
+    if grad_output is None:
+        grad_output = torch.zeros_like(result)
+    needs_bias, needs_sinks = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
+    grads = torch.ops.polyhead.attention_backward(
+        side_by_side(grad_output),
+        None if grad_lse is None else grad_lse.contiguous(),
+        result,
+        lse,
+        details,
+        *tensors,
+        *ctx.options,
+        needs_bias,
+        needs_sinks,
+    )
+    grad_query, grad_key, grad_value = (
+        grad.to(query.dtype) if needed else None
+        for grad, needed in zip(grads[:3], ctx.needs_input_grad[:3], strict=True)
+    )
+    grad_bias = grads[3].to(bias.dtype) if needs_bias else None
+    grad_sinks = grads[4].to(sinks.dtype) if needs_sinks else None
+    return (
+        *(grad_query, grad_key, grad_value, grad_bias),
+        *(None,) * 4,
+        grad_sinks,
+        *(None,) * 7,
+    )
+
+
+def _refuse(ctx: Any, *grads: Any) -> None:
+    raise NotImplementedError(
+        "the C++ kernels have no second derivative; "
+        'pass backend="reference" to differentiate attention twice'
+    )
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """The tensor with its features side by side, the one layout that the kernels ask for."""
+    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+if not missing:
+    torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
+    torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
+    torch.library.register_fake("polyhead::attention_backward", _backward_shapes)
+    torch.library.register_autograd("polyhead::attention_forward", _gradients, setup_context=_save)
+    torch.library.register_autograd("polyhead::attention_backward", _refuse)
