@@ -178,14 +178,17 @@ def explain(
     Takes the arguments of `attention`, computes nothing, and raises the same errors for bad ones.
 
     >>> import polyhead as ph
-    >>> query = key = value = torch.ones(1, 2, 3, 8)
+    >>> query = key = value = torch.ones(1, 2, 3, 8, dtype=torch.float64)
     >>> print(ph.explain(query, key, value, softcap=30.0))
     runs: reference
       plain PyTorch, holds the T x S scores of every head: 0.0 MiB each copy
+    cpu: cannot run
+      runs float32, bfloat16 and float16; got float64
     sdpa: cannot run
+      runs float32, bfloat16 and float16; got float64
       has no softcap; got softcap = 30.0
-    flex: could run, if asked for by name
-      compiles for seconds each new size and kind of mask on cpu
+    flex: cannot run
+      runs float32, bfloat16 and float16; got float64
     """
     call = build_call(
         query,

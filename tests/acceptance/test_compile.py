@@ -59,6 +59,39 @@ def test_the_backward_pass_is_compiled_too(variant):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("name", ["scale", "softcap", "dropout"])
+def test_a_number_that_changes_is_traced(name):
+    """torch.compile makes a number symbolic when it has seen two of it."""
+    query = torch.randn(2, 6, 5, 8)
+
+    def attend(**number):
+        torch.manual_seed(0)
+        return ph.attention(query, query, query, mask=ph.mask.causal(), **number)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    for number in (0.2, 0.3, 0.4):
+        torch.testing.assert_close(compiled(**{name: number}), attend(**{name: number}))
+
+
+@pytest.mark.parametrize("G", [1, 6])
+def test_every_size_symbolic(G):
+    """dynamic=True makes the numbers of heads symbolic too."""
+    query, key = torch.randn(2, 6, 5, 8), torch.randn(2, G, 5, 8)
+    compiled = torch.compile(ph.attention, fullgraph=True, dynamic=True, backend="eager")
+    torch.testing.assert_close(compiled(query, key, key), ph.attention(query, key, key))
+
+
+@pytest.mark.parametrize("variant", ["head", "everything"], indirect=True)
+def test_every_number_symbolic(variant):
+    """dynamic=True makes a module's own numbers symbolic too."""
+    module, inputs = variant.build(dropout=0.5), variant.inputs(5)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="eager")
+    torch.manual_seed(0)
+    got = compiled(**inputs)
+    torch.manual_seed(0)
+    torch.testing.assert_close(got, module(**inputs))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["rope", "everything"], indirect=True)
 def test_inductor_gives_the_same(variant):
