@@ -42,7 +42,10 @@ class Backward {
     {
       Worker worker(*this, scratch.data() + thread_number() * worker_size());
       worker.bias = parts_ > 0 ? bias_parts.data() + thread_number() * g_.bias_size : g_.bias;
-      if (parts_ > 0) fill_zeros(worker.bias, g_.bias_size);
+      // Every part, as there may be fewer threads than were asked for.
+#pragma omp for schedule(static)
+      for (int64_t part = 0; part < parts_; ++part)
+        fill_zeros(bias_parts.data() + part * g_.bias_size, g_.bias_size);
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows_; ++row) prepare_row(row);
 #pragma omp for schedule(static)

@@ -13,8 +13,7 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-// POLYHEAD_EMULATE_AVX512 gives a test the layouts of AVX-512 on any processor.
-#if defined(__AVX512F__) || defined(POLYHEAD_EMULATE_AVX512)
+#if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kTileVectors = 4;  // 6 x 4 accumulators, 4 loads and a broadcast: 29 of 32 registers
 #elif defined(__AVX2__)
@@ -24,7 +23,7 @@ constexpr int kTileVectors = 2;  // 6 x 2 accumulators, 2 loads and a broadcast:
 constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 2;
 #endif
-#if defined(__AVX512BF16__) || defined(POLYHEAD_EMULATE_AVX512)
+#if defined(__AVX512BF16__)
 constexpr bool kHasPairs = true;  // a dot product of bfloat16 pairs is one instruction
 #else
 constexpr bool kHasPairs = false;
@@ -64,8 +63,9 @@ inline void store_as(void* to, Vector vector) {
 // x - 0 is x for every x, -0 and NaN too, so this costs no subtraction.
 inline F32 all(float x) { return x - F32{}; }
 
-// Keeps a number in its register, where the compiler would rather load it again for each use.
-inline void hold(F32& v) {
+// Keeps a number in its register, where the compiler would rather load it again for each use. The
+// test that emulates AVX-512 has no such register.
+inline void hold([[maybe_unused]] F32& v) {
 #if defined(__x86_64__) && !defined(POLYHEAD_EMULATE_AVX512)
   asm("" : "+v"(v));
 #endif

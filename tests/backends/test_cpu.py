@@ -440,17 +440,43 @@ def test_memory_grows_with_tokens_and_not_with_their_square(tensor_sizes):
     assert tensor_sizes.largest < 512 * 512 / 4
 
 
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-include", "tests/csrc/avx512_intrinsics.hpp"]
+LOOPS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-DPOLYHEAD_EMULATE_BF16"],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_the_layouts_of_avx512_on_any_processor(tmp_path):
-    """The sources compiled with vectors of 16 and pairs of bfloat16, without the instructions."""
-    root = Path(__file__).parents[2]
-    program = tmp_path / "avx512_layouts"
-    source = root / "tests/csrc/avx512_layouts.cpp"
-    options = ["-std=c++20", "-O1", "-Wno-psabi", "-fopenmp", f"-I{root / 'csrc'}"]
-    subprocess.run(["g++", *options, source, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
+@pytest.mark.parametrize("isa", LOOPS)
+def test_the_loops_agree_with_a_double_loop_and_keep_to_their_memory(isa, tmp_path):
+    """Without torch, under sanitisers; AVX-512's intrinsics are emulated, on any processor."""
+    if isa != "portable" and "avx2" not in ISAS:
+        pytest.skip("needs a processor with AVX2")
+    program = tmp_path / "test_loops"
+    options = ["-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi", "-Icsrc"]
+    options += ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+    options += [f"-DPOLYHEAD_ISA={isa}", f'-DPOLYHEAD_ISA_NAME="{isa}"', *LOOPS[isa]]
+    subprocess.run(
+        ["g++", *options, "tests/csrc/test_loops.cpp", "-o", program],
+        cwd=Path(__file__).parents[2],
+        check=True,
+    )
+    environment = {
+        **os.environ,
+        # NaN in memory that nothing has been written to.
+        "ASAN_OPTIONS": "malloc_fill_byte=255:max_malloc_fill_size=1000000000",
+        # Fewer threads than some of the cases ask for.
+        "OMP_THREAD_LIMIT": "2",
+    }
+    result = subprocess.run(
+        [program, "200"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def operator_arguments(**options):
