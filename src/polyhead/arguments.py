@@ -48,13 +48,11 @@ def build_call(
         _check_per_head("alibi_slopes", alibi_slopes, query)
     if scale is None:
         scale = 1.0 / math.sqrt(D)
-    else:
-        scale = _concrete(scale)
-        if not math.isfinite(scale):
-            raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
-    softcap = None if softcap is None else _concrete(softcap)
+    elif not -math.inf < scale < math.inf:  # torch.compile cannot ask isfinite of what is symbolic
+        raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
+    softcap = None if softcap is None else _nameable(softcap)
     check_softcap(softcap)
-    dropout = _concrete(dropout)
+    dropout = _nameable(dropout)
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
     if not isinstance(aux, AuxRequest):
@@ -69,8 +67,8 @@ def build_call(
     )
 
 
-def _concrete(number: float) -> float:
-    # torch.compile may make a number symbolic, and then traces no error or reason that names it.
+def _nameable(number: float) -> float:
+    # torch.compile may make a number symbolic, and traces no reason that names it but as a float.
     return float(number) if torch.compiler.is_compiling() else number
 
 

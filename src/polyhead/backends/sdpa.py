@@ -256,7 +256,8 @@ def _kernel(
         dropout_p=call.dropout,
         is_causal=is_causal,
         scale=call.scale,
-        enable_gqa=call.group > 1,
+        # A branch: torch.compile may make the comparison symbolic, which the kernel does not take.
+        enable_gqa=True if call.group > 1 else False,  # noqa: SIM210
     )
 
 
