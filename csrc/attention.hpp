@@ -40,6 +40,9 @@ struct Attention {
   float softcap = 0.0F;  // 0: none
   float dropout = 0.0F;
   uint64_t seed = 0;
+  // Backward computes the scores again, and must find those that forward found: summed in the same
+  // order, and so by the same tiles.
+  bool is_learnt = false;
   int threads = 1;
 
   int64_t group() const { return H / G; }
@@ -50,11 +53,19 @@ struct Attention {
 struct Output {
   void* output = nullptr;  // (B, H, T, E), contiguous, in the query's dtype
   float* lse = nullptr;    // (B, H, T)
-  // (2, B, H, T), for backward: each row's largest score, and the log of the sum of
-  // exp(score - largest), the sink's too. Their sum is an lse that loses digits where scores are
-  // large: added up, a row of the lowest float32 would no longer know how many keys it has.
+  // (3, B, H, T), for backward: each row's largest score; the log of the sum of
+  // exp(score - largest), the sink's too; and the inverse of that sum. The first two added up are an
+  // lse that loses digits where scores are large: a row of the lowest float32 would no longer know
+  // how many keys it has.
   float* shifts = nullptr;
   float* stats = nullptr;  // (6, B, H, T) in the order of HeadStats; nullptr: not asked for
+};
+
+// What of the weights is asked for after forward, in float32 and contiguous.
+struct Weights {
+  const float* shifts = nullptr;  // (3, B, H, T), what forward returned
+  float* weights = nullptr;       // (B, H, T, S), or (B, T, S) for the mean over heads; given as 0
+  bool is_mean = false;
 };
 
 // What backward is given beside the call, and what it fills in: float32, contiguous.
@@ -62,7 +73,7 @@ struct Gradients {
   View grad_output;                 // (B, H, T, E)
   View output;                      // (B, H, T, E), what forward returned
   const float* lse = nullptr;       // (B, H, T), likewise
-  const float* shifts = nullptr;    // (2, B, H, T), likewise
+  const float* shifts = nullptr;    // (3, B, H, T), likewise
   const float* grad_lse = nullptr;  // (B, H, T); nullptr: lse was not used
   float* query = nullptr;           // (B, H, T, D)
   float* key = nullptr;             // (B, G, S, D)
@@ -78,6 +89,10 @@ struct Kernels {
   const char* isa;
   void (*forward)(const Attention&, const Output&);
   void (*backward)(const Attention&, const Gradients&);
+  void (*weights)(const Attention&, const Weights&);
+  // Keeps the arithmetic units busy, with products of bfloat16 pairs where there are any, and
+  // returns how many operations that was: what a kernel's speed can be compared with.
+  double (*multiply_add)(bool pairs, int64_t steps, int threads);
 };
 
 // The kernels of the best instruction set that this processor has; the environment variable

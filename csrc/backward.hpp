@@ -16,11 +16,14 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kGradQueries = 48;  // 8 tiles; with kGradKeys everything fits L2
-constexpr int64_t kGradKeys = 192;    // whole panels of every instruction set, and whole tiles
+constexpr int64_t kGradQueries = 96;  // 16 tiles; with kGradKeys heads of 64 take 1 MB, an L2
+constexpr int64_t kGradKeys = 384;    // whole panels of every instruction set, and whole tiles
 constexpr int64_t kGradStride = kGradKeys + 16;
 constexpr int64_t kGradTiles = kGradQueries / kTileRows;
 
+// Products are of float32, or of pairs of bfloat16: then P and dS, once computed in float32, are
+// rounded to it, as an attention written out in bfloat16 rounds them.
+template <class Element>
 class Backward {
  public:
   Backward(const Attention& a, const Gradients& g)
@@ -73,11 +76,15 @@ class Backward {
   }
 
  private:
+  static constexpr int kDepth = Step<Element>::kDepth;
+  using Weight = std::conditional_t<kDepth == 1, float, BFloat16>;  // what P and dS are stored as
+
   int64_t size_d() const { return round_up(a_.D, kLanes); }
   int64_t size_e() const { return round_up(a_.E, kLanes); }
   int64_t worker_size() const {
-    return kGradKeys * (3 * size_d() + 2 * size_e()) + kGradQueries * (2 * size_d() + size_e()) +
-           2 * kGradQueries * kGradStride + kGradStride;
+    return kGradKeys * (3 * size_d() + 2 * size_e()) +
+           kGradQueries * (3 * size_d() + 2 * size_e()) + 3 * kGradQueries * kGradStride +
+           kGradStride;
   }
 
   // Whether two tasks may add to one number of the bias's gradient.
@@ -90,30 +97,43 @@ class Backward {
 
   // One thread's scratch.
   struct Worker {
-    float *key_columns, *value_columns;     // a block of keys, packed for scores
-    float *key_rows, *key_grad, *value_grad;  // the same keys, and their gradients
-    float *queries, *query_grad, *grads;    // a block of queries, and of the output's gradient
-    float *weights, *scores;                // P after dropout, and dP, which becomes scale * dS
-    float* capped;                          // one row of scores after softcap
-    float* bias = nullptr;                  // where gradients of the bias are added
+    Element *key_columns, *value_columns;  // a block of keys, packed for scores
+    Element* key_steps;                    // the same keys, packed for dQ
+    float *key_grad, *value_grad;          // their gradients
+    Element *queries, *grads;              // a block of queries, and of the output's gradient
+    Element *query_steps, *grad_steps;     // the same, packed for dK and dV
+    float* query_grad;
+    float *weights, *scores;       // P after dropout, and dP, which becomes scale * dS; as Weight,
+    Element *weight_steps, *score_steps;  // and these two by key, for dK and dV
+    float* capped;                 // one row of scores after softcap
+    float* bias = nullptr;         // where gradients of the bias are added
 
     Worker(const Backward& p, float* scratch) {
-      const auto take = [&](int64_t size) {
-        float* taken = scratch;
+      const auto take = [&](auto*& taken, int64_t size) {
+        taken = reinterpret_cast<std::remove_reference_t<decltype(taken)>>(scratch);
         scratch += size;
-        return taken;
       };
-      key_columns = take(kGradKeys * p.size_d());
-      key_rows = take(kGradKeys * p.size_d());
-      key_grad = take(kGradKeys * p.size_d());
-      value_columns = take(kGradKeys * p.size_e());
-      value_grad = take(kGradKeys * p.size_e());
-      queries = take(kGradQueries * p.size_d());
-      query_grad = take(kGradQueries * p.size_d());
-      grads = take(kGradQueries * p.size_e());
-      weights = take(kGradQueries * kGradStride);
-      scores = take(kGradQueries * kGradStride);
-      capped = take(kGradStride);
+      take(key_columns, kGradKeys * p.size_d());
+      take(key_steps, kGradKeys * p.size_d());
+      take(key_grad, kGradKeys * p.size_d());
+      take(value_columns, kGradKeys * p.size_e());
+      take(value_grad, kGradKeys * p.size_e());
+      take(queries, kGradQueries * p.size_d());
+      take(query_grad, kGradQueries * p.size_d());
+      take(grads, kGradQueries * p.size_e());
+      take(weights, kGradQueries * kGradStride);
+      take(scores, kGradQueries * kGradStride);
+      take(capped, kGradStride);
+      if constexpr (kDepth == 1) {
+        // Rows of single numbers are both: a left operand, and steps of a right one.
+        query_steps = queries, grad_steps = grads;
+        weight_steps = weights, score_steps = scores;
+      } else {
+        take(query_steps, kGradQueries / kDepth * p.size_d());
+        take(grad_steps, kGradQueries / kDepth * p.size_e());
+        take(weight_steps, kGradQueries / kDepth * kGradStride);
+        take(score_steps, kGradQueries / kDepth * kGradStride);
+      }
     }
   };
 
@@ -125,8 +145,9 @@ class Backward {
     int64_t tile_rows(int64_t tile) const { return smaller(kTileRows, rows - tile * kTileRows); }
   };
 
-  static void fill_zeros(float* to, int64_t size) {
-    std::memset(to, 0, static_cast<size_t>(size) * sizeof(float));
+  template <class Number>
+  static void fill_zeros(Number* to, int64_t size) {
+    std::memset(to, 0, static_cast<size_t>(size) * sizeof(Number));
   }
 
   static void add_parts(const float* parts, int64_t count, int64_t stride, int64_t size,
@@ -143,10 +164,9 @@ class Backward {
   void prepare_row(int64_t row) const {
     const int64_t t = row % a_.T, h = row / a_.T % a_.H, b = row / a_.T / a_.H;
     F32 total{};
-    by_dtype(a_.query.dtype, [&](auto element) {
-      using Element = decltype(element);
-      const Element* output = row_of<Element>(g_.output, b, h, t);
-      const Element* grad = row_of<Element>(g_.grad_output, b, h, t);
+    by_dtype(a_.query.dtype, [&](auto number) {
+      const auto* output = row_of<decltype(number)>(g_.output, b, h, t);
+      const auto* grad = row_of<decltype(number)>(g_.grad_output, b, h, t);
       for (int64_t e = 0; e < a_.E; e += kLanes)
         total += load_first(output + e, a_.E - e) * load_first(grad + e, a_.E - e);
     });
@@ -174,8 +194,9 @@ class Backward {
       const int64_t count = smaller(kGradKeys, a_.S - s);
       pack_columns(a_.key, b, g, s, s + count, a_.D, worker.key_columns);
       pack_columns(a_.value, b, g, s, s + count, a_.E, worker.value_columns);
-      widen_rows(a_.key, b, g, s, s + count, a_.D, worker.key_rows, size_d());
-      fill_zeros(worker.key_rows + count * size_d(), (kGradKeys - count) * size_d());
+      pack_steps(a_.key, b, g, s, s + count, a_.D, worker.key_steps);
+      const int64_t steps = Packed<Element>::steps(count);
+      fill_zeros(worker.key_steps + steps * size_d(), (kGradKeys / kDepth - steps) * size_d());
       fill_zeros(worker.key_grad, kGradKeys * size_d());
       fill_zeros(worker.value_grad, kGradKeys * size_e());
       for (int64_t h = g * a_.group(); h < (g + 1) * a_.group(); ++h)
@@ -204,29 +225,38 @@ class Backward {
       any = any || !block.tiles[i].empty();
     }
     if (!any) return;
-    widen_rows(a_.query, block.b, block.h, block.t, block.t + block.rows, a_.D, worker.queries,
-               size_d());
-    widen_rows(g_.grad_output, block.b, block.h, block.t, block.t + block.rows, a_.E, worker.grads,
-               size_e());
+    const int64_t end = block.t + block.rows;
+    pack_queries(a_.query, block.b, block.h, block.t, end, a_.D, worker.queries);
+    pack_queries(g_.grad_output, block.b, block.h, block.t, end, a_.E, worker.grads);
+    if constexpr (kDepth > 1) {
+      pack_steps(a_.query, block.b, block.h, block.t, end, a_.D, worker.query_steps);
+      pack_steps(g_.grad_output, block.b, block.h, block.t, end, a_.E, worker.grad_steps);
+    }
     multiply_columns(block, worker.queries, worker.key_columns, a_.D, a_.scale, worker.weights);
     multiply_columns(block, worker.grads, worker.value_columns, a_.E, 1.0F, worker.scores);
     for (int64_t row = 0; row < block.rows; ++row) differentiate_row(worker, block, row);
-    add_to_keys(block, worker.weights, worker.grads, a_.E, worker.value_grad);
-    add_to_keys(block, worker.scores, worker.queries, a_.D, worker.key_grad);
+    if constexpr (kDepth > 1) {
+      pair_up_rows(worker.weights, block.rows, worker.weight_steps);
+      pair_up_rows(worker.scores, block.rows, worker.score_steps);
+    }
+    add_to_keys(block, worker.weight_steps, worker.grad_steps, a_.E, worker.value_grad);
+    add_to_keys(block, worker.score_steps, worker.query_steps, a_.D, worker.key_grad);
     add_to_queries(worker, block, split);
   }
 
   // products = factor * rows @ columns, for the keys of each tile.
-  void multiply_columns(const Block& block, const float* rows, const float* columns, int64_t depth,
-                        float factor, float* products) const {
+  void multiply_columns(const Block& block, const Element* rows, const Element* columns,
+                        int64_t depth, float factor, float* products) const {
     const int64_t row_stride = round_up(depth, kLanes);
+    const int64_t steps = Packed<Element>::steps(depth);
     for (int64_t panel = 0; panel < block.keys; panel += kPanel) {
-      const RightOperand<float> right{columns + Packed<float>::column_panel(panel, depth), kPanel};
+      const RightOperand<Element> right{columns + Packed<Element>::column_panel(panel, depth),
+                                        kPanel};
       for (int64_t i = 0; i < block.tile_count(); ++i) {
         if (panel >= block.tiles[i].end || panel + kPanel <= block.tiles[i].begin) continue;
-        const LeftOperand<float> left{rows + i * kTileRows * row_stride, row_stride, 1};
+        const LeftOperand<Element> left{rows + i * kTileRows * row_stride, row_stride, 1};
         float* to = products + i * kTileRows * kGradStride + panel;
-        tile_of<kTileVectors>(block.tile_rows(i), left, right, depth,
+        tile_of<kTileVectors>(block.tile_rows(i), left, right, steps,
                               [&](int row, int v, F32 product) {
                                 store(to + row * kGradStride + v * kLanes, product * factor);
                               });
@@ -236,22 +266,15 @@ class Backward {
 
   // From dot products to P after dropout, and from dP to scale * dS, in place; 0 where no key is.
   void differentiate_row(const Worker& worker, const Block& block, int64_t row) const {
-    const Span span = block.tiles[row / kTileRows];
     float* weights = worker.weights + row * kGradStride;
     float* scores = worker.scores + row * kGradStride;
-    fill_zeros(weights, span.begin);
-    fill_zeros(scores, span.begin);
-    fill_zeros(weights + span.end, kGradKeys - span.end);
-    fill_zeros(scores + span.end, kGradKeys - span.end);
-    if (span.empty()) return;
+    auto* to_weights = reinterpret_cast<Weight*>(weights);
+    auto* to_scores = reinterpret_cast<Weight*>(scores);
     const Query q(a_, block.b, block.h, block.t + row);
     const int64_t at = (q.b * a_.H + q.h) * a_.T + q.t;
-    const float most = g_.shifts[at], log_total = g_.shifts[rows_ + at];
-    if (most == -kInfinity) {
-      fill_zeros(weights + span.begin, span.end - span.begin);
-      fill_zeros(scores + span.begin, span.end - span.begin);
-      return;
-    }
+    // Weights as forward had them, times one number: so a row's errors in them cancel in dZ as well.
+    const float most = g_.shifts[at], inverse = g_.shifts[2 * rows_ + at];
+    const Span span = most == -kInfinity ? Span{0, 0} : block.tiles[row / kTileRows];
     const int64_t begin = block.s + span.begin;
     shape_scores(a_, q, begin, block.s + span.end, weights + span.begin, worker.capped);
     const float delta = deltas_[at];
@@ -261,7 +284,7 @@ class Backward {
     F32 bias_sum{};
     const F32 cap = all(a_.softcap == 0.0F ? 0.0F : 1.0F / a_.softcap);
     for (int64_t i = span.begin; i < span.end; i += kLanes) {
-      const F32 weight = exp2_of((load(weights + i) - most - log_total) * kLog2E);
+      const F32 weight = inverse * exp2_of((load(weights + i) - most) * kLog2E);
       F32 kept = all(1.0F);
       if (a_.dropout > 0.0F)
         kept = select(dropout.kept(row_key, block.s + i), all(kept_factor), F32{});
@@ -269,13 +292,17 @@ class Backward {
       // d lse / d score is exp(score - lse), which is no weight: lse leaves the sink out.
       if (g_.grad_lse != nullptr)
         score += g_.grad_lse[at] * exp2_of((load(weights + i) - g_.lse[at]) * kLog2E);
-      store(weights + i, kept * weight);
+      store(to_weights + i, kept * weight);
       bias_sum += score;
       if (worker.bias != nullptr && g_.bias_stride[3] != 0)
         add_to_bias(worker.bias, q, block.s + i, score);
       const F32 capped = load(worker.capped + i - span.begin) * cap;
       if (a_.softcap != 0.0F) score *= 1.0F - capped * capped;
-      store(scores + i, score * a_.scale);
+      store(to_scores + i, score * a_.scale);
+    }
+    for (Weight* to : {to_weights, to_scores}) {
+      fill_zeros(to, span.begin);
+      fill_zeros(to + span.end, kGradKeys - span.end);
     }
     // One number for all keys: adding them up first rounds less often.
     if (worker.bias != nullptr && g_.bias_stride[3] == 0) *bias_at(worker.bias, q) += sum(bias_sum);
@@ -293,8 +320,20 @@ class Backward {
     for (int64_t i = 0; i < count; ++i) to[i * stride] += gradient[i];
   }
 
+  // Rows of Weights, two and two, as steps of a left operand.
+  static void pair_up_rows(const float* from, int64_t rows, Element* to) {
+    static constexpr Weight kZeros[kGradKeys] = {};
+    for (int64_t row = 0; row < rows; row += 2, from += 2 * kGradStride, to += kGradStride) {
+      const auto* first = reinterpret_cast<const Weight*>(from);
+      const auto* second =
+          row + 1 < rows ? reinterpret_cast<const Weight*>(from + kGradStride) : kZeros;
+      for (int64_t i = 0; i < kGradKeys; i += kLanes)
+        store_as(to + i, pair_up(first + i, second + i));
+    }
+  }
+
   // to (keys x size) += left^T @ right, left being (queries x keys) and right (queries x size).
-  void add_to_keys(const Block& block, const float* left, const float* right, int64_t size,
+  void add_to_keys(const Block& block, const Element* left, const Element* right, int64_t size,
                    float* to) const {
     const int64_t stride = round_up(size, kLanes);
     for (int64_t key = 0; key < block.keys; key += kTileRows) {
@@ -306,12 +345,13 @@ class Backward {
         rows.end = i * kTileRows + block.tile_rows(i);
       }
       if (rows.empty()) continue;
-      const LeftOperand<float> a{left + rows.begin * kGradStride + key, 1, kGradStride};
+      const int64_t first = rows.begin / kDepth;
+      const LeftOperand<Element> a{left + first * kGradStride + key, 1, kGradStride};
       for (int64_t column = 0; column < size; column += kPanel) {
-        const RightOperand<float> b{right + rows.begin * stride + column, stride};
+        const RightOperand<Element> b{right + first * stride + column, stride};
         float* at = to + key * stride + column;
-        tile_of(kTileRows, Packed<float>::panel_width(column, size) / kLanes, a, b,
-                rows.end - rows.begin, [&](int row, int v, F32 product) {
+        tile_of(kTileRows, Packed<Element>::panel_width(column, size) / kLanes, a, b,
+                Packed<Element>::steps(rows.end - rows.begin), [&](int row, int v, F32 product) {
                   float* sum = at + row * stride + v * kLanes;
                   store(sum, load(sum) + product);
                 });
@@ -324,12 +364,14 @@ class Backward {
       const Span span = block.tiles[i];
       if (span.empty()) continue;
       const int64_t first = i * kTileRows;
-      const LeftOperand<float> left{worker.scores + first * kGradStride + span.begin, kGradStride,
-                                    1};
+      const auto* scores =
+          reinterpret_cast<const Element*>(worker.scores + first * kGradStride);
+      const LeftOperand<Element> left{scores + span.begin / kDepth, kGradStride, 1};
       for (int64_t d = 0; d < a_.D; d += kPanel) {
-        const RightOperand<float> keys{worker.key_rows + span.begin * size_d() + d, size_d()};
-        tile_of(block.tile_rows(i), Packed<float>::panel_width(d, a_.D) / kLanes, left, keys,
-                span.end - span.begin, [&](int row, int v, F32 product) {
+        const RightOperand<Element> keys{
+            worker.key_steps + span.begin / kDepth * size_d() + d, size_d()};
+        tile_of(block.tile_rows(i), Packed<Element>::panel_width(d, a_.D) / kLanes, left, keys,
+                (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
                   store(worker.query_grad + (first + row) * size_d() + d + v * kLanes, product);
                 });
       }

@@ -139,21 +139,23 @@ Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
 
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+template <bool kIsLearnt>
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
     const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
     const OptionalTensor& documents, const OptionalTensor& sinks,
     const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
-  const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
-                  alibi_slopes, seed, band, scale, softcap, dropout);
-  const Attention& a = call.attention;
+  Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks, alibi_slopes,
+            seed, band, scale, softcap, dropout);
+  Attention& a = call.attention;
+  a.is_learnt = kIsLearnt;
   const Tensor output =
       torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
   const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
-  const Tensor details = empty_floats(query, {stats ? 8 : 2, a.B, a.H, a.T});
+  const Tensor details = empty_floats(query, {stats ? 9 : 3, a.B, a.H, a.T});
   const Output out{output.mutable_data_ptr(), data_of(lse), data_of(details),
-                   stats ? data_of(details) + 2 * lse.numel() : nullptr};
+                   stats ? data_of(details) + 3 * lse.numel() : nullptr};
   if (lse.numel() > 0) kernels().forward(a, out);
   return {output, lse, details};
 }
@@ -200,6 +202,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {query_grad, key_grad, value_grad, bias_gradient, sinks_gradient};
 }
 
+Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalTensor& bias,
+                         const OptionalTensor& allowed, const OptionalTensor& lengths,
+                         const OptionalTensor& padding, const OptionalTensor& documents,
+                         const OptionalTensor& alibi_slopes, const std::vector<int64_t>& band,
+                         double scale, double softcap, const Tensor& details, bool mean) {
+  const Call call(query, key, key, bias, allowed, lengths, padding, documents, std::nullopt,
+                  alibi_slopes, std::nullopt, band, scale, softcap, 0.0);
+  const Attention& a = call.attention;
+  const auto sizes = mean ? std::vector<int64_t>{a.B, a.T, a.S}
+                          : std::vector<int64_t>{a.B, a.H, a.T, a.S};
+  const Tensor weights = torch::stable::new_zeros(query, sizes, ScalarType::Float);
+  if (weights.numel() > 0)
+    kernels().weights(a, {floats_of(details), data_of(weights), mean});
+  return weights;
+}
+
 constexpr char kForwardArguments[] =
     "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, Tensor? lengths, "
     "Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
@@ -217,13 +235,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
       "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, "
       "Tensor? seed, SymInt[] band, float scale, float softcap, float dropout, bool bias_grad, "
       "bool sinks_grad) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)");
+  m.def(
+      "attention_weights(Tensor query, Tensor key, Tensor? bias, Tensor? allowed, Tensor? lengths, "
+      "Tensor? padding, Tensor? documents, Tensor? alibi_slopes, SymInt[] band, float scale, "
+      "float softcap, Tensor details, bool mean) -> Tensor");
   m.def("cpu_isa(str name) -> str");
+  m.def("cpu_multiply_add(bool pairs, int steps) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&attention_forward));
-  m.impl("attention_inference", TORCH_BOX(&attention_forward));
+  m.impl("attention_forward", TORCH_BOX(&attention_forward<true>));
+  m.impl("attention_inference", TORCH_BOX(&attention_forward<false>));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
+  m.impl("attention_weights", TORCH_BOX(&attention_weights));
 }
 
 // The instruction set in use, after asking for the one named; "" asks for none.
@@ -233,8 +257,15 @@ std::string cpu_isa(const std::string& name) {
   return kernels().isa;
 }
 
+// See Kernels::multiply_add.
+double cpu_multiply_add(bool pairs, int64_t steps) {
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  return kernels().multiply_add(pairs, steps, threads);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_multiply_add", TORCH_BOX(&cpu_multiply_add));
 }
 
 }  // namespace

@@ -3,58 +3,30 @@
 #pragma once
 
 #include "prefill.hpp"
+#include "rows.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
 constexpr int64_t kDecodeTokens = 16;  // more queries are worth packing keys for,
 constexpr int64_t kDecodeRows = 32;    // and so are more of a group
-constexpr int64_t kDecodeKeys = 64;    // keys whose scores are taken before their values are read
+constexpr int64_t kBlockBytes = 4096;  // of keys, before as many values are read: two streams
+constexpr int64_t kMaxBlockKeys = 64;
+constexpr int64_t kFewRows = 8;         // with more, arithmetic is the limit, not reading
+constexpr int64_t kMinSplitKeys = 256;  // fewer are not worth a merge
 
 inline bool is_decoding(const Attention& a) {
   return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows;
-}
-
-// dots[row * stride + key] = scale * query row . key, for Rows queries and Keys keys.
-template <int Rows, int Keys, class Element>
-[[gnu::always_inline]] inline void dots_of(const float* queries, int64_t query_stride,
-                                           const Element* keys, int64_t key_stride, int64_t size,
-                                           float scale, float* dots, int64_t stride) {
-  F32 sums[Rows * Keys] = {};
-  const auto add = [&](int64_t d, auto&& load_key) {
-    F32 key[Keys];
-#pragma GCC unroll 8
-    for (int k = 0; k < Keys; ++k) key[k] = load_key(keys + k * key_stride + d);
-#pragma GCC unroll 8
-    for (int row = 0; row < Rows; ++row) {
-      F32 query = load(queries + row * query_stride + d);
-      hold(query);
-#pragma GCC unroll 8
-      for (int k = 0; k < Keys; ++k) sums[row * Keys + k] += query * key[k];
-    }
-  };
-  int64_t d = 0;
-  for (; d + kLanes <= size; d += kLanes) add(d, [](const Element* from) { return load(from); });
-  if (d < size) add(d, [&](const Element* from) { return load_first(from, size - d); });
-  float totals[Rows * Keys];
-  sum_each(sums, totals);
-#pragma GCC unroll 8
-  for (int i = 0; i < Rows * Keys; ++i) dots[i / Keys * stride + i % Keys] = scale * totals[i];
-}
-
-// Asks for `count` tokens' rows ahead of their use: read in tiles, they are no stream that the
-// processor would recognise.
-template <class Element>
-inline void prefetch_rows(const Element* rows, int64_t stride, int64_t count, int64_t size) {
-  constexpr int64_t kLine = 64 / sizeof(Element);
-  for (int64_t token = 0; token < count; ++token)
-    for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(rows + token * stride + i);
 }
 
 template <class Element>
 class Decode {
  public:
   Decode(const Attention& a, const Output& out)
-      : a_(a), out_(out), rows_(a.group() * a.T), splits_(splits_of(a)) {}
+      : a_(a),
+        out_(out),
+        rows_(a.group() * a.T),
+        block_keys_(block_keys_of(a)),
+        splits_(splits_of(a)) {}
 
   void run() {
     const int64_t tasks = a_.B * a_.G * splits_;
@@ -74,142 +46,157 @@ class Decode {
   }
 
  private:
-  int64_t query_stride() const { return round_up(a_.D, kLanes); }
-  int64_t output_stride() const { return round_up(a_.E, kLanes); }
-  int64_t worker_size() const { return round_up(rows_ * (query_stride() + kDecodeKeys), 16); }
+  // The rows of a block of keys.
+  struct Block {
+    const Element* keys[kMaxBlockKeys];
+    const Element* values[kMaxBlockKeys];
+  };
 
-  // How many parts the keys of a head are cut into: four tasks a thread even out uneven threads.
-  static int64_t splits_of(const Attention& a) {
-    if (a.threads == 1) return 1;
-    const int64_t wanted = (4 * a.threads + a.B * a.G - 1) / (a.B * a.G);
-    return greater(1, smaller(wanted, a.S / (2 * kDecodeKeys)));
+  int64_t query_stride() const { return round_up(a_.D, kRowStep<Element>); }
+  int64_t output_stride() const { return round_up(a_.E, kRowStep<Element>); }
+  int64_t worker_size() const { return round_up(rows_ * (query_stride() + block_keys_), 16); }
+
+  // Small blocks read as one stream would, large ones cost less arithmetic.
+  static int64_t block_keys_of(const Attention& a) {
+    if (a.group() * a.T > kFewRows) return kMaxBlockKeys;
+    const int64_t row = greater(a.D, a.E) * static_cast<int64_t>(sizeof(Element));
+    return smaller(kMaxBlockKeys, greater(kLanes, kBlockBytes / row / kLanes * kLanes));
   }
 
-  // Rows are the queries of a group: head by head, token by token.
-  Query query_of(int64_t head, int64_t row) const {
-    return {a_, head / a_.G, head % a_.G * a_.group() + row / a_.T, row % a_.T};
+  // How many parts the keys of a head are cut into: many tasks a thread even out uneven threads.
+  static int64_t splits_of(const Attention& a) {
+    if (a.threads == 1) return 1;
+    const int64_t wanted = (8 * a.threads + a.B * a.G - 1) / (a.B * a.G);
+    return greater(1, smaller(wanted, a.S / kMinSplitKeys));
+  }
+
+  // Calls `with(row, query)` for the queries of a group: head by head, token by token.
+  template <class Function>
+  void each_query(int64_t head, Function&& with) const {
+    const int64_t first = head % a_.G * a_.group();
+    int64_t row = 0;
+    for (int64_t h = first; h < first + a_.group(); ++h)
+      for (int64_t t = 0; t < a_.T; ++t) with(row++, Query(a_, head / a_.G, h, t));
   }
 
   Span keys_of_split(int64_t b, int64_t split) const {
     const Span all_keys = keys_of(a_, b, 0, a_.T);
     if (all_keys.empty()) return {0, 0};
-    const int64_t begin = all_keys.begin / kDecodeKeys * kDecodeKeys;
-    const int64_t blocks = (all_keys.end - begin + kDecodeKeys - 1) / kDecodeKeys;
-    return {begin + blocks * split / splits_ * kDecodeKeys,
-            smaller(all_keys.end, begin + blocks * (split + 1) / splits_ * kDecodeKeys)};
+    const int64_t begin = all_keys.begin / block_keys_ * block_keys_;
+    const int64_t blocks = (all_keys.end - begin + block_keys_ - 1) / block_keys_;
+    return {begin + blocks * split / splits_ * block_keys_,
+            smaller(all_keys.end, begin + blocks * (split + 1) / splits_ * block_keys_)};
   }
 
   void attend(float* scratch, int64_t task) const {
     const int64_t head = task / splits_;
-    const int64_t b = head / a_.G;
-    float* queries = scratch;
+    auto* queries = reinterpret_cast<Left<Element>*>(scratch);
     float* scores = scratch + rows_ * query_stride();
     float* weighted = weighted_ + task * rows_ * output_stride();
     RowSums* sums = sums_ + task * rows_;
-    for (int64_t row = 0; row < rows_; ++row) {
-      const Query q = query_of(head, row);
-      widen_rows(a_.query, b, q.h, q.t, q.t + 1, a_.D, queries + row * query_stride(), 0);
-      sums[row] = {};
-    }
+    load_queries(head, queries);
+    for (int64_t row = 0; row < rows_; ++row) sums[row] = {};
     std::memset(weighted, 0, static_cast<size_t>(rows_ * output_stride()) * sizeof(float));
-    const Span keys = keys_of_split(b, task % splits_);
-    for (int64_t s = keys.begin; s < keys.end; s += kDecodeKeys) {
-      const int64_t end = smaller(s + kDecodeKeys, keys.end);
-      score_keys(head, s, end, queries, scores);
+    const Span keys = keys_of_split(head / a_.G, task % splits_);
+    Block block;
+    for (int64_t s = keys.begin; s < keys.end; s += block_keys_) {
+      const int64_t end = smaller(s + block_keys_, keys.end);
+      locate(head, s, end, block);
+      score_keys(end - s, queries, block, scores);
       if (out_.stats != nullptr) {
         weigh_keys<true>(head, s, end, scores, weighted, sums);
       } else {
         weigh_keys<false>(head, s, end, scores, weighted, sums);
       }
-      add_values(head, s, end, scores, weighted);
+      add_values(end - s, scores, block, weighted);
     }
   }
 
-  void score_keys(int64_t head, int64_t begin, int64_t end, const float* queries,
+  void load_queries(int64_t head, Left<Element>* queries) const {
+    each_query(head, [&](int64_t row, const Query& q) {
+      Left<Element>* to = queries + row * query_stride();
+      if constexpr (kInPairs<Element>) {
+        std::memset(to, 0, static_cast<size_t>(query_stride()) * sizeof *to);
+        std::memcpy(to, row_of<BFloat16>(a_.query, q.b, q.h, q.t),
+                    static_cast<size_t>(a_.D) * sizeof *to);
+      } else {
+        widen_rows(a_.query, q.b, q.h, q.t, q.t + 1, a_.D, to, 0);
+      }
+    });
+  }
+
+  // The rows of the block of keys from `begin` on; past the end the last one stands in.
+  void locate(int64_t head, int64_t begin, int64_t end, Block& block) const {
+    const Element* key = row_of<Element>(a_.key, head / a_.G, head % a_.G, begin);
+    const Element* value = row_of<Element>(a_.value, head / a_.G, head % a_.G, begin);
+    for (int64_t i = 0; i < block_keys_; ++i) {
+      block.keys[i] = key;
+      block.values[i] = value;
+      if (begin + i + 1 < end) key += a_.key.stride[2], value += a_.value.stride[2];
+    }
+  }
+
+  // The products of all queries with a block of keys, a few keys at a time.
+  void score_keys(int64_t count, const Left<Element>* queries, const Block& block,
                   float* scores) const {
-    int64_t s = begin;
-    const Element* values = row_of<Element>(a_.value, head / a_.G, head % a_.G, begin);
-    for (; s + 8 <= end; s += 8) {
-      prefetch_rows(values + (s - begin) * a_.value.stride[2], a_.value.stride[2], 8, a_.E);
-      score_some<8>(head, s, s - begin, queries, scores);
+    for (int64_t s = 0; s < count; s += kLanes) {
+      const auto some = [&]<int Rows>(int64_t row) {
+        constexpr int kKeys = kDots / Rows < kLanes ? kDots / Rows : kLanes;
+#pragma GCC unroll 1
+        for (int64_t k = s; k < s + kLanes; k += kKeys)
+          dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys + k,
+                                a_.D, scores + row * block_keys_ + k, block_keys_);
+      };
+      int64_t row = 0;
+      for (; row + 4 <= rows_; row += 4) some.template operator()<4>(row);
+      for (; row + 2 <= rows_; row += 2) some.template operator()<2>(row);
+      for (; row < rows_; ++row) some.template operator()<1>(row);
     }
-    for (; s < end; ++s) score_some<1>(head, s, s - begin, queries, scores);
-    for (; s < round_up(end, kLanes); ++s)
-      for (int64_t row = 0; row < rows_; ++row) scores[row * kDecodeKeys + s - begin] = 0.0F;
-  }
-
-  // Keys s .. s + Count - 1 against all rows; eight sums at a time hide the latency of each.
-  template <int Count>
-  void score_some(int64_t head, int64_t s, int64_t at, const float* queries, float* scores) const {
-    const Element* keys = row_of<Element>(a_.key, head / a_.G, head % a_.G, s);
-    const int64_t stride = a_.key.stride[2];
-    const auto rows = [&]<int Rows, int Keys>(int64_t row) {
-      for (int k = 0; k < Count; k += Keys)
-        dots_of<Rows, Keys>(queries + row * query_stride(), query_stride(), keys + k * stride,
-                            stride, a_.D, a_.scale, scores + row * kDecodeKeys + at + k,
-                            kDecodeKeys);
-    };
-    constexpr int kTwo = Count < 2 ? 1 : 2;
-    constexpr int kFour = Count < 4 ? 1 : 4;
-    int64_t row = 0;
-    for (; row + 4 <= rows_; row += 4) rows.template operator()<4, kTwo>(row);
-    for (; row + 2 <= rows_; row += 2) rows.template operator()<2, kFour>(row);
-    for (; row < rows_; ++row) rows.template operator()<1, Count>(row);
   }
 
   template <bool kStats>
   void weigh_keys(int64_t head, int64_t begin, int64_t end, float* scores, float* weighted,
                   RowSums* sums) const {
-    for (int64_t row = 0; row < rows_; ++row) {
-      const Query q = query_of(head, row);
-      float* z = scores + row * kDecodeKeys;
-      const int64_t padded_end = begin + round_up(end - begin, kLanes);
+    using Operand = std::conditional_t<kInPairs<Element>, Pair, float>;
+    const int64_t padded_end = begin + round_up(end - begin, kLanes);
+    each_query(head, [&](int64_t row, const Query& q) {
+      float* z = scores + row * block_keys_;
+      for (int64_t i = 0; i < padded_end - begin; i += kLanes) store(z + i, load(z + i) * a_.scale);
       shape_scores(a_, q, begin, padded_end, z);
-      const float factor = online_softmax<kStats, float>(a_, q, begin, padded_end, z, sums[row]);
-      if (factor == 1.0F) continue;
+      const float factor = online_softmax<kStats, Operand>(a_, q, begin, padded_end, z, sums[row]);
+      if (factor == 1.0F) return;
       float* to = weighted + row * output_stride();
       for (int64_t e = 0; e < a_.E; e += kLanes) store(to + e, load(to + e) * factor);
-    }
+    });
   }
 
-  // weighted += weights @ value. Fetches the keys of the next block meanwhile, as score_keys
-  // fetches the values of this one.
-  void add_values(int64_t head, int64_t begin, int64_t end, const float* weights,
+  // weighted += weights @ value, a tile of rows and columns at a time.
+  void add_values(int64_t count, const float* weights, const Block& block,
                   float* weighted) const {
-    const Element* values = row_of<Element>(a_.value, head / a_.G, head % a_.G, begin);
-    const int64_t count = end - begin;
-    const int64_t to_fetch = greater(0, smaller(kDecodeKeys, a_.S - end));
-    int64_t fetched = 0;
+    constexpr int kFew = kInPairs<Element> ? 2 : 1;
+    const int64_t even = round_up(count, 2);
     for (int64_t row = 0; row < rows_; row += kTileRows) {
-      const int64_t rows = smaller(kTileRows, rows_ - row);
-      const LeftOperand<float> left{weights + row * kDecodeKeys, kDecodeKeys, 1};
-      float* to = weighted + row * output_stride();
-      for (int64_t e = 0; e < a_.E;) {
-        const int64_t next = e + kPanel <= a_.E ? e + kPanel : e + kLanes;
-        // A little at a time: memory serves only so many requests at once.
-        const int64_t fetch = row > 0 ? to_fetch : smaller(to_fetch, next * to_fetch / a_.E);
-        if (fetched < fetch)
-          prefetch_rows(row_of<Element>(a_.key, head / a_.G, head % a_.G, end + fetched),
-                        a_.key.stride[2], fetch - fetched, a_.D);
-        fetched = fetch;
-        if (next - e == kPanel) {
-          add_tile<kTileVectors, true>(rows, left, values + e, count, a_.E - e, to + e);
-        } else {
-          add_tile<1, false>(rows, left, values + e, count, a_.E - e, to + e);
-        }
-        e = next;
+      const auto columns = [&]<int Rows, int Vectors, bool Whole>(int64_t e) {
+        weigh_rows<Rows, Vectors, Whole>(weights + row * block_keys_, block_keys_, block.values,
+                                         even, e, a_.E, weighted + row * output_stride() + e, output_stride());
+      };
+      const auto tiles = [&]<int Rows>() {
+        int64_t e = 0;
+        for (; e + kPanel <= a_.E; e += kPanel)
+          columns.template operator()<Rows, kTileVectors, true>(e);
+        for (; e + kFew * kLanes <= a_.E; e += kFew * kLanes)
+          columns.template operator()<Rows, kFew, true>(e);
+        if (e < a_.E) columns.template operator()<Rows, kFew, false>(e);
+      };
+      switch (smaller(kTileRows, rows_ - row)) {
+        case 1: tiles.template operator()<1>(); break;
+        case 2: tiles.template operator()<2>(); break;
+        case 3: tiles.template operator()<3>(); break;
+        case 4: tiles.template operator()<4>(); break;
+        case 5: tiles.template operator()<5>(); break;
+        default: tiles.template operator()<6>(); break;
       }
     }
-  }
-
-  template <int Vectors, bool Whole>
-  void add_tile(int64_t rows, LeftOperand<float> left, const Element* values, int64_t count,
-                int64_t valid, float* to) const {
-    const RightOperand<Element> right{values, a_.value.stride[2], valid};
-    tile_of<Vectors, Whole>(rows, left, right, count, [&](int row, int v, F32 product) {
-      float* at = to + row * output_stride() + v * kLanes;
-      store(at, load(at) + product);
-    });
   }
 
   // Brings the parts of one row to their common largest score, adds them up and writes the row.
@@ -228,13 +215,13 @@ class Decode {
         store(weighted + e, load(weighted + e) * old_factor + load(from + e) * factor);
       total.add(part);
     }
-    const Query q = query_of(head, row);
-    write_row(a_, out_, q.b, q.h, q.t, total, weighted);
+    write_row(a_, out_, head / a_.G, head % a_.G * a_.group() + row / a_.T, row % a_.T, total,
+              weighted);
   }
 
   const Attention& a_;
   const Output& out_;
-  int64_t rows_, splits_;
+  int64_t rows_, block_keys_, splits_;
   float* weighted_ = nullptr;
   RowSums* sums_ = nullptr;
 };

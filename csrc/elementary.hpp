@@ -8,24 +8,34 @@ namespace polyhead::POLYHEAD_ISA {
 constexpr float kLog2E = 1.44269504088896341F;
 constexpr float kLn2 = 0.693147180559945309F;
 
+// The polynomial nearest to 2^f on [-1/2, 1/2] in relative error, 9e-8, that is exact at 0.
+inline F32 exp2_of_fraction(F32 f) {
+  F32 power = all(1.326472690e-3F);
+  power = power * f + 9.671512661e-3F;
+  power = power * f + 5.550733744e-2F;
+  power = power * f + 2.402224208e-1F;
+  power = power * f + 6.931469776e-1F;
+  return power * f + 1.0F;
+}
+
 // 2 to the power of x for x <= 0, and a little above; relative error under 2e-7. Below -126, where
-// float32 has no more normal numbers, it is 0. NaN stays NaN.
+// float32 has no more normal numbers, it is 0, or nearly. NaN stays NaN.
 inline F32 exp2_of(F32 x) {
+#if defined(__AVX512F__)
+  // Of -infinity the fraction is NaN, which the last instruction turns into 0.
+  const __m512 whole = _mm512_roundscale_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  const F32 power = exp2_of_fraction(x - reinterpret_cast<F32>(whole));
+  return reinterpret_cast<F32>(_mm512_scalef_ps(reinterpret_cast<__m512>(power), whole));
+#else
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   const F32 shifted = x + 0x1.8p23F;
-  const F32 fraction = x - (shifted - 0x1.8p23F);
-  // The polynomial nearest to 2^f on [-1/2, 1/2] in relative error, 9e-8, that is exact at 0.
-  F32 power = all(1.326472690e-3F);
-  power = power * fraction + 9.671512661e-3F;
-  power = power * fraction + 5.550733744e-2F;
-  power = power * fraction + 2.402224208e-1F;
-  power = power * fraction + 6.931469776e-1F;
-  power = power * fraction + 1.0F;
+  const F32 power = exp2_of_fraction(x - (shifted - 0x1.8p23F));
   // A product, not a sum of exponents: a NaN must stay one.
   const U32 exponent = (reinterpret_cast<U32>(shifted) << 23) + 0x3F800000U;
   const F32 value = power * reinterpret_cast<F32>(exponent);
   const I32 vanishes = x < -126.0F;
   return reinterpret_cast<F32>(~vanishes & reinterpret_cast<I32>(value));
+#endif
 }
 
 // The rational function of Eigen (Eigen/src/Core/MathFunctionsImpl.h); error of a few units in

@@ -1,28 +1,40 @@
 // The kernels of one instruction set: compiled once for each, with its flags and its namespace.
 #include "backward.hpp"
+#include "ceiling.hpp"
 #include "decode.hpp"
 #include "prefill.hpp"
+#include "weights.hpp"
 
 #include <type_traits>
 
 namespace polyhead::POLYHEAD_ISA {
 namespace {
 
+using PairIfAny = std::conditional_t<kHasPairs, Pair, float>;
+
 void forward(const Attention& a, const Output& out) {
-  if (is_decoding(a)) {
+  if (is_decoding(a) && !a.is_learnt) {
     by_dtype(a.query.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
   } else if (kHasPairs && a.query.dtype == Dtype::bf16) {
-    Prefill<std::conditional_t<kHasPairs, Pair, float>>(a, out).run();
+    Prefill<PairIfAny>(a, out).run();
   } else {
     Prefill<float>(a, out).run();
   }
 }
 
-void backward(const Attention& a, const Gradients& g) { Backward(a, g).run(); }
+void backward(const Attention& a, const Gradients& g) {
+  if (kHasPairs && a.query.dtype == Dtype::bf16) {
+    Backward<PairIfAny>(a, g).run();
+  } else {
+    Backward<float>(a, g).run();
+  }
+}
+
+void weights(const Attention& a, const Weights& out) { WriteWeights(a, out).run(); }
 
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable{POLYHEAD_ISA_NAME, forward, backward};
+const Kernels kTable{POLYHEAD_ISA_NAME, forward, backward, weights, multiply_add_everywhere};
 
 }  // namespace polyhead::POLYHEAD_ISA

@@ -33,6 +33,11 @@ inline void widen_rows(const View& view, int64_t b, int64_t head, int64_t begin,
   });
 }
 
+// Two rows of bfloat16 as pairs, a column after the other.
+inline U32 pair_up(const void* first, const void* second) {
+  return widen(load_as<U16>(first)) | (widen(load_as<U16>(second)) << 16);
+}
+
 // How a tensor is held for tiles that take Elements.
 template <class Element>
 struct Packed {
@@ -148,10 +153,30 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
       const int64_t first = e / kPanel * kPanel;
       const int64_t width = Packed<Pair>::panel_width(first, size);
       Pair* panel = to + Packed<Pair>::row_panel(first, tokens);
-      const U32 low = widen(load_as<U16>(rows[0] + e));
-      const U32 high = widen(load_as<U16>(rows[1] + e));
-      store_as(panel + s / 2 * width + (e - first), low | (high << 16));
+      store_as(panel + s / 2 * width + (e - first), pair_up(rows[0] + e, rows[1] + e));
     }
+  }
+}
+
+// Tokens [begin, end) as right operand in one piece, not in panels: [step of the tokens][feature].
+inline void pack_steps(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                       int64_t size, float* to) {
+  widen_rows(view, b, head, begin, end, size, to, round_up(size, kLanes));
+}
+
+inline void pack_steps(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                       int64_t size, Pair* to) {
+  alignas(64) uint16_t rows[2][kMaxHeadSize] = {};
+  for (int64_t s = begin; s < end; s += 2) {
+    for (int64_t i = 0; i < 2; ++i) {
+      if (s + i < end) {
+        std::memcpy(rows[i], row_of<BFloat16>(view, b, head, s + i), static_cast<size_t>(size) * 2);
+      } else {
+        std::memset(rows[i], 0, sizeof rows[i]);
+      }
+    }
+    for (int64_t i = 0; i < size; i += kLanes, to += kLanes)
+      store_as(to, pair_up(rows[0] + i, rows[1] + i));
   }
 }
 

@@ -8,8 +8,8 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kQueryBlock = 96;  // 16 tiles; with kKeyBlock the scores fill 100 KB of L2
-constexpr int64_t kKeyBlock = 256;
+constexpr int64_t kQueryBlock = 96;  // 16 tiles: as often are keys read that came from L2
+constexpr int64_t kKeyBlock = 512;   // a tile's scores, 12 KB, stay in L1; the keys in L2
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // not a power of 2: rows fall in different sets
 constexpr int64_t kRowTiles = kQueryBlock / kTileRows;
 
@@ -43,7 +43,7 @@ inline void write_output(const View& query, void* output, int64_t at, const floa
 // Writes what one query gives; `weighted` is the sum of exp(score - most) * value.
 inline void write_row(const Attention& a, const Output& out, int64_t b, int64_t h, int64_t t,
                       const RowSums& row, const float* weighted) {
-  const int64_t at = (b * a.H + h) * a.T + t;
+  const int64_t rows = a.B * a.H * a.T, at = (b * a.H + h) * a.T + t;
   const RowResult result = finish_row(a, h, row);
   // Written as zeros, not as a product: an empty row's buffer may hold anything.
   alignas(64) static constexpr float kZeros[kMaxHeadSize] = {};
@@ -51,7 +51,8 @@ inline void write_row(const Attention& a, const Output& out, int64_t b, int64_t 
   write_output(a.query, out.output, at * a.E, is_empty ? kZeros : weighted, a.E, result.factor);
   out.lse[at] = result.lse;
   out.shifts[at] = row.most;
-  out.shifts[a.B * a.H * a.T + at] = result.log_total;
+  out.shifts[rows + at] = result.log_total;
+  out.shifts[2 * rows + at] = result.inverse;
   if (out.stats != nullptr) write_stats(a, h, row, out.stats + at, a.B * a.H * a.T);
 }
 
@@ -99,7 +100,7 @@ class Prefill {
   int64_t query_stride() const { return round_up(a_.D, kLanes); }
   int64_t output_stride() const { return round_up(a_.E, kLanes); }
   int64_t worker_size() const {
-    return kQueryBlock * (query_stride() + kScoreStride + output_stride());
+    return kQueryBlock * (query_stride() + output_stride()) + kTileRows * kScoreStride;
   }
 
   // One thread's scratch: a block of queries, their scores and their output.
@@ -110,7 +111,7 @@ class Prefill {
     Worker(const Prefill& p, float* scratch)
         : queries(reinterpret_cast<Element*>(scratch)),
           scores(scratch + kQueryBlock * p.query_stride()),
-          weighted(scores + kQueryBlock * kScoreStride) {}
+          weighted(scores + kTileRows * kScoreStride) {}
   };
 
   // A block of queries of one head, on its way through the keys.
@@ -120,7 +121,7 @@ class Prefill {
     const Element* values;
     Span tiles[kRowTiles];  // the keys that each tile of rows may attend to
     RowSums sums[kQueryBlock];
-    float factors[kQueryBlock];
+    float factors[kTileRows];
 
     int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
     int64_t tile_rows(int64_t tile) const { return smaller(kTileRows, rows - tile * kTileRows); }
@@ -162,72 +163,68 @@ class Prefill {
       keys.end = greater(keys.end, block.tiles[i].end);
     }
     for (int64_t s = keys.begin / kKeyBlock * kKeyBlock; s < keys.end; s += kKeyBlock) {
-      score_keys(worker, block, s, smaller(s + kKeyBlock, keys.end));
-      if (out_.stats != nullptr) {
-        weigh_keys<true>(worker, block, s);
-      } else {
-        weigh_keys<false>(worker, block, s);
+      for (int64_t i = 0; i < block.tile_count(); ++i) {
+        const Span span = block.within(i, s);
+        if (span.empty()) continue;
+        score_keys(worker, block, i, span);
+        if (out_.stats != nullptr) {
+          weigh_keys<true>(worker, block, i, span);
+        } else {
+          weigh_keys<false>(worker, block, i, span);
+        }
+        add_values(worker, block, i, span);
       }
-      add_values(worker, block, s);
     }
     for (int64_t row = 0; row < block.rows; ++row)
       write_row(a_, out_, block.b, block.h, t + row, block.sums[row],
                 worker.weighted + row * output_stride());
   }
 
-  // scale * query @ key^T, a panel of keys at a time: it stays in L1 for all rows of the block.
-  void score_keys(const Worker& worker, const Block& block, int64_t begin, int64_t end) const {
+  // scale * query @ key^T for one tile of queries, from the first key of the span on.
+  void score_keys(const Worker& worker, const Block& block, int64_t tile, Span span) const {
     const int64_t steps = Packed<Element>::steps(a_.D);
     const float scale = a_.scale;
-    for (int64_t panel = begin; panel < end; panel += kPanel) {
+    const LeftOperand<Element> queries{worker.queries + tile * kTileRows * query_stride(),
+                                       query_stride(), 1};
+    for (int64_t panel = span.begin / kPanel * kPanel; panel < span.end; panel += kPanel) {
       const RightOperand<Element> keys{
           block.keys + Packed<Element>::column_panel(panel, a_.D), kPanel};
-      for (int64_t i = 0; i < block.tile_count(); ++i) {
-        if (panel >= block.tiles[i].end || panel + kPanel <= block.tiles[i].begin) continue;
-        const LeftOperand<Element> queries{worker.queries + i * kTileRows * query_stride(),
-                                           query_stride(), 1};
-        float* to = worker.scores + i * kTileRows * kScoreStride + (panel - begin);
-        tile_of<kTileVectors>(block.tile_rows(i), queries, keys, steps,
-                              [&](int row, int v, F32 product) {
-                                store(to + row * kScoreStride + v * kLanes, product * scale);
-                              });
-      }
+      float* to = worker.scores + panel % kKeyBlock;
+      const int64_t width = smaller(kPanel, span.end - panel);
+      tile_of(block.tile_rows(tile), width / kLanes, queries, keys, steps,
+              [&](int row, int v, F32 product) {
+                store(to + row * kScoreStride + v * kLanes, product * scale);
+              });
     }
   }
 
   template <bool kStats>
-  void weigh_keys(const Worker& worker, Block& block, int64_t begin) const {
-    for (int64_t row = 0; row < block.rows; ++row) {
-      const Span span = block.within(row / kTileRows, begin);
-      if (span.empty()) continue;
+  void weigh_keys(const Worker& worker, Block& block, int64_t tile, Span span) const {
+    for (int64_t i = 0; i < block.tile_rows(tile); ++i) {
+      const int64_t row = tile * kTileRows + i;
       const Query q(a_, block.b, block.h, block.t + row);
-      float* scores = worker.scores + row * kScoreStride + (span.begin - begin);
+      float* scores = worker.scores + i * kScoreStride + span.begin % kKeyBlock;
       shape_scores(a_, q, span.begin, span.end, scores);
-      block.factors[row] =
+      block.factors[i] =
           online_softmax<kStats, Element>(a_, q, span.begin, span.end, scores, block.sums[row]);
     }
   }
 
   // weighted = factor * weighted + weights @ value.
-  void add_values(const Worker& worker, const Block& block, int64_t begin) const {
+  void add_values(const Worker& worker, const Block& block, int64_t tile, Span span) const {
     constexpr int kDepth = Packed<Element>::kDepth;
+    const float* weights = worker.scores + span.begin % kKeyBlock;
+    const LeftOperand<Element> left{reinterpret_cast<const Element*>(weights), kScoreStride, 1};
     for (int64_t e = 0; e < a_.E; e += kPanel) {
       const int64_t width = Packed<Element>::panel_width(e, a_.E);
       const Element* panel = block.values + Packed<Element>::row_panel(e, a_.S);
-      for (int64_t i = 0; i < block.tile_count(); ++i) {
-        const Span span = block.within(i, begin);
-        if (span.empty()) continue;
-        const float* weights = worker.scores + i * kTileRows * kScoreStride + (span.begin - begin);
-        const LeftOperand<Element> left{reinterpret_cast<const Element*>(weights), kScoreStride, 1};
-        const RightOperand<Element> values{panel + span.begin / kDepth * width, width};
-        float* to = worker.weighted + i * kTileRows * output_stride() + e;
-        const float* factors = block.factors + i * kTileRows;
-        tile_of(block.tile_rows(i), width / kLanes, left, values,
-                (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
-                  float* at = to + row * output_stride() + v * kLanes;
-                  store(at, load(at) * factors[row] + product);
-                });
-      }
+      const RightOperand<Element> values{panel + span.begin / kDepth * width, width};
+      float* to = worker.weighted + tile * kTileRows * output_stride() + e;
+      tile_of(block.tile_rows(tile), width / kLanes, left, values,
+              (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
+                float* at = to + row * output_stride() + v * kLanes;
+                store(at, load(at) * block.factors[row] + product);
+              });
     }
   }
 

@@ -210,6 +210,7 @@ struct RowResult {
   float factor;     // for that sum, to be the output
   float lse;        // without the sink
   float log_total;  // log of the sum of exp(score - most), with the sink
+  float inverse;    // of that sum
 };
 
 // The sum of exp(score - most) over a row's keys and its sink, as its inverse and its logarithm.
@@ -228,9 +229,10 @@ inline Total total_of(const Attention& a, int64_t h, const RowSums& row) {
 }
 
 inline RowResult finish_row(const Attention& a, int64_t h, const RowSums& row) {
-  if (row.most == -kInfinity) return {0.0F, -kInfinity, 0.0F};
+  if (row.most == -kInfinity) return {0.0F, -kInfinity, 0.0F, 0.0F};
   const Total total = total_of(a, h, row);
-  return {total.inverse / (1.0F - a.dropout), row.most + std::log(row.sum), total.log};
+  return {total.inverse / (1.0F - a.dropout), row.most + std::log(row.sum), total.log,
+          total.inverse};
 }
 
 // The six numbers of HeadStats for one query; `stride` from one to the next.

@@ -65,7 +65,8 @@ inline F32 all(float x) { return x - F32{}; }
 
 // Keeps a number in its register, where the compiler would rather load it again for each use. The
 // test that emulates AVX-512 has no such register.
-inline void hold([[maybe_unused]] F32& v) {
+template <class Vector>
+inline void hold([[maybe_unused]] Vector& v) {
 #if defined(__x86_64__) && !defined(POLYHEAD_EMULATE_AVX512)
   asm("" : "+v"(v));
 #endif
@@ -85,33 +86,36 @@ inline I32 lane_numbers() {
   return lanes;
 }
 
+// Every lane becomes `combine` of all lanes, in log2(kLanes) steps.
+template <int Distance = kLanes / 2, class Combine>
+inline F32 fold(F32 v, Combine combine) {
+  if constexpr (Distance == 0) {
+    return v;
+  } else {
+    return fold<Distance / 2>(combine(v, __builtin_shuffle(v, lane_numbers() ^ Distance)), combine);
+  }
+}
+
 inline float sum(F32 v) {
-  float lanes[kLanes];
-  store_as(lanes, v);
-#pragma GCC unroll 8
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+  return fold(v, [](F32 a, F32 b) { return a + b; })[0];
 }
 
 // One step towards the sums of a's and of b's lanes: in both, runs of `Run` lanes belong together,
 // and in the result runs of half the length, a's and b's in turn.
 template <int Run>
-inline F32 halve_runs(F32 a, F32 b) {
-  I32 lower, upper;
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    const int half = Run / 2;
-    const int lane = i / Run * Run + i % half + (i % Run < half ? 0 : kLanes);
-    lower[i] = lane;
-    upper[i] = lane + half;
-  }
-  return __builtin_shuffle(a, b, lower) + __builtin_shuffle(a, b, upper);
+[[gnu::always_inline]] inline F32 halve_runs(F32 a, F32 b) {
+  constexpr int kHalf = Run / 2;
+  const I32 lanes = lane_numbers();
+  const I32 is_of_b = lanes & kHalf;
+  // One of the two terms stays in its lane: to blend is cheaper than to move.
+  const I32 staying = is_of_b ? lanes + kLanes : lanes;
+  const I32 moving = is_of_b ? lanes - kHalf + kLanes : lanes + kHalf;
+  return __builtin_shuffle(a, b, staying) + __builtin_shuffle(a, b, moving);
 }
 
 // sums[i] = the sum of v[i]'s lanes, for as many vectors as a vector has lanes, or 8.
 template <int Count, int Run = kLanes>
-inline void sum_each(F32 (&v)[Count], float* sums) {
+[[gnu::always_inline]] inline void sum_each(F32 (&v)[Count], float* sums) {
   if constexpr (Count > kLanes) {
     for (int i = 0; i < Count; i += kLanes)
       sum_each<kLanes>(reinterpret_cast<F32(&)[kLanes]>(v[i]), sums + i);
@@ -131,11 +135,7 @@ inline void sum_each(F32 (&v)[Count], float* sums) {
   }
 }
 
-inline float largest(F32 v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
+inline float largest(F32 v) { return fold(v, larger)[0]; }
 
 inline U32 widen(U16 bits) {
 #if defined(__AVX512F__)
@@ -173,13 +173,29 @@ inline F32 load(const float* from) { return load_as<F32>(from); }
 inline F32 load(const BFloat16* from) { return widen(load_as<U16>(from), BFloat16{}); }
 inline F32 load(const Float16* from) { return widen(load_as<U16>(from), Float16{}); }
 
-// The first `count` lanes, 0 in the others: reads nothing beyond them.
+// The first `count` numbers of a vector, 0 in the others: reads nothing beyond them.
+template <class Vector, class Element>
+inline Vector load_some(const Element* from, int64_t count) {
+#if defined(__AVX512F__) && !defined(POLYHEAD_EMULATE_AVX512)
+  if constexpr (sizeof(Element) == 4) {
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi32((1U << count) - 1, from));
+  } else if constexpr (sizeof(Element) == 2 && sizeof(Vector) == 64) {
+    return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi16((1U << count) - 1, from));
+  } else if constexpr (sizeof(Element) == 2) {
+    return reinterpret_cast<Vector>(_mm256_maskz_loadu_epi16((1U << count) - 1, from));
+  }
+#endif
+  Element numbers[sizeof(Vector) / sizeof(Element)] = {};
+  for (int64_t i = 0; i < count; ++i) numbers[i] = from[i];
+  return load_as<Vector>(numbers);
+}
+
+inline F32 load_first(const float* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_some<F32>(from, count);
+}
 template <class Element>
 inline F32 load_first(const Element* from, int64_t count) {
-  if (count >= kLanes) return load(from);
-  Element lanes[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
-  return load(lanes);
+  return count >= kLanes ? load(from) : widen(load_some<U16>(from, count), Element{});
 }
 
 inline void store(float* to, F32 v) { store_as(to, v); }

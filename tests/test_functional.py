@@ -12,7 +12,7 @@ import polyhead as ph
 
 BACKENDS = ["reference", "sdpa", "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ALL_AUX = ph.AuxRequest(weights=True, lse=True, stats=True)
+ALL_AUX = ph.AuxRequest(weights=True, lse=True, stats=True, mean_weights=True)
 
 
 def tensors(B=2, H=6, G=2, T=5, S=7, D=8, E=None, dtype=torch.float64, seed=0):
@@ -399,13 +399,14 @@ def test_asking_for_aux_changes_neither_output_nor_random_numbers(case, dtype):
     }
     torch.manual_seed(1)
     alone, next_alone = ph.attention(*inputs, **options), torch.rand(3)
-    asked = [{"weights": True}, {"lse": True}, {"stats": True}, {"weights": True, "lse": True}]
+    asked = [{name: True} for name in ("weights", "lse", "stats", "mean_weights")]
+    asked.append({"weights": True, "lse": True})
     for names in asked:
         torch.manual_seed(1)
         output, aux = ph.attention(*inputs, **options, return_aux=ph.AuxRequest(**names))
         assert torch.equal(output, alone)
         assert torch.equal(torch.rand(3), next_alone)
-        for name in ("weights", "lse", "stats"):
+        for name in ("weights", "lse", "stats", "mean_weights"):
             assert (getattr(aux, name) is not None) == (name in names)
 
 
@@ -418,6 +419,7 @@ def test_weights_and_lse_are_those_of_the_output(case):
     output, aux = ph.attention(query, key, value, **options, return_aux=ALL_AUX)
     repeated_key, repeated_value = (x.repeat_interleave(3, dim=1) for x in (key, value))
     torch.testing.assert_close(aux.weights @ repeated_value, output, rtol=0, atol=1e-13)
+    assert torch.equal(aux.mean_weights, aux.weights.mean(dim=1))
     scores = query @ repeated_key.mT / math.sqrt(8)
     if "softcap" in options:
         scores = options["softcap"] * torch.tanh(scores / options["softcap"])
@@ -436,9 +438,8 @@ def test_weights_and_lse_are_those_of_the_output(case):
 
 
 def test_a_large_sink_takes_the_weight_and_leaves_lse_alone():
-    inputs = tensors(dtype=torch.float32)
+    inputs = [x.requires_grad_() for x in tensors(dtype=torch.float32)]
     _, without = ph.attention(*inputs, return_aux=ALL_AUX)
-    inputs = [x.requires_grad_() for x in inputs]
     sinks = torch.full((6,), 300.0, requires_grad=True)
     output, aux = ph.attention(*inputs, sinks=sinks, return_aux=ALL_AUX)
     assert torch.equal(aux.lse, without.lse)
@@ -706,7 +707,7 @@ def test_without_aux_is_the_same_call():
     call = ph.functional.build_call(*tensors(), scale=0.5, aux=ALL_AUX)
     bare = call.without_aux()
     assert bare.aux.names == ()
-    assert call.aux.names == ("weights", "lse", "stats")
+    assert call.aux.names == ("weights", "lse", "stats", "mean_weights")
     assert bare.query is call.query
     assert bare.scale == 0.5
     assert (call.B, call.H, call.G, call.T, call.S, call.D, call.E) == (2, 6, 2, 5, 7, 8, 8)

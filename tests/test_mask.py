@@ -416,7 +416,7 @@ MUST_BE_BOOL = (
     "allowed must be a bool tensor, True = may attend; got {}; "
     "pass numbers that are added to the scores as attention(bias=...)"
 )
-SIZE = "{} must be an integer of at least 0, or None; got {}; count the keys"
+SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass None for no limit"
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ __all__ = ["autocasts", "build_call", "check_is_tensor", "check_softcap"]
 def autocasts(device: torch.device) -> bool:
     """Whether the caller has autocast on for this device."""
     # Asked of a device without autocast (meta), is_autocast_enabled raises.
-    available = torch.amp.is_autocast_available(device.type)
-    return available and torch.is_autocast_enabled(device.type)
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def build_call(
@@ -96,24 +96,26 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
     B, H, _, D = query.shape
-    if key.shape[0] != B or key.shape[3] != D or key.shape[1] == 0:
+    key_shape = tuple(key.shape)
+    batch, G, S, head_size = key_shape
+    if batch != B or head_size != D or G == 0:
         raise ShapeError(
             "key",
             f"must be (B, G, S, D) with the query's B = {B} and D = {D}, and G at least 1",
-            tuple(key.shape),
+            key_shape,
             "check the order of dimensions: (B, heads, tokens, size)",
         )
-    if value.shape[:3] != key.shape[:3]:
+    if value.shape[:3] != (B, G, S):
         raise ShapeError(
             "value",
-            f"must be (B, G, S, E) with the key's (B, G, S) = {tuple(key.shape[:3])}",
+            f"must be (B, G, S, E) with the key's (B, G, S) = {(B, G, S)}",
             tuple(value.shape),
             "check the order of dimensions: (B, heads, tokens, size)",
         )
-    if H == 0 or H % key.shape[1]:
+    if H == 0 or H % G:
         raise ShapeError(
             "query",
-            f"must have a positive multiple of the key's G = {key.shape[1]} heads",
+            f"must have a positive multiple of the key's G = {G} heads",
             f"H = {H}",
             "query head h uses key head h // (H / G)",
         )

@@ -34,19 +34,24 @@ class AuxRequest:
         weights: the attention weights before dropout, (B, H, T, S). They cost T x S memory.
         lse: the log-sum-exp of each query's scores, (B, H, T).
         stats: what each head does, as a `HeadStats`.
+        mean_weights: the mean of the weights over heads, (B, T, S).
 
     >>> AuxRequest(weights=True)
-    AuxRequest(weights=True, lse=False, stats=False)
+    AuxRequest(weights=True, lse=False, stats=False, mean_weights=False)
     """
 
     weights: bool = False
     lse: bool = False
     stats: bool = False
+    mean_weights: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of what is asked for."""
-        return tuple(name for name in ("weights", "lse", "stats") if getattr(self, name))
+        if not (self.weights or self.lse or self.stats or self.mean_weights):
+            return ()
+        names = ("weights", "lse", "stats", "mean_weights")
+        return tuple(name for name in names if getattr(self, name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +94,13 @@ class Aux:
         lse: (B, H, T), log of the sum of exp(score) over the keys a query may attend to, sinks
             left out; -inf where there are none. float32, or float64 for float64 calls.
         stats: a `HeadStats`.
+        mean_weights: (B, T, S) in the call's dtype, the mean of weights over heads.
     """
 
     weights: Tensor | None = None
     lse: Tensor | None = None
     stats: HeadStats | None = None
+    mean_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,10 +179,25 @@ class AttentionCall:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that a gradient can be asked of, by name; the optional ones where given."""
+        given = {"query": self.query, "key": self.key, "value": self.value}
+        for name in ("bias", "sinks", "alibi_slopes"):
+            if (tensor := getattr(self, name)) is not None:
+                given[name] = tensor
+        return given
+
+    @property
+    def learnt(self) -> tuple[str, ...]:
+        """The names of the tensors that a gradient will be asked of."""
+        if not torch.is_grad_enabled():
+            return ()
+        return tuple(name for name, tensor in self.tensors.items() if tensor.requires_grad)
+
+    @property
     def needs_grad(self) -> bool:
         """Whether a gradient will be asked of any tensor of this call."""
-        tensors = (self.query, self.key, self.value, self.bias, self.sinks, self.alibi_slopes)
-        return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        return bool(self.learnt)
 
     def without_aux(self) -> AttentionCall:
         """The same call, asking for the output only."""

@@ -103,3 +103,20 @@ class ModelError(PolyheadError, ValueError):
 
 class DependencyError(PolyheadError, ImportError):
     """An optional package is needed and not installed; the message says how to get it."""
+
+
+def check_count(
+    argument: str,
+    count: object,
+    least: int,
+    remedy: str = "count tokens or sizes",
+    error: type[ArgumentError] = ArgumentError,
+) -> None:
+    """Raise unless `count` is an integer of at least `least`; True and False are none.
+
+    >>> check_count("num_heads", 0, 1, "count from 1")
+    Traceback (most recent call last):
+    polyhead.errors.ArgumentError: num_heads must be an integer of at least 1; got 0; count from 1
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        raise error(argument, f"must be an integer of at least {least}", repr(count), remedy)

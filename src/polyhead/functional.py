@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import overload
 
@@ -16,7 +19,11 @@ from polyhead.call import AttentionCall, Aux, AuxRequest
 from polyhead.errors import BackendError
 from polyhead.mask import Mask
 
-__all__ = ["Explanation", "attention", "explain"]
+__all__ = ["Explanation", "attention", "explain", "observe"]
+
+_observer: ContextVar[Callable[[AttentionCall], None] | None] = ContextVar("observer", default=None)
+
+_OUTPUT_ONLY = AuxRequest()
 
 
 @overload
@@ -116,8 +123,11 @@ def attention(
         sinks,
         alibi_slopes,
         dropout,
-        AuxRequest() if return_aux is None else return_aux,
+        _OUTPUT_ONLY if return_aux is None else return_aux,
     )
+    # (torch.compile traces no ContextVar: nobody looks into a compiled graph.)
+    if not torch.compiler.is_compiling() and (observer := _observer.get()) is not None:
+        observer(call)
     chosen = choose(call, backend)
     # Autocast would cast inside a backend, and degrade even the definition: a caller's autocast
     # decides the dtype of query, key and value, and that is the dtype of the output.
@@ -127,6 +137,23 @@ def attention(
     else:
         output, aux = _run(chosen, call)
     return output if return_aux is None else (output, aux)
+
+
+@contextmanager
+def observe(observer: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Tell `observer` of every call of `attention` in here, before it runs.
+
+    >>> import polyhead as ph
+    >>> query = key = value = torch.ones(1, 2, 3, 8)
+    >>> with observe(lambda call: print(call.H, "heads,", call.T, "queries")):
+    ...     _ = ph.attention(query, key, value)
+    2 heads, 3 queries
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 @dataclass(frozen=True)
@@ -201,7 +228,7 @@ def explain(
         sinks,
         alibi_slopes,
         dropout,
-        AuxRequest() if return_aux is None else return_aux,
+        _OUTPUT_ONLY if return_aux is None else return_aux,
     )
     asked = candidates(backend)
     names = {entry.name for entry in asked}
@@ -217,9 +244,9 @@ def explain(
     except BackendError:
         return Explanation(None, (), reasons, passed_over)
     notes = chosen.notes(call)
-    if chosen.first_order and call.needs_grad:
+    if _gives_first_derivative_only(chosen, call):
         notes.append("second derivatives through the definition: they hold T x S scores")
-    left = [name for name in call.aux.names if name not in chosen.aux]
+    left = _left_to_definition(chosen, call)
     if left:
         notes.append(f"{', '.join(left)} computed apart, by reference: holds T x S scores")
     return Explanation(chosen.name, tuple(notes), reasons, passed_over)
@@ -230,16 +257,28 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
 
     The output comes from the chosen backend alone, so that asking for aux never changes it.
     """
-    given = chosen.aux
+    left = _left_to_definition(chosen, call)
+    asked = replace(call, aux=replace(call.aux, **dict.fromkeys(left, False))) if left else call
     # torch.compile has no second derivatives of its own, and cannot trace this.
-    if chosen.first_order and call.needs_grad and not torch.compiler.is_compiling():
-        given = chosen.aux & {"lse"}  # of the others the kernel has no gradient
-        asked = AuxRequest(lse=call.aux.lse and "lse" in given)
-        output, aux = run_twice_differentiable(chosen.run, replace(call, aux=asked))
+    if _gives_first_derivative_only(chosen, call) and not torch.compiler.is_compiling():
+        output, aux = run_twice_differentiable(chosen.run, asked)
     else:
-        output, aux = chosen.run(call)
-    left = {name: True for name in call.aux.names if name not in given}
+        output, aux = chosen.run(asked)
     if left:
-        rest = compute_aux(replace(call, aux=AuxRequest(**left)))
+        rest = compute_aux(replace(call, aux=AuxRequest(**dict.fromkeys(left, True))))
         aux = replace(aux, **{name: getattr(rest, name) for name in left})
     return output, aux
+
+
+def _gives_first_derivative_only(chosen: Backend, call: AttentionCall) -> bool:
+    return chosen.first_order and call.needs_grad
+
+
+def _left_to_definition(chosen: Backend, call: AttentionCall) -> tuple[str, ...]:
+    """What is asked for beside the output that the chosen backend does not give."""
+    asked = call.aux.names
+    if not asked:
+        return ()
+    # Of the others a kernel gives no gradient.
+    given = chosen.aux & {"lse"} if _gives_first_derivative_only(chosen, call) else chosen.aux
+    return tuple(name for name in asked if name not in given)

@@ -1,13 +1,25 @@
-"""torch's kernel called in chunks of queries: the same numbers, and no T x S tensor."""
+"""torch's kernel: what it accepts, which kernel runs, chunks of queries instead of T x S."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import polyhead as ph
-from polyhead.backends import sdpa
-from polyhead.functional import build_call
+from polyhead.arguments import build_call
+from polyhead.backends import REFERENCE, sdpa
+from polyhead.errors import BackendError
+
+FALL = "torch then holds T x S scores and repeats key heads (its math path on CPU)"
+FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+
+
+def ones(B=2, H=6, G=2, T=5, S=7, D=8, E=None, dtype=torch.float32, device="cpu"):
+    shapes = [(B, H, T, D), (B, G, S, D), (B, G, S, D if E is None else E)]
+    return [torch.ones(shape, dtype=dtype, device=device) for shape in shapes]
 
 
 def tensors(B=1, H=2, G=1, T=16, S=None, D=8, dtype=torch.float32, seed=0):
@@ -72,14 +84,17 @@ def test_chunks_give_the_numbers_of_the_definition(
         assert_as_good_as_eager(ours.grad, theirs.grad, truth.grad)
 
 
-LINEAR = [
-    ({}, {"mask": ph.mask.causal()}),
-    ({}, {"mask": ph.mask.causal() & ph.mask.window(before=255)}),
-    ({"B": 2}, {"mask": lambda T: ph.mask.lengths([T - 5, T - 5])}),
-    ({"B": 2}, {"mask": lambda T: ph.mask.causal() & ph.mask.lengths([T - 5, 9])}),
-    ({"S": 1.25}, {"mask": ph.mask.causal()}),
-    ({}, {"mask": ph.mask.causal(), "alibi_slopes": torch.tensor([0.5, 0.01])}),
-]
+LINEAR = {
+    "causal": ({}, {"mask": ph.mask.causal()}),
+    "window": ({}, {"mask": ph.mask.causal() & ph.mask.window(before=255)}),
+    "lengths": ({"B": 2}, {"mask": lambda T: ph.mask.lengths([T - 5, T - 5])}),
+    "causal lengths": (
+        {"B": 2},
+        {"mask": lambda T: ph.mask.causal() & ph.mask.lengths([T - 5, 9])},
+    ),
+    "S > T": ({"S": 1.25}, {"mask": ph.mask.causal()}),
+    "ALiBi": ({}, {"mask": ph.mask.causal(), "alibi_slopes": torch.tensor([0.5, 0.01])}),
+}
 
 
 def peak(mode, T, sizes, options, backward):
@@ -98,7 +113,7 @@ def peak(mode, T, sizes, options, backward):
 
 @pytest.mark.parametrize("T", [4096, pytest.param(16384, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("sizes", "options"), LINEAR, ids=str)
+@pytest.mark.parametrize(("sizes", "options"), LINEAR.values(), ids=LINEAR)
 def test_memory_is_linear_in_the_number_of_tokens(tensor_sizes, sizes, options, backward, T):
     small = peak(type(tensor_sizes)(), T // 2, sizes, options, backward)
     large = peak(tensor_sizes, T, sizes, options, backward)
@@ -109,7 +124,7 @@ def test_memory_is_linear_in_the_number_of_tokens(tensor_sizes, sizes, options, 
 def test_memory_of_a_mask_written_out_whole_is_seen(tensor_sizes, monkeypatch):
     """The test above, broken on purpose."""
     monkeypatch.setattr(sdpa, "_WHOLE", 2**62)
-    sizes, options = LINEAR[1]
+    sizes, options = LINEAR["window"]
     small = peak(type(tensor_sizes)(), 1024, sizes, options, True)
     assert peak(tensor_sizes, 2048, sizes, options, True) > 3 * small
 
@@ -152,3 +167,227 @@ def test_sdpa_leaves_transforms_to_the_definition(transform):
     assert seen[0].chosen == "reference"
     assert seen[0].reasons["cpu"] == seen[0].reasons["sdpa"] == (reason,)
     assert ph.explain(*inputs).chosen != "reference"
+
+
+def odd(batch, head, query, key):
+    return key % 2 == 1
+
+
+REASONS = [
+    ({"dtype": torch.float64}, {}, ["runs float32, bfloat16 and float16; got float64"]),
+    (
+        {"T": 0},
+        {},
+        ["needs at least one batch row, query and key; got B = 2, T = 0, S = 7"],
+    ),
+    (
+        {"S": 0},
+        {},
+        ["needs at least one batch row, query and key; got B = 2, T = 5, S = 0"],
+    ),
+    (
+        {"B": 0},
+        {},
+        ["needs at least one batch row, query and key; got B = 0, T = 5, S = 7"],
+    ),
+    ({}, {"softcap": 30.0}, ["has no softcap; got softcap = 30.0"]),
+    ({}, {"sinks": torch.zeros(6)}, ["has no sinks; got sinks for 6 heads"]),
+    (
+        {"dtype": torch.bfloat16, "device": "meta"},
+        {
+            "bias": torch.zeros(5, 7, device="meta"),
+            "alibi_slopes": torch.zeros(6, device="meta"),
+        },
+        [
+            "takes a bias of the query's dtype bfloat16; got float32",
+            "would round ALiBi to bfloat16; got alibi_slopes",
+        ],
+    ),
+    ({}, {"dropout": 0.25}, [f"has no dropout in its CPU kernel; got dropout = 0.25; {FALL}"]),
+    ({"E": 3}, {}, [f"needs E = D; got D = 8, E = 3; {FALL}"]),
+    (
+        {},
+        {"bias": torch.zeros(5, 7, requires_grad=True)},
+        [f"gives no gradient to bias; {FALL}"],
+    ),
+    (
+        {},
+        {"alibi_slopes": torch.zeros(6, requires_grad=True)},
+        [f"gives no gradient to alibi_slopes; {FALL}"],
+    ),
+    (
+        {},
+        {"mask": ph.mask.causal() & ~ph.mask.custom(odd)},
+        ["runs masks of known structure, no custom(odd)"],
+    ),
+    (
+        {"E": 3, "dtype": torch.float64},
+        {"softcap": 2.0, "dropout": 0.5},
+        [
+            "runs float32, bfloat16 and float16; got float64",
+            "has no softcap; got softcap = 2.0",
+            f"has no dropout in its CPU kernel; got dropout = 0.5; {FALL}",
+            f"needs E = D; got D = 8, E = 3; {FALL}",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("sizes", "options", "reasons"), REASONS)
+def test_sdpa_says_why_not_with_numbers(sizes, options, reasons):
+    call = build_call(*ones(**sizes), **options)
+    assert sdpa.why_not(call) == reasons
+    with pytest.raises(BackendError) as caught:
+        ph.attention(*ones(**sizes), **options, backend="sdpa")
+    assert caught.value.reasons == {"sdpa": tuple(reasons)}
+    assert REFERENCE.why_not(call) == []
+
+
+def test_a_bias_that_needs_no_gradient_now_is_accepted():
+    bias = torch.zeros(5, 7, requires_grad=True)
+    with torch.no_grad():
+        assert sdpa.why_not(build_call(*ones(), bias=bias)) == []
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "note"),
+    [
+        ({}, {}, "no mask"),
+        ({"T": 7}, {"mask": ph.mask.causal()}, "is_causal: no T x S tensor"),
+        ({}, {"mask": ph.mask.causal(align="start")}, "is_causal: no T x S tensor"),
+        ({"T": 1}, {"mask": ph.mask.causal()}, "no mask"),
+        (
+            {"T": 1},
+            {"mask": ph.mask.causal() & ph.mask.window(before=3)},
+            "window(before=3) written out, T = 1 by S = 7",
+        ),
+        ({}, {"mask": ph.mask.causal()}, "causal() written out, T = 5 by S = 7"),
+        (
+            {},
+            {"mask": ph.mask.lengths([1, 2]), "bias": torch.zeros(5, 7)},
+            "lengths([1, 2]) and bias written out, T = 5 by S = 7",
+        ),
+        ({}, {"bias": torch.zeros(7)}, "bias written out, T = 5 by S = 7"),
+        ({}, {"alibi_slopes": torch.zeros(6)}, "ALiBi written out, T = 5 by S = 7"),
+    ],
+)
+def test_sdpa_names_its_kernel_and_what_it_writes_out(sizes, options, note):
+    explained = ph.explain(*ones(**sizes), **options, backend="sdpa")
+    assert explained.notes == (f"torch's flash kernel, {note}",)
+
+
+@st.composite
+def calls(draw):
+    """Arguments that break no rule, in any layout: what `why_not` has to judge."""
+    pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
+    B, G, group = pick(1, 2), pick(1, 3), pick(1, 2)
+    H, T, S, D = G * group, pick(1, 2, 5, 40), pick(1, 3, 5, 40), pick(1, 8, 24)
+    E = pick(D, D, D, 3)
+    dtype = pick(torch.float32, torch.bfloat16, torch.float16)
+
+    def laid_out(*shape):
+        order = draw(st.permutations(range(len(shape))))
+        step = pick(1, 2)
+        made = torch.randn([shape[axis] * step for axis in order]).to(dtype)
+        made = made.permute([order.index(axis) for axis in range(len(shape))])
+        return made[tuple(slice(None, None, step) for _ in shape)]
+
+    def broadcast(shape):
+        return [pick(1, size) for size in shape]
+
+    masks = [
+        None,
+        ph.mask.causal(),
+        ph.mask.causal(align="start"),
+        ph.mask.causal() & ph.mask.window(before=2),
+        ph.mask.lengths([S // 2] * B),
+        ph.mask.dense(laid_out(*broadcast((B, H, T, S))) > 0),
+        ph.mask.dense(laid_out(*broadcast((T, S))) > 0),
+    ]
+    bias = None
+    if draw(st.booleans()):
+        shape = broadcast((B, H, T, S))[draw(st.integers(0, 4)) :]
+        bias = laid_out(*shape)
+        if draw(st.booleans()):
+            bias = bias.expand((B, H, T, S)[4 - len(shape) :])
+        bias = bias.detach().requires_grad_(pick(False, False, True))
+    inputs = [laid_out(B, H, T, D), laid_out(B, G, S, D), laid_out(B, G, S, E)]
+    inputs = [x.detach().requires_grad_(draw(st.booleans())) for x in inputs]
+    return inputs, {"mask": pick(*masks), "bias": bias, "dropout": pick(0.0, 0.0, 0.5)}
+
+
+@given(calls())
+@settings(max_examples=300, deadline=None)
+def test_what_sdpa_accepts_runs_on_the_fused_kernel(case):
+    """With the math path forbidden torch raises where it would have taken it."""
+    inputs, options = case
+    if sdpa.why_not(build_call(*inputs, **options)):
+        return
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        output = ph.attention(*inputs, **options, backend="sdpa")
+        if output.requires_grad:
+            output.float().sum().backward()
+    want = ph.attention(*inputs, **options, backend="reference")
+    eps = torch.finfo(output.dtype).eps
+    torch.testing.assert_close(output, want, rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask": ph.mask.causal()},
+        {"mask": ph.mask.lengths([3, 0])},
+        {"mask": ph.mask.causal(), "bias": torch.zeros(6, 5, 7)},
+        {"bias": torch.zeros(7)},
+        {"bias": torch.zeros(())},
+        {"bias": torch.zeros(7, 5).T},
+    ],
+    ids=str,
+)
+def test_the_fused_kernel_is_what_is_called(tensor_sizes, options):
+    with tensor_sizes:
+        ph.attention(*ones(), **options, backend="sdpa")
+    assert tensor_sizes.operations.count(FUSED) == 1
+    assert not {"bmm", "_softmax", "_safe_softmax", "mm", "baddbmm"} & set(tensor_sizes.operations)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({}, {"dropout": 0.25}),
+        ({"E": 3}, {}),
+        ({}, {"bias": torch.zeros(5, 7, requires_grad=True)}),
+    ],
+    ids=str,
+)
+def test_what_sdpa_refuses_on_the_cpu_the_kernel_would_refuse(sizes, options):
+    """So that a reason goes when torch learns the case."""
+    call = build_call(*ones(**sizes), **options)
+    with (
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+        pytest.warns(UserWarning, match="."),
+        pytest.raises(RuntimeError, match="No available kernel"),
+    ):
+        sdpa.run(call)
+
+
+def test_simplify_drops_what_forbids_nothing():
+    causal, window = ph.mask.causal(), ph.mask.window(before=3)
+    start = ph.mask.causal(align="start")
+    assert sdpa.simplify(None, 1, 7) is None
+    assert sdpa.simplify(causal, 1, 7) is None
+    assert sdpa.simplify(causal & window, 1, 7) == window
+    assert sdpa.simplify(causal & window & start, 1, 7) == window & start
+    assert sdpa.simplify(causal & window, 2, 7) == causal & window
+    assert sdpa.simplify(start, 1, 7) == start
+    assert sdpa.simplify(causal | window, 1, 7) == causal | window
+
+
+def test_sdpa_says_when_its_fused_kernel_is_switched_off():
+    query = torch.randn(1, 2, 3, 8)
+    with sdpa_kernel(SDPBackend.MATH):
+        explanation = ph.explain(query, query, query, backend=["sdpa", "reference"])
+    assert explanation.chosen == "reference"
+    assert "switched off" in explanation.reasons["sdpa"][0]
+    assert ph.explain(query, query, query, backend=["sdpa", "reference"]).chosen == "sdpa"

@@ -44,6 +44,28 @@ inline __m256i cvtps_ph(__m512 a) {
       U16x8x2{_mm256_cvtps_ph(low, kRounding), _mm256_cvtps_ph(high, kRounding)});
 }
 
+template <class Function>
+inline __m512 each(__m512 a, __m512 b, Function&& function) {
+  F32x16 results;
+  for (int i = 0; i < 16; ++i)
+    results[i] = function(std::bit_cast<F32x16>(a)[i], std::bit_cast<F32x16>(b)[i]);
+  return std::bit_cast<__m512>(results);
+}
+
+// To an integer; only the rounding to the nearest, ties to even, is used.
+inline __m512 roundscale_ps(__m512 a, int) {
+  return each(a, a, [](float x, float) { return std::nearbyint(x); });
+}
+
+// x * 2^floor(y); and 0 where y is -infinity, even if x is NaN.
+inline __m512 scalef_ps(__m512 a, __m512 b) {
+  return each(a, b, [](float x, float y) {
+    if (std::isinf(y)) return y < 0 ? 0.0F : x == 0.0F ? std::nanf("") : y;
+    if (std::isnan(x) || std::isnan(y)) return std::nanf("");
+    return std::ldexp(x, static_cast<int>(std::fmax(std::fmin(std::floor(y), 4e3F), -4e3F)));
+  });
+}
+
 #if defined(POLYHEAD_EMULATE_BF16)
 // The instructions of AVX512_BF16 read subnormal numbers as 0, and write them as 0.
 inline float flushed(float x) {
@@ -83,3 +105,7 @@ inline __m512 dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph<rounding>(a)
+#undef _mm512_roundscale_ps
+#define _mm512_roundscale_ps emulated::roundscale_ps
+#undef _mm512_scalef_ps
+#define _mm512_scalef_ps emulated::scalef_ps

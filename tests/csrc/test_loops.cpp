@@ -159,7 +159,7 @@ double Case::score(int64_t b, int64_t h, int64_t t, int64_t s, double& terms,
 
 int Case::check() const {
   const int64_t rows = a.B * a.H * a.T;
-  Memory output(dtype, rows * a.E), lse(Dtype::f32, rows), shifts(Dtype::f32, 2 * rows),
+  Memory output(dtype, rows * a.E), lse(Dtype::f32, rows), shifts(Dtype::f32, 3 * rows),
       stats(Dtype::f32, 6 * rows);
   const auto floats = [](Memory& memory) { return static_cast<float*>(memory.data()); };
   POLYHEAD_ISA::kTable.forward(
@@ -189,14 +189,20 @@ int Case::check() const {
   }
   if (a.sinks != nullptr) g.sinks = floats(sinks_grad);
   POLYHEAD_ISA::kTable.backward(a, g);
+  const bool is_mean = chance(2);
+  Memory weights = zeros((is_mean ? a.B * a.T : rows) * a.S);
+  POLYHEAD_ISA::kTable.weights(a, {floats(shifts), floats(weights), is_mean});
 
   // The error allowed is this many roundings in all terms of a sum, those of the scores included,
   // and what 16 bits lose in weights and output.
   constexpr double kRoundings = 16.0;
   const double loss = dtype == Dtype::f32 ? 0.0 : 2.1 * unit_of(dtype);
+  // Products of pairs take P and dS rounded to bfloat16.
+  const bool has_pairs = POLYHEAD_ISA::kHasPairs && dtype == Dtype::bf16;
+  const double pair_loss = has_pairs ? 1.01 * unit_of(dtype) : 0.0;
   Result outputs("output", output.size()), lses("lse", rows), all_stats("stats", 6 * rows);
   Result to_query("query", query_grad.size()), to_key("key", key_grad.size()),
-      to_value("value", value_grad.size()), to_bias("bias", bias_size), to_sinks("sinks", a.H);
+      to_value("value", value_grad.size()), to_bias("bias", bias_size), to_sinks("sinks", a.H), all_weights("weights", weights.size());
   const POLYHEAD_ISA::Dropout dropout(a);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t t = row % a.T, h = row / a.T % a.H, b = row / a.T / a.H, group = h / a.group();
@@ -227,6 +233,8 @@ int Case::check() const {
       if (scores[s] == -INFINITY) continue;
       const double weight = std::exp(scores[s] - most) / total;
       const double log_weight = scores[s] - most - std::log(total);
+      const double share = is_mean ? weight / static_cast<double>(a.H) : weight;
+      all_weights.add((is_mean ? b * a.T + t : row) * a.S + s, share, rounding * share);
       const int64_t ahead = s - a.position(t);
       const double numbers[] = {-weight * log_weight, weight * std::abs(static_cast<double>(ahead)),
                                 s == 0 ? weight : 0.0, ahead == -1 ? weight : 0.0,
@@ -264,7 +272,8 @@ int Case::check() const {
         dP += grad * x;
         dP_terms += std::abs(grad * x);
         const double dV = weight * kept[s] * grad;
-        to_value.add(((b * a.G + group) * a.S + s) * a.E + e, dV, rounding * std::abs(dV));
+        to_value.add(((b * a.G + group) * a.S + s) * a.E + e, dV,
+                     (rounding + pair_loss) * std::abs(dV));
       }
       const double from_lse =
           grad_lse.empty() ? 0.0 : grad_lse[row] * std::exp(scores[s] - most) / keys_total;
@@ -279,7 +288,8 @@ int Case::check() const {
       }
       // 1 - capped^2 loses digits where it is small.
       const double dS = a.scale * dZ * slope[s];
-      const double dS_error = a.scale * (dZ_error + rounding * std::abs(dZ));
+      const double dS_error =
+          a.scale * (dZ_error + (rounding + pair_loss) * (std::abs(dZ) + dZ_error));
       for (int64_t d = 0; d < a.D; ++d) {
         const double k = (*key)(b, group, s, d), q = (*query)(b, h, t, d);
         to_query.add(row * a.D + d, dS * k, dS_error * std::abs(k));
@@ -304,6 +314,7 @@ int Case::check() const {
   compare(outputs, output);
   compare(lses, lse);
   if (has_stats) compare(all_stats, stats);
+  compare(all_weights, weights);
   compare(to_query, query_grad);
   compare(to_key, key_grad);
   compare(to_value, value_grad);

@@ -513,6 +513,27 @@ class Adapted(nn.Module):
         return 2 * self.base_layer(x)
 
 
+class Wrapped(nn.Module):
+    """A projection that has no weight of its own name, as some adapters are."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+def test_a_cache_fits_a_module_whose_projections_are_wrapped():
+    mla, x = build_double()
+    for name in ("W_query", "W_kv_down", "W_key", "W_value", "out_proj"):
+        setattr(mla, name, Wrapped(getattr(mla, name)))
+    cache = mla.make_cache(2)
+    with torch.no_grad():
+        mla(x, cache=cache)
+    assert (cache.dtype, len(cache)) == (torch.float64, 9)
+
+
 def test_adapters_are_never_passed_by():
     mla, x = build_double()
     twice = copy.deepcopy(mla)

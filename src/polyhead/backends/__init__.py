@@ -63,7 +63,7 @@ REFERENCE = Backend(
     reference.why_not,
     reference.run,
     reference.notes,
-    aux=frozenset({"weights", "lse", "stats"}),
+    aux=frozenset({"weights", "mean_weights", "lse", "stats"}),
     summary="the definition, in plain PyTorch; runs everything, holds T x S scores",
 )
 
@@ -74,7 +74,7 @@ BACKENDS: tuple[Backend, ...] = (
         cpu.why_not,
         cpu.run,
         cpu.notes,
-        aux=frozenset({"lse", "stats"}),
+        aux=frozenset({"weights", "mean_weights", "lse", "stats"}),
         passed_over=cpu.passed_over,
         first_order=True,
         summary="polyhead's own C++ kernels for the processor; every mask and variant fused",

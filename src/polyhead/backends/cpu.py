@@ -8,19 +8,18 @@ only where it shares a tile with values that it may attend to.
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from polyhead.backends import cpu_operators, reference, sdpa
-from polyhead.backends.structure import custom_reasons, read_structure
-from polyhead.backends.transforms import transform_reasons
-from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
+from polyhead.backends import cpu_operators, sdpa
+from polyhead.backends.layout import side_by_side
+from polyhead.backends.refusals import custom_reasons, dtype_reasons, transform_reasons
+from polyhead.backends.structure import read_structure
+from polyhead.call import AttentionCall, Aux, HeadStats
 
 __all__ = ["notes", "passed_over", "run", "why_not"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_SIZE = 512
 _MAX_TOKENS = 2**31 - 2
 # As in csrc/decode.hpp: so few queries a key head are not worth packing keys for.
@@ -34,15 +33,14 @@ def why_not(call: AttentionCall) -> list[str]:
     reasons = []
     if cpu_operators.missing:
         reasons.append(cpu_operators.missing)
-    if call.device.type != "cpu":
+    if not call.query.is_cpu:
         reasons.append(f"runs on the CPU; got device {call.device}")
-    if call.dtype not in _DTYPES:
-        reasons.append(f"runs float32, bfloat16 and float16; got {_name(call.dtype)}")
+    reasons.extend(dtype_reasons(call))
     if max(call.D, call.E) > _MAX_HEAD_SIZE:
         reasons.append(f"has heads of up to {_MAX_HEAD_SIZE}; got D = {call.D}, E = {call.E}")
     if max(call.T, call.S) > _MAX_TOKENS:
         reasons.append(f"has up to {_MAX_TOKENS} tokens; got T = {call.T}, S = {call.S}")
-    if _learnt(call.alibi_slopes):
+    if "alibi_slopes" in call.learnt:
         reasons.append("gives no gradient to alibi_slopes")
     reasons.extend(custom_reasons(call.mask))
     reasons.extend(transform_reasons())
@@ -57,12 +55,13 @@ def passed_over(call: AttentionCall) -> list[str]:
         return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
     if torch.compiler.is_exporting():
         return ["would tie an exported program to this library; torch's own operators do not"]
-    weights = call.B * call.H * call.T * call.S
-    if call.dropout > 0.0 and weights <= _FEW_WEIGHTS:
-        return [
-            f"drops by its own generator; {weights} weights are few enough to drop as F.dropout "
-            "does for this seed"
-        ]
+    if call.dropout > 0.0:
+        weights = call.B * call.H * call.T * call.S
+        if weights <= _FEW_WEIGHTS:
+            return [
+                f"drops by its own generator; {weights} weights are few enough to drop as "
+                "F.dropout does for this seed"
+            ]
     return []
 
 
@@ -82,50 +81,62 @@ def notes(call: AttentionCall) -> list[str]:
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
-    """Output (B, H, T, E), and lse and stats if asked for."""
+    """Output (B, H, T, E), and the aux asked for; of that only lse has a gradient."""
     structure = read_structure(call.mask, call.T, call.S)
     allowed = None
     if structure.rest is not None:
         allowed = structure.rest.materialize(call.T, call.S, device=call.device)
     sinks, slopes = call.sinks, call.alibi_slopes
-    # The kernel's statistics have no gradient.
-    stats_here = call.aux.stats and not call.needs_grad
+    slopes = None if slopes is None else slopes.float().contiguous()
+    query, key = side_by_side(call.query), side_by_side(call.key)
+    softcap = 0.0 if call.softcap is None else call.softcap
     operators = torch.ops.polyhead
     attend = operators.attention_forward if call.needs_grad else operators.attention_inference
     output, lse, details = attend(
-        cpu_operators.side_by_side(call.query),
-        cpu_operators.side_by_side(call.key),
-        cpu_operators.side_by_side(call.value),
+        query,
+        key,
+        side_by_side(call.value),
         call.bias,
         allowed,
         structure.lengths,
         structure.padding,
         structure.documents,
         None if sinks is None else sinks.float().contiguous(),
-        None if slopes is None else slopes.float().contiguous(),
+        slopes,
         torch.randint(2**62, (1,)) if call.dropout > 0.0 else None,
         structure.band,
         call.scale,
-        0.0 if call.softcap is None else call.softcap,
+        softcap,
         call.dropout,
-        stats_here,
+        call.aux.stats,
     )
-    stats = None
-    if stats_here:
-        stats = HeadStats(*details[2:].unbind())
-    elif call.aux.stats:
-        stats = reference.compute_aux(replace(call, aux=AuxRequest(stats=True))).stats
-    return output, Aux(lse=lse if call.aux.lse else None, stats=stats)
 
+    def weights(mean: bool) -> Tensor:
+        written: Tensor = operators.attention_weights(
+            query,
+            key,
+            call.bias,
+            allowed,
+            structure.lengths,
+            structure.padding,
+            structure.documents,
+            slopes,
+            structure.band,
+            call.scale,
+            softcap,
+            details,
+            mean,
+        )
+        return written.to(call.dtype)
 
-def _learnt(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    return output, Aux(
+        weights=weights(mean=False) if call.aux.weights else None,
+        mean_weights=weights(mean=True) if call.aux.mean_weights else None,
+        lse=lse if call.aux.lse else None,
+        stats=HeadStats(*details[3:].unbind()) if call.aux.stats else None,
+    )
 
 
 @functools.cache
 def _has_amx() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

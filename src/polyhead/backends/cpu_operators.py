@@ -1,7 +1,8 @@
 """The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
 
-`torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative) and
-`attention_backward` exist if the package was built with a C++ compiler; `missing` says if not.
+`torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative),
+`attention_backward` and `attention_weights` exist if the package was built with a C++ compiler;
+`missing` says if not.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["choose_isa", "isa", "missing"]
+from polyhead.backends.layout import side_by_side
+
+__all__ = ["choose_isa", "isa", "missing", "multiply_add"]
 
 
 def _load() -> str:
@@ -50,6 +53,19 @@ def choose_isa(name: str) -> None:
     torch.ops.polyhead.cpu_isa(name)
 
 
+def multiply_add(pairs: bool, steps: int) -> float:
+    """Keep every thread's arithmetic units busy with numbers in registers: a machine's ceiling.
+
+    Args:
+        pairs: with products of bfloat16 pairs, where the processor has them.
+        steps: how long.
+
+    Returns:
+        How many additions and multiplications that was.
+    """
+    return float(torch.ops.polyhead.cpu_multiply_add(pairs, steps))
+
+
 def _forward_shapes(
     query: Tensor, key: Tensor, value: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +74,7 @@ def _forward_shapes(
     return (
         query.new_empty(B, H, T, value.shape[-1]),
         query.new_empty(B, H, T, dtype=torch.float32),
-        query.new_empty(8 if stats else 2, B, H, T, dtype=torch.float32),
+        query.new_empty(9 if stats else 3, B, H, T, dtype=torch.float32),
     )
 
 
@@ -82,6 +98,13 @@ def _backward_shapes(
 
     sinks = arguments[4]
     return like(query), like(key), like(value), like(bias, bias_grad), like(sinks, sinks_grad)
+
+
+def _weights_shape(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
+    B, H, T, _ = query.shape
+    mean = arguments[-1]
+    sizes = (B, T) if mean else (B, H, T)
+    return query.new_empty(*sizes, key.shape[2], dtype=torch.float32)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -130,16 +153,10 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
-def side_by_side(tensor: Tensor) -> Tensor:
-    """The tensor with its features side by side, the one layout that the kernels ask for."""
-    if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
 if not missing:
     torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
     torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
     torch.library.register_fake("polyhead::attention_backward", _backward_shapes)
+    torch.library.register_fake("polyhead::attention_weights", _weights_shape)
     torch.library.register_autograd("polyhead::attention_forward", _gradients, setup_context=_save)
     torch.library.register_autograd("polyhead::attention_backward", _refuse)

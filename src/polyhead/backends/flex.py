@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from polyhead.backends import flex_mask
-from polyhead.backends.transforms import transform_reasons
+from polyhead.backends.refusals import dtype_reasons, transform_reasons
 from polyhead.call import AttentionCall, Aux
 
 __all__ = ["notes", "passed_over", "run", "why_not"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MIN_CUDA_HEAD_DIM = 16  # Triton's smallest matrix product
 # torch's 8 would be used up by a few head sizes and masks; beyond the limit it raises.
 _KINDS_OF_CALL = 256
@@ -30,9 +29,7 @@ ScoreRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 def why_not(call: AttentionCall) -> list[str]:
     """Every reason why this call must not go to `flex_attention`."""
-    reasons = []
-    if call.dtype not in _DTYPES:
-        reasons.append(f"runs float32, bfloat16 and float16; got {_name(call.dtype)}")
+    reasons = dtype_reasons(call)
     if call.B * call.T * call.S * call.E == 0:
         sizes = f"B = {call.B}, T = {call.T}, S = {call.S}, E = {call.E}"
         reasons.append(f"needs B, T, S and E of at least 1; got {sizes}")
@@ -109,12 +106,7 @@ def _cpu_reasons(call: AttentionCall) -> list[str]:
     if call.sinks is not None:
         reasons.append(f"gives no lse on cpu, which sinks need; got sinks for {call.H} heads")
     if call.needs_grad:
-        names = ("query", "key", "value", "bias", "sinks", "alibi_slopes")
-        tensors = {name: getattr(call, name) for name in names}
-        learnt = [
-            name for name, tensor in tensors.items() if tensor is not None and tensor.requires_grad
-        ]
-        reasons.append(f"has no backward on cpu; got requires_grad of {', '.join(learnt)}")
+        reasons.append(f"has no backward on cpu; got requires_grad of {', '.join(call.learnt)}")
     return reasons
 
 
@@ -167,7 +159,3 @@ def _score_rule(call: AttentionCall) -> ScoreRule | None:
         return score
 
     return score_mod
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -136,6 +136,7 @@ def _aux(
 ) -> Aux:
     return Aux(
         weights=weights_bhts.to(call.dtype) if call.aux.weights else None,
+        mean_weights=weights_bhts.mean(dim=1).to(call.dtype) if call.aux.mean_weights else None,
         lse=_lse(scores_bhts) if call.aux.lse else None,
         stats=_stats(scores_bhts, weights_bhts, _distances(call, first_position))
         if call.aux.stats

@@ -13,8 +13,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from polyhead.backends.structure import custom_reasons
-from polyhead.backends.transforms import transform_reasons
+from polyhead.backends.layout import side_by_side
+from polyhead.backends.refusals import (
+    custom_reasons,
+    dtype_name,
+    dtype_reasons,
+    transform_reasons,
+)
 from polyhead.call import AttentionCall, Aux
 from polyhead.mask import All, Causal, Mask
 
@@ -33,14 +38,10 @@ _KERNELS = {
     SDPBackend.OVERRIDEABLE.value: "kernel of this device",
 }
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def why_not(call: AttentionCall) -> list[str]:
     """Every reason why this call must not go to `scaled_dot_product_attention`."""
-    reasons = []
-    if call.dtype not in _DTYPES:
-        reasons.append(f"runs float32, bfloat16 and float16; got {_name(call.dtype)}")
+    reasons = dtype_reasons(call)
     if call.B * call.T * call.S == 0:
         sizes = f"B = {call.B}, T = {call.T}, S = {call.S}"
         reasons.append(f"needs at least one batch row, query and key; got {sizes}")
@@ -114,11 +115,10 @@ def _wide_bias_reasons(call: AttentionCall) -> list[str]:
     """Beside 16-bit queries only the CPU kernel takes numbers of 32 bits to add to the scores."""
     reasons = []
     if call.bias is not None and call.bias.dtype != call.dtype:
-        reasons.append(
-            f"takes a bias of the query's dtype {_name(call.dtype)}; got {_name(call.bias.dtype)}"
-        )
+        asked, got = dtype_name(call.dtype), dtype_name(call.bias.dtype)
+        reasons.append(f"takes a bias of the query's dtype {asked}; got {got}")
     if call.alibi_slopes is not None:
-        reasons.append(f"would round ALiBi to {_name(call.dtype)}; got alibi_slopes")
+        reasons.append(f"would round ALiBi to {dtype_name(call.dtype)}; got alibi_slopes")
     return reasons
 
 
@@ -133,9 +133,11 @@ def _math_path_reasons(call: AttentionCall) -> list[str]:
         reasons.append(f"has no dropout in its CPU kernel; got dropout = {call.dropout}; {fall}")
     if call.E != call.D:
         reasons.append(f"needs E = D; got D = {call.D}, E = {call.E}; {fall}")
-    for name, tensor in (("a bias", call.bias), ("alibi_slopes", call.alibi_slopes)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            reasons.append(f"gives no gradient to {name}; {fall}")
+    reasons += [
+        f"gives no gradient to {name}; {fall}"
+        for name in call.learnt
+        if name in ("bias", "alibi_slopes")
+    ]
     return reasons
 
 
@@ -249,9 +251,9 @@ def _kernel(
     is_causal: bool = False,
 ) -> Tensor:
     return F.scaled_dot_product_attention(
-        _packed(query),
-        _packed(key),
-        _packed(value),
+        side_by_side(query),
+        side_by_side(key),
+        side_by_side(value),
         attn_mask=attn_mask,
         dropout_p=call.dropout,
         is_causal=is_causal,
@@ -259,14 +261,3 @@ def _kernel(
         # A branch: torch.compile may make the comparison symbolic, which the kernel does not take.
         enable_gqa=True if call.group > 1 else False,  # noqa: SIM210
     )
-
-
-def _packed(tensor: Tensor) -> Tensor:
-    """The tensor with its features side by side: a fused kernel takes no other layout."""
-    if tensor.stride(-1) == 1:
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

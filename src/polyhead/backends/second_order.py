@@ -17,8 +17,6 @@ __all__ = ["run_twice_differentiable"]
 
 Run = Callable[[AttentionCall], tuple[Tensor, Aux]]
 
-_TENSORS = ("query", "key", "value", "bias", "sinks", "alibi_slopes")
-
 
 def run_twice_differentiable(run: Run, call: AttentionCall) -> tuple[Tensor, Aux]:
     """`run(call)`, whose gradient can be differentiated again: the output, and lse if asked for.
@@ -26,9 +24,8 @@ def run_twice_differentiable(run: Run, call: AttentionCall) -> tuple[Tensor, Aux
     The first derivative is the kernel's own, unless a second one was announced
     (`create_graph=True`): then both come from the definition.
     """
-    names = tuple(name for name in _TENSORS if getattr(call, name) is not None)
-    tensors = [getattr(call, name) for name in names]
-    output, *lse = _TwiceDifferentiable.apply(run, call, names, *tensors)  # type: ignore[no-untyped-call]
+    tensors = call.tensors
+    output, *lse = _TwiceDifferentiable.apply(run, call, tuple(tensors), *tensors.values())  # type: ignore[no-untyped-call]
     return output, Aux(lse=lse[0] if lse else None)
 
 

@@ -11,7 +11,6 @@ from polyhead.mask import (
     All,
     AnyOf,
     Causal,
-    Custom,
     Documents,
     LeftPadding,
     Lengths,
@@ -21,12 +20,12 @@ from polyhead.mask import (
     Window,
 )
 
-__all__ = ["Structure", "custom_reasons", "read_structure"]
+__all__ = ["Structure", "read_structure"]
 
 UNBOUNDED = 2**40  # beyond any number of tokens, and far from overflow when one is added
 
 
-@dataclass(frozen=True)
+@dataclass
 class Structure:
     """A mask as rules that must all hold for query t to attend to key s.
 
@@ -55,17 +54,6 @@ class Structure:
         return [self.lower, self.upper, self.stop, self.joined_upper, self.joined_prefix]
 
 
-def custom_reasons(mask: Mask | None) -> list[str]:
-    """Why a kernel that needs structure cannot run this mask: some rule of it has none."""
-    if mask is None:
-        return []
-    return [
-        f"runs masks of known structure, no {rule!r}"
-        for rule in mask.primitives()
-        if isinstance(rule, Custom)
-    ]
-
-
 def read_structure(mask: Mask | None, T: int, S: int) -> Structure:
     """The structure of a mask for T queries and S keys. Reads no tensor's values.
 
@@ -75,77 +63,75 @@ def read_structure(mask: Mask | None, T: int, S: int) -> Structure:
     (0, 2)
     """
     structure = Structure()
-    rest = []
-    for part in () if mask is None else mask.conjuncts:
-        narrowed = _with_part(structure, part, S, end=S - T, start=0)
-        if narrowed is None:
-            rest.append(part)
-        else:
-            structure = narrowed
-    if not rest:
+    if mask is None:
         return structure
-    return replace(structure, rest=rest[0] if len(rest) == 1 else All(tuple(rest)))
+    rest = [part for part in mask.conjuncts if not _narrow(structure, part, S, S - T, 0)]
+    if rest:
+        structure.rest = rest[0] if len(rest) == 1 else All(tuple(rest))
+    return structure
 
 
-def _with_part(structure: Structure, part: Mask, S: int, end: int, start: int) -> Structure | None:
-    """The structure with one more rule, or None if the rule has no place in it.
+def _narrow(structure: Structure, part: Mask, S: int, end: int, start: int) -> bool:
+    """Add a rule to the structure; False, and the structure as it was, if it has no place there.
 
     Query t stands at key t + end where positions count from the end, else at key t + start.
     """
     if isinstance(part, Causal):
-        upper = end if part.align == "end" else start
-        return replace(structure, upper=min(structure.upper, upper))
-    if isinstance(part, Window):
         here = end if part.align == "end" else start
-        lower = -UNBOUNDED if part.before is None else here - part.before
-        upper = UNBOUNDED if part.after is None else here + part.after
-        return replace(
-            structure, lower=max(structure.lower, lower), upper=min(structure.upper, upper)
-        )
-    if isinstance(part, Prefix):
-        return replace(structure, stop=min(structure.stop, part.n))
-    if isinstance(part, Lengths):
+        structure.upper = min(structure.upper, here)
+    elif isinstance(part, Window):
+        here = end if part.align == "end" else start
+        if part.before is not None:
+            structure.lower = max(structure.lower, here - part.before)
+        if part.after is not None:
+            structure.upper = min(structure.upper, here + part.after)
+    elif isinstance(part, Prefix):
+        structure.stop = min(structure.stop, part.n)
+    elif isinstance(part, Lengths):
         old = structure.lengths
-        lengths = part.lengths if old is None else torch.minimum(old, part.lengths)
-        return replace(structure, lengths=lengths)
-    if isinstance(part, LeftPadding):
+        structure.lengths = part.lengths if old is None else torch.minimum(old, part.lengths)
+    elif isinstance(part, LeftPadding):
         old = structure.padding
-        padding = part.padding if old is None else torch.maximum(old, part.padding)
-        return replace(structure, padding=padding)
-    if isinstance(part, Documents):
-        return replace(structure, documents=part.ids) if structure.documents is None else None
-    if isinstance(part, AnyOf):
-        return _with_union(structure, part, S, end, start)
-    if isinstance(part, Rows):
-        if any(isinstance(inner, Documents) for inner in part.part.conjuncts):
-            return None  # a kernel takes the queries for the last of the keys, and these may not be
-        start += part.start
-        return _with_all(structure, part.part, S, S - part.T + start, start)
-    return None
+        structure.padding = part.padding if old is None else torch.maximum(old, part.padding)
+    elif isinstance(part, Documents):
+        if structure.documents is not None:
+            return False
+        structure.documents = part.ids
+    elif isinstance(part, AnyOf):
+        return _narrow_by_union(structure, part, S, end, start)
+    elif isinstance(part, Rows):
+        return _narrow_by_rows(structure, part, S, start)
+    else:
+        return False
+    return True
 
 
-def _with_all(structure: Structure, mask: Mask, S: int, end: int, start: int) -> Structure | None:
-    for part in mask.conjuncts:
-        narrowed = _with_part(structure, part, S, end, start)
-        if narrowed is None:
-            return None
-        structure = narrowed
-    return structure
+def _narrow_by_rows(structure: Structure, rows: Rows, S: int, start: int) -> bool:
+    """Some queries' rows of a mask: the same rules, of queries that stand elsewhere."""
+    parts = rows.part.conjuncts
+    if any(isinstance(part, Documents) for part in parts):
+        return False  # a kernel takes the queries for the last of the keys, and these may not be
+    start += rows.start
+    narrowed = replace(structure)
+    if not all(_narrow(narrowed, part, S, S - rows.T + start, start) for part in parts):
+        return False
+    vars(structure).update(vars(narrowed))
+    return True
 
 
-def _with_union(
-    structure: Structure, union: AnyOf, S: int, end: int, start: int
-) -> Structure | None:
+def _narrow_by_union(structure: Structure, union: AnyOf, S: int, end: int, start: int) -> bool:
     """`causal() | prefix(n)`: what begins at the first key is still one range of keys."""
     if structure.joined_upper != UNBOUNDED:
-        return None
+        return False
     upper, prefix = -UNBOUNDED, 0
     for part in union.parts:
-        alone = _with_part(Structure(), part, S, end, start)
-        if alone is None or alone not in (Structure(upper=alone.upper), Structure(stop=alone.stop)):
-            return None
+        alone = Structure()
+        is_range = _narrow(alone, part, S, end, start)
+        if not is_range or alone not in (Structure(upper=alone.upper), Structure(stop=alone.stop)):
+            return False
         if alone.upper != UNBOUNDED:
             upper = max(upper, alone.upper)
         else:
             prefix = max(prefix, alone.stop)
-    return replace(structure, joined_upper=upper, joined_prefix=prefix)
+    structure.joined_upper, structure.joined_prefix = upper, prefix
+    return True

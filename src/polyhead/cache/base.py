@@ -11,9 +11,9 @@ from torch import Tensor
 
 from polyhead.arguments import check_is_tensor
 from polyhead.cache.formats import Format, Held, Int8, Plain
-from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
 
-__all__ = ["Cache", "check_count", "empty_like"]
+__all__ = ["Cache", "empty_like"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -38,10 +38,12 @@ class Cache(ABC):
         num_kv_heads, head_dim, value_head_dim: G, D and E.
         dtype: of what goes in and comes out.
         device: where it is held.
+        window: a query sees at most so many tokens before it; None: all of them are held.
     """
 
     length: int
     start: int
+    window: int | None = None
 
     def __init__(
         self,
@@ -239,13 +241,6 @@ class Cache(ABC):
 
     def _extra_repr(self) -> str:
         return ""
-
-
-def check_count(name: str, count: int, least: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < least:
-        raise ArgumentError(
-            name, f"must be an integer of at least {least}", repr(count), "count tokens or sizes"
-        )
 
 
 def empty_like(held: Held, rows: int, tokens: int) -> Held:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.cache.base import Cache, check_count, empty_like
+from polyhead.cache.base import Cache, empty_like
 from polyhead.cache.formats import Held
-from polyhead.errors import ArgumentError
+from polyhead.errors import ArgumentError, check_count
 
 __all__ = ["KVCache"]
 

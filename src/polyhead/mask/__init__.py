@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polyhead.errors import ArgumentError, DtypeError, ShapeError
+from polyhead.errors import ArgumentError, DtypeError, ShapeError, check_count
 from polyhead.mask.algebra import All, AnyOf, Columns, Mask, Not, Rows
 from polyhead.mask.primitives import (
     Align,
@@ -112,10 +112,8 @@ def window(before: int | None = None, after: int | None = None, *, align: Align 
     False
     """
     for name, size in (("before", before), ("after", after)):
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 0):
-            raise ArgumentError(
-                name, "must be an integer of at least 0, or None", repr(size), "count the keys"
-            )
+        if size is not None:
+            check_count(name, size, 0, "count the keys, or pass None for no limit")
     if before is None and after is None:
         raise ArgumentError(
             "before, after", "must not both be None", "no limit at all", "give one of them"
@@ -180,13 +178,7 @@ def prefix(n: int) -> Mask:
     >>> prefix(2).materialize(1, 5).int().tolist()
     [[1, 1, 0, 0, 0]]
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-        raise ArgumentError(
-            "n",
-            "must be an integer of at least 0",
-            repr(n),
-            "use lengths(...) for one number a batch row",
-        )
+    check_count("n", n, 0, "use lengths(...) for one number a batch row")
     return Prefix(n)
 
 
@@ -312,8 +304,7 @@ def custom(
             "wrap a bool tensor in polyhead.mask.dense instead",
         )
     for name, size in (("batch", batch), ("heads", heads)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ArgumentError(name, "must be an integer of at least 1", repr(size), "count them")
+        check_count(name, size, 1, "count them")
     return Custom(fn, batch, heads, _check_align(align))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from polyhead.arguments import autocasts, check_is_tensor
 from polyhead.cache import Cache
-from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
 from polyhead.mask import Mask, Window
 from polyhead.positions import Rope
 
@@ -27,8 +27,7 @@ __all__ = [
 def check_sizes(**sizes: int) -> None:
     """Every size is an integer of at least 1."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ShapeError(name, "must be an integer of at least 1", repr(size), "count from 1")
+        check_count(name, size, 1, "count from 1", ShapeError)
 
 
 def check_dropout(dropout: float) -> None:
@@ -136,7 +135,7 @@ def check_cache(
             T,
             "shorten it, or build the module with a larger context_length",
         )
-    window = getattr(cache, "window", None)
+    window = cache.window
     if window is not None and not _within(rule, window):
         raise ArgumentError(
             "cache",

@@ -18,6 +18,16 @@ _PROJECTIONS = ("W_qkv", "W_query", "W_key", "W_value")
 
 
 def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
+    """Replace W_query, W_key and W_value by one W_qkv: one product instead of three.
+
+    Weights are moved, not changed: `unfuse()` gives the same bits back, and a fused module loads an
+    unfused checkpoint (and the reverse). It pays in inference with few tokens (see
+    docs/performance.md); keep separate projections for LoRA and tensor parallelism.
+
+    Raises:
+        ArgumentError: a projection is no plain nn.Linear (adapters, quantisation), or some of their
+            parameters are frozen and others are not.
+    """
     if mha.fused:
         return mha
     parts = [mha.W_query, mha.W_key, mha.W_value]
@@ -44,6 +54,7 @@ def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
 
 
 def unfuse(mha: MultiHeadAttention) -> MultiHeadAttention:
+    """Undo `fuse()`: W_query, W_key and W_value again, with the same bits."""
     if not mha.fused:
         return mha
     fused = mha.W_qkv

@@ -25,6 +25,7 @@ from polyhead.modules.arguments import (
     check_rope,
     check_sizes,
 )
+from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
 from polyhead.positions import Rope
 
@@ -251,10 +252,8 @@ class MultiHeadLatentAttention(nn.Module):
             max_tokens: None: context_length.
             options: more of `KVCache`'s keywords, such as window= or storage=torch.int8.
         """
-        weight = self.W_kv_down.weight
-        fit: dict[str, Any] = {"value_head_dim": 0, "dtype": weight.dtype, "device": weight.device}
         most = self.context_length if max_tokens is None else max_tokens
-        return KVCache(batch, most, 1, self.kv_rank + self.rope_head_dim, **(fit | options))
+        return fitting_cache(self, batch, most, 1, self.kv_rank + self.rope_head_dim, 0, options)
 
     def _project(
         self, x: Tensor, positions: Tensor | None, first: int

@@ -25,10 +25,13 @@ from polyhead.modules.arguments import (
     head_sizes,
     kv_heads,
 )
+from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
 from polyhead.modules.checkpoint import accept_either_projection, accept_lecture_mask
 from polyhead.modules.contributions import split_by_head
 from polyhead.modules.fusing import fuse, unfuse
+from polyhead.modules.projecting import projecting
+from polyhead.modules.pruning import prune_heads
 from polyhead.positions import Rope, alibi_slopes
 
 __all__ = ["MultiHeadAttention"]
@@ -59,6 +62,8 @@ class MultiHeadAttention(nn.Module):
         out_bias: whether that layer has a bias.
         rope: rotary positions for queries and keys, or None.
         alibi: whether scores fall linearly with the distance, by `polyhead.alibi_slopes`.
+        position_bias: a module called with (T, S) for numbers to add to the scores, broadcastable
+            to (B, H, T, S), such as `polyhead.positions.RelativeBias` (T5). Or None.
         mask: who may attend to whom; None: everybody (as for cross-attention).
         scale: factor on the scores; None: 1 / sqrt(head_dim).
         softcap: scores become softcap * tanh(scores / softcap). Or None.
@@ -104,6 +109,7 @@ class MultiHeadAttention(nn.Module):
         out_bias: bool = True,
         rope: Rope | None = None,
         alibi: bool = False,
+        position_bias: nn.Module | None = None,
         mask: Mask | None = polyhead.mask.causal(),
         scale: float | None = None,
         softcap: float | None = None,
@@ -153,6 +159,7 @@ class MultiHeadAttention(nn.Module):
         )
         self.q_norm = None if qk_norm is None else qk_norm(head_dim).to(device, dtype)
         self.k_norm = None if qk_norm is None else qk_norm(head_dim).to(device, dtype)
+        self.position_bias = position_bias
         self.dropout = nn.Dropout(dropout)
         for accept in (accept_lecture_mask, accept_either_projection):
             self.register_load_state_dict_pre_hook(accept)  # type: ignore[no-untyped-call]
@@ -219,7 +226,8 @@ class MultiHeadAttention(nn.Module):
         )
         y = contexts_bhte.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
-            y = self.out_proj(y)
+            with projecting(y):
+                y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
     def make_cache(self, batch: int, max_tokens: int | None = None, **options: Any) -> KVCache:
@@ -230,13 +238,9 @@ class MultiHeadAttention(nn.Module):
             max_tokens: None: context_length.
             options: more of `KVCache`'s keywords, such as window= or storage=torch.int8.
         """
-        fit: dict[str, Any] = {"value_head_dim": self.value_head_dim}
-        # Heads are in the dtype of no integer weight, as quantised layers have.
-        like = next((p for p in self.parameters() if p.is_floating_point()), None)
-        if like is not None:
-            fit |= {"dtype": like.dtype, "device": like.device}
         most = self.context_length if max_tokens is None else max_tokens
-        return KVCache(batch, most, self.num_kv_heads, self.head_dim, **(fit | options))
+        sizes = (self.num_kv_heads, self.head_dim, self.value_head_dim)
+        return fitting_cache(self, batch, most, *sizes, options)
 
     def project_heads(
         self,
@@ -265,7 +269,8 @@ class MultiHeadAttention(nn.Module):
         check_input("x", x, projection, self.d_in, self.context_length)
         if memory is not None:
             check_input("memory", memory, projection, self.d_in)
-        query, key, value = self._project(x, memory)
+        with projecting(x):
+            query, key, value = self._project(x, memory)
         query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
         value_bgse = value.unflatten(2, (self.num_kv_heads, self.value_head_dim)).transpose(1, 2)
@@ -315,22 +320,9 @@ class MultiHeadAttention(nn.Module):
         """Whether one projection `W_qkv` stands for the three."""
         return hasattr(self, "W_qkv")
 
-    def fuse(self) -> MultiHeadAttention:
-        """Replace W_query, W_key and W_value by one W_qkv: one product instead of three.
-
-        Weights are moved, not changed: `unfuse()` gives the same bits back, and a fused module
-        loads an unfused checkpoint (and the reverse). It pays in inference with few tokens (see
-        docs/performance.md); keep separate projections for LoRA and tensor parallelism.
-
-        Raises:
-            ArgumentError: a projection is no plain nn.Linear (adapters, quantisation), or some
-                of their parameters are frozen and others are not.
-        """
-        return fuse(self)
-
-    def unfuse(self) -> MultiHeadAttention:
-        """Undo `fuse()`: W_query, W_key and W_value again, with the same bits."""
-        return unfuse(self)
+    fuse = fuse
+    unfuse = unfuse
+    prune_heads = prune_heads
 
     @property
     def qkv_sizes(self) -> list[int]:
@@ -360,12 +352,14 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)
+        T, S = query.shape[2], key.shape[2]
         contexts_bhte, aux = attention(
             query,
             key,
             value,
             mask=rule,
             scale=self.scale,
+            bias=None if self.position_bias is None else self.position_bias(T, S),
             softcap=self.softcap,
             sinks=self.sinks,
             alibi_slopes=alibi_slopes(self.num_heads, device=x.device) if self.alibi else None,

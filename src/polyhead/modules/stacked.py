@@ -190,6 +190,7 @@ def _side_by_side(parts: list[Aux]) -> Aux:
         present = [tensor for tensor in tensors if tensor is not None]
         return torch.cat(present, dim=1) if present else None
 
+    means = [part.mean_weights for part in parts if part.mean_weights is not None]
     stats = [part.stats for part in parts if part.stats is not None]
     names = [field.name for field in dataclasses.fields(HeadStats)]
     return Aux(
@@ -198,4 +199,5 @@ def _side_by_side(parts: list[Aux]) -> Aux:
         stats=HeadStats(*(torch.cat([getattr(s, n) for s in stats], dim=1) for n in names))
         if stats
         else None,
+        mean_weights=torch.stack(means).mean(dim=0) if means else None,
     )

@@ -1,7 +1,9 @@
-"""Where a token stands: rotary positions, their scalings to longer contexts, ALiBi's slopes."""
+"""Where a token stands: rotary positions, their scalings to longer contexts, ALiBi's slopes,
+T5's learned distances."""
 
 from polyhead.positions.alibi import alibi_slopes
 from polyhead.positions.growing import DynamicNTKScaling, LongRopeScaling
+from polyhead.positions.relative import RelativeBias
 from polyhead.positions.rope import Rope, rotate
 from polyhead.positions.scaling import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling
 from polyhead.positions.yarn import YarnScaling
@@ -12,6 +14,7 @@ __all__ = [
     "Llama3Scaling",
     "LongRopeScaling",
     "NTKScaling",
+    "RelativeBias",
     "Rope",
     "RopeScaling",
     "YarnScaling",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.errors import DtypeError, ShapeError
+from polyhead.errors import DtypeError, ShapeError, check_count
 
 __all__ = ["alibi_slopes"]
 
@@ -41,10 +41,7 @@ def alibi_slopes(
     >>> (-alibi_slopes(4)[:, None, None] * distance).shape             # a bias for attention()
     torch.Size([4, 3, 3])
     """
-    if not isinstance(num_heads, int) or isinstance(num_heads, bool) or num_heads < 1:
-        raise ShapeError(
-            "num_heads", "must be an integer of at least 1", repr(num_heads), "count from 1"
-        )
+    check_count("num_heads", num_heads, 1, "count from 1", ShapeError)
     if not dtype.is_floating_point:
         raise DtypeError("dtype", "must be floating point", dtype, "slopes are fractions")
     n = 1 << (num_heads.bit_length() - 1)

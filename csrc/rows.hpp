@@ -1,0 +1,155 @@
+// Products with rows read where they lie: of a few left rows with each of many rows (scores), and
+// sums of many rows by weight (values). Each row has its own address, so that keys may lie side by
+// side or in blocks anywhere.
+#pragma once
+
+#include <type_traits>
+
+#include "pack.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+// Whether rows of Elements are multiplied as they are, two numbers an instruction, not widened.
+template <class Element>
+constexpr bool kInPairs = kHasPairs && std::is_same_v<Element, BFloat16>;
+
+// What the left operand is held in.
+template <class Element>
+using Left = std::conditional_t<kInPairs<Element>, BFloat16, float>;
+
+// Numbers of a row that one step of a dot product takes, and what is padded for it.
+template <class Element>
+constexpr int64_t kRowStep = kInPairs<Element> ? 2 * kLanes : kLanes;
+
+// Twice as many as a vector has numbers of a row of BFloat16 in pairs.
+using U16x2 [[gnu::vector_size(kVectorBytes)]] = uint16_t;
+
+constexpr int kDots = kTileVectors == 4 ? 16 : 8;  // sums of dot products that fit in registers
+
+// Reads a row's lines in the order of their addresses, before they are multiplied in another one:
+// only so does the processor see a stream and fetch ahead. (Prefetches in the code hide the stream
+// from it, and were slower.)
+template <class Element>
+inline void touch(const Element* row, int64_t size) {
+  const auto* bytes = reinterpret_cast<const volatile char*>(row);
+  for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(Element)); i += 64) bytes[i];
+}
+
+// dots[i * dots_stride + k] = left row i . row k, for Count left rows and Keys rows. Left rows are
+// padded with zeros to whole steps.
+template <int Count, int Keys, class Element>
+[[gnu::always_inline]] inline void dot_rows(const Left<Element>* left, int64_t left_stride,
+                                            const Element* const* rows, int64_t size, float* dots,
+                                            int64_t dots_stride) {
+  constexpr int64_t kStep = kRowStep<Element>;
+  // Rows that share each load of a left row. Float32's are long: four were no stream any more.
+  constexpr int kShare = sizeof(Element) == 4 ? 1 : smaller(Keys, 4);
+  F32 sums[Count * Keys] = {};
+#pragma GCC unroll 16
+  for (int first = 0; first < Keys; first += kShare) {
+    const auto add = [&](int64_t d, auto&& load_row) {
+      decltype(load_row(rows[0])) row[kShare];
+#pragma GCC unroll 4
+      for (int k = 0; k < kShare; ++k) row[k] = load_row(rows[first + k] + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < Count; ++i) {
+        auto number = load_as<decltype(load_row(rows[0]))>(left + i * left_stride + d);
+        if constexpr (kShare > 1) hold(number);
+#pragma GCC unroll 4
+        for (int k = 0; k < kShare; ++k) {
+          F32& sum = sums[i * Keys + first + k];
+          if constexpr (kInPairs<Element>) {
+            sum = Step<Pair>::add(sum, number, row[k]);
+          } else {
+            sum += number * row[k];
+          }
+        }
+      }
+    };
+    if constexpr (kShare > 1)
+      for (int k = 0; k < kShare; ++k) touch(rows[first + k], size);
+    int64_t d = 0;
+    if constexpr (kInPairs<Element>) {
+      for (; d + kStep <= size; d += kStep)
+        add(d, [](const Element* from) { return load_as<U32>(from); });
+      if (d < size) add(d, [&](const Element* from) { return load_some<U32>(from, size - d); });
+    } else {
+      for (; d + kStep <= size; d += kStep) add(d, [](const Element* from) { return load(from); });
+      if (d < size) add(d, [&](const Element* from) { return load_first(from, size - d); });
+    }
+  }
+  float totals[Count * Keys];
+  sum_each(sums, totals);
+#pragma GCC unroll 4
+  for (int i = 0; i < Count; ++i)
+    std::memcpy(dots + i * dots_stride, totals + i * Keys, sizeof(float) * Keys);
+}
+
+// Two rows of numbers as the pairs of each column, in the order of the columns.
+inline void pair_up(U16x2 a, U16x2 b, U32& lower, U32& upper) {
+  U16x2 from_lower, from_upper;
+#pragma GCC unroll 32
+  for (int i = 0; i < 2 * kLanes; ++i) {
+    from_lower[i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * kLanes);
+    from_upper[i] = static_cast<uint16_t>(kLanes + i / 2 + i % 2 * 2 * kLanes);
+  }
+  lower = reinterpret_cast<U32>(__builtin_shuffle(a, b, from_lower));
+  upper = reinterpret_cast<U32>(__builtin_shuffle(a, b, from_upper));
+}
+
+// sums[i * sums_stride + e] += the sum over rows of weights[i * weights_stride + row] * row[e], for
+// Count left rows and the Vectors * kLanes columns from `begin` on, of which those before `size` may
+// be read where not Whole. The number of rows is even.
+template <int Count, int Vectors, bool Whole, class Element>
+[[gnu::always_inline]] inline void weigh_rows(const float* weights, int64_t weights_stride,
+                                              const Element* const* rows,
+                                              int64_t count, int64_t begin, int64_t size,
+                                              float* sums, int64_t sums_stride) {
+  F32 products[Count][Vectors] = {};
+  for (int64_t s = 0; s < count; s += kInPairs<Element> ? 2 : 1) {
+    if (begin == 0) {
+      touch(rows[s], size);
+      if constexpr (kInPairs<Element>) touch(rows[s + 1], size);
+    }
+    if constexpr (kInPairs<Element>) {
+      static_assert(Vectors % 2 == 0);
+      U32 columns[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; v += 2) {
+        const auto load_row = [&](const Element* row) {
+          return Whole ? load_as<U16x2>(row + begin + v * kLanes)
+                       : load_some<U16x2>(row + begin, size - begin);
+        };
+        pair_up(load_row(rows[s]), load_row(rows[s + 1]), columns[v], columns[v + 1]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < Count; ++i) {
+        const Pair* pairs = reinterpret_cast<const Pair*>(weights + i * weights_stride) + s / 2;
+        const U32 weight = Step<Pair>::broadcast(pairs);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v)
+          products[i][v] = Step<Pair>::add(products[i][v], weight, columns[v]);
+      }
+    } else {
+      F32 columns[Vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vectors; ++v)
+        columns[v] =
+            Whole ? load(rows[s] + begin + v * kLanes) : load_first(rows[s] + begin, size - begin);
+#pragma GCC unroll 8
+      for (int i = 0; i < Count; ++i)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v)
+          products[i][v] += weights[i * weights_stride + s] * columns[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Count; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      float* to = sums + i * sums_stride + v * kLanes;
+      store(to, load(to) + products[i][v]);
+    }
+}
+
+}  // namespace polyhead::POLYHEAD_ISA

@@ -1,0 +1,15 @@
+"""How a tensor must lie in memory for a fused kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["side_by_side"]
+
+
+def side_by_side(tensor: Tensor) -> Tensor:
+    """The tensor with its features side by side, the one layout that fused kernels ask for."""
+    if tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

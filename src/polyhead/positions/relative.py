@@ -1,0 +1,91 @@
+"""A learned number a head and a distance, added to the scores: T5's relative positions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.errors import ShapeError, check_count
+
+__all__ = ["RelativeBias"]
+
+
+class RelativeBias(nn.Module):
+    """Distances fall into buckets, each with one learned number a head: `weight` (buckets, H).
+
+    Half of the buckets (of each direction's) hold one distance each, from 0; the others hold ever
+    longer ranges up to `max_distance`, and the last one all that is further:
+
+        bucket[n] = n                                                   n < exact = buckets / 2
+        bucket[n] = exact + log(n / exact) / log(max_distance / exact) * (buckets - exact)
+
+    Args:
+        num_heads: H.
+        num_buckets: rows of the table; with `bidirectional` half of them for keys that come later.
+        max_distance: from here on distances are not told apart; at least num_buckets.
+        bidirectional: whether later keys have buckets of their own; else they count as distance 0.
+        device, dtype: of the table.
+
+    Shapes:
+        (T, S) -> (1, H, T, S): queries are the last T of S positions, as in a mask.
+
+    Raises:
+        ShapeError: num_heads is no integer of at least 1, or num_buckets of at least 4.
+        ArgumentError: max_distance is no integer of at least num_buckets.
+
+    Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.1.
+
+    >>> bias = RelativeBias(num_heads=2, num_buckets=4, max_distance=16, bidirectional=False)
+    >>> bias.buckets(torch.tensor([-20, -3, -2, -1, 0, 5])).tolist()     # key minus query
+    [3, 2, 2, 1, 0, 0]
+    >>> bias(3, 5).shape
+    torch.Size([1, 2, 3, 5])
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        *,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_count("num_heads", num_heads, 1, "count from 1", ShapeError)
+        check_count("num_buckets", num_buckets, 4, "32 is usual", ShapeError)
+        check_count("max_distance", max_distance, num_buckets, "128 is usual")
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+        self.weight = nn.Parameter(torch.zeros(num_buckets, num_heads, device=device, dtype=dtype))
+
+    def forward(self, T: int, S: int) -> Tensor:
+        device = self.weight.device
+        query = torch.arange(S - T, S, device=device)[:, None]
+        bias_tsh = self.weight[self.buckets(torch.arange(S, device=device) - query)]
+        return bias_tsh.permute(2, 0, 1)[None]
+
+    def buckets(self, offsets: Tensor) -> Tensor:
+        """The bucket of each key position minus query position."""
+        count, later = self.num_buckets, torch.zeros_like(offsets)
+        if self.bidirectional:
+            count //= 2
+            later = (offsets > 0).long() * count
+            distances = offsets.abs()
+        else:
+            distances = (-offsets).clamp_min(0)
+        exact = count // 2
+        # In the order and the dtype of transformers: a boundary rounded otherwise moves a bucket.
+        octaves = torch.log(distances.float() / exact) / math.log(self.max_distance / exact)
+        far = exact + (octaves.clamp_min(0.0) * (count - exact)).long()
+        return later + torch.where(distances < exact, distances, far.clamp_max(count - 1))
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_buckets={self.num_buckets}, max_distance={self.max_distance}, "
+            f"bidirectional={self.bidirectional}"
+        )
