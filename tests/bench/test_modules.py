@@ -16,7 +16,7 @@ def test_all_variants_are_the_same_function_with_the_same_gradients(small, train
     with torch.set_grad_enabled(train):
         runs = {peer: peer.prepare(case, inputs) for peer in RUN_HERE}
         verdict = gate(case, runs, inputs)
-    assert len(verdict.checks) == 9
+    assert len(verdict.checks) == 11
     assert [str(fault) for peer in runs for fault in verdict.faults(peer.name)] == []
     names = ["output", "dx", "dout_weight", "dout_bias", "dqkv_weight"]
     assert [check.what for check in verdict.checks["polyhead"]] == (names if train else names[:1])

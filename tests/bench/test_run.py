@@ -74,7 +74,17 @@ def test_who_is_hopelessly_slow_is_not_measured_unless_a_target_names_it():
 def test_a_peer_that_is_too_slow_says_so_in_place_of_a_time(monkeypatch):
     monkeypatch.setattr(run_module, "_HOPELESS", -1)
     monkeypatch.setattr(run_module, "_HOPELESS_SECONDS", 0.0)
+    calls = []
+
+    def prepare(case, inputs):
+        run = SDPA.prepare(case, inputs)
+        return lambda: (calls.append(1), run())[1]
+
+    counted = dataclasses.replace(SDPA, prepare=prepare)
+    ours = next(peer for peer in peers_of(find_cases(("P2",))[0]) if peer.ours)
+    monkeypatch.setattr(run_module, "peers_of", lambda case: (ours, counted))
     (case,) = run_bench(find_cases(("P2",)), TRIAL).cases
+    assert len(calls) == 1  # by the gate
     assert case.ours is not None
     assert case.best_peer is None
     sdpa = next(variant for variant in case.variants if variant.name == "sdpa")

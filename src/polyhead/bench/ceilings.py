@@ -1,8 +1,8 @@
 """What this machine can do at most, measured in the same run: every share is a share of these.
 
-A ceiling is the best of several plain loops, each at its own best. Products of large matrices
-stand for the processor's arithmetic and one long sum for reading memory; `source` names which loop
-it was. They are what torch reaches, a few percent under what the hardware could.
+A ceiling is the best of several plain loops, each at its own best; `source` names which one. For
+arithmetic these are multiply-adds of numbers in registers, which no kernel can beat, and torch's
+product of large matrices, which may know units that our loop does not; for memory, one long read.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polyhead.backends import cpu_operators
 from polyhead.bench.measure import Clock
 
 __all__ = ["Ceiling", "Loop", "ceiling_loops", "measure_ceilings"]
@@ -43,7 +44,7 @@ class Ceiling:
 
 
 def ceiling_loops(
-    features: Collection[str], size: int = 2048, megabytes: int = 512
+    features: Collection[str], size: int = 2048, megabytes: int = 512, steps: int = 500_000
 ) -> dict[str, tuple[Loop, ...]]:
     """The loops of each ceiling.
 
@@ -52,20 +53,30 @@ def ceiling_loops(
             numbers: float32 bounds it, and torch's own product could take half a minute.
         size: rows and columns of the matrices.
         megabytes: how much is read.
+        steps: of each loop of multiply-adds.
     """
     single, half = torch.ones(size, size), torch.ones(size, size, dtype=torch.bfloat16)
     long = torch.ones(megabytes * 2**20 // 4)
     flops = 2.0 * size**3
     in_half = Loop("bfloat16 matmul", flops, lambda: half @ half)
     in_single = Loop("float32 matmul", flops, lambda: single @ single)
+    single_loops = (in_single, *_register_loops(pairs=False, steps=steps))
+    half_loops = (in_half, in_single, *_register_loops(pairs=True, steps=steps))
     return {
-        "float32": (in_single,),
-        "bfloat16": (in_half, in_single) if _BFLOAT16.intersection(features) else (in_single,),
+        "float32": single_loops,
+        "bfloat16": half_loops if _BFLOAT16.intersection(features) else single_loops,
         "read": (
             Loop("sum", float(long.nbytes), lambda: long.sum()),
             Loop("dot", float(long.nbytes), lambda: torch.dot(long, long)),
         ),
     }
+
+
+def _register_loops(*, pairs: bool, steps: int) -> tuple[Loop, ...]:
+    if cpu_operators.missing:
+        return ()
+    work = steps * cpu_operators.multiply_add(pairs, 1)
+    return (Loop("registers", work, lambda: cpu_operators.multiply_add(pairs, steps)),)
 
 
 def measure_ceilings(

@@ -47,10 +47,11 @@ def _prepare(attention: str, case: Case, inputs: Inputs) -> Run:
     """Read the prompt once, by sdpa for everybody; what is measured is the tokens after it."""
     from transformers import DynamicCache
 
+    model, ids = _model(case), inputs["ids"]
+    cache: Any = DynamicCache(config=model.config)
     if attention == "polyhead":
         integration.register()
-    model, ids = _model(case), inputs["ids"]
-    cache = DynamicCache(config=model.config)
+        cache = integration.Cache(model.config)
     with torch.no_grad():
         model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
     model.set_attn_implementation(attention)

@@ -11,6 +11,7 @@ from polyhead.bench import book
 from polyhead.bench.cases import Case, Inputs
 from polyhead.bench.flex import flex_attend, flex_reasons
 from polyhead.bench.peers import Peer, Results, Run
+from polyhead.drop_in import replace_attention
 from polyhead.functional import explain
 from polyhead.modules import MultiHeadAttention
 
@@ -35,6 +36,14 @@ class PolyheadModule(nn.Module):
 
     def qkv(self) -> list[Tensor]:
         return [self.inner.W_query.weight, self.inner.W_key.weight, self.inner.W_value.weight]
+
+
+class DropInModule(book.TorchModule):
+    """torch's variant, its module replaced by ours: the same call."""
+
+    def __init__(self, case: Case, need_weights: bool) -> None:
+        super().__init__(case, need_weights)
+        replace_attention(self)
 
 
 Variant = (
@@ -121,5 +130,7 @@ MODULES: tuple[Peer, ...] = (
     _peer("book: sdpa with mask", _combined(book.sdpa_written_mask)),
     _peer("torch MHA, weights", lambda c: book.TorchModule(c, need_weights=True)),
     _peer("torch MHA", lambda c: book.TorchModule(c, need_weights=False)),
+    _peer("drop-in, weights", lambda c: DropInModule(c, need_weights=True), ours=True),
+    _peer("drop-in", lambda c: DropInModule(c, need_weights=False), ours=True),
     _peer("book: flex", _combined(flex_attend), flex_reasons, compiles=True),
 )

@@ -81,8 +81,9 @@ class CaseResult:
 
     @property
     def ours(self) -> VariantResult | None:
-        """Polyhead, if it was timed."""
-        return next((v for v in self.variants if v.ours and v.milliseconds), None)
+        """Polyhead, if it was timed: the first of what is ours."""
+        first = next((v for v in self.variants if v.ours), None)
+        return first if first is not None and first.milliseconds else None
 
     @property
     def best_peer(self) -> VariantResult | None:

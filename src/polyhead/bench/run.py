@@ -99,7 +99,8 @@ def run_bench(
 def _ceilings(settings: Settings) -> dict[str, Ceiling]:
     features = describe_machine().features
     if settings.shrink > 1:
-        return measure_ceilings(ceiling_loops(features, size=128, megabytes=1), seconds=0.0)
+        trial = ceiling_loops(features, size=128, megabytes=1, steps=100)
+        return measure_ceilings(trial, seconds=0.0)
     return measure_ceilings(ceiling_loops(features))
 
 
