@@ -18,15 +18,20 @@ their group's key and value rows.
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from polyhead.convert.layout import Layout, Sizes, linear, parameter
 from polyhead.convert.linear import check_plain, copied, filled
 from polyhead.errors import ConversionError, ShapeError
 from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
 
-__all__ = ["split_to_stacked", "stacked_to_split"]
+__all__ = ["STACKED", "split_to_stacked", "stacked_to_split"]
+
+_HEAD = re.compile(r"heads\.(\d+)\.(W_(?:query|key|value)\.(?:weight|bias))")
 
 
 def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
@@ -70,13 +75,10 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
         backend=mha.backend,
         device="meta",
     )
-    group = mha.num_heads // mha.num_kv_heads
     for name, projection in split.items():
-        for kind, parameter in projection.named_parameters():
-            rows = parameter.detach().split(mha.head_dim)
-            for h in range(mha.num_heads):
-                source = h if name == "W_query" else h // group
-                row = rows[source].clone().requires_grad_(parameter.requires_grad)
+        for kind, all_rows in projection.named_parameters():
+            rows = _rows_of_heads(all_rows, mha.head_dim, mha.num_heads)
+            for h, row in enumerate(rows):
                 state[f"heads.{h}.{name}.{kind}"] = row
     return filled(wrapper, state, mha)
 
@@ -110,10 +112,7 @@ def stacked_to_split(
     heads = _heads(wrapper)
     H = wrapper.num_heads
     G = H if num_kv_heads is None else num_kv_heads
-    if G < 1 or H % G:
-        raise ShapeError(
-            "num_kv_heads", f"must divide num_heads = {H}", G, "leave it out to keep every head"
-        )
+    _check_divides(G, H)
     first = _common(heads)
     state = _out_state(wrapper)
     merged = H * first.d_out
@@ -136,17 +135,95 @@ def stacked_to_split(
     )
     for kind, _ in first.W_query.named_parameters():
         for name in ("W_query", "W_key", "W_value"):
-            parameters = [getattr(getattr(head, name), kind) for head in heads]
-            rows = [parameter.detach() for parameter in parameters]
-            if name != "W_query":
-                rows = _one_a_group(rows, H // G, f"{name}.{kind}")
-            if len({parameter.requires_grad for parameter in parameters}) > 1:
-                raise ConversionError(
-                    f"stacked heads must all train or all freeze {name}.{kind} to become one "
-                    "split; got a mixture; set requires_grad alike"
-                )
-            state[f"{name}.{kind}"] = torch.cat(rows).requires_grad_(parameters[0].requires_grad)
+            rows = [getattr(getattr(head, name), kind) for head in heads]
+            group = 1 if name == "W_query" else H // G
+            state[f"{name}.{kind}"] = _one_projection(rows, group, f"{name}.{kind}")
     return filled(mha, state, wrapper)
+
+
+class StackedLayout(Layout):
+    """The names that stacked heads are saved by, as a layout: heads.0.W_query.weight and so on.
+
+    A split becomes as many heads as `sizes.num_heads` says; stacked heads count themselves.
+    """
+
+    def __init__(self) -> None:
+        out_proj = (
+            *parameter("out_proj.weight", required=False),
+            *parameter("out_proj.bias", required=False),
+        )
+        projections = (f"W_{what}" for what in ("query", "key", "value"))
+        super().__init__("stacked", out_proj, *(linear(name, name) for name in projections))
+        self.their_marks = {f"heads.0.{name}" for name in self.our_marks}
+
+    def owns(self, name: str) -> bool:
+        return _HEAD.fullmatch(name) is not None or name.startswith("out_proj.")
+
+    def to_ours(self, theirs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        ours = {name: tensor for name, tensor in theirs.items() if not _HEAD.fullmatch(name)}
+        matches = [match for name in theirs if (match := _HEAD.fullmatch(name))]
+        H = 1 + max(int(match[1]) for match in matches)
+        G = H if sizes.num_kv_heads is None else sizes.num_kv_heads
+        _check_divides(G, H)
+        for name in sorted({match[2] for match in matches}):
+            keys = [f"heads.{h}.{name}" for h in range(H)]
+            if missing := [key for key in keys if key not in theirs]:
+                raise ConversionError(
+                    f"stacked heads must all have {name}; {missing[0]} cannot be found among the "
+                    f"{H} heads; get the whole checkpoint"
+                )
+            group = 1 if name.startswith("W_query") else H // G
+            ours[name] = _one_projection([theirs[key] for key in keys], group, name)
+        return ours
+
+    def to_theirs(self, ours: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
+        self._check(ours, self.ours, self.our_marks)
+        H = sizes.need("num_heads")
+        rows = ours["W_query.weight"].shape[0]
+        head_dim, left = divmod(rows, H)
+        keys = ours["W_key.weight"].shape[0]
+        if left or not head_dim or keys % head_dim or H % (keys // head_dim or H + 1):
+            raise ConversionError(
+                f"num_heads must divide the {rows} rows of W_query.weight into heads of which the "
+                f"{keys} rows of W_key.weight hold a divisor; got {H}; check it"
+            )
+        theirs: dict[str, Tensor] = {}
+        for name, tensor in ours.items():
+            if name.startswith("out_proj."):
+                theirs[name] = tensor
+                continue
+            for h, row in enumerate(_rows_of_heads(tensor, head_dim, H)):
+                theirs[f"heads.{h}.{name}"] = row
+        return theirs
+
+
+STACKED = StackedLayout()
+
+
+def _rows_of_heads(projection: Tensor, head_dim: int, H: int) -> list[Tensor]:
+    """The rows of every head, each a copy: of its own, or of its group's key or value head."""
+    rows = projection.detach().split(head_dim)
+    group = H // len(rows)
+    flag = projection.requires_grad
+    return [rows[h // group].clone().requires_grad_(flag) for h in range(H)]
+
+
+def _one_projection(rows: list[Tensor], group: int, name: str) -> Tensor:
+    """One projection of all heads' rows, those of a group only once."""
+    if len({row.requires_grad for row in rows}) > 1:
+        raise ConversionError(
+            f"stacked heads must all train or all freeze {name} to become one split; got a "
+            "mixture; set requires_grad alike"
+        )
+    kept = _one_a_group([row.detach() for row in rows], group, name)
+    return torch.cat(kept).requires_grad_(rows[0].requires_grad)
+
+
+def _check_divides(G: int, H: int) -> None:
+    if G < 1 or H % G:
+        raise ShapeError(
+            "num_kv_heads", f"must divide num_heads = {H}", G, "leave it out to keep every head"
+        )
 
 
 def _check_options(mha: MultiHeadAttention) -> None:
@@ -154,6 +231,7 @@ def _check_options(mha: MultiHeadAttention) -> None:
     options = {
         "value_head_dim": mha.value_head_dim != mha.head_dim,
         "alibi": mha.alibi,
+        "position_bias": mha.position_bias is not None,
         "softcap": mha.softcap is not None,
         "sinks": mha.sinks is not None,
         "qk_norm": mha.q_norm is not None,
@@ -224,7 +302,7 @@ def _one_a_group(rows: list[Tensor], group: int, name: str) -> list[Tensor]:
     """The first of each group's rows, after checking that the group agrees bit for bit."""
     for index, row in enumerate(rows):
         leader = index - index % group
-        if not torch.equal(row, rows[leader]):
+        if not row.is_meta and not torch.equal(row, rows[leader]):
             raise ConversionError(
                 f"heads[{leader}] and heads[{index}] must have equal {name} to share one "
                 f"key/value head; they differ by up to {(row - rows[leader]).abs().max():.3g}; "

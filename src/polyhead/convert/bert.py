@@ -1,0 +1,61 @@
+"""The layouts of BERT: separate projections with biases, everybody attends to everybody.
+
+    self.query, self.key, self.value (d, d)    output.dense (d, d)        BertAttention
+         query,      key,      value (d, d)                               BertSelfAttention
+
+Row block h of query is head h. What BertAttention does behind output.dense (dropout, the residual,
+LayerNorm) stays with the model: ours gives what enters it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead.convert.config import causal
+from polyhead.convert.layout import Layout, linear
+from polyhead.errors import ConversionError
+from polyhead.modules import MultiHeadAttention
+
+__all__ = ["BERT", "BERT_SELF", "build", "build_self"]
+
+BERT = Layout(
+    "bert",
+    linear("self.query", "W_query"),
+    linear("self.key", "W_key"),
+    linear("self.value", "W_value"),
+    linear("output.dense", "out_proj"),
+    staying=("output.LayerNorm.weight", "output.LayerNorm.bias"),
+)
+BERT_SELF = Layout(
+    "bert_self",
+    linear("query", "W_query"),
+    linear("key", "W_key"),
+    linear("value", "W_value"),
+)
+
+
+def build(layer: Any) -> MultiHeadAttention:
+    """A BertAttention's options as a MultiHeadAttention without numbers."""
+    return build_self(layer.self, out_proj=True)
+
+
+def build_self(layer: Any, *, out_proj: bool = False) -> MultiHeadAttention:
+    """The options of the attention itself, with nothing behind it."""
+    config = layer.config
+    kind = getattr(layer, "position_embedding_type", None) or "absolute"
+    if kind != "absolute":
+        raise ConversionError(
+            f'position_embedding_type must be "absolute"; got "{kind}", whose scores depend on '
+            "the distance in a way that has no counterpart here; keep the layer as it is"
+        )
+    return MultiHeadAttention(
+        config.hidden_size,
+        config.hidden_size,
+        config.max_position_embeddings,
+        config.attention_probs_dropout_prob,
+        config.num_attention_heads,
+        qkv_bias=True,
+        out_proj=out_proj,
+        mask=causal() if getattr(layer, "is_causal", False) else None,
+        device="meta",
+    )

@@ -1,0 +1,44 @@
+"""The layout of GPT-NeoX (Pythia): one weight, head by head its query, key and value.
+
+    query_key_value (H * 3 * D, d)        dense (d, d)
+
+    +---------+-------+---------+---------+-------+---------+-----
+    | query 0 | key 0 | value 0 | query 1 | key 1 | value 1 | ...
+    +---------+-------+---------+---------+-------+---------+-----
+
+Rope turns the first part of each head, pairs half a part apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead.convert.config import causal, context_length, rope
+from polyhead.convert.layout import Layout, by_head, linear
+from polyhead.modules import MultiHeadAttention
+
+__all__ = ["LAYOUT", "PROJECTIONS", "build"]
+
+PROJECTIONS = (
+    *linear("query_key_value", "W_query", "W_key", "W_value", rows=by_head),
+    *linear("dense", "out_proj"),
+)
+LAYOUT = Layout("neox", PROJECTIONS)
+
+
+def build(layer: Any) -> MultiHeadAttention:
+    """The layer's options as a MultiHeadAttention without numbers."""
+    config = layer.config
+    d, H = config.hidden_size, config.num_attention_heads
+    return MultiHeadAttention(
+        d,
+        d,
+        context_length(config),
+        config.attention_dropout,
+        H,
+        config.attention_bias,
+        out_bias=config.attention_bias,
+        rope=rope(config, partial_of=d // H),
+        mask=causal(),
+        device="meta",
+    )

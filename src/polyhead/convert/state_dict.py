@@ -1,0 +1,254 @@
+"""The attention of a checkpoint moved to other names, without building the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.convert import (
+    bert,
+    bloom,
+    deepseek,
+    falcon,
+    fused,
+    gemma,
+    gpt2,
+    gpt_oss,
+    llama,
+    neox,
+    opt,
+    phi3,
+    qwen3,
+    stacked,
+    t5,
+    torch_mha,
+    vit,
+)
+from polyhead.convert.layout import Layout, Sizes
+from polyhead.errors import ArgumentError, ConversionError
+
+__all__ = ["LAYOUTS", "Move", "plan", "state_dict"]
+
+# Names of polyhead's modules. "split" is what the lecture calls the same names.
+_OURS = ("polyhead", "split")
+
+# Of several, the first that a layer fits.
+_THEIRS: dict[str, tuple[Layout, ...]] = {
+    "stacked": (stacked.STACKED,),
+    "fused": (fused.LAYOUT,),
+    "torch": (torch_mha.PACKED, torch_mha.UNPACKED),
+    "gpt2": (gpt2.LAYOUT,),
+    "llama": (llama.LAYOUT,),
+    "mistral": (llama.LAYOUT,),
+    "qwen2": (llama.LAYOUT,),
+    "qwen3": (qwen3.LAYOUT,),
+    "gemma2": (gemma.GEMMA2,),
+    "gemma3": (gemma.GEMMA3,),
+    "gpt_oss": (gpt_oss.LAYOUT,),
+    "phi3": (phi3.LAYOUT,),
+    "neox": (neox.LAYOUT,),
+    "bloom": (bloom.LAYOUT,),
+    "falcon": (falcon.LAYOUT,),
+    "opt": (opt.LAYOUT,),
+    "bert": (bert.BERT,),
+    "vit": (vit.VIT, vit.VIT_SAVED),
+    "t5": (t5.LAYOUT,),
+    "deepseek": (deepseek.LAYOUT, deepseek.DIRECT),
+}
+LAYOUTS = (*_OURS, *_THEIRS)
+
+# Every module of ours has these, and by them it is found.
+_OUR_MARKS = {"W_query.weight", "W_key.weight", "W_value.weight"}
+# Every name of a module of ours: one that the target has no place for must not be left behind.
+_OUR_NAMES = {name for layouts in _THEIRS.values() for layout in layouts for name in layout.ours}
+_OUR_NAMES |= {"W_gate.weight", "W_gate.bias"}
+
+
+@dataclass(frozen=True)
+class Move:
+    """One attention layer on its way: the names of its tensors, and what becomes of them.
+
+    Attributes:
+        prefix: what stands before its names, such as "transformer.h.0.attn.".
+        names: its tensors, below the prefix.
+        source: their layout; None: ours.
+        targets: the layouts it can become, of which the first that fits is taken; none: ours.
+    """
+
+    prefix: str
+    names: tuple[str, ...]
+    source: Layout | None
+    targets: tuple[Layout, ...]
+    sizes: Sizes
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The full names that it takes."""
+        return tuple(self.prefix + name for name in self.names)
+
+    def outputs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What it gives for the tensors of `inputs`, by full name."""
+        layer = {name: tensors[self.prefix + name] for name in self.names}
+        try:
+            if self.source is not None:
+                layer = self.source.to_ours(layer, self.sizes)
+            if self.targets:
+                fitting = (to for to in self.targets if to.our_marks <= layer.keys())
+                layer = next(fitting, self.targets[0]).to_theirs(layer, self.sizes)
+        except ConversionError as error:
+            raise ConversionError(f"{self.prefix or 'the layer'}: {error}") from None
+        return {self.prefix + name: tensor for name, tensor in layer.items()}
+
+
+@torch.no_grad()
+def state_dict(
+    tensors: Mapping[str, Tensor],
+    *,
+    source: str,
+    target: str,
+    num_heads: int | None = None,
+    num_kv_heads: int | None = None,
+    nope_head_dim: int | None = None,
+    value_head_dim: int | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """A checkpoint with its attention in another layout; every other tensor as it is.
+
+    Only names and rows move. What a layer does with them (rope, its mask, its scale) is not in a
+    checkpoint: build the modules with the options that `from_transformers` would read.
+
+    Args:
+        tensors: by name, as `model.state_dict()`. It is left as it is.
+        source, target: "polyhead" (or "split"), "stacked", or a family such as "gpt2".
+        num_heads: H. Fused weights and stacked heads are cut by it, and a wrong number that
+            divides the rows as well cannot be noticed.
+        num_kv_heads: G, where a fused weight holds fewer key heads.
+        nope_head_dim, value_head_dim: features of a head, for DeepSeek.
+        config: the model's config.json as a dict, instead of these numbers or beside them.
+
+    Returns:
+        Tensors by name, in the order of the checkpoint. Those that are only renamed are the same
+        objects; those of fused weights have memory of their own.
+
+    Raises:
+        ArgumentError: a layout is not known.
+        ConversionError: no layer of that layout is found, a number is missing or does not fit, a
+            tensor has no place in the target, or two would have one name.
+
+    >>> sd = {"h.0.attn.c_attn.weight": torch.arange(12.0).view(2, 6), "h.0.ln.bias": torch.ones(2),
+    ...     "h.0.attn.c_proj.weight": torch.eye(2)}
+    >>> ours = state_dict(sd, source="gpt2", target="polyhead")
+    >>> list(ours)[:3]
+    ['h.0.attn.W_query.weight', 'h.0.attn.W_key.weight', 'h.0.attn.W_value.weight']
+    >>> ours["h.0.attn.W_key.weight"]                        # columns 2 and 3 of c_attn
+    tensor([[2., 8.],
+            [3., 9.]])
+    >>> back = state_dict(ours, source="polyhead", target="gpt2")
+    >>> all(torch.equal(back[name], sd[name]) for name in sd)
+    True
+    """
+    sizes = Sizes(num_heads, num_kv_heads, nope_head_dim, value_head_dim)
+    moves = plan(tensors, source, target, sizes, config)
+    move_of = {name: move for move in moves for name in move.inputs}
+    moved: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        move = move_of.get(name)
+        if move is None:
+            outputs = {name: tensor}
+        else:
+            outputs = move.outputs(tensors) if name == move.inputs[0] else {}
+        add(moved, outputs)
+    return moved
+
+
+def add(moved: dict[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    if both := moved.keys() & outputs.keys():
+        raise ConversionError(
+            f"{sorted(both)[0]} would be there twice, moved and as it was; rename the one that is "
+            "no attention's"
+        )
+    moved.update(outputs)
+
+
+def plan(
+    names: Iterable[str],
+    source: str,
+    target: str,
+    sizes: Sizes,
+    config: Mapping[str, Any] | None = None,
+) -> list[Move]:
+    """Every attention layer among the names, and how it moves."""
+    for argument, layout in (("source", source), ("target", target)):
+        if layout not in LAYOUTS:
+            raise ArgumentError(
+                argument, f"must be one of {', '.join(LAYOUTS)}", repr(layout), "choose a layout"
+            )
+    froms, tos = _THEIRS.get(source, ()), _THEIRS.get(target, ())
+    if froms == tos:
+        raise ArgumentError(
+            "target", f"must be another layout than source = {source!r}", repr(target), "choose one"
+        )
+    if config is not None:
+        sizes = _with_config(sizes, (froms or tos)[0], config)
+    names = list(names)
+    moves = []
+    for prefix, below in _layers(names, froms).items():
+        known = next((kind for kind in froms if kind.their_marks <= set(below)), None)
+        moves.append(Move(prefix, tuple(below), known, tos, sizes))
+    if not moves:
+        raise ConversionError(_none_found(names, source))
+    return moves
+
+
+def _with_config(sizes: Sizes, layout: Layout, config: Mapping[str, Any]) -> Sizes:
+    """The numbers given, and the config's where none is given."""
+    said = layout.sizes(config.get("text_config") or config)
+    given = {name: number for name, number in vars(sizes).items() if number is not None}
+    return replace(said, **given)
+
+
+def _layers(names: list[str], layouts: tuple[Layout, ...]) -> dict[str, list[str]]:
+    """For every prefix with a layer of these layouts, or of ours, the layer's names below it."""
+    present = set(names)
+    layers: dict[str, list[str]] = {}
+    for marks in [layout.their_marks for layout in layouts] or [_OUR_MARKS]:
+        first = min(marks)
+        for name in names:
+            prefix = name.removesuffix(first)
+            begins = name.endswith(first) and (prefix == "" or prefix.endswith("."))
+            if begins and all(prefix + mark in present for mark in marks):
+                layers[prefix] = []
+    for name in names:
+        for start in _starts(name):
+            prefix, below = name[:start], name[start:]
+            if prefix in layers and _owned(below, layouts):
+                layers[prefix].append(below)
+                break
+    return layers
+
+
+def _owned(below: str, layouts: tuple[Layout, ...]) -> bool:
+    if not layouts:
+        return below in _OUR_NAMES
+    return any(layout.owns(below) for layout in layouts)
+
+
+def _starts(name: str) -> list[int]:
+    """Where a name below a prefix can begin."""
+    return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
+
+
+def _none_found(names: list[str], source: str) -> str:
+    fitting = [name for name, layouts in _THEIRS.items() if _layers(names, layouts)]
+    if _layers(names, ()):
+        fitting.append("polyhead")
+    hint = f"those of {', '.join(fitting)} are there" if fitting else "none that is known is there"
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"source must be the layout of an attention layer of the checkpoint; got {source!r}, whose "
+        f"names are not among {shown or 'no names'}; {hint}"
+    )

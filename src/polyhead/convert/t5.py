@@ -1,0 +1,56 @@
+"""The layout of T5: separate projections without biases, and a learned number a distance.
+
+    q, k, v (H * D, d)    o (d, H * D)    relative_attention_bias (buckets, H)
+
+Row block h of q is head h; scores are not scaled. Only a stack's first layer has the table. The
+others are called with its numbers, so here they share its module:
+
+    later.position_bias = first.position_bias
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead.convert.config import UNLIMITED, causal
+from polyhead.convert.layout import Layout, linear, parameter
+from polyhead.modules import MultiHeadAttention
+from polyhead.positions import RelativeBias
+
+__all__ = ["LAYOUT", "build"]
+
+LAYOUT = Layout(
+    "t5",
+    linear("q", "W_query"),
+    linear("k", "W_key"),
+    linear("v", "W_value"),
+    linear("o", "out_proj"),
+    parameter("relative_attention_bias.weight", "position_bias.weight", required=False),
+)
+
+
+def build(layer: Any) -> MultiHeadAttention:
+    """The layer's options as a MultiHeadAttention without numbers."""
+    config = layer.config
+    table = None
+    if layer.has_relative_attention_bias:
+        table = RelativeBias(
+            config.num_heads,
+            num_buckets=config.relative_attention_num_buckets,
+            max_distance=config.relative_attention_max_distance,
+            bidirectional=not layer.is_decoder,
+            device="meta",
+        )
+    return MultiHeadAttention(
+        config.d_model,
+        config.d_model,
+        UNLIMITED,
+        config.dropout_rate,
+        config.num_heads,
+        head_dim=config.d_kv,
+        out_bias=False,
+        position_bias=table,
+        mask=causal() if layer.is_causal else None,
+        scale=1.0,
+        device="meta",
+    )
