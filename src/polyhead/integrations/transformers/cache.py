@@ -1,0 +1,186 @@
+"""A cache for transformers models that copies nothing when a token is added."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from polyhead.cache import KVCache
+from polyhead.errors import ArgumentError
+
+__all__ = ["Cache", "Layer"]
+
+# With a window, how many tokens before the newest can be taken back, where a draft is verified.
+_REWINDABLE = 256
+
+
+class Cache(transformers.Cache):
+    """Keys and values of every layer, each in a `polyhead.KVCache`: pass it as `past_key_values`.
+
+    transformers' own dynamic cache makes a new tensor of all tokens for each new one; this writes
+    it into memory that is there, and hands out views.
+
+    Args:
+        config: of the model; layers with a sliding window or chunks keep what these need.
+        max_tokens: the most tokens it takes; None: the model's `max_position_embeddings`.
+        storage: as in `KVCache`; torch.int8 takes a quarter of float32's memory.
+        preallocate: as in `KVCache`.
+
+    Raises:
+        ArgumentError: a layer keeps something else than keys and values; or what `KVCache` raises.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> config = LlamaConfig(
+    ...     vocab_size=31, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+    ...     num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64,
+    ...     pad_token_id=0, eos_token_id=None,
+    ... )
+    >>> model, cache = LlamaForCausalLM(config).eval(), Cache(config)
+    >>> model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=4).shape
+    torch.Size([1, 7])
+    >>> cache.get_seq_length()                                # all but the newest, not yet read
+    6
+    """
+
+    def __init__(
+        self,
+        config: transformers.PreTrainedConfig,
+        max_tokens: int | None = None,
+        *,
+        storage: torch.dtype | None = None,
+        preallocate: bool = False,
+    ) -> None:
+        # transformers knows how to read a config; its own layers say what each needs.
+        theirs = transformers.DynamicCache(config=config).layers
+        if max_tokens is None:
+            max_tokens = getattr(
+                config.get_text_config(decoder=True), "max_position_embeddings", None
+            )
+        layers: list[Any] = []
+        for index, layer in enumerate(theirs):
+            window = getattr(layer, "sliding_window", None)
+            if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+                raise ArgumentError(
+                    "config",
+                    "must describe layers that keep keys and values",
+                    f"layer {index}: {type(layer).__name__}",
+                    "use transformers' own DynamicCache for this model",
+                )
+            layers.append(Layer(max_tokens, window, storage=storage, preallocate=preallocate))
+        super().__init__(layers=layers)
+
+
+class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a `Cache`. It takes its sizes from the first keys it is given.
+
+    Args:
+        max_tokens: the most tokens it takes; None, only with a window: no limit.
+        sliding_window: how many keys a query sees, its own among them; None: all.
+        storage, preallocate: as in `KVCache`.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(
+        self,
+        max_tokens: int | None,
+        sliding_window: int | None = None,
+        *,
+        storage: torch.dtype | None = None,
+        preallocate: bool = False,
+    ) -> None:
+        # The parent would set keys and values, which are read here.
+        self.max_tokens = max_tokens
+        self.sliding_window = sliding_window
+        self.is_sliding = sliding_window is not None
+        self._options = {"storage": storage, "preallocate": preallocate}
+        self._cache: KVCache | None = None
+        self.record_past = False
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self._cache is not None
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """(B, G, S, D): those that the newest token needs; None before the first."""
+        return None if self._cache is None else self._cache.read()[0]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """(B, G, S, E)."""
+        return None if self._cache is None else self._cache.read()[1]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        B, G, _, D = key_states.shape
+        window = None if self.sliding_window is None else self.sliding_window - 1
+        self._cache = KVCache(
+            B,
+            self.max_tokens,
+            G,
+            D,
+            value_head_dim=value_states.shape[-1],
+            dtype=key_states.dtype,
+            device=key_states.device,
+            window=window,
+            rewindable=_REWINDABLE if self.record_past and window is not None else 0,
+            **self._options,  # type: ignore[arg-type]
+        )
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add tokens; the keys and values they need, as views where possible."""
+        if self._cache is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self._cache is not None
+        return self._cache.append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        return 0 if self._cache is None else self._cache.length
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_tokens is None else self.max_tokens
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """How many keys `update` will return for so many queries, and the position of the first."""
+        if isinstance(query_length, Tensor):  # the positions of the queries, before transformers 5
+            query_length = query_length.shape[0]
+        length = self.get_seq_length()
+        first = 0 if self.sliding_window is None else max(0, length - self.sliding_window + 1)
+        return length + query_length - first, first
+
+    def activate_past_recording(self) -> None:
+        """Keep enough of a window to take drafts back. Called before the first token."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: -n of them, or (before transformers 5) all but n."""
+        if self._cache is None:
+            return
+        kept = tokens_to_remove if tokens_to_remove > 0 else self._cache.length + tokens_to_remove
+        self._cache.rewind(max(0, self._cache.length - kept))
+
+    def reset(self) -> None:
+        if self._cache is not None:
+            self._cache.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self._cache is not None:
+            self._cache.reorder(beam_idx.to(self._cache.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._cache is not None:
+            rows = torch.arange(self._cache.batch, device=self._cache.device)
+            self._cache.reorder(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self._cache is not None:
+            rows = torch.arange(self._cache.batch, device=self._cache.device)
+            self._cache.reorder(rows[indices.to(self._cache.device)])

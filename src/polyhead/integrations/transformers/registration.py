@@ -1,0 +1,34 @@
+"""Make "polyhead" a name that transformers models accept as `attn_implementation`."""
+
+from __future__ import annotations
+
+from polyhead.errors import DependencyError
+from polyhead.integrations.transformers.forward import attention_forward
+from polyhead.integrations.transformers.interface import NAME, refuse_models_of_their_own
+from polyhead.integrations.transformers.masks import make_mask
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Make "polyhead" a name that transformers models accept as `attn_implementation`.
+
+    Registers the attention function and, with it, a mask function: without one a padded batch
+    would arrive without its mask. Calling it again changes nothing. From then on transformers
+    raises ModelError where a model is given this name and would keep its own attention.
+
+    Raises:
+        DependencyError: transformers is not installed.
+
+    >>> register()                                                      # doctest: +SKIP
+    >>> model = AutoModel.from_pretrained(..., attn_implementation="polyhead")  # doctest: +SKIP
+    """
+    try:
+        from transformers import AttentionInterface, AttentionMaskInterface
+    except ImportError as error:
+        raise DependencyError(
+            'transformers is needed to run inside its models: pip install "polyhead[hf]"'
+        ) from error
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, make_mask)
+    refuse_models_of_their_own()

@@ -1,0 +1,55 @@
+"""Every family gives with `attn_implementation="polyhead"` what it gives with "eager"."""
+
+import pytest
+import torch
+
+ATTENTIONS = {"Bart": 6, "T5": 6}  # two a decoder layer, and the encoder's
+
+
+def run(model, given):
+    dtype = next(model.parameters()).dtype
+    given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given.items()}
+    return model(**given)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("side", ["left", "right", "none", "no mask"])
+def test_outputs_where_nothing_is_padded(
+    family, side, dtype, build, inputs, calls, assert_as_good_as_eager
+):
+    given, real = inputs(family, side)
+    with torch.no_grad():
+        exact = run(build(family, "eager", torch.float64), given)[real]
+        eager = run(build(family, "eager", dtype), given)[real]
+        ours = run(build(family, "polyhead", dtype), given)
+    assert torch.isfinite(ours).all()
+    assert_as_good_as_eager(ours[real], eager, exact)
+    assert len(calls) == ATTENTIONS.get(family, 2)  # one a layer: it was ours that ran
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients(family, side, build, inputs, assert_as_good_as_eager):
+    given, real = inputs(family, side)
+    grads = []
+    for attention, dtype in (
+        ("polyhead", torch.float32),
+        ("eager", torch.float32),
+        ("eager", torch.float64),
+    ):
+        model = build(family, attention, dtype)
+        (run(model, given)[real] ** 2).mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    ours, eager, exact = grads
+    assert ours.keys() == eager.keys()
+    flat = [torch.cat([grad[name].flatten() for name in exact]) for grad in grads]
+    assert_as_good_as_eager(*flat)
+
+
+@pytest.mark.parametrize("side", ["left", "no mask"])
+def test_generation_token_for_token(generator, side, build, inputs, calls):
+    given, _ = inputs(generator, side)
+    given.pop("decoder_input_ids", None)
+    asked = given | {"max_new_tokens": 6, "do_sample": False}
+    expected = build(generator, "eager").generate(**asked)
+    assert torch.equal(build(generator, "polyhead").generate(**asked), expected)
+    assert len(calls) >= 2 * 6

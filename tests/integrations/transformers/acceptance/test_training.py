@@ -1,0 +1,120 @@
+"""Inside training: checkpoints, adapters, compilation, dropout, packed batches, weights."""
+
+import pytest
+import torch
+from transformers import StaticCache
+
+# What they call each other changed its name in transformers 5.23.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
+
+
+def gradients(model, given):
+    model.zero_grad()
+    model(**given, labels=given["input_ids"]).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(ours, theirs):
+    assert ours.keys() == theirs.keys() != set()
+    for name, grad in ours.items():
+        torch.testing.assert_close(grad, theirs[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant, build, inputs, calls):
+    given, _ = inputs("Mistral", "left")
+    model = build("Mistral", "polyhead").train()
+    expected = gradients(model, given)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    calls.clear()
+    assert_same_gradients(gradients(model, given), expected)
+    assert len(calls) >= 4  # each layer at least twice
+    assert "window(before=3)" in repr(calls[-1]["mask"])
+
+
+def test_lora(build, inputs, calls):
+    # Right, since the loss counts padding too, and on the left the two differ there.
+    peft = pytest.importorskip("peft")
+    given, _ = inputs("Llama", "right")
+    grads = []
+    for attention in ("polyhead", "eager"):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(
+            r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_dropout=0.0
+        )
+        grads.append(gradients(peft.get_peft_model(build("Llama", attention), config), given))
+    assert_same_gradients(*grads)
+    assert len(calls) == 2
+
+
+def test_the_models_dropout_reaches_the_call(build, inputs, calls):
+    given, _ = inputs("Llama", "no mask")
+    model = build("Llama", "polyhead", attention_dropout=0.25)
+    model.train()(**given)
+    model.eval()(**given)
+    assert [call["dropout"] for call in calls] == [0.25, 0.25, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_packed_documents_do_not_see_each_other(name, build, calls):
+    tokens = torch.randint(3, 31, (1, 9))
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    model = build(name, "polyhead")
+    with torch.no_grad():
+        packed = model(tokens, position_ids=position, use_cache=False).logits
+        alone = [model(part).logits for part in (tokens[:, :4], tokens[:, 4:])]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+    assert "documents" in repr(calls[0]["mask"])
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama", "GptOss", "Bert"])
+def test_output_attentions(name, build, inputs):
+    given, real = inputs(name, "left")
+    with torch.no_grad():
+        ours, theirs = (
+            build(name, attention)(**given, output_attentions=True).attentions
+            for attention in ("polyhead", "eager")
+        )
+    assert len(ours) == len(theirs) == 2
+    for mine, expected in zip(ours, theirs, strict=True):
+        rows = real[:, None].expand(mine.shape[:3])
+        torch.testing.assert_close(mine[rows], expected[rows], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_a_static_cache(name, build, inputs):
+    given, _ = inputs(name, "left")
+    model = build(name, "polyhead")
+    asked = given | {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**asked)
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    assert torch.equal(model.generate(**asked, past_key_values=cache), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "no mask"])
+def test_compiled(side, build, inputs):
+    given, real = inputs("Llama", side)
+    model = build("Llama", "polyhead")
+    with torch.no_grad():
+        expected = model(**given).logits
+        got = torch.compile(model)(**given).logits
+    torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_generation(build, inputs):
+    given, _ = inputs("Llama", "left")
+    model = build("Llama", "polyhead")
+    asked = given | {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**asked)
+    model.forward = torch.compile(model.forward)
+    assert torch.equal(model.generate(**asked, cache_implementation="static"), expected)
+
+
+def test_weights_sum_to_one_where_something_may_be_seen(build, inputs):
+    given, real = inputs("Llama", "left")
+    with torch.no_grad():
+        weights = build("Llama", "polyhead")(**given, output_attentions=True).attentions[0]
+    sums = weights.sum(dim=-1)[:, 0]
+    torch.testing.assert_close(sums, real.float())

@@ -1,0 +1,129 @@
+"""`Cache` in generation: what transformers' own caches give, token for token."""
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+import polyhead as ph
+from polyhead.errors import ArgumentError, ShapeError
+from polyhead.integrations.transformers.cache import Cache, Layer
+
+GREEDY = {"max_new_tokens": 9, "do_sample": False}
+
+
+def generate(model, given, cache, **asked):
+    return model.generate(**given, **(GREEDY | asked), past_key_values=cache)
+
+
+@pytest.mark.parametrize("side", ["left", "no mask"])
+@pytest.mark.parametrize("asked", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_generation(decoder, side, asked, build, inputs):
+    given, _ = inputs(decoder, side)
+    model = build(decoder, "polyhead")
+    expected = generate(model, given, DynamicCache(config=model.config), **asked)
+    cache = Cache(model.config, max_tokens=40)
+    assert torch.equal(generate(model, given, cache, **asked), expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_a_second_turn_goes_on_from_the_first(name, build, inputs):
+    given, _ = inputs(name, "no mask")
+    model = build(name, "polyhead")
+    cache = Cache(model.config, max_tokens=40)
+    first = generate(model, given, cache)
+    again = {"input_ids": torch.cat([first, given["input_ids"][:, :5]], dim=1)}
+    expected = generate(model, again, DynamicCache(config=model.config))
+    assert torch.equal(generate(model, again, cache), expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_assisted_generation(name, build, inputs):
+    given, _ = inputs(name, "no mask")
+    given = {"input_ids": given["input_ids"][:1]}
+    model, assistant = build(name, "polyhead"), build(name, "polyhead", num_hidden_layers=1)
+    asked = {"assistant_model": assistant, "max_new_tokens": 12}
+    cache = Cache(model.config, max_tokens=60)
+    expected = generate(model, given, None, max_new_tokens=12)
+    assert torch.equal(generate(model, given, cache, **asked), expected)
+
+
+@pytest.mark.parametrize("name", ["T5", "Bart"])
+def test_cross_attention(name, build, inputs):
+    given, _ = inputs(name, "left")
+    given.pop("decoder_input_ids")
+    model = build(name, "polyhead")
+    caches = EncoderDecoderCache(Cache(model.config, 40), Cache(model.config, 40))
+    assert torch.equal(generate(model, given, caches), generate(model, given, None))
+
+
+def test_the_keys_of_all_tokens_stay_where_they_are(build, inputs):
+    given, _ = inputs("Llama", "no mask", T=30)
+    model = build("Llama", "polyhead")
+    cache = Cache(model.config, max_tokens=37, preallocate=True)
+    with torch.no_grad():
+        model(**given, past_key_values=cache)
+        before = [layer.keys.data_ptr() for layer in cache.layers]
+        model(torch.tensor([[3]] * 3), past_key_values=cache)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == before
+
+
+def test_int8_takes_less_memory_and_gives_nearly_the_same(build, inputs):
+    given, _ = inputs("Llama", "no mask")
+    model = build("Llama", "polyhead")
+    caches = [Cache(model.config, 40), Cache(model.config, 40, storage=torch.int8)]
+    with torch.no_grad():
+        plain, int8 = (model(**given, past_key_values=cache).logits for cache in caches)
+        token = torch.tensor([[4]] * 3)
+        plain, int8 = (model(token, past_key_values=cache).logits for cache in caches)
+    error = (plain - int8).abs().max()
+    assert 0 < error < 0.05 * plain.abs().max()
+    nbytes = [cache.layers[0]._cache.nbytes for cache in caches]
+    assert nbytes[1] < nbytes[0] / 1.9
+
+
+def test_a_full_cache_says_so(build, inputs):
+    given, _ = inputs("Llama", "no mask")
+    model = build("Llama", "polyhead")
+    with torch.no_grad(), pytest.raises(ShapeError, match=r"max_tokens - length = 8 - 0 = 8"):
+        model(**given, past_key_values=Cache(model.config, 8))
+
+
+def test_rows_are_repeated_and_chosen():
+    layer = Layer(8)
+    key = torch.randn(2, 3, 4, 5)
+    layer.update(key, key)
+    layer.batch_repeat_interleave(2)
+    assert torch.equal(layer.keys, key.repeat_interleave(2, dim=0))
+    layer.batch_select_indices(torch.tensor([3, 0]))
+    assert torch.equal(layer.values, key[[1, 0]])
+
+
+@pytest.mark.parametrize(("crop", "left"), [(-2, 4), (0, 6), (4, 4)])
+def test_crop(crop, left):
+    layer = Layer(8)
+    key = torch.randn(2, 3, 6, 5)
+    layer.update(key, key)
+    layer.crop(crop)
+    assert layer.get_seq_length() == left
+    assert torch.equal(layer.keys, key[:, :, :left])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_mask_sizes_are_those_of_the_keys_that_come(window):
+    layer = Layer(40, window)
+    for T in (3, 1, 1, 6, 1, 9):
+        S, first = layer.get_mask_sizes(T)
+        start = layer.get_seq_length()
+        key = torch.arange(start, start + T).float()[None, None, :, None].expand(2, 3, T, 5)
+        got, _ = layer.update(key, key)
+        assert got[0, 0, :, 0].tolist() == list(range(first, first + S))
+
+
+def test_layers_that_keep_something_else_are_refused():
+    from transformers import Lfm2Config
+
+    with pytest.raises(ArgumentError, match=r"keep keys and values; got layer \d+: Linear"):
+        ph.integrations.transformers.Cache(
+            Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
+        )

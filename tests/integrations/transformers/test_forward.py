@@ -1,0 +1,108 @@
+"""The attention function, asked directly."""
+
+import pytest
+import torch
+
+import polyhead as ph
+from polyhead.errors import ArgumentError, ShapeError
+from polyhead.integrations.transformers.forward import attention_forward
+from polyhead.integrations.transformers.structured import StructuredMask
+
+B, H, G, T, S, D = 2, 6, 2, 3, 5, 4
+
+
+@pytest.fixture
+def qkv():
+    return torch.randn(B, H, T, D), torch.randn(B, G, S, D), torch.randn(B, G, S, D)
+
+
+def layer(is_causal):
+    module = torch.nn.Module()
+    module.is_causal = is_causal
+    return module
+
+
+def run(qkv, mask, *, is_causal=True, **options):
+    output, weights = attention_forward(layer(is_causal), *qkv, mask, **options)
+    assert output.is_contiguous()
+    return output.transpose(1, 2), weights
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_no_mask_is_what_the_layer_says(qkv, is_causal):
+    rule = ph.mask.causal(align="start") if is_causal else None
+    assert torch.equal(run(qkv, None, is_causal=is_causal)[0], ph.attention(*qkv, mask=rule))
+    # What the call says wins over what the layer says.
+    told = {"is_causal": not is_causal}
+    output, _ = attention_forward(layer(is_causal), *qkv, None, **told)
+    other = None if is_causal else ph.mask.causal(align="start")
+    assert torch.equal(output.transpose(1, 2), ph.attention(*qkv, mask=other))
+
+
+def test_no_mask_and_one_query_sees_every_key(qkv):
+    query, key, value = qkv
+    one = query[:, :, :1], key, value
+    assert torch.equal(run(one, None)[0], ph.attention(*one))
+
+
+def test_booleans_and_numbers(qkv):
+    allowed = torch.rand(B, 1, T, S) > 0.4
+    numbers = torch.zeros(B, 1, T, S).masked_fill(~allowed, -torch.inf)
+    expected = ph.attention(*qkv, mask=ph.mask.dense(allowed))
+    assert torch.equal(run(qkv, allowed)[0], expected)
+    torch.testing.assert_close(run(qkv, numbers)[0], expected)
+
+
+def test_a_structured_mask_arrives_as_its_rule(qkv, calls):
+    rule = ph.mask.causal() & ph.mask.left_padding([0, 2])
+    run(qkv, StructuredMask(rule, batch=B, T=T, S=S, device="cpu"))
+    assert calls[0]["mask"] is rule
+
+
+def test_a_structured_mask_of_another_size_is_refused(qkv):
+    mask = StructuredMask(ph.mask.causal(), batch=B, T=T, S=S + 1, device="cpu")
+    with pytest.raises(ShapeError, match=r"\(2, 6, 3, 5\); got \(2, 1, 3, 6\)"):
+        run(qkv, mask)
+
+
+def test_softcap_sinks_scale_and_dropout_reach_the_call(qkv, calls):
+    sinks = torch.randn(H)
+    run(qkv, None, softcap=5.0, s_aux=sinks, scaling=0.3, dropout=0.25)
+    asked = calls[0]
+    assert (asked["softcap"], asked["scale"], asked["dropout"]) == (5.0, 0.3, 0.25)
+    assert asked["sinks"] is sinks
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "float"])
+def test_position_bias_is_added_to_the_scores(qkv, kind):
+    position_bias = torch.randn(1, H, T, S)
+    allowed = torch.rand(B, 1, T, S) > 0.4
+    numbers = torch.randn(B, 1, T, S)
+    mask = {"none": None, "bool": allowed, "float": numbers}[kind]
+    expected = ph.attention(
+        *qkv,
+        mask=ph.mask.dense(allowed) if kind == "bool" else None,
+        bias=position_bias + numbers if kind == "float" else position_bias,
+    )
+    got, _ = run(qkv, mask, is_causal=False, position_bias=position_bias)
+    torch.testing.assert_close(got, expected)
+
+
+def test_weights_are_those_of_the_definition(qkv):
+    output, weights = run(qkv, None, output_attentions=True)
+    expected, aux = ph.attention(
+        *qkv, mask=ph.mask.causal(align="start"), return_aux=ph.AuxRequest(weights=True)
+    )
+    assert torch.equal(output, expected)
+    assert torch.equal(weights, aux.weights)
+    assert run(qkv, None)[1] is None
+
+
+def test_what_is_not_known_is_refused(qkv):
+    with pytest.raises(ArgumentError, match=r"head_mask must not be given.*got Tensor"):
+        run(qkv, None, head_mask=torch.ones(H))
+
+
+def test_what_says_nothing_about_attention_is_taken(qkv):
+    given = {"position_ids": torch.arange(T), "use_cache": True, "head_mask": None}
+    assert torch.equal(run(qkv, None, **given)[0], run(qkv, None)[0])

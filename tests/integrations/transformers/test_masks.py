@@ -1,0 +1,185 @@
+"""The mask function: the same mask as transformers' own, and its structure where there is one."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import masking_utils as theirs
+
+import polyhead as ph
+from polyhead.integrations.transformers import masks
+from polyhead.integrations.transformers.masks import make_mask
+from polyhead.integrations.transformers.structured import StructuredMask
+
+B = 3
+RULES = {
+    "causal": theirs.causal_mask_function,
+    "everybody": theirs.bidirectional_mask_function,
+    "window": theirs.sliding_window_causal_mask_function(4),
+    "two-sided window": theirs.sliding_window_bidirectional_mask_function(2),
+    "chunks": theirs.chunked_causal_mask_function(4, torch.tensor([0, 2, 5])),
+    "window of one": theirs.sliding_window_causal_mask_function(1),
+}
+
+
+def both(T, S, *, kv_offset=0, q_offset=None, **asked):
+    """Ours, and what transformers writes out."""
+    q_offset = kv_offset + S - T if q_offset is None else q_offset
+    sizes = {"batch_size": B, "q_length": T, "kv_length": S}
+    sizes |= {"q_offset": q_offset, "kv_offset": kv_offset}
+    full = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return make_mask(**sizes, **asked), theirs.sdpa_mask(**sizes, **(asked | full))
+
+
+def assert_same(ours, expected):
+    if ours is None:
+        assert expected.all()
+    else:
+        assert ours.shape == expected.shape
+        assert torch.equal(ours, expected)
+
+
+def padding(side, positions):
+    real = torch.ones(B, positions, dtype=torch.bool)
+    for row, n in enumerate((0, 2, 5)):
+        if side in ("left", "both"):
+            real[row, :n] = False
+        if side in ("right", "both"):
+            real[row, positions - n // 2 - 1 :] = False
+        if side == "hole":
+            real[row, n : n + 2] = False
+    return None if side == "no mask" else real
+
+
+@pytest.mark.parametrize("side", ["no mask", "none", "left", "right", "both", "hole"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    ("T", "S", "kv_offset", "q_offset"),
+    [
+        (9, 9, 0, None),  # a prompt
+        (1, 11, 0, None),  # a step
+        (3, 11, 0, None),  # a chunk
+        (2, 5, 6, None),  # in a window that rolled on
+        (3, 17, 0, 4),  # in a static cache, later keys not there yet
+        (1, 17, 0, 4),
+    ],
+)
+def test_it_is_the_mask_of_transformers(T, S, kv_offset, q_offset, rule, side):
+    known = S if q_offset is None else q_offset + T
+    asked = {"mask_function": RULES[rule], "attention_mask": padding(side, kv_offset + known)}
+    assert_same(*both(T, S, kv_offset=kv_offset, q_offset=q_offset, **asked))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    real=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=B, max_size=B),
+    rule=st.sampled_from(sorted(RULES)),
+    T=st.integers(1, 6),
+)
+def test_any_padding_at_all(real, rule, T):
+    assert_same(*both(T, 6, mask_function=RULES[rule], attention_mask=torch.tensor(real)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "side", "expected"),
+    [
+        ("causal", "none", "causal()"),
+        ("causal", "left", "causal() & left_padding([0, 2, 5])"),
+        ("causal", "right", "causal() & lengths([8, 7, 6])"),
+        ("window", "left", "window(before=3) & causal() & left_padding([0, 2, 5])"),
+        ("two-sided window", "none", "window(before=2, after=2)"),
+        ("everybody", "right", "lengths([8, 7, 6])"),
+        ("everybody", "none", "None"),
+        ("chunks", "none", "documents(3x9) & causal()"),
+        ("causal", "hole", "causal() & dense(3x1x1x9)"),
+    ],
+)
+def test_its_structure_is_kept(rule, side, expected):
+    mask, _ = both(9, 9, mask_function=RULES[rule], attention_mask=padding(side, 9))
+    assert isinstance(mask, StructuredMask)
+    assert repr(mask.rule) == expected
+
+
+@pytest.mark.parametrize("rule", ["causal", "everybody", "window"])
+def test_a_step_that_sees_every_key_needs_no_mask(rule):
+    S = 4 if rule == "window" else 9
+    mask, expected = both(1, S, mask_function=RULES[rule], attention_mask=padding("none", S))
+    assert mask is None
+    assert expected.all()
+
+
+@pytest.mark.parametrize("inner", ["causal", "window"])
+def test_packed_sequences(inner):
+    position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8], [0] * 9])
+    sequence = theirs.find_packed_sequence_indices(position)
+    rule = theirs.packed_sequence_compatibility_function(RULES[inner], position, sequence)
+    mask, expected = both(9, 9, mask_function=rule)
+    assert "documents(3x9)" in repr(mask.rule)
+    assert_same(mask, expected)
+
+
+def every_second(batch, head, query, key):
+    return (key % 2 == 0) | (key == query)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        every_second,
+        theirs.and_masks(theirs.causal_mask_function, every_second),
+        theirs.or_masks(theirs.causal_mask_function, every_second),
+        theirs.or_masks(
+            theirs.causal_mask_function,
+            theirs.blockwise_overlay(torch.tensor([[-1, 0, 0, 0, -1, 1, 1]] * B)),
+        ),
+    ],
+    ids=["custom", "and", "or", "image tokens"],
+)
+def test_what_is_not_known_is_written_out(rule):
+    mask, expected = both(7, 7, mask_function=rule, attention_mask=padding("left", 7))
+    assert type(mask) is torch.Tensor
+    assert_same(mask, expected)
+
+
+def test_a_rule_that_changed_its_meaning_is_not_believed(monkeypatch):
+    def sliding_window_overlay(sliding_window):
+        def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
+            return kv_idx >= q_idx - sliding_window  # one key more
+
+        return inner_mask
+
+    monkeypatch.setattr(theirs, "sliding_window_overlay", sliding_window_overlay)
+    masks._readers.cache_clear()
+    try:
+        rule = theirs.and_masks(sliding_window_overlay(3), theirs.causal_mask_function)
+        mask, expected = both(7, 7, mask_function=rule)
+    finally:
+        masks._readers.cache_clear()
+    assert type(mask) is torch.Tensor
+    assert_same(mask, expected)
+
+
+def test_a_step_that_is_to_be_compiled_gets_a_plain_tensor():
+    asked = {"q_offset": torch.tensor(4), "allow_is_causal_skip": False}
+    mask, expected = both(1, 17, **asked)
+    assert type(mask) is torch.Tensor
+    assert torch.equal(mask, expected)
+
+
+def test_a_long_prompt_takes_no_memory(tensor_sizes):
+    real = torch.ones(1, 3000, dtype=torch.bool)
+    real[0, :7] = False
+    with tensor_sizes:
+        make_mask(batch_size=1, q_length=3000, kv_length=3000, attention_mask=real)
+    assert tensor_sizes.largest <= 3000
+
+
+@pytest.mark.parametrize("side", ["left", "no mask"])
+def test_the_attention_gets_rules(build, inputs, calls, side):
+    asked, _ = inputs("Mistral", side)
+    build("Mistral", "polyhead").generate(**asked, max_new_tokens=8, do_sample=False)
+    assert all(
+        not any(isinstance(rule, ph.mask.Dense) for rule in call["mask"].primitives())
+        for call in calls
+        if call["mask"] is not None
+    )
