@@ -1,0 +1,160 @@
+"""From the pattern of broken laws to the probable cause, in the words of the mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.check.law import Outcome, Verdict
+from polyhead.check.subject import Subject
+from polyhead.check.tolerance import Spy, operation
+
+__all__ = ["diagnose"]
+
+Broken = Mapping[str, Verdict]
+
+
+def diagnose(subject: Subject, verdicts: Mapping[str, Verdict]) -> tuple[str, ...]:
+    """Probable causes, the likeliest first; empty if nothing is broken or no pattern fits.
+
+    Args:
+        subject: what was checked.
+        verdicts: of every law that was run, by name.
+    """
+    # What a call raised speaks for itself.
+    broken = {
+        name: verdict
+        for name, verdict in verdicts.items()
+        if verdict.outcome is Outcome.BROKEN and not verdict.evidence.get("raised")
+    }
+    causes = (pattern(subject, broken) for pattern in _PATTERNS) if broken else ()
+    # An exact explanation explains the rest.
+    return tuple(cause for cause in causes if cause)[: 1 if _exact(subject, broken) else 2]
+
+
+def _exact(subject: Subject, broken: Broken) -> str | None:
+    """A usual mistake that gives the module's output to the last digit."""
+    if "output_is_the_definitions" not in broken:
+        return None
+    cause: str | None = broken["output_is_the_definitions"].evidence.get("cause")
+    return cause
+
+
+def _modes(subject: Subject, broken: Broken) -> str | None:
+    modes = broken.get("causal_in_every_mode")
+    if modes is not None and modes.evidence.get("modes", 4) < 4:
+        return "the causal mask is dropped in one mode, and another kernel may run there"
+    return None
+
+
+def _who_sees_whom(subject: Subject, broken: Broken) -> str | None:
+    if not broken.keys() & {"no_future_leak", "past_is_used"} or not subject.claims.causal:
+        return None
+    sees = subject.sees.cpu()
+    T = sees.shape[0]
+    ones = torch.ones(T, T, dtype=torch.bool)
+    if not (sees & ones.tril(-1)).any() and (sees & ones.triu(1)).any():
+        return "inverted mask: tokens see those after them and none of those before"
+    if torch.equal(sees, ones.tril(1)):
+        return "off-by-one mask: every token also sees the next one"
+    # A token is seen by its own query too. Only where there is one key is the query idle; and the
+    # first row, with nothing to see, may see anything.
+    if not sees[1, 1] and torch.equal(sees[2:], ones.tril()[2:]):
+        return "off-by-one mask: no token sees itself"
+    if sees.all() and not broken.keys() & {"identical_tokens_agree", "heads_work_alone"}:
+        return "no mask reaches the scores: every token sees every other"
+    return None
+
+
+def _softmax(subject: Subject, broken: Broken) -> str | None:
+    if not broken.keys() & {"identical_tokens_agree", "contexts_are_weighted_means"}:
+        return None
+    spy = _SoftmaxAxes()
+    with torch.no_grad(), spy:
+        subject.call(subject.exact, subject.input(2))
+    if wrong := [axis for axis in spy.axes if axis != -1]:
+        return f"softmax over the wrong axis: over axis {wrong[0]} of the scores, not the last"
+    if not spy.axes or "dropout_in_eval" in broken:
+        return None
+    return "weights do not sum to 1: the mask is applied after the softmax?"
+
+
+def _heads(subject: Subject, broken: Broken) -> str | None:
+    if "heads_work_alone" in broken:
+        return "heads merged, or split, by a view without the transpose that belongs to it"
+    if "key_heads_are_shared_in_order" in broken:
+        return "key heads grouped in another order: tiled, not repeated"
+    return None
+
+
+def _dropout(subject: Subject, broken: Broken) -> str | None:
+    if "evaluation_repeats" in broken:
+        return "dropout in evaluation: it does not ask self.training"
+    if "dropout_is_unbiased" in broken:
+        return "dropout on scores before the softmax, or kept weights are not scaled by 1 / (1 - p)"
+    return None
+
+
+def _window(subject: Subject, broken: Broken) -> str | None:
+    evidence = (
+        broken["window_counts_its_tokens"].evidence if "window_counts_its_tokens" in broken else {}
+    )
+    counted, window = evidence.get("counted"), evidence.get("window")
+    if counted is None or window is None or abs(counted - window) != 1:
+        return None
+    return f"window off by one: {counted} tokens are seen and not {window}"
+
+
+def _polarity(subject: Subject, broken: Broken) -> str | None:
+    names = {"hidden_tokens_have_no_influence", "shown_tokens_keep_their_influence"}
+    if not names <= broken.keys() or subject.calling.mask is None:
+        return None
+    mask = subject.calling.mask
+    return f"mask of the wrong polarity: {mask.name} should {mask.true_means} where True"
+
+
+def _cache(subject: Subject, broken: Broken) -> str | None:
+    singly = broken.get("cache_token_by_token_agrees")
+    if singly is None and "cache_in_chunks_agrees" in broken:
+        return "a chunk behind a cache is masked as if it stood at the start (upper left)"
+    if singly is not None and singly.evidence.get("first_wrong") == 1:
+        if subject.claims.positions is not None:
+            return "cache position off: a new token's position does not count the cached ones"
+        return "the cache loses or repeats a token, or hides cached ones"
+    return None
+
+
+def _fill(subject: Subject, broken: Broken) -> str | None:
+    if "mask_survives_large_scores" in broken and "no_future_leak" not in broken:
+        return "masked scores are filled with a number that other scores can reach; use -inf"
+    return None
+
+
+_PATTERNS: tuple[Callable[[Subject, Broken], str | None], ...] = (
+    _exact,
+    _modes,
+    _who_sees_whom,
+    _dropout,
+    _window,
+    _polarity,
+    _cache,
+    _softmax,
+    _heads,
+    _fill,
+)
+
+
+class _SoftmaxAxes(Spy):
+    """Notes over which axis, counted from the last, each softmax of a call goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.axes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation(func).endswith("softmax") and isinstance(args[0], Tensor):
+            self.axes.append(args[1] % args[0].ndim - args[0].ndim)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,329 @@
+"""What a module claims to be, read from its attributes, its source and its behaviour.
+
+Every fact comes with how it was found, which the report prints: a wrong guess can be seen, and
+overruled by the argument of the same name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.check.adapters import FORMS, Calling, MaskArgument, mask_names
+from polyhead.check.names import HEADS, LENGTH, WIDTH, WINDOW
+from polyhead.check.subject import Claims, Subject, difference
+from polyhead.errors import ArgumentError
+
+__all__ = ["band", "claim_causal", "claim_mask", "read_claims"]
+
+_POSITIONS = re.compile(r"rope|rotary|alibi|freqs|inv_freq|pos_|position|relative|slopes", re.I)
+_FEATURES = {
+    "sinks": re.compile(r"sink|s_aux|add_zero_attn|^bias_k$|null_k", re.I),
+    "softcap": re.compile(r"soft_?cap", re.I),
+    "scores or weights that are not plain": re.compile(
+        r"\b(normalize|sigmoid|entmax|sparsemax|elu|relu|layer_norm|rms_norm|\w*gate)\b", re.I
+    ),
+}
+_CAUSAL_SOURCE = re.compile(r"\b(tril|triu)\b|is_causal\s*=\s*True")
+
+
+def read_claims(module: nn.Module, calling: Calling, given: dict[str, Any]) -> Claims:
+    """Everything but whether it is causal, from names.
+
+    Args:
+        module: what is checked.
+        calling: how to call it.
+        given: what the user said; None where nothing.
+    """
+    how = {name: "you said so" for name, value in given.items() if value is not None}
+
+    def fact(name: str, found: tuple[Any, str] | None) -> Any:
+        if given.get(name) is not None:
+            return given[name]
+        if found is None:
+            return None
+        how[name] = found[1]
+        return found[0]
+
+    max_tokens = fact("max_tokens", _length(module) or _square_buffer(module))
+    window = fact("window", _integer(module, WINDOW))
+    if window and "attribute window" in how.get("window", ""):
+        how["window"] += f"; {window} or {window + 1} tokens will do: pass window= to be strict"
+    positions = fact("positions", _named(module, _POSITIONS))
+    features = frozenset(name for name, words in _FEATURES.items() if _named(module, words))
+    claims = Claims(
+        d_in=0,
+        causal=False,
+        window=window,
+        positions=None if positions in ("none", "") else positions,
+        num_heads=fact("num_heads", _heads(module)),
+        max_tokens=max_tokens,
+        scale=fact("scale", _scale(module)),
+        features=features,
+        how=how,
+    )
+    claims.d_in = given["d_in"] or fact("d_in", _input_size(module, calling, claims))
+    return claims
+
+
+def claim_causal(subject: Subject, causal: bool | None) -> None:
+    """Decide whether the module is held to be causal.
+
+    Behaviour alone would acquit an inverted mask, so it decides only where it is plain: a token
+    sees exactly what is not after it, or everything while nothing speaks of a causal mask.
+    """
+    claims, module = subject.claims, subject.module
+    if causal is not None:
+        claims.causal, claims.how["causal"] = causal, "you said so"
+        return
+    attribute = next(
+        (n for n in ("is_causal", "causal") if isinstance(getattr(module, n, None), bool)), None
+    )
+    # nn.MultiheadAttention-like modules say is_causal in the call.
+    if attribute is not None:
+        claims.causal = getattr(module, attribute)
+        claims.how["causal"] = f"attribute {attribute}"
+        return
+    sees = subject.sees
+    future = sees & ~band(sees.shape[0], True, None)
+    if not future.any():
+        claims.causal, claims.how["causal"] = True, "no token sees a later one"
+    elif word := _speaks_of_causality(module):
+        claims.causal, claims.how["causal"] = True, f"its source says {word}"
+    elif torch.equal(sees, sees.T):
+        claims.causal, claims.how["causal"] = False, "tokens see each other both ways"
+    else:
+        claims.causal = True
+        claims.how["causal"] = "tokens see some but not all others; pass causal=False if meant"
+
+
+def claim_mask(subject: Subject, true_means: str | None) -> MaskArgument | None:
+    """Find the mask argument and its form by trying. None: there is none, or none that runs.
+
+    What True means is taken from the user, then from the name where that has one meaning
+    (`attention_mask` shows, `key_padding_mask` hides), then from what the module does.
+    """
+    calling = subject.calling
+    if calling.mask is not None or calling.style in ("yours", "transformers"):
+        return calling.mask
+    if _polyhead(subject.module):
+        return _polyhead_mask()
+    names = mask_names(subject.module)
+    if subject.claims.causal and bool(subject.sees.all()):
+        # It leaves the causal mask to its caller, which one of keys cannot say.
+        names = [name for name in names if "pad" not in name]
+    for name in names:
+        by_name = _meaning_of(name, subject.module)
+        meanings = [m for m in (true_means, by_name) if m][:1] or ["show", "hide", "add"]
+        how = "you said so" if true_means else "by its name" if by_name else "found by trying"
+        forms = ("keys",) if "padding" in name else tuple(FORMS)
+        tried = [MaskArgument(name, form, m, how) for form in forms for m in meanings]
+        runs = [mask for mask in tried if _runs(subject, mask)]
+        if chosen := next((m for m in runs if _works(subject, m)), runs[0] if runs else None):
+            return chosen
+    return None
+
+
+def band(T: int, causal: bool, window: int | None) -> Tensor:
+    """(T, T) True where a module of these claims lets query t see token s."""
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    seen = torch.ones(T, T, dtype=torch.bool)
+    if causal:
+        seen &= distance >= 0
+    if window is not None:
+        seen &= distance.abs() < window
+    return seen
+
+
+# Reading names
+
+
+def _places(module: nn.Module) -> Iterator[Any]:
+    yield module
+    for name in ("config", "cfg", "args"):
+        if hasattr(module, name):
+            yield getattr(module, name)
+
+
+def _integer(module: nn.Module, names: tuple[str, ...]) -> tuple[int, str] | None:
+    for place in _places(module):
+        for name in names:
+            value = getattr(place, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value, f"attribute {name}"
+    return None
+
+
+def _heads(module: nn.Module) -> tuple[int, str] | None:
+    if found := _integer(module, HEADS):
+        return found
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList) and "head" in name and len(child):
+            return len(child), f"length of {name}"
+    return None
+
+
+def _length(module: nn.Module) -> tuple[int, str] | None:
+    """Of the module, or of a head of it."""
+    return next((found for part in module.modules() if (found := _integer(part, LENGTH))), None)
+
+
+def _square_buffer(module: nn.Module) -> tuple[int, str] | None:
+    for name, buffer in module.named_buffers():
+        if buffer.ndim >= 2 and buffer.shape[-1] == buffer.shape[-2] > 1:
+            return buffer.shape[-1], f"buffer {name}"
+    return None
+
+
+def _scale(module: nn.Module) -> tuple[float, str] | None:
+    """What polyhead's modules and transformers' layers say of their scale. An attribute of other
+    code is not trusted: it may be the mistake."""
+    name = "scale" if _polyhead(module) else "scaling"
+    value = getattr(module, name, None)
+    return (value, f"attribute {name}") if isinstance(value, float) else None
+
+
+def _named(module: nn.Module, pattern: re.Pattern[str]) -> tuple[str, str] | None:
+    """A part whose name says what it is: attribute, submodule, parameter or buffer."""
+    names = [
+        name for name, value in vars(module).items() if value is not None and value is not False
+    ]
+    names += [name for name, _ in module.named_modules() if name]
+    names += [name for name, _ in module.named_parameters()]
+    names += [name for name, _ in module.named_buffers()]
+    names += [name for name in inspect.signature(module.forward).parameters if "embed" in name]
+    for name in names:
+        if pattern.search(name.rsplit(".", 1)[-1]) and not name.startswith("_"):
+            return name, f"it has {name}"
+    if not _polyhead(module):
+        for source in _sources(module):
+            if match := pattern.search(source):
+                return match[0], f"its source says {match[0]}"
+    return None
+
+
+def _sources(module: nn.Module) -> Iterator[str]:
+    """Code of the classes of the module and its parts, without comments, docstrings, torch."""
+    kinds = dict.fromkeys(kind for part in module.modules() for kind in type(part).__mro__)
+    for kind in kinds:
+        if not kind.__module__.startswith(("builtins", "torch.", "transformers.")):
+            try:
+                source = inspect.getsource(kind)
+            except (OSError, TypeError):
+                continue
+            yield re.sub(r'"""[\s\S]*?"""|#.*', "", source)
+
+
+def _speaks_of_causality(module: nn.Module) -> str | None:
+    if "causal" in type(module).__name__.lower():
+        return type(module).__name__
+    for source in _sources(module):
+        if match := _CAUSAL_SOURCE.search(source):
+            return match[0]
+    return None
+
+
+def _polyhead(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("polyhead.")
+
+
+# Trying
+
+
+def _input_size(module: nn.Module, calling: Calling, claims: Claims) -> tuple[int, str]:
+    sizes: dict[int, str] = {}
+    for place in _places(module):
+        for name in WIDTH:
+            if isinstance(value := getattr(place, name, None), int) and value > 0:
+                sizes.setdefault(value, f"attribute {name}")
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            sizes.setdefault(layer.in_features, f"input of {name}")
+    for name, parameter in module.named_parameters():
+        for size in reversed(parameter.shape if parameter.ndim > 1 else ()):
+            sizes.setdefault(size, f"a size of {name}")
+    like = next(module.parameters(), torch.zeros(1))
+    errors = []
+    for size, how in sizes.items():
+        x = torch.randn(1, min(2, claims.max_tokens or 2), size, dtype=like.dtype)
+        try:
+            with torch.no_grad():
+                calling(module, x.to(like.device))
+        except Exception as error:  # of unknown code
+            errors.append(f"{size}: {type(error).__name__}: {str(error).splitlines()[0:1]}")
+        else:
+            return size, how
+    raise ArgumentError(
+        "d_in",
+        "must be given, as no size found in the module can be called",
+        "; ".join(errors[:3]) or "a module without parameters",
+        "pass d_in=, or call=lambda module, x: ... if it is called in another way",
+    )
+
+
+def _meaning_of(name: str, module: nn.Module) -> str | None:
+    if "padding" in name or "pad_mask" in name or isinstance(module, nn.MultiheadAttention):
+        return "hide"
+    return "show" if name == "attention_mask" else None
+
+
+def _runs(subject: Subject, mask: MaskArgument) -> bool:
+    try:
+        _masked(subject, mask, hide=None)
+    except Exception:  # of unknown code
+        return False
+    return True
+
+
+def _works(subject: Subject, mask: MaskArgument) -> bool:
+    """Whether showing all changes nothing, and the token that is hidden has no influence."""
+    x, other = subject.input(2), subject.input(2, salt=1)
+    shown = _masked(subject, mask, hide=None)
+    try:
+        plain = subject.run(x)
+    except Exception:  # the mask is needed
+        plain = shown
+    changed = x.clone()
+    changed[:, 1] = other[:, 1]
+    before = _masked(subject, mask, hide=1)
+    after = _masked(subject, mask, hide=1, x=changed)
+    others = [t for t in range(x.shape[1]) if t > 1]
+    rounding = subject.allowed(x)
+    hides = difference(before, after)[:, others].max() <= rounding
+    # Where the caller passes the causal mask, showing all that is causal changes something.
+    changes_nothing = difference(shown, plain).max() <= rounding
+    return bool(hides and (changes_nothing or subject.sees.all()))
+
+
+def _masked(
+    subject: Subject, mask: MaskArgument, hide: int | None, x: Tensor | None = None
+) -> Tensor:
+    x = subject.input(2) if x is None else x
+    T = x.shape[1]
+    allowed = band(T, subject.claims.causal, None).expand(2, 1, T, T).clone().to(x.device)
+    if mask.form == "keys" or not subject.claims.causal:
+        allowed[:] = True
+    if hide is not None:
+        allowed[..., hide] = False
+    with torch.no_grad():
+        calling = replace(subject.calling, mask=mask, supplies=None)
+        return calling(subject.exact, x, allowed=allowed).output
+
+
+def _polyhead_mask() -> MaskArgument:
+    return _PolyheadMask("mask", "full", "show", "polyhead's masks show")
+
+
+class _PolyheadMask(MaskArgument):
+    """polyhead's own modules take a mask of its algebra."""
+
+    def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Any:
+        from polyhead.mask import dense
+
+        return dense(allowed_b1ts)

@@ -1,0 +1,127 @@
+"""What a law is, what it may say, and the table of all laws.
+
+A law is one small function, `law(subject) -> Verdict`. Its docstring has three paragraphs: what is
+required; why; and a real bug that it would have caught. `docs/laws.md` is made of them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+__all__ = [
+    "FUNCTION_LAWS",
+    "MODULE_LAWS",
+    "Law",
+    "NotApplicable",
+    "Outcome",
+    "Verdict",
+    "broken",
+    "function_law",
+    "holds",
+    "module_law",
+    "reported",
+]
+
+
+class Outcome(str, Enum):
+    """What a law says of its subject."""
+
+    HOLDS = "holds"
+    BROKEN = "broken"
+    NOT_APPLICABLE = "not applicable"
+    REPORTED = "reported"  # a fact that is nobody's fault
+    NOT_RUN = "not run"  # time was up, or the user stopped
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """An outcome, and a sentence.
+
+    Attributes:
+        outcome: see `Outcome`.
+        message: the smallest counterexample and what it means; or why the law does not apply.
+        evidence: numbers and patterns for the diagnosis.
+    """
+
+    outcome: Outcome
+    message: str = ""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+
+
+class NotApplicable(Exception):  # noqa: N818  (no error: a verdict that any helper may reach)
+    """The law asks for something that the subject does not have; the message says what."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """A named law.
+
+    Attributes:
+        name: of its function.
+        run: the function.
+    """
+
+    name: str
+    run: Callable[[Any], Verdict]
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """What is required, why, and which bug it would have caught."""
+        return [" ".join(p.split()) for p in (inspect.getdoc(self.run) or "").split("\n\n")]
+
+    @property
+    def required(self) -> str:
+        return self.paragraphs[0]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def judge(self, subject: object) -> Verdict:
+        """Run the law. What the target raises breaks it, but for NotImplementedError: a refusal
+        in so many words is a fact and no wrong answer."""
+        try:
+            return self.run(subject)
+        except NotApplicable as reason:
+            return Verdict(Outcome.NOT_APPLICABLE, str(reason))
+        except NotImplementedError as error:
+            return reported(f"refused: {_first_line(error)}")
+        except Exception as error:  # whatever code that nobody has seen may raise
+            first_line = _first_line(error)
+            return broken(f"the call raised {type(error).__name__}: {first_line}", raised=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+# In the order of the files of laws, and of the laws in them: the order of the report.
+MODULE_LAWS: dict[str, Law] = {}
+FUNCTION_LAWS: dict[str, Law] = {}
+
+
+def module_law(run: Callable[[Any], Verdict]) -> Callable[[Any], Verdict]:
+    """Make a function of a `Subject` a law."""
+    MODULE_LAWS[run.__name__] = Law(run.__name__, run)
+    return run
+
+
+def function_law(run: Callable[[Any], Verdict]) -> Callable[[Any], Verdict]:
+    """Make a function of a `FunctionSubject` a law."""
+    FUNCTION_LAWS[run.__name__] = Law(run.__name__, run)
+    return run
+
+
+def holds(message: str = "") -> Verdict:
+    return Verdict(Outcome.HOLDS, message)
+
+
+def broken(message: str, **evidence: Any) -> Verdict:
+    return Verdict(Outcome.BROKEN, message, evidence)
+
+
+def reported(message: str) -> Verdict:
+    return Verdict(Outcome.REPORTED, message)

@@ -1,0 +1,239 @@
+"""`check_module`: learn how to call it, what it claims, and run every law."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.check import adapters
+from polyhead.check.diagnosis import diagnose
+from polyhead.check.facts import band, claim_causal, claim_mask, read_claims
+from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
+from polyhead.check.report import LawResult, Report
+from polyhead.check.subject import Subject
+from polyhead.check.tolerance import Narrowest
+from polyhead.errors import ArgumentError, DtypeError
+
+__all__ = ["check_module", "choose_laws", "find_subject", "run_laws"]
+
+Progress = Callable[[str, float], None]
+
+
+def check_module(
+    module: nn.Module,
+    *,
+    d_in: int | None = None,
+    causal: bool | None = None,
+    window: int | None = None,
+    positions: str | None = None,
+    num_heads: int | None = None,
+    max_tokens: int | None = None,
+    scale: float | None = None,
+    mask_true: str | None = None,
+    call: Callable[[nn.Module, Tensor], Any] | None = None,
+    make: Callable[[], nn.Module] | None = None,
+    only: Sequence[str] | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    compile: bool = False,
+    timeout: float | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Hold an attention module, anybody's, to the laws of attention.
+
+    What is left out is found from the module's attributes, source and behaviour; the report says
+    how. A law about something that the module does not have is "not applicable", with the reason.
+
+    Args:
+        module: x (B, T, d_in) -> y (B, T, features), or (y, ...); or with query, key and value,
+            like nn.MultiheadAttention; or an attention layer of transformers. Never changed.
+        d_in: features of the input.
+        causal: whether a token may see only itself and those before.
+        window: how many tokens a token sees, itself included.
+        positions: what tells it the order of tokens ("rope", ...), or "none".
+        num_heads: how many heads.
+        max_tokens: the most tokens it accepts.
+        scale: factor on the scores, if it is not 1 / sqrt(head_dim).
+        mask_true: what True in its boolean mask means, "show" or "hide".
+        call: `call(module, x)`, where it is called in another way.
+        make: makes another instance with weights of its own, for the law on state dicts.
+        only: names of laws; None: all.
+        seed: of every random number; the same seed gives the same report.
+        dtype: of most laws. float64 shows the last wrong digit; float32 runs the kernels that
+            float64 does not.
+        compile: whether to compile it too (tens of seconds).
+        timeout: seconds after which no further law is begun; the others are "not run".
+        progress: called with the law's name and the share that is done.
+
+    Returns:
+        A `Report`: `.ok`, `.failures` (each with `.law`); prints as a table.
+
+    Raises:
+        ArgumentError: the module cannot be called; the message says what was tried.
+
+    >>> import polyhead as ph
+    >>> mha = ph.MultiHeadAttention(12, 12, context_length=16, dropout=0.0, num_heads=3)
+    >>> check_module(mha, only=["no_future_leak", "batch_rows_are_independent"]).ok
+    True
+    """
+    laws = choose_laws(MODULE_LAWS, only)
+    given = {
+        "d_in": d_in,
+        "window": window,
+        "positions": positions,
+        "num_heads": num_heads,
+        "max_tokens": max_tokens,
+        "scale": scale,
+    }
+    # What the target warns of is not what was asked; where warnings are errors, as in many test
+    # suites, it would break laws.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject = find_subject(
+            module,
+            given,
+            causal=causal,
+            mask_true=mask_true,
+            call=call,
+            make=make,
+            seed=seed,
+            dtype=dtype,
+            compile=compile,
+        )
+        results, stopped = run_laws(laws, subject, timeout, progress)
+        causes = diagnose(subject, {r.law: r.verdict for r in results})
+    return Report(type(module).__name__, _facts(subject), results, causes, stopped)
+
+
+def choose_laws(laws: Mapping[str, Law], only: Sequence[str] | None) -> list[Law]:
+    """The laws of these names, in the table's order.
+
+    Raises:
+        ArgumentError: there is no law of that name.
+    """
+    if only is None:
+        return list(laws.values())
+    for name in only:
+        if name not in laws:
+            raise ArgumentError("only", f"must name laws: {', '.join(laws)}", name, "see --list")
+    return [law for law in laws.values() if law.name in only]
+
+
+def find_subject(
+    module: nn.Module,
+    given: dict[str, Any],
+    *,
+    causal: bool | None = None,
+    mask_true: str | None = None,
+    call: Callable[[nn.Module, Tensor], Any] | None = None,
+    **options: Any,
+) -> Subject:
+    """The module with how to call it and what it claims: see `check_module` for arguments."""
+    if not isinstance(module, nn.Module):
+        raise DtypeError(
+            "module",
+            "must be an nn.Module",
+            type(module).__name__,
+            "check_function takes functions",
+        )
+    if mask_true not in (None, "show", "hide"):
+        raise ArgumentError("mask_true", 'must be "show" or "hide"', repr(mask_true), "name one")
+    calling = adapters.from_function(call) if call else adapters.find_calling(module)
+    claims = read_claims(module, calling, given)
+    subject = Subject(module, calling, claims, **options)
+    if not _runs_in_float64(subject):
+        claims.how["dtype"] = "float32, as it does not run in float64"
+        subject.runs_in_float64 = False
+        subject.dtype = subject.precision = torch.float32
+        subject.forget()
+    spy = Narrowest()
+    with spy:
+        subject.run(subject.input())
+    if spy.dtype != subject.dtype:
+        subject.precision = spy.dtype
+        claims.how["precision"] = f"{spy.dtype}, in which it computes inside"
+    claim_causal(subject, causal)
+    subject.calling = replace(calling, mask=claim_mask(subject, mask_true))
+    _supply_mask(subject, causal)
+    return subject
+
+
+def run_laws(
+    laws: Sequence[Law], subject: object, timeout: float | None, progress: Progress | None
+) -> tuple[list[LawResult], str | None]:
+    """Run laws until they are through, time is up or the user stops; and say which it was."""
+    begun, stopped = time.monotonic(), None
+    results = []
+    for i, law in enumerate(laws):
+        start = time.monotonic()
+        if stopped is None and timeout is not None and start - begun > timeout:
+            stopped = f"time was up after {timeout:g} s"
+        if progress is not None and stopped is None:
+            progress(law.name, i / len(laws))
+        verdict = Verdict(Outcome.NOT_RUN, stopped or "")
+        if stopped is None:
+            try:
+                verdict = law.judge(subject)
+            except KeyboardInterrupt as reason:  # which an alarm gives, and Ctrl-C does not
+                stopped = str(reason) or "stopped by the user"
+                verdict = Verdict(Outcome.NOT_RUN, stopped)
+        results.append(LawResult(law.name, law.required, verdict, time.monotonic() - start))
+    return results, stopped
+
+
+def _runs_in_float64(subject: Subject) -> bool:
+    x = subject.input().double()
+    try:
+        with torch.no_grad():
+            subject.call(subject.copy(torch.float64), x)
+    except Exception:  # of unknown code
+        return False
+    return True
+
+
+def _supply_mask(subject: Subject, causal: bool | None) -> None:
+    """Pass the causal mask, where the module leaves it to its caller: so do models of
+    transformers, and so does whoever says causal=True of a module that has a mask argument."""
+    claims, mask = subject.claims, subject.calling.mask
+    if not claims.causal or mask is None or mask.form == "keys":
+        return
+    theirs = subject.calling.style == "transformers"
+    if theirs or (causal and bool(subject.sees.all())):
+        supplies = lambda T: band(T, True, claims.window)  # noqa: E731
+        subject.calling = replace(subject.calling, supplies=supplies)
+        subject.forget()
+        claims.how["causal"] += f"; the check passes the mask as {mask.name}="
+
+
+def _facts(subject: Subject) -> dict[str, str]:
+    """What the report's head says: every claim, and how it was found."""
+    claims, calling = subject.claims, subject.calling
+    values = {
+        "called as": calling.style,
+        "d_in": claims.d_in,
+        "causal": "yes" if claims.causal else "no",
+        "window": claims.window,
+        "num_heads": claims.num_heads,
+        "positions": claims.positions,
+        "max_tokens": claims.max_tokens,
+        "mask": None
+        if calling.mask is None
+        else f"{calling.mask.name}, form {calling.mask.form}, True {calling.mask.true_means}s",
+        "cache": calling.cache,
+    }
+    how = dict(claims.how)
+    if calling.mask is not None:
+        how["mask"] = calling.mask.how
+    facts = {
+        name: f"{value} ({how[name]})" if how.get(name) else str(value)
+        for name, value in values.items()
+        if value is not None
+    }
+    facts |= {name: how[name] for name in ("dtype", "precision") if name in how}
+    return facts

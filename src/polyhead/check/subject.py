@@ -1,0 +1,228 @@
+"""A module under check: how to call it, what is claimed of it, and how each fact was found."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.check.adapters import Calling, Result
+from polyhead.check.tolerance import allowed_difference, response
+
+_CASTS: dict[torch.dtype, Callable[[nn.Module], nn.Module]] = {
+    torch.float64: nn.Module.double,
+    torch.float32: nn.Module.float,
+    torch.bfloat16: nn.Module.bfloat16,
+    torch.float16: nn.Module.half,
+}
+
+__all__ = ["Claims", "Subject", "by", "difference", "seeded"]
+
+
+@dataclass
+class Claims:
+    """What the module is held to. `how` says where each claim comes from.
+
+    Attributes:
+        d_in: features of the input.
+        causal: whether a token may see itself and those before it only.
+        window: tokens that a token sees, itself included; None: all that came.
+        positions: what gives it positions ("rope", ...), or None.
+        num_heads: H.
+        max_tokens: the most tokens it accepts, or None.
+        scale: factor on the scores; None: 1 / sqrt(head_dim).
+        features: other things that some laws do not apply to ("sinks", ...).
+    """
+
+    d_in: int
+    causal: bool
+    window: int | None = None
+    positions: str | None = None
+    num_heads: int | None = None
+    max_tokens: int | None = None
+    scale: float | None = None
+    features: frozenset[str] = frozenset()
+    how: dict[str, str] = field(default_factory=dict)
+
+
+class seeded:  # noqa: N801  (a context manager, named as one)
+    """Runs its block with torch's generators seeded, and gives them back as they were."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.devices = [device] if device.type == "cuda" else []
+
+    def __enter__(self) -> None:
+        self._fork = torch.random.fork_rng(devices=self.devices)
+        self._fork.__enter__()
+        torch.manual_seed(self.seed)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._fork.__exit__(*exception)
+
+
+class Subject:
+    """What laws see. The module given is never changed: laws work on copies.
+
+    Args:
+        module: what is checked.
+        calling: how to call it.
+        claims: what it is held to.
+        seed: of every random number.
+        dtype: of most laws; float64 where the module can, so that a wrong digit shows.
+        compile: whether to compile it too.
+        make: makes another instance with other weights, or None.
+
+    Attributes:
+        runs_in_float64: whether it can.
+        precision: the dtype whose rounding is allowed; not `dtype` where it computes in a
+            narrower one inside, as many rotary positions do.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        calling: Calling,
+        claims: Claims,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        compile: bool = False,
+        make: Callable[[], nn.Module] | None = None,
+    ) -> None:
+        self.module = module
+        self.calling = calling
+        self.claims = claims
+        self.seed = seed
+        self.dtype = dtype
+        self.compile = compile
+        self.make = make
+        self.runs_in_float64 = True
+        self.precision = dtype
+        self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
+
+    # Inputs and copies
+
+    @property
+    def T(self) -> int:
+        """How many tokens most laws use: more than a window holds, an odd number where it may."""
+        wanted = 7 if self.claims.window is None else max(7, self.claims.window + 4)
+        return wanted if self.claims.max_tokens is None else min(wanted, self.claims.max_tokens)
+
+    def input(self, B: int = 1, T: int | None = None, *, salt: int = 0) -> Tensor:
+        """Random tokens (B, T, d_in) in `dtype`, the same for the same sizes and salt."""
+        generator = torch.Generator().manual_seed(self.seed * 1000 + salt)
+        shape = (B, self.T if T is None else T, self.claims.d_in)
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(self.device, self.dtype)
+
+    def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """A copy of the module in evaluation mode."""
+        # Not .to(dtype), which makes complex buffers (of rotary positions) real.
+        cast = _CASTS[self.dtype if dtype is None else dtype]
+        module: nn.Module = cast(copy.deepcopy(self.module))
+        return module.eval()
+
+    @cached_property
+    def exact(self) -> nn.Module:
+        """The copy in evaluation mode that most laws call."""
+        return self.copy()
+
+    # Calls
+
+    def call(self, module: nn.Module, x: Tensor, *, salt: int = 0, **options: Any) -> Result:
+        """Call a copy, with torch's generator seeded so that dropout repeats."""
+        # What it does with other strides is for one law to see.
+        x = x if options.pop("strided", False) else x.contiguous()
+        with seeded(self.seed + salt, self.device):
+            return self.calling(module, x, **options)
+
+    def run(self, x: Tensor, **options: Any) -> Tensor:
+        """The output of the copy in evaluation mode, without gradients."""
+        with torch.no_grad():
+            return self.call(self.exact, x, **options).output
+
+    def allowed(self, x: Tensor, dtype: torch.dtype | None = None) -> float:
+        """How far apart two equal computations of the output for x may be."""
+        dtype = self.precision if dtype is None else dtype
+        return allowed_difference(self._response(x.shape[1], x.abs().max().item()), dtype)
+
+    def _response(self, T: int, size: float) -> float:
+        key = (T, round(size, 1))
+        if key not in self._responses:
+            x = self.input(1, T)
+            x = x * (size / max(x.abs().max().item(), 1e-300))
+            module, widest = self.exact, self.dtype
+            if self.runs_in_float64 and self.dtype != torch.float64:
+                module, widest = self._in_float64, torch.float64
+            x = x.to(widest)
+            self._responses[key] = response(lambda: self.call(module, x).output, self.seed, widest)
+        return self._responses[key]
+
+    @cached_property
+    def _responses(self) -> dict[tuple[int, float], float]:
+        return {}
+
+    @cached_property
+    def _in_float64(self) -> nn.Module:
+        return self.copy(torch.float64)
+
+    def forget(self) -> None:
+        """Drop what was computed with another dtype or another way to call."""
+        for name in ("exact", "influence", "sees", "notes", "_responses"):
+            self.__dict__.pop(name, None)
+
+    # What the laws share
+
+    @cached_property
+    def notes(self) -> dict[str, Any]:
+        """What helpers found out once, by name."""
+        return {}
+
+    @cached_property
+    def influence(self) -> Tensor:
+        """(T, T) by how much the output at token t changes when token s is another."""
+        return self.influence_in(self.exact, torch.no_grad)
+
+    def influence_in(self, module: nn.Module, grad_mode: Callable[[], Any]) -> Tensor:
+        """`influence` of this copy, called in this mode of torch.no_grad or torch.enable_grad."""
+        x, other = self.input(), self.input(salt=1)
+        with grad_mode():
+            before = self.call(module, x).output.detach()
+            columns = []
+            for s in range(x.shape[1]):
+                changed = x.clone()
+                changed[:, s] = other[:, s]
+                after = self.call(module, changed).output.detach()
+                columns.append(difference(after, before).amax(dim=(0, 2)))
+        return torch.stack(columns, dim=1)
+
+    @cached_property
+    def sees(self) -> Tensor:
+        """(T, T) True where the output at token t depends on token s, beyond rounding."""
+        return self.influence > self.allowed(self.input())
+
+    def showing(self, hidden: Tensor) -> Tensor:
+        """The mask (B, 1, T, T) that hides these tokens, (B, T) True, from everybody."""
+        T = hidden.shape[1]
+        shown = torch.ones(T, T, dtype=torch.bool)
+        if self.claims.causal:
+            shown = shown.tril()
+        return (shown & ~hidden[:, None, None, :].cpu()).to(self.device)
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|; NaN equals NaN, and differs from every number by infinity."""
+    far = torch.where(a.isnan() == b.isnan(), 0.0, float("inf")).to(a.dtype)
+    return torch.where(a.isnan() | b.isnan(), far, (a - b).abs().nan_to_num(0.0, float("inf")))
+
+
+def by(apart: Tensor) -> str:
+    """The largest of some differences, for a sentence: "by 0.88"; NaN where one is no number."""
+    largest = apart.max().item()
+    return f"{largest:.2g}" if largest < float("inf") else "NaN"

@@ -1,0 +1,258 @@
+"""Loading what is named on the command line: a class, function or object in a file, package or
+notebook. Loading runs its code.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import linecache
+import sys
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyhead.check.names import (
+    DROPOUT,
+    HEAD_SIZE,
+    HEADS,
+    KV_HEADS,
+    LENGTH,
+    WIDTH,
+    WIDTH_OUT,
+    WINDOW,
+)
+from polyhead.errors import ArgumentError
+
+__all__ = ["Config", "build", "load", "parse_arguments"]
+
+# Sizes for constructors whose caller gave none. No two that could be swapped are equal.
+_GUESSES: dict[str, Any] = {
+    name: value
+    for names, value in (
+        (WIDTH + WIDTH_OUT, 48),
+        (HEADS, 4),
+        (KV_HEADS, 2),
+        ((*LENGTH, "max_position_embeddings"), 64),
+        (DROPOUT, 0.1),
+        (HEAD_SIZE, 12),
+        (WINDOW, 4),
+        (("bias", "qkv_bias", "attention_bias"), True),
+    )
+    for name in names
+}
+
+
+class Config(types.SimpleNamespace):
+    """Stands in for a configuration object, with the usual names for sizes."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**(_GUESSES | given))
+
+
+def load(target: str) -> Any:
+    """The object that a target names.
+
+    Args:
+        target: "path/to/file.py:Name", "path/to/file.ipynb:Name" or "package.module:Name"; Name
+            may have dots.
+
+    Raises:
+        ArgumentError: there is no such file, module or name, or its code raises.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise ArgumentError(
+            "TARGET",
+            "must be FILE.py:NAME, FILE.ipynb:NAME or PACKAGE.MODULE:NAME",
+            target,
+            "add :NAME",
+        )
+    path = Path(place)
+    try:
+        if path.suffix in (".py", ".ipynb"):
+            module = _from_file(path)
+        else:
+            # As `python -m` does; the console script does not.
+            if "" not in sys.path:
+                sys.path.insert(0, "")
+            module = importlib.import_module(place)
+    except FileNotFoundError:
+        raise ArgumentError("TARGET", "must name a file that exists", place, "check it") from None
+    except Exception as error:  # of unknown code
+        raise ArgumentError(
+            "TARGET",
+            "must be importable",
+            f"{place}: {type(error).__name__}: {error}",
+            "run it alone",
+        ) from error
+    found: Any = module
+    for part in name.split("."):
+        if not hasattr(found, part):
+            known = [
+                n
+                for n, v in vars(module).items()
+                if isinstance(v, type) and issubclass(v, nn.Module)
+            ]
+            raise ArgumentError(
+                "TARGET",
+                f"must name something in {place} (modules there: {', '.join(known) or 'none'})",
+                name,
+                "check the name",
+            )
+        found = getattr(found, part)
+    return found
+
+
+def build(
+    found: Any, given: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any], Callable[[], nn.Module] | None]:
+    """A module or function from what a target names.
+
+    Args:
+        found: a module, a class of modules, or a function. A function whose parameters are not
+            those of attention (query, key, value) is called to make a module.
+        given: arguments of the constructor. Those it needs beside are guessed by their names.
+
+    Returns:
+        The module or function, the arguments that were guessed, and what makes another one.
+
+    Raises:
+        ArgumentError: an argument is needed that cannot be guessed, or the constructor raises.
+    """
+    if isinstance(found, nn.Module):
+        return found, {}, None
+    if not callable(found):
+        raise ArgumentError(
+            "TARGET",
+            "must be a module, a class or a function",
+            type(found).__name__,
+            "name another",
+        )
+    if not isinstance(found, type) and takes_query_key_value(found):
+        return found, {}, None
+    arguments, guessed = _arguments(found, given)
+
+    def make() -> nn.Module:
+        made: nn.Module = found(**arguments)
+        return made
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            module = make()
+    except Exception as error:  # of unknown code
+        values = ", ".join(f"{k}={v}" for k, v in arguments.items())
+        raise ArgumentError(
+            "TARGET",
+            "must be constructible",
+            f"{type(error).__name__}: {error} from {found.__name__}({values})",
+            "give its arguments with --arg NAME=VALUE",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise ArgumentError(
+            "TARGET", "must give an nn.Module", type(module).__name__, "name another"
+        )
+    return module, guessed, make
+
+
+def takes_query_key_value(function: Any) -> bool:
+    """Whether a function's first three parameters are those of attention."""
+    try:
+        names = list(inspect.signature(function).parameters)[:3]
+    except (TypeError, ValueError):  # a builtin, such as scaled_dot_product_attention
+        return "attention" in getattr(function, "__name__", "")
+    return [name.lstrip("_")[:1].lower() for name in names] == ["q", "k", "v"]
+
+
+def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is a Python literal, or else a word.
+
+    >>> parse_arguments(("d_model=64", "bias=False", "norm=rms"))
+    {'d_model': 64, 'bias': False, 'norm': 'rms'}
+    """
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ArgumentError("--arg", "must be NAME=VALUE", pair, "such as --arg d_model=64")
+        try:
+            parsed[name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            parsed[name] = text
+    return parsed
+
+
+def _arguments(found: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a constructor, and those among them that were guessed."""
+    arguments, guessed = dict(given), {}
+    for name, parameter in inspect.signature(found).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if name in given or parameter.default is not parameter.empty:
+            continue
+        if name in ("config", "cfg", "args", "conf"):
+            inside = {k.split(".", 1)[1]: v for k, v in given.items() if k.startswith(f"{name}.")}
+            arguments = {k: v for k, v in arguments.items() if not k.startswith(f"{name}.")}
+            arguments[name] = Config(**inside)
+            guessed[name] = "an object with the usual names for sizes"
+        elif name in _GUESSES:
+            arguments[name] = guessed[name] = _GUESSES[name]
+        else:
+            raise ArgumentError(
+                "--arg",
+                f"must give {name}, which {found.__name__} needs and whose value cannot be guessed",
+                ", ".join(given) or "nothing",
+                f"add --arg {name}=VALUE",
+            )
+    return arguments, guessed
+
+
+def _from_file(path: Path) -> types.ModuleType:
+    if path.suffix == ".ipynb":
+        return _from_notebook(path)
+    name = f"_polyhead_target_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.exists():
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    # Its neighbours can be imported, as when it is run; dataclasses look for it in sys.modules.
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _from_notebook(path: Path) -> types.ModuleType:
+    """The code cells of a notebook, run in order. Lines for the notebook itself (%, !) are left
+    out; what a cell raises after its definitions is told, and the other cells still run."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    module = types.ModuleType(f"_polyhead_target_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module
+    for number, cell in enumerate(cells):
+        if cell["cell_type"] != "code":
+            continue
+        lines = "".join(cell["source"]).splitlines(keepends=True)
+        source = "".join("\n" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+        name = f"<{path.name} cell {number}>"
+        # So that inspect.getsource finds the classes.
+        linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+        try:
+            exec(compile(source, name, "exec"), module.__dict__)
+        except Exception as error:  # data that is not here, plots, ...
+            print(
+                f"cell {number} of {path.name} raised {type(error).__name__}: {error}",
+                file=sys.stderr,
+            )
+    return module
