@@ -1,89 +1,133 @@
-"""Statistics computed in chunks against the definition's, and against numbers by hand."""
+"""Statistics in one pass against what the weights say, and against numbers by hand."""
 
 from __future__ import annotations
 
 import importlib
 import math
 import re
-from dataclasses import fields
 
 import pytest
 import torch
 
 import polyhead as ph
-from polyhead.errors import ShapeError
+from polyhead.errors import ArgumentError, DtypeError, ShapeError
 
-chunked = importlib.import_module("polyhead.look.stats")
-NAMES = [field.name for field in fields(ph.HeadStats)]
-
-
-def masks(T, S):
-    by_row = torch.rand(2, 1, T, S, generator=torch.Generator().manual_seed(3)) < 0.5
-    causal, window = ph.mask.causal(), ph.mask.window(before=2)
-    return {
-        "none": None,
-        "causal": causal,
-        "causal from the start": ph.mask.causal(align="start"),
-        "window": ph.mask.window(before=1, after=2),
-        "window from the start": ph.mask.window(before=1, after=2, align="start"),
-        "lengths": ph.mask.lengths([3, 0]),
-        "dense": ph.mask.dense(by_row),
-        "dense, one query row": ph.mask.dense(by_row[:, :, :1]),
-        "and": causal & window & ph.mask.lengths([S, 3]),
-        "or, not": causal | ~window,
-        "prefix": causal | ph.mask.prefix(3),
-        "left padding": causal & ph.mask.left_padding([0, 2]),
-        **({"documents": ph.mask.documents(torch.arange(S) // 3)} if T <= S else {}),
-        "rows": causal.for_queries(2, 2 + T, T + 5),
-    }
+NAMES = [
+    "entropy",
+    "mean_distance",
+    "mass_first",
+    "mass_previous",
+    "mass_self",
+    "mass_recent",
+    "mass_same_token",
+    "mass_induction",
+    "max_logit",
+    "lse",
+]
 
 
-@pytest.mark.parametrize("cells", [1, 2 * 6 * 7 * 2, 2 * 6 * 7 * 5, 10**9])
-@pytest.mark.parametrize(("T", "S"), [(7, 7), (3, 7), (11, 7), (1, 7)])
-@pytest.mark.parametrize("kind", masks(2, 2))
-def test_chunks_give_the_definition(monkeypatch, kind, T, S, cells):
-    monkeypatch.setattr(chunked, "_CELLS", cells)
-    torch.manual_seed(1)
-    query = torch.randn(2, 6, T, 8, dtype=torch.float64)
-    key = torch.randn(2, 2, S, 8, dtype=torch.float64)
-    mask = masks(T, S).get(kind)  # documents have no T > S: then nothing is masked
-    _, aux = ph.attention(
-        query, key, key, mask=mask, scale=0.7, return_aux=ph.AuxRequest(stats=True)
-    )
-    got = ph.look.stats(query, key, mask=mask, scale=0.7)
-    for name in NAMES:
-        assert getattr(got, name).shape == (2, 6, T)
-        torch.testing.assert_close(
-            getattr(got, name), getattr(aux.stats, name), rtol=0, atol=1e-12, msg=name
-        )
+def by_hand(weights, ids):
+    """Loops over queries and keys of the weights (B, H, T, S), ids (B, S)."""
+    B, H, T, S = weights.shape
+    found = {name: torch.zeros(B, H, T, dtype=torch.float64) for name in NAMES[1:-2]}
+    for t in range(T):
+        p = S - T + t
+        for s in range(S):
+            w = weights[:, :, t, s]
+            found["mean_distance"][:, :, t] += w * abs(p - s)
+            found["mass_first"][:, :, t] += w * (s == 0)
+            found["mass_previous"][:, :, t] += w * (s == p - 1)
+            found["mass_self"][:, :, t] += w * (s == p)
+            found["mass_recent"][:, :, t] += w * (p - 16 < s <= p)
+            for b in range(B):
+                same = p >= 0 and s < p and ids[b, s] == ids[b, p]
+                after = p >= 0 and 0 < s <= p and ids[b, s - 1] == ids[b, p]
+                found["mass_same_token"][b, :, t] += w[b] * same
+                found["mass_induction"][b, :, t] += w[b] * after
+    found["entropy"] = torch.special.entr(weights).sum(dim=-1)
+    return found
 
 
-def test_no_scores_of_every_query_are_held(tensor_sizes):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("T", "S"), [(17, 17), (3, 19), (1, 7)])
+def test_every_mask(example, tolerance, mask, T, S, dtype):
+    one = example(T, S, mask, dtype=dtype)
+    ids = torch.randint(4, (2, S))
+    got = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
+    for name, want in by_hand(one.weights, ids).items():
+        atol = tolerance(one.lse, dtype) * (S if name == "mean_distance" else 1)
+        torch.testing.assert_close(getattr(got, name).double(), want, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_every_kind_of_score(example, tolerance, options, dtype):
+    one = example(13, 19, options=options, dtype=dtype)
+    ids = torch.randint(3, (19,))
+    got = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
+    for name, want in by_hand(one.weights, ids.expand(2, -1)).items():
+        atol = tolerance(one.lse, dtype) * (19 if name == "mean_distance" else 1)
+        torch.testing.assert_close(getattr(got, name).double(), want, rtol=0, atol=atol, msg=name)
+
+
+def test_tokens_in_chunks(monkeypatch, example):
+    one = example(17, 19)
+    ids = torch.randint(4, (2, 19))
+    whole = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
+    monkeypatch.setattr(importlib.import_module("polyhead.look.tokens"), "_CELLS", 2 * 19 * 3)
+    parts = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
+    torch.testing.assert_close(parts.mass_induction, whole.mass_induction)
+    torch.testing.assert_close(parts.mass_same_token, whole.mass_same_token)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_no_scores_of_every_query_are_held(tensor_sizes, dtype):
     T, H = 2048, 4
+    query, key = torch.randn(1, H, T, 8, dtype=dtype), torch.randn(1, 2, T, 8, dtype=dtype)
     with tensor_sizes:
-        ph.look.stats(torch.randn(1, H, T, 8), torch.randn(1, 2, T, 8), mask=ph.mask.causal())
-    assert chunked._CELLS < T * T * H
-    assert tensor_sizes.largest <= chunked._CELLS
+        ph.look.stats(query, key, mask=ph.mask.causal())
+    assert tensor_sizes.largest <= 2**22 < T * T * H
 
 
 @pytest.mark.parametrize(("B", "T", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
 def test_nothing_to_look_at(B, T, S):
-    stats = ph.look.stats(torch.ones(B, 4, T, 8), torch.ones(B, 2, S, 8))
+    ids = torch.zeros(S, dtype=torch.int64) if T <= S else None
+    stats = ph.look.stats(torch.ones(B, 4, T, 8), torch.ones(B, 2, S, 8), token_ids=ids)
     for name in NAMES:
-        want = -math.inf if name == "max_logit" else 0.0
+        if T > S and name in ("mass_same_token", "mass_induction"):
+            assert getattr(stats, name) is None
+            continue
+        want = -math.inf if name in ("max_logit", "lse") else 0.0
         assert getattr(stats, name).shape == (B, 4, T)
         assert (getattr(stats, name) == want).all()
 
 
-def test_one_number_a_head():
-    torch.manual_seed(0)
-    stats = ph.look.stats(torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8))
+def test_one_number_a_head(example):
+    one = example(7, 7, mask="left padding")  # of row 1 two queries have nothing to attend to
+    ids = torch.tensor([5, 6, 5, 7, 6, 8, 9])
+    stats = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
+    assert stats.repeats.tolist() == [[[False, False, True, False, True, False, False]]]
+    seen = [(0, t) for t in range(7)] + [(1, t) for t in range(2, 7)]
+    repeated = [(b, t) for b in (0, 1) for t in (2, 4)]
     per_head = stats.per_head()
-    assert list(per_head) == NAMES
-    for name in NAMES:
-        by_hand = getattr(stats, name).transpose(0, 1).flatten(1)
-        want = by_hand.amax(1) if name == "max_logit" else by_hand.mean(1)
-        torch.testing.assert_close(per_head[name], want)
+    assert sorted(per_head) == sorted([*NAMES, "effective_keys"])
+    for name, got in per_head.items():
+        values = getattr(stats, name)
+        queries = repeated if name in ("mass_same_token", "mass_induction") else seen
+        by_query = torch.stack([values[b, :, t] for b, t in queries])
+        want = by_query.amax(0) if name == "max_logit" else by_query.mean(0)
+        torch.testing.assert_close(got, want, msg=name)
+    assert "mass_induction" not in ph.look.stats(one.query, one.key).per_head()
+
+
+def test_as_many_effective_keys_as_share_the_weight():
+    query, key = torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8)
+    got = ph.look.stats(query, key, mask=ph.mask.causal()).effective_keys
+    torch.testing.assert_close(got[0, 0], torch.arange(1.0, 6.0))
+
+
+def test_no_gradient_is_kept():
+    query = torch.randn(1, 2, 5, 8, requires_grad=True)
+    assert not ph.look.stats(query, query).entropy.requires_grad
 
 
 def test_arguments_are_checked_as_attention_checks_them():
@@ -92,7 +136,19 @@ def test_arguments_are_checked_as_attention_checks_them():
         ph.look.stats(torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 7))
     with pytest.raises(ShapeError, match="query must have 4 dimensions"):
         ph.look.stats(torch.ones(2, 3, 8), torch.ones(2, 2, 3, 8))
-    with pytest.raises(
-        ph.errors.DtypeError, match=r"mask must be a polyhead.mask.Mask; got Tensor"
-    ):
+    with pytest.raises(DtypeError, match=r"mask must be a polyhead.mask.Mask; got Tensor"):
         ph.look.stats(torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 8), mask=torch.ones(3, 3))
+
+
+def test_token_ids_are_checked():
+    query, key = torch.ones(2, 2, 3, 8), torch.ones(2, 2, 5, 8)
+    message = (
+        "token_ids must name the token of each of the S = 5 keys, (S,) or (B, S) with B = 2, the "
+        "T = 3 queries among them; got (3,); give one id a key token, of cached tokens too"
+    )
+    with pytest.raises(ShapeError, match=re.escape(message)):
+        ph.look.stats(query, key, token_ids=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ArgumentError, match=r"token_ids must be integers; got torch\.float32"):
+        ph.look.stats(query, key, token_ids=torch.zeros(5))
+    with pytest.raises(ArgumentError, match="token_ids must be a tensor; got list"):
+        ph.look.stats(query, key, token_ids=[0] * 5)

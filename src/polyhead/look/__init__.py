@@ -1,5 +1,32 @@
 """What each head does, without a T x S tensor."""
 
-from polyhead.look.stats import stats
+from polyhead.look.ablate import ablate
+from polyhead.look.capture import capture
+from polyhead.look.importance import HeadImportance, head_importance, next_token_loss
+from polyhead.look.layers import AttentionLayer, attention_layers
+from polyhead.look.maps import attention_map, bin_edges
+from polyhead.look.names import name_head
+from polyhead.look.prune import prune
+from polyhead.look.report import HeadReport, LayerReport
+from polyhead.look.stats import Statistics, stats
+from polyhead.look.top import TopKeys, top_keys
 
-__all__ = ["stats"]
+__all__ = [
+    "AttentionLayer",
+    "HeadImportance",
+    "HeadReport",
+    "LayerReport",
+    "Statistics",
+    "TopKeys",
+    "ablate",
+    "attention_layers",
+    "attention_map",
+    "bin_edges",
+    "capture",
+    "head_importance",
+    "name_head",
+    "next_token_loss",
+    "prune",
+    "stats",
+    "top_keys",
+]

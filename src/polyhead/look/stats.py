@@ -2,70 +2,147 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from polyhead.arguments import build_call
-from polyhead.backends.reference import compute_aux
-from polyhead.call import AuxRequest, HeadStats
-from polyhead.mask import Mask
+from polyhead.call import AttentionCall, AuxRequest
+from polyhead.look.sums import log_sums, log_totals, shares, stream_aux
+from polyhead.look.tokens import check_token_ids, token_masses
+from polyhead.mask import Mask, Window
 
-__all__ = ["stats"]
+__all__ = ["RECENT", "Statistics", "stats", "stats_of"]
 
-# The scores of one chunk of queries are held at a time; this many cells of them.
-_CELLS = 2**22
+RECENT = 16  # tokens
+_MASSES = ("mass_first", "mass_previous", "mass_self", "mass_recent")
 
 
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What each head does, for every query: tensors of shape (B, H, T), in the compute dtype.
+
+    Distances are between absolute positions: query t of T against S keys stands at S - T + t.
+    A query with nothing to attend to has zeros; max_logit and lse are -inf there.
+
+    Attributes:
+        entropy: of the weights, in nats; 0 when all weight is on one key.
+        mean_distance: weighted mean of |query position - key position|, in tokens.
+        mass_first: weight on key 0 (an "attention sink").
+        mass_previous: weight on the key just before the query's position.
+        mass_self: weight on the key at the query's own position.
+        mass_recent: weight on the last 16 tokens: the query's own position and the 15 before it.
+        mass_same_token: weight on earlier keys of the query's own token. None without token ids.
+        mass_induction: weight on the keys that follow an earlier occurrence of the query's token:
+            what came next last time. None without token ids.
+        repeats: (B or 1, 1, T) whether the query's token came before: whether there are such keys.
+        max_logit: the largest score that was allowed, after scale, softcap and bias.
+        lse: the log-sum-exp of the scores, sinks left out.
+    """
+
+    entropy: Tensor
+    mean_distance: Tensor
+    mass_first: Tensor
+    mass_previous: Tensor
+    mass_self: Tensor
+    mass_recent: Tensor
+    mass_same_token: Tensor | None
+    mass_induction: Tensor | None
+    repeats: Tensor | None
+    max_logit: Tensor
+    lse: Tensor
+
+    @property
+    def effective_keys(self) -> Tensor:
+        """exp(entropy): over how many keys, weighted equally, the weight would be as spread."""
+        return torch.exp(self.entropy)
+
+    def per_head(self) -> dict[str, Tensor]:
+        """One number a head, (H,): the mean over the queries that have something to attend to.
+
+        Of `mass_same_token` and `mass_induction` over those whose token came before; of max_logit
+        the largest. `effective_keys` is among them; what is None is not.
+        """
+        seen = self.lse > -torch.inf
+        means = {
+            name: _mean(getattr(self, name), seen)
+            for name in ("entropy", "effective_keys", "mean_distance", *_MASSES)
+        }
+        if self.repeats is not None:
+            for name in ("mass_same_token", "mass_induction"):
+                means[name] = _mean(getattr(self, name), seen & self.repeats)
+        means["max_logit"] = self.max_logit.amax(dim=(0, 2))
+        means["lse"] = _mean(self.lse, seen)
+        return means
+
+
+def _mean(values_bht: Tensor, where_bht: Tensor) -> Tensor:
+    total = values_bht.masked_fill(~where_bht, 0.0).sum(dim=(0, 2))
+    return total / where_bht.sum(dim=(0, 2)).clamp(min=1)
+
+
+@torch.no_grad()
 def stats(
     query: Tensor,
     key: Tensor,
     *,
     mask: Mask | None = None,
+    token_ids: Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-) -> HeadStats:
+) -> Statistics:
     """What each head does for every query: entropy, distances, mass on the first token, and so on.
 
-    Exact, against the definition; memory grows with T, not with T x S. (Under
-    torch.no_grad: a gradient would keep every chunk.)
+    Exact, against the definition; memory grows with T, not with T x S. The C++ kernels give most
+    of it from one pass without values; where they do not run, scores are held for some queries at
+    a time. No gradients.
 
     Args:
         query: (B, H, T, D).
         key: (B, G, S, D), G a divisor of H.
         mask: who may attend, in terms of absolute positions; None: everybody.
-        scale: factor on the scores; None: 1 / sqrt(D).
-        softcap, sinks, alibi_slopes: as in `polyhead.attention`.
+        token_ids: (S,) or (B, S) integers, the token of each key; the queries are the last T of
+            them. For `mass_same_token` and `mass_induction`, which take a pass each.
+        bias, scale, softcap, sinks, alibi_slopes: as in `polyhead.attention`.
 
     Returns:
-        HeadStats of (B, H, T) tensors; `.per_head()` gives one number a head.
+        `Statistics` of (B, H, T) tensors; `.per_head()` gives one number a head.
 
     >>> import polyhead as ph
     >>> query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8)   # equal weights
-    >>> ph.look.stats(query, key, mask=ph.mask.causal()).mass_first[0, 0]
+    >>> ids = torch.tensor([5, 7, 5, 7])
+    >>> found = ph.look.stats(query, key, mask=ph.mask.causal(), token_ids=ids)
+    >>> found.mass_first[0, 0]
     tensor([1.0000, 0.5000, 0.3333, 0.2500])
+    >>> found.mass_induction[0, 0]                  # token 7 came after the first 5, 5 after the 7
+    tensor([0.0000, 0.0000, 0.3333, 0.2500])
     """
-    call = build_call(
-        query,
-        key,
-        key,
-        mask,
-        scale=scale,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        aux=AuxRequest(stats=True),
+    call = build_call(query, key, key, mask, bias, scale, softcap, sinks, alibi_slopes)
+    return stats_of(call, token_ids)
+
+
+def stats_of(call: AttentionCall, token_ids: Tensor | None = None) -> Statistics:
+    """The same, of a call."""
+    if token_ids is not None:
+        check_token_ids(token_ids, call)
+    aux = stream_aux(call, AuxRequest(lse=True, stats=True))
+    assert aux.lse is not None
+    assert aux.stats is not None
+    totals = log_totals(call, aux.lse)
+    window = Window(before=RECENT - 1, after=0)
+    recent = replace(call, mask=window if call.mask is None else call.mask & window)
+    same = induction = repeats = None
+    if token_ids is not None:
+        same, induction, repeats = token_masses(call, token_ids, totals)
+    return Statistics(
+        **vars(aux.stats),
+        mass_recent=shares(log_sums(recent), totals),
+        mass_same_token=same,
+        mass_induction=induction,
+        repeats=repeats,
+        lse=aux.lse,
     )
-    T, S = call.T, call.S
-    rows = max(1, _CELLS // max(1, call.B * call.H * S))
-    chunks = []
-    for start in range(0, max(T, 1), rows):
-        stop = min(start + rows, T)
-        chunk_mask = None if mask is None else mask.for_queries(start, stop, T)
-        chunk = replace(call, query=query[:, :, start:stop], mask=chunk_mask)
-        chunks.append(compute_aux(chunk, first_position=S - T + start).stats)
-    names = [field.name for field in fields(HeadStats)]
-    return HeadStats(*(torch.cat([getattr(c, name) for c in chunks], dim=2) for name in names))

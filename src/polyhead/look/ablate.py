@@ -1,0 +1,91 @@
+"""Heads taken out of a model, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.errors import ArgumentError
+from polyhead.look.layers import (
+    AttentionLayer,
+    Head,
+    attention_layers,
+    check_heads,
+    check_not_compiled,
+)
+
+__all__ = ["How", "ablate"]
+
+How = Literal["zero", "mean"]
+M = TypeVar("M", bound=nn.Module)
+
+
+@contextmanager
+def ablate(model: M, heads: Collection[Head], how: How = "zero") -> Iterator[M]:
+    """A model without some of its heads, for a while.
+
+    What a head computed is replaced where it enters the output projection, so it does not matter
+    which kernel computed it, or how many heads share a key head. Gradients flow through the rest.
+
+    Args:
+        model: built of polyhead's modules, or of transformers, whatever attention it runs.
+        heads: (layer, head) pairs; layers count from 0 (`attention_layers`), heads are query heads.
+        how: "zero": the head adds nothing. "mean": it adds what it adds on average over the tokens
+            of the forward, so that only what it says of each token is lost. (With one token, as in
+            generating with a cache, the average is that token's.)
+
+    Raises:
+        ArgumentError: the model has no such heads or is compiled; or, in a forward, a layer's
+            output projection did not run.
+
+    >>> import polyhead as ph
+    >>> mha = ph.MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2)
+    >>> x = torch.randn(1, 4, 8)
+    >>> with ph.look.ablate(mha, {(0, 1)}):
+    ...     y = mha(x)
+    >>> torch.allclose(y, mha.head_contributions(x)[:, 0] + mha.out_proj.bias, atol=1e-6)
+    True
+    """
+    check_not_compiled(model)
+    if how not in ("zero", "mean"):
+        raise ArgumentError("how", 'must be "zero" or "mean"', repr(how), "choose one")
+    layers = attention_layers(model)
+    check_heads(heads, layers)
+    asked = [layer for layer in layers if any(index == layer.index for index, _ in heads)]
+    ran: set[int] = set()
+
+    def check_that_all_ran(*_: Any) -> None:
+        for layer in asked:
+            if layer.index not in ran:
+                raise ArgumentError(
+                    "heads",
+                    "must be of layers that run",
+                    f"layer {layer.index} ({layer.name}), whose output projection did not",
+                    "leave it out",
+                )
+        ran.clear()
+
+    with ExitStack() as stack:
+        for layer in asked:
+            gone = [head for index, head in heads if index == layer.index]
+            stack.callback(layer.on_heads(_without(layer, gone, how, ran)).remove)
+        stack.callback(model.register_forward_hook(check_that_all_ran).remove)
+        yield model
+
+
+def _without(
+    layer: AttentionLayer, heads: list[int], how: How, ran: set[int]
+) -> Callable[[Tensor], Tensor]:
+    def see(merged: Tensor) -> Tensor:
+        ran.add(layer.index)
+        by_head = merged.unflatten(-1, (layer.num_heads, -1))
+        gone = torch.zeros(layer.num_heads, 1, dtype=torch.bool, device=merged.device)
+        gone[heads] = True
+        instead = by_head.new_zeros(()) if how == "zero" else by_head.flatten(0, -3).mean(dim=0)
+        return torch.where(gone, instead, by_head).flatten(-2)
+
+    return see

@@ -1,0 +1,137 @@
+"""Attention maps that fit a screen, at any length."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from polyhead.arguments import build_call
+from polyhead.call import AttentionCall
+from polyhead.errors import ArgumentError
+from polyhead.look.sums import log_sums, log_totals, shares, weights_by_chunk
+from polyhead.mask import Documents, Mask
+
+__all__ = ["attention_map", "bin_edges", "map_of"]
+
+# A pass over so few keys costs more than to hold their weights.
+_KEYS_A_PASS = 32
+
+
+@torch.no_grad()
+def attention_map(
+    query: Tensor,
+    key: Tensor,
+    bins: int = 128,
+    *,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """The T x S weights of each head averaged into bins x bins, without ever holding them.
+
+    Exact; memory grows with T. The weight on a bin of keys is exp(lse over the bin - lse over all
+    keys), so the map costs as many passes over *one bin's* keys as there are bins: two passes over
+    all keys, with the one for the totals. No gradients.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, S, D), G a divisor of H.
+        bins: rows and columns of the map, at most; never more than there are tokens. Bin i of n
+            holds tokens i * T // n to (i + 1) * T // n - 1 (`bin_edges`).
+        mask, bias, scale, softcap, sinks, alibi_slopes: as in `polyhead.attention`.
+
+    Returns:
+        (B, H, min(bins, T), min(bins, S)): the mean weight in each cell, weights that the mask
+        forbids counted as the zeros they are. With bins >= T and S the weights themselves.
+
+    >>> import polyhead as ph
+    >>> query, key = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8)   # equal weights
+    >>> ph.look.attention_map(query, key, bins=2, mask=ph.mask.causal())[0, 0]
+    tensor([[0.5000, 0.0000],
+            [0.2917, 0.2083]])
+    """
+    call = build_call(query, key, key, mask, bias, scale, softcap, sinks, alibi_slopes)
+    return map_of(call, bins)
+
+
+def map_of(call: AttentionCall, bins: int) -> Tensor:
+    """The same, of a call."""
+    if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
+        raise ArgumentError("bins", "must be an integer of at least 1", repr(bins), "say 128")
+    if call.S // bins < _KEYS_A_PASS:
+        return _from_weights(call, bins)
+    return _from_sums(call, bins, log_totals(call, log_sums(call)))
+
+
+def _from_weights(call: AttentionCall, bins: int) -> Tensor:
+    """The weights of some queries at a time, summed over the rows of each bin, then its columns."""
+    rows, columns = Bins(call.T, bins, call.device), Bins(call.S, bins, call.device)
+    dtype = call.compute_dtype
+    cells = torch.zeros(call.B, call.H, rows.n, columns.n, dtype=dtype, device=call.device)
+    for start, stop, weights_bhts in weights_by_chunk(call):
+        keys = weights_bhts.shape[-1]
+        bin_of = rows.bin_of[start:stop]
+        first, last = (int(bin_of[0]), int(bin_of[-1]) + 1) if stop > start else (0, 0)
+        of_rows = weights_bhts.new_zeros(call.B, call.H, last - first, keys)
+        of_rows.index_add_(2, bin_of - first, weights_bhts)
+        cells[:, :, first:last].index_add_(3, columns.bin_of[:keys], of_rows)
+    return cells / rows.sizes[:, None] / columns.sizes
+
+
+def _from_sums(call: AttentionCall, bins: int, log_totals_bht: Tensor) -> Tensor:
+    """The share of each bin of keys in the weight of every query, then the mean over its rows."""
+    rows, columns = Bins(call.T, bins, call.device), Bins(call.S, bins, call.device)
+    cells = []
+    for first, last in pairwise(columns.edges.tolist()):
+        start = _first_query(call, rows.edges.tolist(), first)
+        sums_bht = log_sums(_from_query(call, start), (first, last))
+        mass_bht = shares(sums_bht, log_totals_bht[..., start:])
+        total = mass_bht.new_zeros(call.B, call.H, rows.n)
+        cells.append(total.index_add_(2, rows.bin_of[start:], mass_bht))
+    return torch.stack(cells, dim=-1) / rows.sizes[:, None] / columns.sizes
+
+
+class Bins:
+    """Tokens in even bins: their edges, their sizes, and the bin of every token."""
+
+    def __init__(self, tokens: int, bins: int, device: torch.device) -> None:
+        self.edges = bin_edges(tokens, bins)
+        self.n = len(self.edges) - 1
+        self.sizes = self.edges.diff().to(device)
+        self.bin_of = torch.arange(self.n, device=device).repeat_interleave(self.sizes)
+
+
+def _first_query(call: AttentionCall, rows: list[int], key: int) -> int:
+    """The last edge before which no query reaches this key: in a causal map, half is nothing."""
+    mask = call.mask
+    if mask is None or any(isinstance(rule, Documents) for rule in mask.primitives()):
+        return 0  # documents have a structure only for all queries at once
+    seen = bisect_left(rows, True, key=lambda stop: mask.reach(0, stop, call.T, call.S)[1] > key)
+    return rows[max(0, seen - 1)]
+
+
+def _from_query(call: AttentionCall, start: int) -> AttentionCall:
+    if start == 0 or call.mask is None:
+        return call
+    bias = call.bias
+    if bias is not None and bias.ndim >= 2 and bias.shape[-2] > 1:
+        bias = bias[..., start:, :]
+    mask = call.mask.for_queries(start, call.T, call.T)
+    return replace(call, query=call.query[:, :, start:], mask=mask, bias=bias)
+
+
+def bin_edges(tokens: int, bins: int) -> Tensor:
+    """Where each of min(bins, tokens) bins begins, and where the last ends.
+
+    >>> bin_edges(tokens=7, bins=3)
+    tensor([0, 2, 4, 7])
+    """
+    n = min(bins, tokens)
+    return torch.arange(n + 1) * tokens // max(n, 1)

@@ -1,0 +1,186 @@
+"""What was seen of a model's heads on one text: numbers to read, tabulate, plot, save."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from polyhead.errors import ArgumentError, DependencyError, ModelError
+from polyhead.look.names import name_head
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import pandas  # type: ignore[import-untyped]
+
+__all__ = ["HeadReport", "LayerReport"]
+
+_FORMAT = 1
+_TENSORS = ("map", "keys", "key_weights", "weights")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """What the heads of one attention layer did.
+
+    Attributes:
+        index: the layer's number in the model.
+        name: its name in the model.
+        heads: numbers of the heads seen, N of them; the first dimension of every tensor.
+        stats: one number a head by name, each (N,): `Statistics.per_head`, and `contribution`,
+            the mean norm of what the head alone adds to the layer's output (where that is mixed
+            by a plain linear layer).
+        map: (N, rows, columns) as of `attention_map`.
+        keys, key_weights: (N, T, n) as of `top_keys`.
+        weights: (N, T, S), if asked for.
+    """
+
+    index: int
+    name: str
+    heads: tuple[int, ...]
+    stats: dict[str, Tensor]
+    map: Tensor
+    keys: Tensor
+    key_weights: Tensor
+    weights: Tensor | None = None
+
+    def of_head(self, head: int) -> dict[str, float]:
+        """The numbers of one head."""
+        at = self.heads.index(head)
+        return {name: values[at].item() for name, values in self.stats.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class HeadReport:
+    """What every head of a model did on one text (`polyhead.look.capture`).
+
+    Attributes:
+        model: the model's class.
+        tokens: the text of each token, if it was given.
+        token_ids: (T,) what the model read; None where it read no ids.
+        layers: one `LayerReport` a layer.
+    """
+
+    model: str
+    tokens: tuple[str, ...]
+    token_ids: Tensor | None
+    layers: tuple[LayerReport, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a head: layer, head, its name (`name_head`) and its numbers."""
+        return [
+            {"layer": layer.index, "head": head, "name": name_head(numbers), **numbers}
+            for layer in self.layers
+            for head in layer.heads
+            for numbers in [layer.of_head(head)]
+        ]
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """`rows` as a data frame of pandas.
+
+        Raises:
+            DependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise _needs("pandas", "a data frame") from error
+        return pandas.DataFrame(self.rows())
+
+    def plot_grid(self, statistic: str = "entropy") -> matplotlib.figure.Figure:
+        """One number of every head as colours: a row a layer, a column a head.
+
+        Args:
+            statistic: a column of `to_dataframe`, such as "mass_first" or "contribution".
+
+        Raises:
+            ArgumentError: there is no such number.
+            DependencyError: matplotlib is not installed.
+        """
+        rows = self.rows()
+        known = list(dict.fromkeys(name for layer in self.layers for name in layer.stats))
+        if statistic not in known:
+            raise ArgumentError(
+                "statistic", f"must be one of {', '.join(known)}", repr(statistic), "choose one"
+            )
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise _needs("matplotlib", "a plot") from error
+        heads = 1 + max(row["head"] for row in rows)
+        line_of = {layer.index: line for line, layer in enumerate(self.layers)}
+        grid = [[float("nan")] * heads for _ in self.layers]
+        for row in rows:
+            grid[line_of[row["layer"]]][row["head"]] = row.get(statistic, float("nan"))
+        # Not pyplot, which would keep the figure and choose a window for the whole process.
+        figure = Figure(figsize=(2 + 0.4 * heads, 1.5 + 0.25 * len(grid)), layout="constrained")
+        axes = figure.subplots()
+        image = axes.imshow(grid, aspect="auto", cmap="viridis")
+        axes.set(xlabel="head", ylabel="layer", title=f"{statistic} of {self.model}'s heads")
+        axes.set_xticks(range(heads))
+        axes.set_yticks(range(len(grid)), [str(layer.index) for layer in self.layers])
+        figure.colorbar(image)
+        return figure
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file: the tensors, and the rest as JSON in its header.
+
+        Raises:
+            DependencyError: safetensors is not installed.
+        """
+        save_file = _safetensors("save_file")
+        tensors = {} if self.token_ids is None else {"token_ids": self.token_ids.contiguous()}
+        layers = []
+        for layer in self.layers:
+            layers.append({"index": layer.index, "name": layer.name, "heads": layer.heads})
+            held = {name: getattr(layer, name) for name in _TENSORS}
+            held |= {f"stats.{name}": values for name, values in layer.stats.items()}
+            for name, tensor in held.items():
+                if tensor is not None:
+                    tensors[f"{layer.index}.{name}"] = tensor.contiguous()
+        about = {"format": _FORMAT, "model": self.model, "tokens": self.tokens, "layers": layers}
+        save_file(tensors, path, {"polyhead": json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadReport:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: the file holds something else.
+            DependencyError: safetensors is not installed.
+        """
+        with _safetensors("safe_open")(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("polyhead", "{}"))
+            if about.get("format") != _FORMAT:
+                raise ModelError(
+                    f"{os.fspath(path)} must be a report of format {_FORMAT}; got "
+                    f"{about.get('format')}; save it again with this version of polyhead"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        layers = []
+        for entry in about["layers"]:
+            prefix = f"{entry['index']}."
+            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            stats = {n.removeprefix("stats."): t for n, t in own.items() if n.startswith("stats.")}
+            held: dict[str, Any] = {name: own.get(name) for name in _TENSORS}
+            heads = tuple(entry["heads"])
+            layers.append(LayerReport(entry["index"], entry["name"], heads, stats, **held))
+        return cls(about["model"], tuple(about["tokens"]), tensors.get("token_ids"), tuple(layers))
+
+
+def _safetensors(name: str) -> Callable[..., Any]:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise _needs("safetensors", "a report on disk") from error
+    found: Callable[..., Any] = getattr(safetensors, name, None) or getattr(safetensors.torch, name)
+    return found
+
+
+def _needs(package: str, what: str) -> DependencyError:
+    return DependencyError(f"{package} is needed for {what}: pip install {package}")
