@@ -22,7 +22,7 @@ bench: $(STAMP) ## measure polyhead beside its peers, in about a minute: make be
 	@$(BIN)/polyhead bench $(ARGS)
 
 test: $(STAMP) ## the quick tests: make test ARGS="-k mask"
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
 test-all: $(STAMP) ## every test
 	$(BIN)/python -m pytest $(ARGS)

@@ -51,13 +51,13 @@ def test_polyhead_predicts_what_the_model_predicts(report):
 
 def test_every_layer_calls_polyhead(use_loaded, monkeypatch):
     calls = []
-    attend = polyhead.integrations.transformers.attention
+    attend = polyhead.integrations.transformers.forward.attention
 
     def counted(*args, **kwargs):
         calls.append(1)
         return attend(*args, **kwargs)
 
-    monkeypatch.setattr(polyhead.integrations.transformers, "attention", counted)
+    monkeypatch.setattr(polyhead.integrations.transformers.forward, "attention", counted)
     run(TEXT)
     assert len(calls) == 30
 

@@ -5,7 +5,7 @@ Start with `MultiHeadAttention`, `attention` and `explain`; masks are in `polyhe
 
 from importlib.metadata import version
 
-from polyhead import convert, errors, integrations, look, mask
+from polyhead import check, convert, drop_in, errors, integrations, look, mask
 from polyhead.backends import Backend, backends, use_backend
 from polyhead.cache import Cache, KVCache, PagedKVCache
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
@@ -52,7 +52,9 @@ __all__ = [
     "alibi_slopes",
     "attention",
     "backends",
+    "check",
     "convert",
+    "drop_in",
     "errors",
     "explain",
     "integrations",

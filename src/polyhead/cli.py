@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ except ImportError as error:
     print(f'polyhead needs {error.name} on the command line: pip install "polyhead[cli]"')
     raise SystemExit(2) from None
 
-from polyhead.bench import SUITES, BenchResult, Case, Settings, find_cases, run_bench
+from polyhead.bench import SUITES, Settings, find_cases, run_bench
 from polyhead.bench.memory import check_memory_is_told
 from polyhead.bench.plot import check_can_plot, plot
 from polyhead.bench.report import print_result
+from polyhead.check.command import check_target, list_laws
+from polyhead.convert import convert_file
+from polyhead.convert.state_dict import LAYOUTS
 from polyhead.errors import ArgumentError, PolyheadError
 from polyhead.run import HeadRow, RunReport, run
 
@@ -132,7 +137,8 @@ def bench_command(
         shrink=shrink,
         without=(*without, *(() if ids else chosen.without)),
     )
-    result = _bench_with_progress(cases, settings)
+    with _progress_bar() as show:
+        result = run_bench(cases, settings, show)
     print_result(result, Console())
     if json_path is not None:
         json_path.write_text(result.to_json(), encoding="utf-8")
@@ -143,16 +149,97 @@ def bench_command(
     sys.exit(1 if result.wrong else 2 if result.refusal else 0)
 
 
-def _bench_with_progress(cases: tuple[Case, ...], settings: Settings) -> BenchResult:
+@main.command("convert")
+@click.argument("path", metavar="IN", type=click.Path(exists=True, path_type=Path))
+@click.argument("output", metavar="OUT", **_NEW_FILE)
+@click.option("--from", "source", type=click.Choice(LAYOUTS), required=True, help="Its layout.")
+@click.option("--to", "target", type=click.Choice(LAYOUTS), required=True, help="OUT's layout.")
+@click.option("--heads", type=click.IntRange(min=1), help="Query heads, if no config.json says.")
+@click.option("--kv-heads", type=click.IntRange(min=1), help="Key/value heads.")
+@click.option("--nope-head-dim", type=click.IntRange(min=1), help="DeepSeek's qk_nope_head_dim.")
+@click.option("--value-head-dim", type=click.IntRange(min=1), help="DeepSeek's v_head_dim.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def convert_command(
+    path: Path,
+    output: Path,
+    source: str,
+    target: str,
+    heads: int | None,
+    kv_heads: int | None,
+    nope_head_dim: int | None,
+    value_head_dim: int | None,
+    force: bool,
+) -> None:
+    """Write the checkpoint IN as OUT, its attention weights in another layout.
+
+    IN is a .safetensors file, a folder with one or with shards and their index, or a .pt file. OUT
+    is a .safetensors or .pt file. A config.json beside IN says what the options leave out.
+    """
+    with _progress_bar() as show:
+        report = convert_file(
+            path,
+            output,
+            source=source,
+            target=target,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            nope_head_dim=nope_head_dim,
+            value_head_dim=value_head_dim,
+            overwrite=force,
+            progress=show,
+        )
+    click.echo(
+        f"{output}: {report.layers} attention layers moved from {source} to {target}, "
+        f"{report.unchanged} other tensors as they were, {report.bytes / 1e6:.1f} MB"
+    )
+
+
+@main.command("check")
+@click.argument("target", required=False)
+@click.option("--arg", "pairs", multiple=True, metavar="NAME=VALUE", help="For the constructor.")
+@click.option("--causal/--bidirectional", default=None, help="Whether it hides later tokens.")
+@click.option("--window", type=click.IntRange(min=1), help="Tokens a token sees, itself included.")
+@click.option("--positions", help='What gives it positions, such as "rope"; or "none".')
+@click.option("--d-in", type=click.IntRange(min=1), help="Features of its input.")
+@click.option("--mask-true", type=click.Choice(["show", "hide"]), help="What True in a mask means.")
+@click.option("--float32", is_flag=True, help="Run the laws in float32: on the kernels that serve.")
+@click.option("--compile", is_flag=True, help="Compile it too; takes tens of seconds.")
+@click.option("--only", multiple=True, metavar="LAW", help="One law; may be repeated.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every random number.")
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds in all.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--junit", "junit_path", **_NEW_FILE, help="Write a JUnit file too.")
+@click.option("--list", "as_list", is_flag=True, help="Print the laws and what each requires.")
+def check_command(
+    target: str | None, as_json: bool, junit_path: Path | None, as_list: bool, **options: Any
+) -> None:
+    """Is this attention right? Holds TARGET, anybody's, to the laws of attention.
+
+    TARGET is path/to/file.py:Name, path/to/notebook.ipynb:Name or package.module:Name; Name is a
+    class, an instance or a function of query, key and value. THIS RUNS ITS CODE.
+
+    Exit code 0: all laws hold; 1: some law is broken; 2: it could not be run.
+    """
+    if as_list:
+        click.echo(list_laws())
+        return
+    if target is None:
+        raise click.UsageError("give a TARGET, such as attention.py:MultiHeadAttention")
+    with _progress_bar() as show:
+        report = check_target(target, progress=show, **options)
+    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))
+    if junit_path is not None:
+        junit_path.write_text(report.as_junit(), encoding="utf-8")
+    sys.exit(report.exit_code)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """What to call with a step and the share done; cleared at the end."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    # Cleared at the end: what stays are the tables.
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
-        return run_bench(
-            cases,
-            settings,
-            lambda step, done: bar.update(task, description=step, completed=done),
-        )
+        yield lambda step, done: bar.update(task, description=step, completed=done)
 
 
 def _read_text(text: str | None, file: Path | None) -> str:

@@ -107,6 +107,11 @@ def run(
             "--layer", f"must be from 0 to {len(layers) - 1}", layer, "choose one of these"
         )
     mha = from_transformers(layers[layer]).eval()
+    if not isinstance(mha, MultiHeadAttention):
+        raise ModelError(
+            f"{loaded.name} must have heads that can be stacked; got {type(mha).__name__}, whose "
+            "keys and values share a latent; choose a decoder such as Llama, Mistral or Qwen2"
+        )
     ids = _token_ids(text, loaded, mha.context_length)
     progress("reading the text with the model's own attention")
     hidden, own_logits = _hidden_states(loaded.model, layers[layer], ids)
