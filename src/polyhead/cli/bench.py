@@ -1,0 +1,77 @@
+"""`polyhead bench`: how fast, beside the peers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from polyhead.bench import SUITES, Settings, find_cases, run_bench
+from polyhead.bench.memory import check_memory_is_told
+from polyhead.bench.plot import check_can_plot, plot
+from polyhead.bench.report import print_result
+from polyhead.cli.options import NEW_FILE, progress_bar
+
+__all__ = ["bench_command"]
+
+
+@click.command("bench")
+@click.option("--suite", type=click.Choice(list(SUITES)), help="Which cases; default quick.")
+@click.option("--case", "ids", multiple=True, help="One case, such as P5; may be repeated.")
+@click.option("--json", "json_path", **NEW_FILE, help="Write every number into this file.")
+@click.option("--plot", "plot_path", **NEW_FILE, help="Draw the results into this file.")
+@click.option("--memory", is_flag=True, help="Measure peak memory too, in processes of their own.")
+@click.option("--threads", type=click.IntRange(min=1), help="For every peer; default torch's.")
+@click.option("--rounds", type=click.IntRange(min=5), help="The least rounds of each case.")
+@click.option("--seconds", type=click.FloatRange(min=0), help="The least seconds of each case.")
+@click.option("--without", multiple=True, metavar="PEER", help="Leave out peers; may be repeated.")
+@click.option("--anyway", is_flag=True, help="Measure although other processes are busy.")
+@click.option("--shrink", type=click.IntRange(min=1), default=1, help="Divide sizes: a trial run.")
+def bench_command(
+    suite: str | None,
+    ids: tuple[str, ...],
+    json_path: Path | None,
+    plot_path: Path | None,
+    memory: bool,
+    threads: int | None,
+    rounds: int | None,
+    seconds: float | None,
+    without: tuple[str, ...],
+    anyway: bool,
+    shrink: int,
+) -> None:
+    """Measure polyhead beside its peers on this machine.
+
+    Every peer is first held to float64. Exit code 1: polyhead was wrong; 2: it could not be
+    measured, because other processes were busy or the options are wrong.
+    """
+    if suite is not None and ids:
+        raise click.UsageError("give either --suite or --case")
+    chosen = SUITES[suite or "quick"]
+    cases = find_cases(ids) if ids else chosen.select()
+    # Found out before, not after, minutes of measuring.
+    if memory:
+        check_memory_is_told()
+    if plot_path is not None:
+        check_can_plot()
+    settings = Settings(
+        rounds=chosen.rounds if rounds is None else rounds,
+        seconds=chosen.seconds if seconds is None else seconds,
+        threads=threads,
+        memory=memory,
+        anyway=anyway,
+        shrink=shrink,
+        without=(*without, *(() if ids else chosen.without)),
+    )
+    with progress_bar() as show:
+        result = run_bench(cases, settings, show)
+    print_result(result, Console())
+    if json_path is not None:
+        json_path.write_text(result.to_json(), encoding="utf-8")
+    if plot_path is not None and result.cases:
+        plot(result, plot_path)
+    if result.refusal is not None:
+        click.echo(f"polyhead: {result.refusal}", err=True)
+    sys.exit(1 if result.wrong else 2 if result.refusal else 0)

@@ -1,0 +1,54 @@
+"""`polyhead check`: is this attention right?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from polyhead.check.command import check_target, list_laws
+from polyhead.cli.options import NEW_FILE, progress_bar
+
+__all__ = ["check_command"]
+
+
+@click.command("check")
+@click.argument("target", required=False)
+@click.option("--arg", "pairs", multiple=True, metavar="NAME=VALUE", help="For the constructor.")
+@click.option("--causal/--bidirectional", default=None, help="Whether it hides later tokens.")
+@click.option("--window", type=click.IntRange(min=1), help="Tokens a token sees, itself included.")
+@click.option("--positions", help='What gives it positions, such as "rope"; or "none".')
+@click.option("--d-in", type=click.IntRange(min=1), help="Features of its input.")
+@click.option("--mask-true", type=click.Choice(["show", "hide"]), help="What True in a mask means.")
+@click.option("--float32", is_flag=True, help="Run the laws in float32: on the kernels that serve.")
+@click.option("--compile", is_flag=True, help="Compile it too; takes tens of seconds.")
+@click.option("--only", multiple=True, metavar="LAW", help="One law; may be repeated.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every random number.")
+@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds in all.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--junit", "junit_path", **NEW_FILE, help="Write a JUnit file too.")
+@click.option("--list", "as_list", is_flag=True, help="Print the laws and what each requires.")
+def check_command(
+    target: str | None, as_json: bool, junit_path: Path | None, as_list: bool, **options: Any
+) -> None:
+    """Is this attention right? Holds TARGET, anybody's, to the laws of attention.
+
+    TARGET is path/to/file.py:Name, path/to/notebook.ipynb:Name or package.module:Name; Name is a
+    class, an instance or a function of query, key and value. THIS RUNS ITS CODE.
+
+    Exit code 0: all laws hold; 1: some law is broken; 2: it could not be run.
+    """
+    if as_list:
+        click.echo(list_laws())
+        return
+    if target is None:
+        raise click.UsageError("give a TARGET, such as attention.py:MultiHeadAttention")
+    with progress_bar() as show:
+        report = check_target(target, progress=show, **options)
+    click.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))
+    if junit_path is not None:
+        junit_path.write_text(report.as_junit(), encoding="utf-8")
+    sys.exit(report.exit_code)

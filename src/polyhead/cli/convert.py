@@ -1,0 +1,58 @@
+"""`polyhead convert`: a checkpoint in another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from polyhead.cli.options import NEW_FILE, progress_bar
+from polyhead.convert import convert_file
+from polyhead.convert.state_dict import LAYOUTS
+
+__all__ = ["convert_command"]
+
+
+@click.command("convert")
+@click.argument("path", metavar="IN", type=click.Path(exists=True, path_type=Path))
+@click.argument("output", metavar="OUT", **NEW_FILE)
+@click.option("--from", "source", type=click.Choice(LAYOUTS), required=True, help="Its layout.")
+@click.option("--to", "target", type=click.Choice(LAYOUTS), required=True, help="OUT's layout.")
+@click.option("--heads", type=click.IntRange(min=1), help="Query heads, if no config.json says.")
+@click.option("--kv-heads", type=click.IntRange(min=1), help="Key/value heads.")
+@click.option("--nope-head-dim", type=click.IntRange(min=1), help="DeepSeek's qk_nope_head_dim.")
+@click.option("--value-head-dim", type=click.IntRange(min=1), help="DeepSeek's v_head_dim.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def convert_command(
+    path: Path,
+    output: Path,
+    source: str,
+    target: str,
+    heads: int | None,
+    kv_heads: int | None,
+    nope_head_dim: int | None,
+    value_head_dim: int | None,
+    force: bool,
+) -> None:
+    """Write the checkpoint IN as OUT, its attention weights in another layout.
+
+    IN is a .safetensors file, a folder with one or with shards and their index, or a .pt file. OUT
+    is a .safetensors or .pt file. A config.json beside IN says what the options leave out.
+    """
+    with progress_bar() as show:
+        report = convert_file(
+            path,
+            output,
+            source=source,
+            target=target,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            nope_head_dim=nope_head_dim,
+            value_head_dim=value_head_dim,
+            overwrite=force,
+            progress=show,
+        )
+    click.echo(
+        f"{output}: {report.layers} attention layers moved from {source} to {target}, "
+        f"{report.unchanged} other tensors as they were, {report.bytes / 1e6:.1f} MB"
+    )

@@ -1,0 +1,57 @@
+"""What several commands read and show in the same way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from polyhead.errors import ArgumentError
+
+__all__ = ["NEW_FILE", "progress_bar", "read_text"]
+
+
+def _in_a_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before minutes of work for it."""
+    if value is not None and not value.parent.is_dir():
+        raise click.BadParameter(f"there is no folder {str(value.parent)!r}")
+    return value
+
+
+NEW_FILE: dict[str, Any] = {
+    "type": click.Path(dir_okay=False, writable=True, path_type=Path),
+    "callback": _in_a_folder,
+}
+
+
+def read_text(text: str | None, file: Path | None) -> str:
+    if (text is None) == (file is None):
+        raise click.UsageError("give either TEXT (or - for standard input) or --file")
+    if text is not None and text != "-":
+        return text
+    name = "standard input" if file is None else str(file)
+    try:
+        data = sys.stdin.buffer.read() if file is None else file.read_bytes()
+        # The newline that ends a text file is not part of what the model should go on from.
+        return data.decode().removesuffix("\n")
+    except OSError as error:
+        raise ArgumentError("TEXT", "must be readable", f"{name}: {error}", "check it") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(
+            "TEXT", "must be UTF-8", f"{name}: {error}", "convert it, or give another file"
+        ) from error
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, float], None]]:
+    """What to call with a step and the share done; cleared at the end."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda step, done: bar.update(task, description=step, completed=done)

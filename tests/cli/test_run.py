@@ -1,0 +1,85 @@
+"""`polyhead run`: what it prints, and how it refuses."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import polyhead.run
+from polyhead.cli import main
+
+
+@pytest.fixture
+def cli(monkeypatch, smollm2):
+    load = polyhead.run.load_model
+    monkeypatch.setattr(
+        polyhead.run, "load_model", lambda source: smollm2 if source is None else load(source)
+    )
+
+    def invoke(*args, **kwargs):
+        return CliRunner().invoke(main, ["run", *args], **kwargs)
+
+    return invoke
+
+
+def test_prints_both_mechanisms_heads_and_next_tokens(cli):
+    result = cli("The capital of France is")
+    assert result.exit_code == 0, result.output
+    assert "stacked heads (3.6.1)" in result.stdout
+    assert "weight split (3.6.2)" in result.stdout
+    assert "' Paris'" in result.stdout
+    assert "layer 15 of 30: 9 query heads over 3 key/value heads, 5 tokens" in result.stdout
+
+
+def test_json_is_all_that_stdout_holds(cli):
+    result = cli("The capital of France is", "--json", "--layer", "3")
+    report = json.loads(result.stdout)
+    assert report["layer"] == 3
+    assert len(report["heads"]) == 9
+    assert len(report["mechanisms"]) == 3
+    assert report["next_polyhead"][0]["text"] == " Paris"
+
+
+def test_text_from_standard_input_and_from_a_file(cli, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("The capital of France is")
+    for args, kwargs in ((("-",), {"input": "The capital of France is"}), (("--file", path), {})):
+        result = cli(*map(str, args), "--json", **kwargs)
+        assert json.loads(result.stdout)["tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("",), "TEXT must not be empty"),
+        (("x", "--layer", "99"), "--layer must be from 0 to 29; got 99"),
+        (("x", "--layer", "two"), "Invalid value for '--layer'"),
+        (("x", "--model", "nowhere.gguf"), "nowhere.gguf"),
+        ((), "give either TEXT"),
+        (("x", "--file", __file__), "give either TEXT"),
+        (("--file", "no-such-file.txt"), "no-such-file.txt"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(cli, args, message):
+    result = cli(*args)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_text_that_is_not_utf8(cli, tmp_path):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("café".encode("latin-1"))
+    result = cli("--file", str(path))
+    assert result.exit_code == 2
+    assert "TEXT must be UTF-8" in result.stderr
+
+
+def test_truncated_model_file(cli, tmp_path):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00")
+    result = cli("x", "--model", str(path))
+    assert result.exit_code == 2
+    assert "cut.gguf" in result.stderr
+    assert "Traceback" not in result.output
