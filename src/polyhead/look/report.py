@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["HeadReport", "LayerReport"]
 
 _FORMAT = 1
+# Characters: a notebook keeps what its cells show, and loads all of it.
+_NOTEBOOK_BUDGET = 1_500_000
 _TENSORS = ("map", "keys", "key_weights", "weights")
 
 
@@ -125,6 +128,36 @@ class HeadReport:
         axes.set_yticks(range(len(grid)), [str(layer.index) for layer in self.layers])
         figure.colorbar(image)
         return figure
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the page of `docs/heads.md`: one file, for any browser, without a network.
+
+        It stays under 5 MB for 270 heads, whatever the length of the text: where that asks for it,
+        weights are rounded and weak ones left out, and the page says so.
+
+        Raises:
+            ArgumentError: the tokens are not those the model read, or there is no self-attention.
+
+        >>> import tempfile, torch, polyhead as ph
+        >>> mha = ph.MultiHeadAttention(8, 8, context_length=16, dropout=0.0, num_heads=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ph.look.capture(mha, torch.randn(1, 16, 8)).to_html(f"{folder}/heads.html")
+        """
+        from polyhead.look.page import render
+
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write(render(self))
+
+    def _repr_html_(self) -> str:
+        """The page as a notebook shows it: in a frame of its own, where it can only draw."""
+        from polyhead.look.page import render
+
+        page = html.escape(render(self, budget=_NOTEBOOK_BUDGET))
+        return (
+            f'<iframe title="{html.escape(f"What the heads of {self.model} do")}" '
+            'sandbox="allow-scripts" width="100%" height="900" frameborder="0" '
+            f'srcdoc="{page}"></iframe>'
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file: the tensors, and the rest as JSON in its header.

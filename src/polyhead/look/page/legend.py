@@ -1,0 +1,50 @@
+"""What the page says of kinds of heads and of numbers, for those who read such a page first."""
+
+from __future__ import annotations
+
+__all__ = ["KINDS", "NUMBERS"]
+
+# In the order in which `name_head` asks; what follows "This head".
+KINDS = {
+    "induction": "sees that a token was here before, and looks at what came next last time",
+    "previous token": "looks at the token just before",
+    "sink": "rests on the first token: it has little to say here",
+    "local": "reads the last 16 tokens, no single one of them",
+    "broad": "reads farther back, or everything alike",
+}
+
+# name: (label, unit, what it says). "share": of a token's weight, which sums to 1.
+NUMBERS = {
+    "mass_first": ("on the first token", "share", "Weight on the first token of the text."),
+    "mass_previous": ("on the previous token", "share", "Weight on the token just before."),
+    "mass_self": ("on itself", "share", "Weight that a token puts on itself."),
+    "mass_recent": (
+        "on the last 16 tokens",
+        "share",
+        "Weight on the token itself and the 15 before it.",
+    ),
+    "mass_same_token": (
+        "on the same token earlier",
+        "share",
+        "Weight on earlier occurrences of the same token, where there are any.",
+    ),
+    "mass_induction": (
+        "on what came next last time",
+        "share",
+        "Weight on the tokens that followed those earlier occurrences.",
+    ),
+    "effective_keys": (
+        "effective tokens",
+        "tokens",
+        "Over how many tokens, weighted alike, its weight would be as spread: exp(entropy).",
+    ),
+    "entropy": ("entropy", "nats", "How spread the weight is: 0 is all on one token."),
+    "mean_distance": ("distance", "tokens", "How far away it looks, weighted by where it looks."),
+    "contribution": (
+        "contribution",
+        "norm",
+        "How long a vector the head alone adds to the layer's output, on average.",
+    ),
+    "max_logit": ("largest score", "score", "The largest score before the softmax."),
+    "lse": ("log-sum-exp", "score", "Log of the sum of exp(score), on average."),
+}

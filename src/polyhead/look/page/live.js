@@ -1,0 +1,1 @@
+// What the page does while a server answers: nothing yet.

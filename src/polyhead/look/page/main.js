@@ -1,0 +1,1 @@
+window.polyhead.show(JSON.parse(document.getElementById("data").textContent));
