@@ -9,13 +9,15 @@ namespace polyhead::POLYHEAD_ISA {
 
 constexpr int64_t kDecodeTokens = 16;  // more queries are worth packing keys for,
 constexpr int64_t kDecodeRows = 32;    // and so are more of a group
+constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, packed in no time
 constexpr int64_t kBlockBytes = 4096;  // of keys, before as many values are read: two streams
 constexpr int64_t kMaxBlockKeys = 64;
 constexpr int64_t kFewRows = 8;         // with more, arithmetic is the limit, not reading
 constexpr int64_t kMinSplitKeys = 256;  // fewer are not worth a merge
 
 inline bool is_decoding(const Attention& a) {
-  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows;
+  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && a.S >= kDecodeKeys * a.T &&
+         !a.is_learnt;
 }
 
 template <class Element>

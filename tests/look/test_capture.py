@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.errors import ArgumentError, ShapeError
+from polyhead.errors import ArgumentError, ModelError, ShapeError
 
 T = 19
 LATENT = {"kv_rank": 6, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 3}
@@ -181,8 +181,21 @@ def test_a_family_that_keeps_its_own_attention_is_refused():
     ph.integrations.transformers.register()
     sizes = {"vocab_size": 31, "hidden_size": 24, "n_layer": 1, "n_head": 6}
     model = transformers.BloomModel(transformers.BloomConfig(**sizes)).eval()
-    with pytest.raises(ArgumentError, match=r"must attend by .* BloomModel.*h\.0\.self"):
+    before = model.config._attn_implementation
+    with pytest.raises(ModelError, match="BloomModel cannot run"):
         ph.look.capture(model, torch.zeros(3, dtype=torch.int64))
+    assert model.config._attn_implementation == before
+
+
+def test_layers_that_attend_by_something_else_are_told():
+    class OwnAttention(torch.nn.Module):
+        num_heads = 2
+
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ArgumentError, match=r"must attend by .* Sequential, whose layers \(0, "):
+        ph.look.capture(torch.nn.Sequential(OwnAttention()), torch.zeros(1, 3, 4))
 
 
 def test_an_unregistered_implementation_is_told(monkeypatch):

@@ -22,9 +22,10 @@ __all__ = ["notes", "passed_over", "run", "why_not"]
 
 _MAX_HEAD_SIZE = 512
 _MAX_TOKENS = 2**31 - 2
-# As in csrc/decode.hpp: so few queries a key head are not worth packing keys for.
+# As in csrc/decode.hpp: so few queries, of so many keys each, are not worth packing keys for.
 _MAX_DECODE_TOKENS = 16
 _MAX_DECODE_ROWS = 32
+_MIN_DECODE_KEYS = 4
 _FEW_WEIGHTS = 2**14
 
 
@@ -70,7 +71,7 @@ def notes(call: AttentionCall) -> list[str]:
     threads = torch.get_num_threads()
     many = f"up to {threads} threads" if threads > 1 else "1 thread"
     noted = [f"{cpu_operators.isa()} kernels, {many}"]
-    if call.T <= _MAX_DECODE_TOKENS and call.group * call.T <= _MAX_DECODE_ROWS:
+    if _is_decoding(call):
         noted.append("few queries: keys are read once, in place, shared out among the threads")
     else:
         noted.append("many queries: keys and values are packed once a key head")
@@ -78,6 +79,11 @@ def notes(call: AttentionCall) -> list[str]:
     if rest is not None:
         noted.append(f"{rest!r} written out as booleans")
     return noted
+
+
+def _is_decoding(call: AttentionCall) -> bool:
+    few = call.T <= _MAX_DECODE_TOKENS and call.group * call.T <= _MAX_DECODE_ROWS
+    return few and call.S >= _MIN_DECODE_KEYS * call.T and not call.needs_grad
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
