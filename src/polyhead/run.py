@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.convert import from_transformers, split_to_stacked
-from polyhead.errors import ArgumentError, ModelError, ShapeError
+from polyhead.errors import ArgumentError, ModelError
 from polyhead.functional import explain
 from polyhead.integrations import transformers
 from polyhead.integrations.models import LoadedModel, load_model
+from polyhead.integrations.texts import NextToken, check_not_empty, most_likely, read_ids
 from polyhead.look import stats
 from polyhead.modules import MultiHeadAttention, MultiHeadAttentionWrapper
 
@@ -50,12 +51,6 @@ class HeadRow:
     mass_self: float
     mean_distance: float
     entropy: float
-
-
-@dataclass(frozen=True)
-class NextToken:
-    text: str
-    probability: float
 
 
 @dataclass(frozen=True)
@@ -96,8 +91,7 @@ def run(
         ArgumentError: the text is empty or too long, or there is no such layer.
         ModelError, DependencyError, ConversionError: the model cannot be read or converted.
     """
-    if not text.strip():
-        raise ArgumentError("TEXT", "must not be empty", repr(text), "give some words to read")
+    check_not_empty(text)
     progress("loading the model")
     loaded = load_model(model)
     layers = _attention_layers(loaded)
@@ -112,7 +106,7 @@ def run(
             f"{loaded.name} must have heads that can be stacked; got {type(mha).__name__}, whose "
             "keys and values share a latent; choose a decoder such as Llama, Mistral or Qwen2"
         )
-    ids = _token_ids(text, loaded, mha.context_length)
+    ids = read_ids(text, loaded, mha.context_length)
     progress("reading the text with the model's own attention")
     hidden, own_logits = _hidden_states(loaded.model, layers[layer], ids)
     progress("reading the text with polyhead in every layer")
@@ -130,8 +124,8 @@ def run(
         threads=torch.get_num_threads(),
         mechanisms=compare_mechanisms(mha, hidden[:, :COMPARED_TOKENS]),
         heads=_head_rows(mha, hidden),
-        next_polyhead=_most_likely(logits, loaded.tokenizer),
-        next_own=_most_likely(own_logits, loaded.tokenizer),
+        next_polyhead=most_likely(logits, loaded.tokenizer),
+        next_own=most_likely(own_logits, loaded.tokenizer),
     )
 
 
@@ -187,18 +181,6 @@ def _attention_layers(loaded: LoadedModel) -> list[nn.Module]:
     return layers
 
 
-def _token_ids(text: str, loaded: LoadedModel, context_length: int) -> Tensor:
-    ids = torch.tensor([loaded.tokenizer(text, verbose=False)["input_ids"]])
-    if ids.shape[1] > context_length:
-        raise ShapeError(
-            "TEXT",
-            f"must have at most {context_length} tokens, the context of {loaded.name}",
-            ids.shape[1],
-            "shorten it",
-        )
-    return ids
-
-
 def _hidden_states(model: Any, layer: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What enters the attention layer, (1, T, d_in), and the last logits (1, 1, vocabulary)."""
     seen: list[Tensor] = []
@@ -232,12 +214,4 @@ def _head_rows(mha: MultiHeadAttention, hidden: Tensor) -> tuple[HeadRow, ...]:
     names = ("mass_first", "mass_previous", "mass_self", "mean_distance", "entropy")
     return tuple(
         HeadRow(h, *(means[name][h].item() for name in names)) for h in range(mha.num_heads)
-    )
-
-
-def _most_likely(logits: Tensor, tokenizer: Any) -> tuple[NextToken, ...]:
-    probabilities, ids = logits[0, -1].softmax(dim=-1).topk(3)
-    return tuple(
-        NextToken(tokenizer.decode([i]), p)
-        for p, i in zip(probabilities.tolist(), ids.tolist(), strict=True)
     )

@@ -14,11 +14,9 @@ from rich.text import Text
 
 from polyhead.cli.options import read_text
 from polyhead.run import HeadRow, RunReport, run
+from polyhead.viewer.colours import coloured
 
 __all__ = ["run_command"]
-
-# Dark blue to yellow through green, the order of viridis: told apart by the colour-blind too.
-_SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 @click.command("run")
@@ -94,21 +92,10 @@ def _head_table(report: RunReport) -> Table:
 def _head_cells(head: HeadRow, most_distance: float, most_entropy: float) -> list[Text]:
     shares = [head.mass_first, head.mass_previous, head.mass_self]
     return [
-        *(_coloured(f"{share:6.1%}", share) for share in shares),
-        _coloured(f"{head.mean_distance:7.1f}", head.mean_distance / most_distance),
-        _coloured(f"{head.entropy:6.2f}", head.entropy / most_entropy),
+        *(coloured(f" {share:6.1%} ", share) for share in shares),
+        coloured(f" {head.mean_distance:7.1f} ", head.mean_distance / most_distance),
+        coloured(f" {head.entropy:6.2f} ", head.entropy / most_entropy),
     ]
-
-
-def _coloured(text: str, share: float) -> Text:
-    """The text on a background that says where `share` stands between 0 and 1."""
-    place = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
-    left = min(int(place), len(_SCALE) - 2)
-    part = place - left
-    pairs = zip(_SCALE[left], _SCALE[left + 1], strict=True)
-    red, green, blue = (round(a + (b - a) * part) for a, b in pairs)
-    ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 110 else "white"
-    return Text(f" {text} ", style=f"{ink} on rgb({red},{green},{blue})")
 
 
 def _next_token_table(report: RunReport) -> Table:

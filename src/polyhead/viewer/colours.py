@@ -1,0 +1,22 @@
+"""Numbers as colours in the terminal."""
+
+from __future__ import annotations
+
+from rich.style import Style
+from rich.text import Text
+
+__all__ = ["coloured"]
+
+# Dark blue to yellow through green, the order of viridis: told apart by the colour-blind too.
+_SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+
+def coloured(text: str, share: float) -> Text:
+    """The text on a background that says where `share` stands between 0 and 1."""
+    place = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
+    left = min(int(place), len(_SCALE) - 2)
+    part = place - left
+    pairs = zip(_SCALE[left], _SCALE[left + 1], strict=True)
+    red, green, blue = (round(a + (b - a) * part) for a, b in pairs)
+    ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 110 else "white"
+    return Text(text, style=Style.parse(f"{ink} on rgb({red},{green},{blue})"))

@@ -1,0 +1,101 @@
+"""The heads of a report that are worth a look first, each with an example from the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from polyhead.look import HeadReport, LayerReport
+
+__all__ = ["KINDS", "Example", "TellingHead", "telling_heads"]
+
+# What a head is called, and the number that says how much it is so.
+KINDS = {
+    "induction": "mass_induction",
+    "previous token": "mass_previous",
+    "local": "mass_recent",
+    "broad": "effective_keys",
+    "sink": "mass_first",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One token that looks at another; both by their place in the text."""
+
+    query: int
+    key: int
+    weight: float
+
+
+@dataclass(frozen=True)
+class TellingHead:
+    """A head, what it is called, its numbers, and the place where that shows best."""
+
+    layer: int
+    head: int
+    name: str
+    numbers: dict[str, float]
+    example: Example | None
+
+
+def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
+    """The heads worth a look first: the best of each kind, then the second best of each, and so on.
+
+    They come kind by kind. The best of a kind has the largest of the number that names it
+    (`KINDS`): the induction head with the largest `mass_induction` and so on; the broad one spreads
+    over the most keys.
+
+    >>> import torch
+    >>> import polyhead as ph
+    >>> mha = ph.MultiHeadAttention(8, 8, context_length=64, dropout=0.0, num_heads=3)
+    >>> report = ph.look.capture(mha, torch.zeros(64, 8))            # equal weights
+    >>> [(head.layer, head.head, head.name) for head in telling_heads(report, n=2)]
+    [(0, 0, 'broad'), (0, 1, 'broad')]
+    """
+    rows = report.rows()
+    kinds = [
+        sorted((row for row in rows if row["name"] == name), key=lambda row: -row[number])
+        for name, number in KINDS.items()
+    ]
+    in_turn = [row for rank in zip_longest(*kinds) for row in rank if row is not None]
+    layers = {layer.index: layer for layer in report.layers}
+    found = []
+    for row in sorted(in_turn[:n], key=lambda row: list(KINDS).index(row["name"])):
+        numbers = {k: v for k, v in row.items() if k not in ("layer", "head", "name")}
+        example = _example(report, layers[row["layer"]], row["head"], row["name"])
+        found.append(TellingHead(row["layer"], row["head"], row["name"], numbers, example))
+    return tuple(found)
+
+
+def _example(report: HeadReport, layer: LayerReport, head: int, name: str) -> Example | None:
+    """The largest weight that the head puts on a key as its name says, if there is any."""
+    at = layer.heads.index(head)
+    keys, weights = layer.keys[at].long(), layer.key_weights[at]
+    queries = torch.arange(len(keys))[:, None]
+    shows = (keys >= 0) & _SHOWS[name](report.token_ids, queries, keys)
+    if not shows.any():
+        return None
+    place = int(torch.where(shows, weights, -1.0).argmax())
+    query, rank = divmod(place, weights.shape[1])
+    return Example(query, int(keys[query, rank]), weights[query, rank].item())
+
+
+def _after_the_same(ids: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor:
+    if ids is None or len(ids) != len(queries):
+        return torch.zeros_like(keys, dtype=torch.bool)
+    return (keys >= 1) & (keys <= queries) & (ids[(keys - 1).clamp(min=0)] == ids[queries])
+
+
+# The first token is left out where a head may merely rest on it.
+_SHOWS: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
+    "induction": _after_the_same,
+    "previous token": lambda ids, q, k: (k == q - 1) & (k > 0),
+    "local": lambda ids, q, k: (k > 0) & (k < q) & (q - k < 16),
+    "broad": lambda ids, q, k: (k > 0) & (q - k >= 16),
+    "sink": lambda ids, q, k: (k == 0) & (2 * q >= len(q)),
+}
