@@ -1,0 +1,163 @@
+"""What transformers' mask functions mean, told as polyhead masks.
+
+transformers describes a mask as a function of indices, composed of a few factories of its
+`masking_utils`. Those are recognised by their code, and each is believed only after it gave, on a
+small grid, what ours gives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+
+import polyhead.mask
+from polyhead.mask import Causal, Mask, Window
+
+__all__ = ["Keys", "MaskFunction", "Rules", "recognise"]
+
+MaskFunction = Callable[..., Any]
+Rules = tuple[Mask, ...]  # all must allow
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Where the keys of a mask stand: at positions offset .. offset + S - 1."""
+
+    S: int
+    offset: int
+    device: torch.device | str
+
+
+Reader = Callable[[dict[str, Any], Keys, "Readers"], Rules | None]
+Readers = dict[CodeType | None, Reader]
+
+
+def recognise(function: MaskFunction, keys: Keys) -> Rules | None:
+    """The rules that a mask function of transformers stands for; None if any is not known."""
+    return _recognise(function, keys, _readers())
+
+
+def _recognise(function: MaskFunction, keys: Keys, readers: Readers) -> Rules | None:
+    reader = readers.get(getattr(function, "__code__", None))
+    return None if reader is None else reader(_enclosed(function), keys, readers)
+
+
+def _enclosed(function: MaskFunction) -> dict[str, Any]:
+    """What a factory of mask functions was given, by name."""
+    cells = function.__closure__ or ()
+    names = function.__code__.co_freevars
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def _read_causal(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+    return (polyhead.mask.causal(),)
+
+
+def _read_everybody(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+    return ()
+
+
+def _read_window(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+    size = given["sliding_window"]
+    return (polyhead.mask.window(before=size - 1),) if isinstance(size, int) else None
+
+
+def _read_two_sided(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+    size = given["sliding_window"]
+    return (polyhead.mask.window(before=size, after=size),) if isinstance(size, int) else None
+
+
+def _read_chunks(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+    position = torch.arange(keys.offset, keys.offset + keys.S, device=keys.device)
+    padding = given["left_padding"].to(keys.device)
+    chunk = (position - padding[:, None]).div(given["chunk_size"], rounding_mode="floor")
+    return (polyhead.mask.documents(chunk),)
+
+
+def _read_and(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+    rules: Rules = ()
+    for part in given["mask_functions"]:
+        read = _recognise(part, keys, readers)
+        if read is None:
+            return None
+        rules += read
+    return rules
+
+
+def _read_packed(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+    sequence = given["packed_sequence_mask"]
+    if bool((sequence == sequence[:, :1]).all()):  # one sequence a row, as before transformers 5
+        return ()
+    return (polyhead.mask.documents(sequence),)
+
+
+def _read_remapped(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+    """A rule of positions that start anew in each packed sequence.
+
+    Within a sequence they differ as the indices do; and transformers only asks for this together
+    with the rule that no sequence sees another.
+    """
+    rules = _recognise(given["mask_function"], keys, readers)
+    relative = rules is not None and all(isinstance(rule, Causal | Window) for rule in rules)
+    return rules if relative else None
+
+
+@functools.cache
+def _readers() -> Readers:
+    """How to read each mask function of this release of transformers, by its code."""
+    from transformers import masking_utils
+
+    def made(name: str, *arguments: Any) -> MaskFunction | None:
+        factory = getattr(masking_utils, name, None)
+        missing = factory is None or any(argument is None for argument in arguments)
+        return None if missing else factory(*arguments)  # type: ignore[misc]
+
+    position = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4]])
+    sequence = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])
+    causal = getattr(masking_utils, "causal_mask_function", None)
+    window = made("sliding_window_overlay", 3)
+    two_sided = made("sliding_window_bidirectional_overlay", 2)
+    chunks = made("chunked_overlay", 3, torch.tensor([0, 2]))
+    everybody = getattr(masking_utils, "bidirectional_mask_function", None)
+    both = made("and_masks", causal, window)
+    packed = made("packed_sequence_mask_function", sequence)
+    remapped = made("remap_positions_for_packed_sequence", causal, position)
+    # What to learn to read, how, and a whole mask to compare by; `and_masks` before what needs it.
+    lessons: list[tuple[MaskFunction | None, Reader, MaskFunction | None]] = [
+        (causal, _read_causal, causal),
+        (window, _read_window, window),
+        (everybody, _read_everybody, everybody),
+        (two_sided, _read_two_sided, two_sided),
+        (chunks, _read_chunks, chunks),
+        (both, _read_and, both),
+        (packed, _read_packed, packed),
+        (remapped, _read_remapped, made("and_masks", packed, remapped)),
+    ]
+    readers: Readers = {}
+    for function, reader, example in lessons:
+        if function is None or example is None:
+            continue  # another release
+        readers[function.__code__] = reader
+        if not _reads_right(example, readers):
+            del readers[function.__code__]
+    return readers
+
+
+def _reads_right(function: MaskFunction, readers: Readers) -> bool:
+    """Whether a mask function of 2 batch rows, 7 queries and 7 keys is what we read it as."""
+    batch, head, query, key = torch.meshgrid(*map(torch.arange, (2, 1, 7, 7)), indexing="ij")
+    try:
+        rules = _recognise(function, Keys(7, 0, "cpu"), readers)
+    except KeyError:  # what it was given has another name in this release
+        return False
+    if rules is None:
+        return False
+    ours = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    for rule in rules:
+        ours = ours & rule.materialize(7, 7)
+    return torch.equal(ours, function(batch, head, query, key))
