@@ -24,8 +24,9 @@ bench: $(STAMP) ## measure polyhead beside its peers, in about a minute: make be
 test: $(STAMP) ## the quick tests: make test ARGS="-k mask"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
 
-test-all: $(STAMP) ## every test
+test-all: $(STAMP) ## every test, and the quick ones again under every instruction set of this machine
 	$(BIN)/python -m pytest $(ARGS)
+	scripts/test_each_isa $(ARGS)
 
 check: $(STAMP) ## formatting, lint, types, layers, examples in the documentation, links
 	$(BIN)/ruff format --check .
