@@ -654,6 +654,18 @@ def test_the_environment_chooses_the_instruction_set():
     assert chosen.stdout.strip() == isa
 
 
+def test_an_unknown_instruction_set_in_the_environment_is_warned_of():
+    best = subprocess.run(
+        [sys.executable, "-c", "import polyhead"],
+        env={**os.environ, "POLYHEAD_CPU_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    warning = "POLYHEAD_CPU_ISA must name kernels of this processor and build; got 'sse9'; "
+    assert warning in best.stderr
+
+
 def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
     before = cpu_operators.isa()
     with pytest.raises(RuntimeError, match="lacks instruction set sse9"):

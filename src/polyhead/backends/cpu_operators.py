@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -30,15 +32,22 @@ def _load() -> str:
         torch.ops.load_library(spec.origin)
     except OSError as error:  # built for another torch or system: all else must go on working
         return f"was built, and could not be loaded: {error}"
+    asked = os.environ.get("POLYHEAD_CPU_ISA")
+    if asked and asked != isa():
+        warnings.warn(
+            f"POLYHEAD_CPU_ISA must name kernels of this processor and build; got {asked!r}; "
+            f"{isa()} kernels run",
+            stacklevel=2,
+        )
     return ""
-
-
-missing = _load()
 
 
 def isa() -> str:
     """The instruction set whose kernels run: the best of this processor, or POLYHEAD_CPU_ISA."""
     return str(torch.ops.polyhead.cpu_isa(""))
+
+
+missing = _load()
 
 
 def choose_isa(name: str) -> None:
