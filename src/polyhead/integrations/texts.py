@@ -27,22 +27,19 @@ def read_ids(text: str, loaded: LoadedModel, most: int | None = None) -> Tensor:
     """The token ids of a text, (1, T).
 
     Args:
-        most: how many tokens are allowed; None: as many as the model's config says, if it does.
+        most: how many tokens are allowed; None: as many as the model's context, if that is known.
 
     Raises:
         ArgumentError, ShapeError: the text is empty or too long.
     """
     check_not_empty(text)
-    if most is None:
-        most = getattr(loaded.model.config, "max_position_embeddings", None)
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
     ids = torch.tensor([loaded.tokenizer(text, verbose=False)["input_ids"]])
-    if most is not None and ids.shape[1] > most:
-        raise ShapeError(
-            "TEXT",
-            f"must have at most {most} tokens, the context of {loaded.name}",
-            ids.shape[1],
-            "shorten it",
-        )
+    limits = [limit for limit in (most, context) if limit is not None]
+    if limits and ids.shape[1] > min(limits):
+        why = f", the context of {loaded.name}" if min(limits) == context else ""
+        rule = f"must have at most {min(limits)} tokens{why}"
+        raise ShapeError("TEXT", rule, ids.shape[1], "shorten it")
     return ids
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
 
     They come kind by kind. The best of a kind has the largest of the number that names it
     (`KINDS`): the induction head with the largest `mass_induction` and so on; the broad one spreads
-    over the most keys.
+    over the most keys. Of heads that are alike to two decimals the one that spreads less comes first.
 
     >>> import torch
     >>> import polyhead as ph
@@ -59,7 +60,10 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
     """
     rows = report.rows()
     kinds = [
-        sorted((row for row in rows if row["name"] == name), key=lambda row: -row[number])
+        sorted(
+            (row for row in rows if row["name"] == name),
+            key=lambda row: (-round(row[number], 2), row["effective_keys"]),
+        )
         for name, number in KINDS.items()
     ]
     in_turn = [row for rank in zip_longest(*kinds) for row in rank if row is not None]
@@ -99,3 +103,13 @@ _SHOWS: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
     "broad": lambda ids, q, k: (k > 0) & (q - k >= 16),
     "sink": lambda ids, q, k: (k == 0) & (2 * q >= len(q)),
 }
+
+
+def as_dict(report: HeadReport) -> dict[str, Any]:
+    """All heads and the telling ones, for JSON: what `polyhead look --json` prints."""
+    return {
+        "model": report.model,
+        "tokens": report.tokens,
+        "heads": report.rows(),
+        "telling": [asdict(head) for head in telling_heads(report)],
+    }

@@ -1,0 +1,158 @@
+"""`polyhead look`: what each head of a model does on a text."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from polyhead.cli.options import progress_bar, read_text
+from polyhead.errors import DependencyError
+from polyhead.integrations.models import load_model
+from polyhead.integrations.texts import check_not_empty
+from polyhead.look import HeadReport
+from polyhead.look.page import render
+from polyhead.look.page.legend import NUMBERS
+from polyhead.viewer.files import page_file
+from polyhead.viewer.reader import read
+from polyhead.viewer.telling import as_dict, telling_heads
+from polyhead.viewer.terminal import print_report
+
+__all__ = ["look_command"]
+
+_PAGE = Path("heads.html")
+_PORT = 8765
+_LOOPBACK = "127.0.0.1"
+# The last word's surname is known from the first sentence alone: by an induction head.
+_TEXT = "Mina Okafor planted a pear tree. Ten years later the children sat under the tree of Mina"
+
+
+@click.command("look")
+@click.argument("text", required=False)
+@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", help="A folder, a GGUF file or a hub id; default SmolLM2-135M-Instruct.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"Where to write the page; default {_PAGE}.",
+)
+@click.option("--force", is_flag=True, help="Replace a file that polyhead did not write.")
+@click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
+@click.option("--terminal", is_flag=True, help="Print the heads; write no page unless --out.")
+@click.option(
+    "--by",
+    type=click.Choice(list(NUMBERS)),
+    default="entropy",
+    show_default=True,
+    help="What gives the heads their colours in the terminal.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object; no page unless --out."
+)
+@click.option("--serve", is_flag=True, help="Serve a live page: other texts, heads switched off.")
+@click.option("--port", type=click.IntRange(0, 65535), help=f"To serve on; default {_PORT}.")
+@click.option("--host", help=f"To serve on; default {_LOOPBACK}, which only this machine reaches.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Of a served text; default 500.")
+def look_command(
+    text: str | None,
+    file: Path | None,
+    model: str | None,
+    out: Path | None,
+    force: bool,
+    open_page: bool,
+    terminal: bool,
+    by: str,
+    as_json: bool,
+    serve: bool,
+    port: int | None,
+    host: str | None,
+    max_tokens: int | None,
+) -> None:
+    """Show what each head of a model does on TEXT: in a page, in the terminal, live.
+
+    TEXT is the text itself, or - for standard input, or left out with --file (and with --serve,
+    which then begins with a text of its own).
+    """
+    if serve:
+        if out or force or terminal or as_json:
+            raise click.UsageError("--serve writes and prints nothing: leave out the others")
+        words = _TEXT if text is None and file is None else read_text(text, file)
+        _serve(
+            words, model, host or _LOOPBACK, _PORT if port is None else port, max_tokens, open_page
+        )
+        return
+    if port is not None or host is not None or max_tokens is not None:
+        raise click.UsageError("--port, --host and --max-tokens are for --serve")
+    if terminal and as_json:
+        raise click.UsageError("give either --terminal or --json")
+    words = read_text(text, file)
+    path = out if out or terminal or as_json else _PAGE
+    if open_page and path is None:
+        raise click.UsageError("--open needs a page: give --out")
+    check_not_empty(words)
+    with ExitStack() as stack:
+        page = stack.enter_context(page_file(path, replace=force)) if path else None
+        with progress_bar() as show:
+            show("loading the model", 0.0)
+            report = read(words, load_model(model), progress=show).report
+            if page is not None:
+                show("drawing the page", 1.0)
+                page.write(render(report))
+    if as_json:
+        click.echo(json.dumps(as_dict(report)))
+    elif terminal:
+        print_report(report, Console(), by)
+    if path is not None:
+        _tell_of_page(path, report, quiet=terminal or as_json)
+        if open_page:
+            _open(path.resolve().as_uri())
+
+
+def _tell_of_page(path: Path, report: HeadReport, quiet: bool) -> None:
+    heads = sum(len(layer.heads) for layer in report.layers)
+    size = path.stat().st_size / 1e6
+    click.echo(
+        f"{path}: {heads} heads of {report.model} on {len(report.tokens)} tokens, {size:.1f} MB",
+        err=quiet,
+    )
+    if not quiet:
+        first = ", ".join(f"{h.layer}.{h.head} ({h.name})" for h in telling_heads(report, 5))
+        click.echo(f"Look first at heads {first}.")
+
+
+def _open(address: str) -> None:
+    if not webbrowser.open(address):
+        click.echo(f"No browser could be opened; the page is {address}", err=True)
+
+
+def _serve(
+    text: str, model: str | None, host: str, port: int, most: int | None, open_page: bool
+) -> None:
+    try:
+        from polyhead.viewer import guard, server, session
+    except ImportError as error:
+        raise DependencyError(
+            f'{error.name} is needed to serve: pip install "polyhead[serve]"'
+        ) from error
+    check_not_empty(text)
+    with server.listen(host, port) as listening:  # a port that is taken is told before the rest
+        with progress_bar() as show:
+            show("loading the model", 0.0)
+            seen = session.Session(load_model(model), text, most or 500, show)
+        name, bound = listening.getsockname()[:2]
+        address = f"http://{f'[{name}]' if ':' in name else name}:{bound}/"
+
+        def ready() -> None:
+            click.echo(f"Look at {address} (Ctrl-C stops)")
+            if not guard.is_loopback(host):
+                click.echo(
+                    "Anybody who reaches this machine on that port can ask the model.", err=True
+                )
+            if open_page:
+                _open(address)
+
+        server.serve(seen, host, listening, ready)

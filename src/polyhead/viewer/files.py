@@ -1,0 +1,58 @@
+"""The page's file: nothing else is replaced by it, and it is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from polyhead.errors import ArgumentError
+
+__all__ = ["MARK", "page_file"]
+
+# In the head of every page.
+MARK = b'<meta name="generator" content="polyhead">'
+_HEAD = 4096  # bytes in which it stands
+
+
+@contextmanager
+def page_file(path: Path, *, replace: bool = False) -> Iterator[TextIO]:
+    """A file to write a page into, which takes the place of `path` when the block ends well.
+
+    It is made when the block begins, beside `path`: where nothing can be written that is known
+    before minutes of work.
+
+    Args:
+        path: where the page shall be. A page of ours that is there is replaced.
+        replace: replace any other file, too.
+
+    Raises:
+        ArgumentError: something else is there, or nothing can be written.
+    """
+    path = path.resolve()  # what a link leads to is replaced, not the link
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if path.exists() and not replace and not _is_ours(path):
+            raise ArgumentError(
+                "--out",
+                "must not replace a file that polyhead did not write",
+                str(path),
+                "give another path, or --force",
+            )
+        file = part.open("x", encoding="utf-8", newline="\n")
+    except OSError as error:
+        reason = f"{path} ({error.strerror or error})"
+        raise ArgumentError("--out", "must be writable", reason, "give another path") from error
+    try:
+        with file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return MARK in file.read(_HEAD)

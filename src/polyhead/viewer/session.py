@@ -1,0 +1,95 @@
+"""What the live page asks for: one model, one text at a time, some heads switched off."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection
+from dataclasses import asdict
+from typing import Any
+
+from polyhead.errors import PolyheadError
+from polyhead.integrations.models import LoadedModel
+from polyhead.look.ablate import How
+from polyhead.look.layers import Head
+from polyhead.look.page import payload, render
+from polyhead.viewer.reader import Progress, Reading, compare_next, read
+
+__all__ = ["BusyError", "Session", "StoppedError"]
+
+
+class BusyError(PolyheadError):
+    """The model is reading another text."""
+
+
+class StoppedError(PolyheadError):
+    """The reading was stopped."""
+
+
+class Session:
+    """Answers about one model. Of several threads that ask at once one is answered.
+
+    Args:
+        loaded: the model.
+        text: what it reads first.
+        most: how many tokens a text may have.
+        progress: told of the first reading.
+
+    Raises:
+        ArgumentError, ShapeError: as of `read`, for the first text.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        text: str,
+        most: int,
+        progress: Progress = lambda step, share: None,
+    ) -> None:
+        self._loaded = loaded
+        self._most = most
+        self._one_at_a_time = threading.Lock()
+        self._stopped = threading.Event()
+        self._text = text
+        self._whole = read(text, loaded, most=most, progress=progress)
+        self.page = render(self._whole.report, live=True)
+        self._first = {"text": text, "most": most, "next": self._next(self._whole)}
+
+    def stop(self) -> None:
+        """End a reading at its next layer, and refuse others."""
+        self._stopped.set()
+
+    def start(self) -> dict[str, Any]:
+        """What the page shows before anything is asked: its text, its limit, the next tokens."""
+        return self._first
+
+    def answer(self, text: str, off: Collection[Head], how: How) -> dict[str, Any]:
+        """What the page shows of a text read without some heads, beside all of them.
+
+        Raises:
+            BusyError: it is reading already.
+            StoppedError: `stop` was called.
+            ArgumentError, ShapeError: as of `read`.
+        """
+        if not self._one_at_a_time.acquire(blocking=False):
+            raise BusyError("the model is reading another text; ask again in a moment")
+        try:
+            if self._text != text:
+                whole = self._read(text)
+                self._text, self._whole = text, whole
+            seen = self._read(text, off, how) if off else self._whole
+            return {"payload": payload(seen.report), "next": self._next(seen)}
+        finally:
+            self._one_at_a_time.release()
+
+    def _read(self, text: str, off: Collection[Head] = (), how: How = "zero") -> Reading:
+        return read(
+            text, self._loaded, off=off, how=how, most=self._most, progress=self._check_not_stopped
+        )
+
+    def _check_not_stopped(self, step: str, share: float) -> None:
+        if self._stopped.is_set():
+            raise StoppedError("the server stops")
+
+    def _next(self, seen: Reading) -> list[dict[str, Any]]:
+        before, after = self._whole.next_token, seen.next_token
+        return [asdict(token) for token in compare_next(before, after, self._loaded.tokenizer)]
