@@ -14,10 +14,12 @@ from polyhead.mask import Mask
 __all__ = ["autocasts", "build_call", "check_is_tensor", "check_softcap"]
 
 
-def autocasts(device: torch.device) -> bool:
-    """Whether the caller has autocast on for this device."""
+def autocasts(tensor: Tensor) -> bool:
+    """Whether the caller has autocast on for the device of this tensor."""
+    if tensor.is_cpu:  # asking for the device's name takes longer than all else here
+        return torch.is_autocast_enabled("cpu")
     # Asked of a device without autocast (meta), is_autocast_enabled raises.
-    kind = device.type
+    kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
@@ -73,6 +75,8 @@ def _nameable(number: float) -> float:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    check_is_tensor("query", query)
+    dtype, device = query.dtype, query.device
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_is_tensor(name, tensor)
         if tensor.ndim != 4:
@@ -84,13 +88,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
         if not tensor.is_floating_point():
             raise DtypeError(name, "must be floating point", tensor.dtype, "convert it first")
-        if tensor.dtype != query.dtype:
-            raise DtypeError(
-                name, f"must have the query's dtype, {query.dtype}", tensor.dtype, "cast one"
-            )
-        if tensor.device != query.device:
+        if tensor.dtype != dtype:
+            raise DtypeError(name, f"must have the query's dtype, {dtype}", tensor.dtype, "cast one")
+        if tensor.device != device:
             raise DeviceError(
-                name, f"must be on the query's device, {query.device}", tensor.device, "move one"
+                name, f"must be on the query's device, {device}", tensor.device, "move one"
             )
 
 

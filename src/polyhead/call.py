@@ -23,7 +23,7 @@ from torch import Tensor
 
 from polyhead.mask import Mask
 
-__all__ = ["AttentionCall", "Aux", "AuxRequest", "HeadStats"]
+__all__ = ["NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,9 @@ class Aux:
     lse: Tensor | None = None
     stats: HeadStats | None = None
     mean_weights: Tensor | None = None
+
+
+NO_AUX = Aux()
 
 
 @dataclass(frozen=True, eq=False)

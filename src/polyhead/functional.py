@@ -131,7 +131,7 @@ def attention(
     chosen = choose(call, backend)
     # Autocast would cast inside a backend, and degrade even the definition: a caller's autocast
     # decides the dtype of query, key and value, and that is the dtype of the output.
-    if autocasts(query.device):
+    if autocasts(query):
         with torch.autocast(query.device.type, enabled=False):
             output, aux = _run(chosen, call)
     else:

@@ -655,7 +655,7 @@ def test_the_environment_chooses_the_instruction_set():
 
 
 def test_an_unknown_instruction_set_in_the_environment_is_warned_of():
-    best = subprocess.run(
+    imported = subprocess.run(
         [sys.executable, "-c", "import polyhead"],
         env={**os.environ, "POLYHEAD_CPU_ISA": "sse9"},
         capture_output=True,
@@ -663,7 +663,7 @@ def test_an_unknown_instruction_set_in_the_environment_is_warned_of():
         check=True,
     )
     warning = "POLYHEAD_CPU_ISA must name kernels of this processor and build; got 'sse9'; "
-    assert warning in best.stderr
+    assert warning in imported.stderr
 
 
 def test_an_unknown_instruction_set_is_refused_and_changes_nothing():

@@ -16,7 +16,7 @@ from polyhead.backends import cpu_operators, sdpa
 from polyhead.backends.layout import side_by_side
 from polyhead.backends.refusals import custom_reasons, dtype_reasons, transform_reasons
 from polyhead.backends.structure import read_structure
-from polyhead.call import AttentionCall, Aux, HeadStats
+from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
 
 __all__ = ["notes", "passed_over", "run", "why_not"]
 
@@ -37,11 +37,12 @@ def why_not(call: AttentionCall) -> list[str]:
     if not call.query.is_cpu:
         reasons.append(f"runs on the CPU; got device {call.device}")
     reasons.extend(dtype_reasons(call))
-    if max(call.D, call.E) > _MAX_HEAD_SIZE:
-        reasons.append(f"has heads of up to {_MAX_HEAD_SIZE}; got D = {call.D}, E = {call.E}")
-    if max(call.T, call.S) > _MAX_TOKENS:
-        reasons.append(f"has up to {_MAX_TOKENS} tokens; got T = {call.T}, S = {call.S}")
-    if "alibi_slopes" in call.learnt:
+    (T, D), (S, E) = call.query.shape[2:], call.value.shape[2:]
+    if max(D, E) > _MAX_HEAD_SIZE:
+        reasons.append(f"has heads of up to {_MAX_HEAD_SIZE}; got D = {D}, E = {E}")
+    if max(T, S) > _MAX_TOKENS:
+        reasons.append(f"has up to {_MAX_TOKENS} tokens; got T = {T}, S = {S}")
+    if call.alibi_slopes is not None and "alibi_slopes" in call.learnt:
         reasons.append("gives no gradient to alibi_slopes")
     reasons.extend(custom_reasons(call.mask))
     reasons.extend(transform_reasons())
@@ -135,6 +136,8 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
         )
         return written.to(call.dtype)
 
+    if not call.aux.names:
+        return output, NO_AUX
     return output, Aux(
         weights=weights(mean=False) if call.aux.weights else None,
         mean_weights=weights(mean=True) if call.aux.mean_weights else None,

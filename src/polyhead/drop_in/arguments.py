@@ -47,7 +47,7 @@ def check_inputs(module: nn.MultiheadAttention, query: Tensor, key: Tensor, valu
                 tuple(x.shape),
                 "match the constructor's embed_dim, kdim, vdim and batch_first",
             )
-        if x.dtype != dtype and not autocasts(x.device):
+        if x.dtype != dtype and not autocasts(x):
             raise DtypeError(
                 name,
                 f"must have the module's dtype, {dtype}",

@@ -80,9 +80,9 @@ def stream_aux(
     for backend in candidates("auto") if _keeps_structure(asked) else ():
         streams = backend is not REFERENCE and backend.aux.issuperset(request.names)
         if streams and not backend.why_not(asked):
-            with _autocast_off(call.device):
+            with _autocast_off(call.query):
                 return backend.run(asked)[1]
-    with _autocast_off(call.device):
+    with _autocast_off(call.query):
         return _by_definition(replace(asked, mask=call.mask), first, last)
 
 
@@ -98,7 +98,7 @@ def weights_by_chunk(call: AttentionCall) -> Iterator[tuple[int, int, Tensor]]:
         if call.mask is not None:
             last = max(0, call.mask.reach(start, stop, call.T, call.S)[1])
         part = part_of(call, start, stop, 0, last)
-        with _autocast_off(call.device):
+        with _autocast_off(call.query):
             weights = compute_aux(part, first_position=call.S - call.T + start).weights
         assert weights is not None
         yield start, stop, weights
@@ -154,10 +154,10 @@ def _keeps_structure(call: AttentionCall) -> bool:
 
 
 @contextmanager
-def _autocast_off(device: torch.device) -> Iterator[None]:
+def _autocast_off(query: Tensor) -> Iterator[None]:
     """As `attention` does: a caller's autocast decides the dtype of queries and keys, no more."""
-    if autocasts(device):
-        with torch.autocast(device.type, enabled=False):
+    if autocasts(query):
+        with torch.autocast(query.device.type, enabled=False):
             yield
     else:
         yield

@@ -201,7 +201,7 @@ def check_input(
         raise DeviceError(
             name, f"must be on the module's device, {weight.device}", x.device, "move one"
         )
-    if x.dtype != weight.dtype and weight.is_floating_point() and not autocasts(x.device):
+    if x.dtype != weight.dtype and weight.is_floating_point() and not autocasts(x):
         raise DtypeError(
             name,
             f"must have the module's dtype, {weight.dtype}",

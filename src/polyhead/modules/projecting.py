@@ -35,7 +35,7 @@ def projecting(x: Tensor) -> AbstractContextManager[object]:
         return nullcontext()
     if x.dtype != torch.float32 or x.device.type != "cpu" or not _mkl_is_slow():
         return nullcontext()
-    if autocasts(x.device) or transform_reasons():
+    if autocasts(x) or transform_reasons():
         return nullcontext()
     return _ThroughOneDNN()
 
