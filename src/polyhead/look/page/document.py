@@ -17,7 +17,21 @@ if TYPE_CHECKING:
 __all__ = ["render"]
 
 # In this order: each file uses those before it.
-_SCRIPTS = ("core.js", "main.js")
+_SCRIPTS = (
+    "core.js",
+    "words.js",
+    "palette.js",
+    "decode.js",
+    "link.js",
+    "thumb.js",
+    "grid.js",
+    "legend.js",
+    "numbers.js",
+    "view.js",
+    "map.js",
+    "text.js",
+    "main.js",
+)
 
 
 def render(report: HeadReport, *, live: bool = False, budget: int = BUDGET) -> str:
@@ -34,11 +48,11 @@ def render(report: HeadReport, *, live: bool = False, budget: int = BUDGET) -> s
     Raises:
         ArgumentError: as of `payload`.
     """
-    style = _file("page.css")
-    script = "\n".join(_file(name) for name in (*_SCRIPTS, *(("live.js",) if live else ())))
+    style = "\n".join(_file(name) for name in ("page.css", *(("live.css",) if live else ())))
+    scripts = [_file(name) for name in (*_SCRIPTS, *(("live.js",) if live else ()))]
     policy = {
         "default-src": "'none'",
-        "script-src": _hash(script),
+        "script-src": " ".join(map(_hash, scripts)),
         "style-src": _hash(style),
         "img-src": "data:",
         "base-uri": "'none'",
@@ -51,7 +65,7 @@ def render(report: HeadReport, *, live: bool = False, budget: int = BUDGET) -> s
         "title": html.escape(f"What the heads of {report.model} do"),
         "style": style,
         "data": _json_in_html(payload(report, budget=budget)),
-        "script": script,
+        "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
     }
     # Cut at its marks and joined: what is put in is never searched for marks.
     first, *rest = _file("page.html").split("{{")
