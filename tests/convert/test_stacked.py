@@ -75,7 +75,7 @@ def output_and_gradients(module, x) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return y.detach(), x.grad, {name: p.grad for name, p in module.named_parameters()}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(splits())
 def test_same_output_and_gradients(case):
     split, x = case
@@ -97,7 +97,7 @@ def test_same_output_and_gradients(case):
         torch.testing.assert_close(converted, grad, **close)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(splits())
 def test_split_to_stacked_and_back(case):
     split, _ = case
@@ -123,7 +123,7 @@ def test_split_to_stacked_and_back(case):
     assert len(set(copies)) == len(copies)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(splits(grouped=False), st.booleans())
 def test_stacked_to_split_and_back(case, out_proj):
     like, x = case
@@ -225,12 +225,12 @@ def test_dropout_is_the_same_and_active_in_training(p):
     assert stacked_to_split(stacked).dropout.p == p
     torch.manual_seed(0)
     x = torch.randn(1, 11, 5, dtype=torch.float64)
-    many = x.expand(4000, 11, 5)
+    many = x.expand(1500, 11, 5)
     # Other weights are dropped, so one draw differs; the mean over many is the same.
     means = [module(many).mean(0) for module in (split, stacked)]
     assert not torch.allclose(split(x), split(x))
     assert not torch.allclose(stacked(x), stacked(x))
-    torch.testing.assert_close(means[0], means[1], rtol=0, atol=0.05)
+    torch.testing.assert_close(means[0], means[1], rtol=0, atol=0.08)
 
 
 @pytest.mark.parametrize("num_kv_heads", [3, 1])

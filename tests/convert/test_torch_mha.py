@@ -22,7 +22,7 @@ def theirs_with(d=24, num_heads=3, **options):
     return theirs
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(
     st.sampled_from([1, 2, 3]),
     st.sampled_from([1, 2, 5]),

@@ -97,7 +97,9 @@ def test_one_seed_gives_the_same_parameters(options):
     assert torch.equal(*after)
 
 
-@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize(
+    "batched", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["batched", "unbatched"]
+)
 @pytest.mark.parametrize("call", masks())
 @pytest.mark.parametrize("options", BUILT.values(), ids=BUILT)
 def test_it_is_torchs(options, call, batched, assert_as_good_as_eager):
@@ -174,6 +176,14 @@ def test_numbers_and_booleans_hold_together():
         torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+def test_inputs_without_a_batch():
+    theirs, ours = pair(torch.float64, add_bias_kv=True)
+    x = inputs(ours, batched=False, dtype=torch.float64)
+    given = {"key_padding_mask": masks(batched=False)["padding"]["key_padding_mask"]}
+    for got, want in zip(ours(*x, **given), theirs(*x, **given), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval", "inference"])
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "bool"])
@@ -231,6 +241,16 @@ def test_a_copy_is_the_same(copied):
     assert torch.equal(other(*x)[0], ours(*x)[0])
 
 
+def test_it_is_one_graph():
+    _, ours = pair(batch_first=True)
+    x = inputs(ours)
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    for got, want in zip(compiled(*x, is_causal=True), ours(*x, is_causal=True), strict=True):
+        torch.testing.assert_close(got, want)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("options", BUILT.values(), ids=BUILT)
 def test_compiled_it_is_one_graph(options):
     _, ours = pair(**options)
@@ -263,8 +283,8 @@ def test_exported_it_is_the_module_at_every_length():
 
 
 def test_second_derivatives():
-    _, ours = pair(torch.float64, batch_first=True)
-    x = torch.randn(1, 3, EMBED, dtype=torch.float64, requires_grad=True)
+    ours = ph.drop_in.MultiheadAttention(4, 2, batch_first=True, dtype=torch.float64)
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
 
     def attend(x):
         return ours(x, x, x, need_weights=False, is_causal=True)[0]

@@ -258,6 +258,7 @@ def test_file_that_is_no_model(tmp_path):
         load_model(str(tmp_path / "notes.txt"))
 
 
+@pytest.mark.slow
 def test_gguf_file_of_another_name(smollm2, tmp_path):
     (tmp_path / "my-model.GGUF").symlink_to(smollm2.source)
     loaded = load_model(str(tmp_path / "my-model.GGUF"))

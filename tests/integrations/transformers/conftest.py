@@ -97,6 +97,9 @@ FAMILIES = {
     ),
     "CLIPText": ("Model", DECODER | {"projection_dim": 7, "eos_token_id": 2}),
 }
+# Before transformers 5 these compute their own attention, and are refused.
+OWN_BEFORE_5 = ("Bert", "Roberta", "ModernBert", "T5")
+IS_4 = transformers.__version__.startswith("4.")
 ENCODER_DECODERS = ("T5", "Bart")
 DECODERS = tuple(
     name for name, (kind, _) in FAMILIES.items() if kind in ("ForCausalLM", "LMHeadModel")
@@ -144,6 +147,8 @@ def finite_eager(monkeypatch):
 
 def build(family, attention, dtype=torch.float32, **settings):
     """A model of random weights, the same ones each time."""
+    if IS_4 and family in OWN_BEFORE_5:
+        pytest.skip(f"before transformers 5 {family} computes its own attention, and is refused")
     kind, sizes = FAMILIES[family]
     config = getattr(transformers, f"{family}Config")(
         **(sizes | settings), attn_implementation=attention

@@ -27,6 +27,16 @@ def test_a_new_model_that_would_keep_its_own_attention_is_refused():
         bloom(attn_implementation="polyhead")
 
 
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "ModernBert", "T5"])
+def test_before_transformers_5_more_models_compute_their_own(name):
+    transformers = pytest.importorskip("transformers")
+    if not transformers.__version__.startswith("4."):
+        pytest.skip("since transformers 5 they ask")
+    config = getattr(transformers, f"{name}Config")(attn_implementation="polyhead")
+    with pytest.raises(ModelError, match=f"{name}Model cannot run"):
+        getattr(transformers, f"{name}Model")(config)
+
+
 @pytest.mark.parametrize("name", ["polyhead", {"": "polyhead"}])
 def test_a_finished_model_that_would_keep_its_own_attention_is_refused(name):
     model = bloom()

@@ -55,18 +55,21 @@ class Cache(transformers.Cache):
     ) -> None:
         # transformers knows how to read a config; its own layers say what each needs.
         theirs = transformers.DynamicCache(config=config).layers
+        text_config: Any = config.get_text_config(decoder=True)
+        kinds = getattr(text_config, "layer_types", None) or []
         if max_tokens is None:
-            max_tokens = getattr(
-                config.get_text_config(decoder=True), "max_position_embeddings", None
-            )
+            max_tokens = getattr(text_config, "max_position_embeddings", None)
         layers: list[Any] = []
         for index, layer in enumerate(theirs):
             window = getattr(layer, "sliding_window", None)
-            if type(layer).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+            # transformers 4 makes a layer of keys and values of every kind.
+            kind = kinds[index] if index < len(kinds) else "attention"
+            known = type(layer).__name__ in ("DynamicLayer", "DynamicSlidingWindowLayer")
+            if not known or not kind.endswith("attention") or kind == "linear_attention":
                 raise ArgumentError(
                     "config",
                     "must describe layers that keep keys and values",
-                    f"layer {index}: {type(layer).__name__}",
+                    f"layer {index}: {kind}",
                     "use transformers' own DynamicCache for this model",
                 )
             layers.append(Layer(max_tokens, window, storage=storage, preallocate=preallocate))

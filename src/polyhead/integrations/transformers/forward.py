@@ -83,17 +83,20 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux,
         dropout=dropout,
-        return_aux=_WEIGHTS if output_attentions or _are_collected() else _NOTHING,
+        return_aux=_WEIGHTS if output_attentions or _are_wanted() else _NOTHING,
     )
     return output.transpose(1, 2).contiguous(), aux.weights
 
 
-def _are_collected() -> bool:
-    """Whether the model is to return its attentions: some keep that from their layers."""
+def _are_wanted() -> bool:
+    """Whether the model is to return its attentions: some keep that from what they ask."""
     if torch.compiler.is_compiling():  # which cannot trace the question
         return False
-    capturing = sys.modules.get("transformers.utils.output_capturing")  # not before transformers 5
-    collected = None if capturing is None else capturing._active_collector.get()
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None:  # transformers 4, where layers are told, and do not hand it on
+        layer = sys._getframe(2)
+        return bool(layer.f_locals.get("output_attentions"))
+    collected = capturing._active_collector.get()
     return collected is not None and any(name.endswith("attentions") for name in collected)
 
 

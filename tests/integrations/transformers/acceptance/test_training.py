@@ -67,6 +67,11 @@ def test_packed_documents_do_not_see_each_other(name, build, calls):
     assert "documents" in repr(calls[0]["mask"])
 
 
+# transformers 4 says that it cannot be, and it is.
+AS_EVER = pytest.mark.filterwarnings("ignore:.output_attentions=True. is not supported:UserWarning")
+
+
+@AS_EVER
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "GptOss", "Bert"])
 def test_output_attentions(name, build, inputs):
     given, real = inputs(name, "left")
@@ -112,6 +117,7 @@ def test_compiled_generation(build, inputs):
     assert torch.equal(model.generate(**asked, cache_implementation="static"), expected)
 
 
+@AS_EVER
 def test_weights_sum_to_one_where_something_may_be_seen(build, inputs):
     given, real = inputs("Llama", "left")
     with torch.no_grad():
