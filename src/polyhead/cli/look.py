@@ -27,8 +27,11 @@ __all__ = ["look_command"]
 _PAGE = Path("heads.html")
 _PORT = 8765
 _LOOPBACK = "127.0.0.1"
-# The last word's surname is known from the first sentence alone: by an induction head.
-_TEXT = "Mina Okafor planted a pear tree. Ten years later the children sat under the tree of Mina"
+# The surname that comes next is known from the first sentence alone: by induction heads.
+_TEXT = (
+    "Yusuf Adeyemi paints ships. In the harbour they say that no ship is lost if it was painted "
+    "by Yusuf"
+)
 
 
 @click.command("look")

@@ -49,7 +49,7 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
 
     They come kind by kind. The best of a kind has the largest of the number that names it
     (`KINDS`): the induction head with the largest `mass_induction` and so on; the broad one spreads
-    over the most keys. Of heads that are alike to two decimals the one that spreads less comes first.
+    over the most keys. Of heads alike to two decimals the one that spreads less comes first.
 
     >>> import torch
     >>> import polyhead as ph

@@ -9,7 +9,7 @@
   let busy = false;
   let again = false; // something changed while the server was busy
 
-  const area = element("textarea", { id: "live-text", rows: 4, spellcheck: false });
+  const area = element("textarea", { id: "live-text", rows: 7, spellcheck: false });
   const button = element("button", { type: "button", className: "primary" }, "Read");
   const limit = element("span", { className: "note" });
   const status = element("p", { id: "live-status", className: "note", role: "status" });
@@ -44,10 +44,13 @@
     element("div", { className: "live-next" },
       element("h2", {}, "What comes next"),
       table,
-      element("div", { className: "bar" }, toggle, kinds, element("label", {}, "instead it adds ", how)),
+      element("div", { className: "bar" }, kinds, element("label", {}, "a head that is off adds ", how)),
       chips,
     ),
   );
+  byId("compare").before(toggle);
+  const peek = element("aside", { id: "peek", hidden: true, "aria-hidden": "true" });
+  byId("live").after(peek);
 
   const nameOf = (head) => head.join(".");
   const chosen = () => window.polyhead.data.heads[page.state.head];
@@ -64,7 +67,8 @@
       }
     }
     const name = nameOf(chosen());
-    toggle.textContent = off.has(name) ? `Switch ${name} on again` : `Switch ${name} off`;
+    toggle.textContent = off.has(name) ? "Switch on again" : "Switch off";
+    toggle.setAttribute("aria-label", `${toggle.textContent}: head ${name}`);
     toggle.setAttribute("aria-pressed", String(off.has(name)));
     const counts = new Map();
     data.heads.forEach((head, place) => {
@@ -81,12 +85,14 @@
       return element("li", {}, remove);
     });
     if (off.size > 1) items.push(element("li", {}, element("button", { type: "button", id: "all-on", className: "quiet" }, "All on again")));
-    if (!off.size) items.push(element("li", { className: "note" }, "No head is switched off. Choose one below, or press x on it."));
+    if (!off.size) items.push(element("li", { className: "note" }, "No head is switched off. Choose one below and switch it off, or press x on it."));
     chips.replaceChildren(...items);
     const names = [...off.keys()];
     const shown = names.length > 3 ? `${names.length} heads` : names.join(", ");
-    without.textContent = off.size ? `without ${shown}` : "some off";
+    without.textContent = off.size ? `without ${shown}` : "";
   };
+
+  const tokenOf = (text) => page.visible(text).replaceAll(" ", "␣");
 
   const bar = (probability, most, className) => {
     const line = element("span", { className: "line", "aria-hidden": "true" });
@@ -98,7 +104,7 @@
     const most = Math.max(...next.flatMap(({ before, after }) => [before, after]));
     rows.replaceChildren(
       ...next.map(({ text, before, after }) => {
-        const token = element("th", { scope: "row" }, element("bdi", {}, page.visible(text).replaceAll(" ", "␣")));
+        const token = element("th", { scope: "row" }, element("bdi", {}, tokenOf(text)));
         if (!off.size) return element("tr", {}, token, bar(before, most, "before"), element("td", { className: "after" }), element("td", { className: "change" }));
         const points = 100 * (after - before);
         const change = Math.abs(points) < 0.05 ? "0" : `${points > 0 ? "+" : "−"}${Math.abs(points).toFixed(1)}`;
@@ -106,6 +112,12 @@
           element("td", { className: `change ${points > 0 ? "more" : "less"}` }, change));
       }),
     );
+    // The same in a line, for when the table is scrolled away.
+    const few = next.slice(0, 4).map(({ text, before, after }) => {
+      const odds = off.size ? `${page.share(before)} → ${page.share(after)}` : page.share(before);
+      return element("span", {}, element("b", {}, element("bdi", {}, tokenOf(text))), ` ${odds}`);
+    });
+    peek.replaceChildren(element("span", { className: "note" }, off.size ? `Next, ${without.textContent}:` : "Next:"), ...few);
   };
 
   const say = (words, wrong = false) => {
@@ -211,6 +223,9 @@
     const tile = event.target.closest(".tile");
     if (tile && event.key === "x" && !event.ctrlKey && !event.metaKey && !event.altKey) flip(Number(tile.dataset.place));
   });
+  new IntersectionObserver(([{ isIntersecting }]) => {
+    peek.hidden = isIntersecting;
+  }).observe(table);
   for (const event of ["data", "order", "theme", "select", "present"]) page.on(event, mark);
 
   const start = async () => {
