@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["BUDGET", "payload"]
 
 BUDGET = 4_700_000  # characters, of a page under 5 MB
-_MAPS_SHARE = 0.45  # of what texts leave, when the tokens of maps are pooled and keys are needed
+_MAPS_SHARE = 0.3  # of what the text leaves, where keys are needed too
 
 
 def payload(report: HeadReport, *, budget: int = BUDGET) -> dict[str, Any]:

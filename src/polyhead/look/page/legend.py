@@ -4,32 +4,33 @@ from __future__ import annotations
 
 __all__ = ["KINDS", "NUMBERS"]
 
-# In the order in which `name_head` asks; what follows "This head".
+# In the order in which `name_head` asks; each goes on from "This head".
 KINDS = {
-    "induction": "sees that a token was here before, and looks at what came next last time",
+    "induction": "looks at what followed this token last time",
     "previous token": "looks at the token just before",
     "sink": "rests on the first token: it has little to say here",
     "local": "reads the last 16 tokens, no single one of them",
     "broad": "reads farther back, or everything alike",
 }
 
-# name: (label, unit, what it says). "share": of a token's weight, which sums to 1.
+# name: (label, unit, what it says). A "share" is of a token's weight, all of which is 1; its label
+# goes on from "weight on".
 NUMBERS = {
-    "mass_first": ("on the first token", "share", "Weight on the first token of the text."),
-    "mass_previous": ("on the previous token", "share", "Weight on the token just before."),
-    "mass_self": ("on itself", "share", "Weight that a token puts on itself."),
+    "mass_first": ("first token", "share", "Weight on the first token of the text."),
+    "mass_previous": ("previous token", "share", "Weight on the token just before."),
+    "mass_self": ("itself", "share", "Weight that a token puts on itself."),
     "mass_recent": (
-        "on the last 16 tokens",
+        "last 16 tokens",
         "share",
         "Weight on the token itself and the 15 before it.",
     ),
     "mass_same_token": (
-        "on the same token earlier",
+        "same token earlier",
         "share",
         "Weight on earlier occurrences of the same token, where there are any.",
     ),
     "mass_induction": (
-        "on what came next last time",
+        "what came next",
         "share",
         "Weight on the tokens that followed those earlier occurrences.",
     ),

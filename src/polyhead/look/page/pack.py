@@ -4,48 +4,63 @@ from __future__ import annotations
 
 import base64
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from ctypes import string_at
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["pack_keys", "pack_maps"]
 
-# Levels of a cell, and how often its map is halved; the first that fits.
+# Levels of a cell, and how often its map is halved; from the finest.
 _MAPS = ((255, 0), (127, 0), (63, 0), (31, 0), (31, 1), (31, 2), (15, 3))
-# Keys of a token, levels of a weight, and the least weight kept; the first that fits.
+# Levels of a weight, and the least weight that is kept.
 _KEYS = (
-    *((n, levels, 0.0) for n, levels in ((99, 255), (99, 63), (99, 31), (8, 31), (6, 31))),
-    *((n, 15, 0.0) for n in (4, 3, 2, 1)),
-    *((1, 15, least) for least in (0.05, 0.1, 0.2, 0.4, 0.7)),
+    *((levels, 0.0) for levels in (255, 63, 31)),
+    *((31, least) for least in (0.01, 0.02, 0.03, 0.05, 0.07, 0.1)),
+    *((15, least) for least in (0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)),
 )
+Detail = TypeVar("Detail")
 
 
 def pack_maps(maps: Sequence[Tensor], edges: Sequence[int], budget: int) -> dict[str, Any]:
-    """The maps of all heads in `budget` characters at most, if any detail allows it.
+    """The maps of all heads in `budget` characters, or as coarse as we go.
 
-    A cell holds round(levels * sqrt(weight / scale)), scale being the largest weight of its map.
+    A cell is round(levels * sqrt(weight / scale)), scale being the largest weight of its map; kept
+    is its difference from the cell above, modulo 256: what goes straight down costs nothing.
 
     Args:
         maps: (n, n) mean weights, one a head.
         edges: n + 1 numbers: which tokens each row, and each column, stands for.
         budget: characters.
     """
-    for levels, halvings in _MAPS:
-        bins = [*edges[: -1 : 2**halvings], edges[-1]]
-        join = _joining(edges, bins)
-        coarse = [join @ cells.float() @ join.mT for cells in maps] if halvings else list(maps)
-        scales = [max(cells.max().item(), 1e-30) for cells in coarse]
-        data = _within(
-            budget, (_codes(c / scale, levels) for c, scale in zip(coarse, scales, strict=True))
-        )
-        if data is not None:
-            break
-    scales = [float(f"{scale:.6g}") for scale in scales]
-    return {"edges": bins, "levels": levels, "scales": scales, "data": data or []}
+
+    def coarse(head: int, halvings: int) -> Tensor:
+        cells = maps[head].float()
+        if halvings == 0:
+            return cells
+        join = _joining(edges, _halved(edges, halvings))
+        return join @ cells @ join.mT
+
+    def encode(head: int, detail: tuple[int, int]) -> str:
+        levels, halvings = detail
+        cells = coarse(head, halvings)
+        codes = _codes(cells / _largest(cells), levels)
+        return _deflated(codes - F.pad(codes[:-1], (0, 0, 1, 0)), zlib.Z_RLE)
+
+    (levels, halvings), data = _finest(_MAPS, encode, len(maps), budget) or (
+        _MAPS[-1],
+        [encode(head, _MAPS[-1]) for head in range(len(maps))],
+    )
+    return {
+        "edges": _halved(edges, halvings),
+        "levels": levels,
+        "scales": [float(f"{_largest(coarse(head, halvings)):.6g}") for head in range(len(maps))],
+        "data": data,
+    }
 
 
 def pack_keys(
@@ -53,10 +68,9 @@ def pack_keys(
 ) -> dict[str, Any] | None:
     """The most attended keys of all tokens and heads in `budget` characters; None: too many.
 
-    A head holds, for each rank from the most attended down, a code a token: round(levels *
-    sqrt(weight)), 0 where there is none. Then, for each rank, `bytes` planes of a byte a token,
-    the low one first: (query - key) mod T of each key, T itself for the first token. Most of
-    these repeat from token to token, which is what deflate needs.
+    A head holds how many keys of each token are kept, a byte a token; then of all keys that are,
+    token by token and the most attended first, round(levels * sqrt(weight)), a byte a key; then
+    (query - key) mod T, T itself for the first token, in `bytes` bytes a key: all low ones first.
 
     Args:
         keys, weights: (T, n) as of `top_keys`, one a head.
@@ -64,26 +78,49 @@ def pack_keys(
     """
     T, given = keys[0].shape
     size = 1 + (T > 0xFF) + (T > 0xFFFF)
-    for n, levels, least in _KEYS:
-        n = min(n, given)
-        kept = [_kept(w[:, :n], levels, least) for w in weights]
-        planes = (
-            torch.cat([codes.mT.flatten(), *_distances(k[:, :n], codes, size)])
-            for k, codes in zip(keys, kept, strict=True)
-        )
-        data = _within(budget, planes)
-        if data is not None:
-            held = [_held(w[:, :n], codes) for w, codes in zip(weights, kept, strict=True)]
-            return {
-                "n": n,
-                "given": given,
-                "levels": levels,
-                "least": least,
-                "bytes": size,
-                "held": held,
-                "data": data,
-            }
+
+    def kept(head: int, levels: int, least: float) -> tuple[Tensor, Tensor]:
+        codes = _codes(weights[head], levels)
+        return codes, (codes > 0) & (weights[head] >= least)
+
+    def encode(head: int, detail: tuple[int, float]) -> str:
+        codes, on = kept(head, *detail)
+        distances = (torch.arange(T)[:, None] - keys[head].long()) % T
+        distances = distances.masked_fill_(keys[head] == 0, T)[on]
+        places = [distances >> (8 * place) & 0xFF for place in range(size)]
+        parts = [on.sum(dim=1), codes[on], *places]
+        return _deflated(torch.cat([part.to(torch.uint8) for part in parts]))
+
+    found = _finest(_KEYS, encode, len(keys), budget)
+    if found is None:
+        return None
+    (levels, least), data = found
+    return {
+        "given": given,
+        "levels": levels,
+        "least": least,
+        "bytes": size,
+        "held": [_held(weights[head], kept(head, levels, least)[1]) for head in range(len(keys))],
+        "data": data,
+    }
+
+
+def _finest(
+    details: Sequence[Detail], encode: Callable[[int, Detail], str], heads: int, budget: int
+) -> tuple[Detail, list[str]] | None:
+    """The first detail in which all heads fit; what some of them take tells which to try."""
+    some = range(0, heads, max(1, heads // 20))
+    for detail in details:
+        if sum(len(encode(head, detail)) for head in some) * heads > budget * len(some):
+            continue
+        data = [encode(head, detail) for head in range(heads)]
+        if sum(map(len, data)) <= budget:
+            return detail, data
     return None
+
+
+def _halved(edges: Sequence[int], halvings: int) -> list[int]:
+    return [*edges[: -1 : 2**halvings], edges[-1]]
 
 
 def _joining(edges: Sequence[int], bins: Sequence[int]) -> Tensor:
@@ -97,37 +134,21 @@ def _joining(edges: Sequence[int], bins: Sequence[int]) -> Tensor:
     return join
 
 
+def _largest(cells: Tensor) -> float:
+    return max(cells.max().item(), 1e-30)
+
+
 def _codes(shares: Tensor, levels: int) -> Tensor:
     return (shares.float().clamp(0.0, 1.0).sqrt() * levels).round().to(torch.uint8)
 
 
-def _kept(weights_tn: Tensor, levels: int, least: float) -> Tensor:
-    return _codes(weights_tn, levels).masked_fill_(weights_tn < least, 0)
-
-
-def _distances(keys_tn: Tensor, codes_tn: Tensor, size: int) -> Iterable[Tensor]:
-    T = len(keys_tn)
-    distance = (torch.arange(T)[:, None] - keys_tn.long()) % T
-    distance = distance.masked_fill_(keys_tn == 0, T).masked_fill_(codes_tn == 0, 0)
-    for rank in distance.mT:
-        for place in range(size):
-            yield (rank >> (8 * place) & 0xFF).to(torch.uint8)
-
-
-def _held(weights_tn: Tensor, codes_tn: Tensor) -> float:
+def _held(weights_tn: Tensor, kept_tn: Tensor) -> float:
     """How much of its weight a token has on the keys that are kept, on average."""
-    share = weights_tn.float().masked_fill(codes_tn == 0, 0.0).sum(dim=1).mean().item()
-    return round(share, 3)
+    return round(weights_tn.float().masked_fill(~kept_tn, 0.0).sum(dim=1).mean().item(), 3)
 
 
-def _within(budget: int, parts: Iterable[Tensor]) -> list[str] | None:
-    """Each deflated, in base64; None as soon as they are too many characters."""
-    packed: list[str] = []
-    for part in parts:
-        part = part.contiguous()
-        raw = string_at(part.data_ptr(), part.numel())
-        packed.append(base64.b64encode(zlib.compress(raw, 9)).decode())
-        budget -= len(packed[-1])
-        if budget < 0:
-            return None
-    return packed
+def _deflated(values: Tensor, strategy: int = zlib.Z_DEFAULT_STRATEGY) -> str:
+    values = values.contiguous()
+    deflate = zlib.compressobj(6, strategy=strategy)
+    raw = string_at(values.data_ptr(), values.numel())
+    return base64.b64encode(deflate.compress(raw) + deflate.flush()).decode()
