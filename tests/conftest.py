@@ -20,6 +20,36 @@ def smollm2():
     return load_model()
 
 
+@pytest.fixture(scope="session")
+def tiny_model():
+    """A random decoder of 2 layers x 4 heads that reads words and punctuation; a `LoadedModel`."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from polyhead.integrations.models import LoadedModel
+
+    text = "[UNK] the cat sat on a mat and saw dog . , <b> one two three four"
+    words = text.split()
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex("[.,]"), "isolated")]
+    )
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.5,  # so that every head matters
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
+    return LoadedModel(model, tokenizer, "tiny", "nowhere")
+
+
 def _naive_attention(
     query: Tensor,
     key: Tensor,

@@ -49,8 +49,8 @@ class _Scale:
 
     def __init__(self, values: Sequence[float], by: str) -> None:
         self.by = by
-        share = NUMBERS[by][1] == "share"
-        self.least, self.most = (0.0, 1.0) if share else (min(values), max(values))
+        values = [0.0, 1.0] if NUMBERS[by][1] == "share" or not values else values
+        self.least, self.most = min(values), max(values)
         widest = max(abs(self.least), abs(self.most))
         self.decimals = 2 if widest < 10 else 1 if widest < 100 else 0
 
@@ -74,17 +74,19 @@ def _grid(rows: list[dict[str, Any]], scale: _Scale, width: int) -> Text:
     wide = margin + heads * _WIDE <= width
     cell_width = _WIDE if wide else _NARROW
     block = max(1, (width - margin) // cell_width)
+    if not wide:
+        block = max(5, block // 5 * 5)
     lines = []
     for first in range(0, heads, block):
         chosen = range(first, min(first + block, heads))
-        # A narrow cell has no room for its number: every fifth is told, over its neighbours.
+        # A narrow cell has no room for its number: every fifth head's is told.
         numbers = "".join(
             f"{head:>{cell_width}}" if wide else f"{head:<10}" if head % 5 == 0 else ""
             for head in chosen
         )
         lines.append(Text(f"{'head ':>{margin}}{numbers}".rstrip(), "bold"))
         for layer in layers:
-            line = Text(f"{f'layer {layer} ':>{margin}}", "bold")
+            line = Text.assemble((f"{f'layer {layer} ':>{margin}}", "bold"))
             for head in chosen:
                 line.append_text(_cell(cells.get((layer, head)), scale, wide))
             lines.append(line)
@@ -94,7 +96,7 @@ def _grid(rows: list[dict[str, Any]], scale: _Scale, width: int) -> Text:
 def _cell(row: dict[str, Any] | None, scale: _Scale, wide: bool) -> Text:
     letter = "" if row is None else _LETTERS[row["name"]]
     if row is None or scale.by not in row:
-        return Text(f" {letter}".ljust(_WIDE) if wide else letter.ljust(_NARROW), "not bold")
+        return Text(f" {letter}".ljust(_WIDE) if wide else letter.ljust(_NARROW))
     place = scale.place(row[scale.by])
     if wide:
         return coloured(f" {letter}{scale.text(row[scale.by]):>5}", place)
