@@ -130,7 +130,9 @@ def build(name, **more):
 
 @pytest.mark.parametrize("implementation", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
-def test_same_output_in_a_running_model(name, implementation):
+def test_same_output_in_a_running_model(name, implementation, is_transformers_4):
+    if is_transformers_4 and name == "llama, yarn, factor by the contexts":
+        pytest.skip("transformers 4 wants a factor")
     model = build(name, attn_implementation=implementation)
     layers = [layer.self_attn for layer in model.layers]
     seen = []
@@ -152,7 +154,7 @@ def test_same_output_in_float64(name):
     model = build(name, attn_implementation="sdpa").double()
     layer = model.layers[1].self_attn
     head_dim, x = layer.head_dim, torch.randn(2, T, layer.q_proj.in_features).double()
-    theta = 500.0 if "theta" in name else model.config.rope_parameters["rope_theta"]
+    theta = 500.0 if "theta" in name else 10_000.0
     steps = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     angles = torch.arange(T, dtype=torch.float64)[:, None] / theta**steps
     angles = torch.cat([angles, angles], dim=-1)[None].expand(2, -1, -1)

@@ -15,6 +15,7 @@ from polyhead.errors import ConversionError
 
 transformers = pytest.importorskip("transformers")
 
+IS_4 = transformers.__version__.startswith("4.")
 B, T, H, G, D, WINDOW, THETA = 2, 11, 6, 2, 8, 4, 500.0
 SEPARATE = {  # d_in is not H * D
     "hidden_size": 42,
@@ -231,7 +232,8 @@ def output_of(case, layer, x, allowed):
     numbers = torch.zeros(B, 1, T, T).double().masked_fill(~allowed, -math.inf)
     named = {} if case.rotary is None else {"position_embeddings": turns(case)}
     if case.layer == "T5":
-        return layer(x, mask=numbers)[0]
+        positions = {"cache_position": torch.arange(T)} if IS_4 else {}
+        return layer(x, mask=numbers, **positions)[0]
     if case.layer == "Falcon":
         alibi = None
         if case.rotary is None:
@@ -241,6 +243,8 @@ def output_of(case, layer, x, allowed):
     if case.layer == "Bloom":
         alibi = (ph.alibi_slopes(H)[:, None] * torch.arange(T)).double().repeat(B, 1)[:, None]
         return layer(x, torch.zeros_like(x), alibi, numbers)[0]
+    if case.layer == "ViT" and IS_4:
+        return layer(x)  # which takes no mask
     if case.layer == "Bert":
         seen = []
         layer.output.dense.register_forward_hook(lambda module, args, y: seen.append(y))
@@ -251,6 +255,8 @@ def output_of(case, layer, x, allowed):
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_output_in_float64_and_the_same_bits_back(name, monkeypatch):
+    if IS_4 and name in ("bert, a decoder", "t5, a decoder"):
+        pytest.skip("in transformers 4 these do not say that they are causal, and are refused")
     case, layer = CASES[name], build(name)
     ours = from_transformers(layer)
     assert ours.mask == case.mask
@@ -258,13 +264,16 @@ def test_same_output_in_float64_and_the_same_bits_back(name, monkeypatch):
 
     x = torch.randn(B, T, ours.d_in, dtype=torch.float64)
     padding = ph.mask.lengths([T, T - 2])  # shorter than a window: nobody is left without a key
+    if case.layer == "ViT" and IS_4:
+        padding = ph.mask.lengths([T, T])
     rule = padding if case.mask is None else case.mask & padding
     allowed = rule.materialize(T, T).expand(B, 1, T, T)
     with torch.no_grad(), monkeypatch.context() as patch:
         got = ours(x, mask=padding)
         patch.setattr(nn.functional, "softmax", exact_softmax)
         want = output_of(case, in_float64(layer), x, allowed)
-    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
+    digits = 1e-5 if IS_4 and case.layer == "T5" else 1e-12  # scores are float32 there
+    torch.testing.assert_close(got, want, rtol=digits, atol=digits * want.abs().max().item())
 
     other = build(name)
     before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
@@ -378,8 +387,10 @@ def test_t5_s_later_layers_share_the_first_s_table():
     x = torch.randn(B, T, 42, dtype=torch.float64)
     with torch.no_grad():
         bias = first.compute_bias(T, T)
-        want = later(x, position_bias=bias)[0]
-        torch.testing.assert_close(ours[1](x), want, rtol=1e-12, atol=1e-12)
+        positions = {"cache_position": torch.arange(T)} if IS_4 else {}
+        want = later(x, position_bias=bias, **positions)[0]
+        digits = 1e-5 if IS_4 else 1e-12
+        torch.testing.assert_close(ours[1](x), want, rtol=digits, atol=digits)
 
 
 def test_a_running_bloom_and_its_slopes():
@@ -401,6 +412,16 @@ def test_a_running_bloom_and_its_slopes():
         model(torch.randint(31, (B, T)))
         ours = from_transformers(layer)(seen["x"])
     torch.testing.assert_close(ours, seen["y"] - seen["residual"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_s_layer_that_does_not_say_whether_it_is_causal():
+    """As in transformers 4, where self- and cross-attention are of one class."""
+    layer = build("t5").train()
+    layer.is_causal, layer.is_decoder = None, True
+    with pytest.raises(ConversionError, match="a T5Attention of a decoder must say whether"):
+        from_transformers(layer)
+    layer.is_decoder = False
+    assert from_transformers(layer).mask is None
 
 
 def test_what_cannot_be_moved_says_why():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead.convert.config import causal
+from polyhead.convert.config import UNLIMITED, causal, is_causal
 from polyhead.convert.layout import Layout, linear
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
@@ -41,7 +41,8 @@ def build(layer: Any) -> MultiHeadAttention:
 
 def build_self(layer: Any, *, out_proj: bool = False) -> MultiHeadAttention:
     """The options of the attention itself, with nothing behind it."""
-    config = layer.config
+    config = getattr(layer, "config", None)  # not in transformers 4
+    width: int = layer.query.in_features
     kind = getattr(layer, "position_embedding_type", None) or "absolute"
     if kind != "absolute":
         raise ConversionError(
@@ -49,13 +50,13 @@ def build_self(layer: Any, *, out_proj: bool = False) -> MultiHeadAttention:
             "the distance in a way that has no counterpart here; keep the layer as it is"
         )
     return MultiHeadAttention(
-        config.hidden_size,
-        config.hidden_size,
-        config.max_position_embeddings,
-        config.attention_probs_dropout_prob,
-        config.num_attention_heads,
+        width,
+        width,
+        UNLIMITED if config is None else config.max_position_embeddings,
+        layer.dropout.p,
+        layer.num_attention_heads,
         qkv_bias=True,
         out_proj=out_proj,
-        mask=causal() if getattr(layer, "is_causal", False) else None,
+        mask=causal() if is_causal(layer) else None,
         device="meta",
     )

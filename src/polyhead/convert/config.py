@@ -18,7 +18,7 @@ from polyhead.positions import (
     YarnScaling,
 )
 
-__all__ = ["UNLIMITED", "causal", "context_length", "rope"]
+__all__ = ["UNLIMITED", "causal", "context_length", "is_causal", "rope"]
 
 # The context of a layer whose positions know no end: no memory is kept for it.
 UNLIMITED = 2**31 - 1
@@ -30,6 +30,25 @@ def causal(sliding_window: int | None = None) -> Mask:
     return (
         mask if sliding_window is None else mask & polyhead.mask.window(before=sliding_window - 1)
     )
+
+
+def is_causal(layer: Any) -> bool:
+    """Whether a layer that is in encoders and in decoders is causal.
+
+    Raises:
+        ConversionError: it is a decoder's in transformers 4, where that of the decoder's tokens
+            and that of the encoder's are alike.
+    """
+    told: bool | None = getattr(layer, "is_causal", None)
+    if told is not None:
+        return told
+    if getattr(layer, "is_decoder", False):
+        raise ConversionError(
+            f"a {type(layer).__name__} of a decoder must say whether it is causal; got one of "
+            "transformers 4, which does not; use transformers 5, or move weights by "
+            "convert.state_dict"
+        )
+    return False
 
 
 def context_length(config: Any, layer_type: str | None = None) -> int:
@@ -71,14 +90,24 @@ def rope(
 
 
 def _rope_options(config: Any, layer_type: str | None) -> dict[str, Any]:
-    # transformers 5 keeps rope's options in rope_parameters, 4 in rope_theta and rope_scaling.
     options: dict[str, Any] | None = getattr(config, "rope_parameters", None)
-    if options and layer_type is not None:
-        options = options[layer_type]
-    return options or {
-        "rope_theta": config.rope_theta,
-        **(getattr(config, "rope_scaling", None) or {}),
-    }
+    if options:
+        return options if layer_type is None else options[layer_type]
+    return _rope_options_of_4(config, layer_type)
+
+
+def _rope_options_of_4(config: Any, layer_type: str | None) -> dict[str, Any]:
+    """Rope's options where transformers 4 keeps them: here and there in the config."""
+    share = getattr(config, "partial_rotary_factor", 1.0)
+    if layer_type == "sliding_attention" and hasattr(config, "rope_local_base_freq"):
+        return {"rope_theta": config.rope_local_base_freq, "partial_rotary_factor": share}
+    scaling = dict(getattr(config, "rope_scaling", None) or {})
+    if scaling.get("rope_type", scaling.get("type")) == "longrope":
+        original = getattr(config, "original_max_position_embeddings", None)
+        scaling["original_max_position_embeddings"] = original or config.max_position_embeddings
+        if original:
+            scaling["factor"] = None  # by the contexts
+    return {"rope_theta": config.rope_theta, "partial_rotary_factor": share, **scaling}
 
 
 def _linear(options: dict[str, Any], config: Any) -> LinearScaling:

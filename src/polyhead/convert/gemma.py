@@ -60,7 +60,7 @@ def build_gemma3(layer: Any) -> MultiHeadAttention:
     norm = layer.q_norm
     return llama.build(
         layer,
-        layer_type=layer.layer_type,
+        layer_type="full_attention" if layer.sliding_window is None else "sliding_attention",
         qk_norm=functools.partial(OffsetRMSNorm, eps=norm.eps),
         **options,
     )

@@ -56,6 +56,7 @@ _THEIRS: dict[str, tuple[Layout, ...]] = {
     "opt": (opt.LAYOUT,),
     "bert": (bert.BERT,),
     "vit": (vit.VIT, vit.VIT_SAVED),
+    "vit_saved": (vit.VIT_SAVED,),
     "t5": (t5.LAYOUT,),
     "deepseek": (deepseek.LAYOUT, deepseek.DIRECT),
 }

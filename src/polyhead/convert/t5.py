@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead.convert.config import UNLIMITED, causal
+from polyhead.convert.config import UNLIMITED, causal, is_causal
 from polyhead.convert.layout import Layout, linear, parameter
 from polyhead.modules import MultiHeadAttention
 from polyhead.positions import RelativeBias
@@ -31,26 +31,26 @@ LAYOUT = Layout(
 
 def build(layer: Any) -> MultiHeadAttention:
     """The layer's options as a MultiHeadAttention without numbers."""
-    config = layer.config
+    heads: int = layer.n_heads
     table = None
     if layer.has_relative_attention_bias:
         table = RelativeBias(
-            config.num_heads,
-            num_buckets=config.relative_attention_num_buckets,
-            max_distance=config.relative_attention_max_distance,
+            heads,
+            num_buckets=layer.relative_attention_num_buckets,
+            max_distance=layer.relative_attention_max_distance,
             bidirectional=not layer.is_decoder,
             device="meta",
         )
     return MultiHeadAttention(
-        config.d_model,
-        config.d_model,
+        layer.d_model,
+        layer.d_model,
         UNLIMITED,
-        config.dropout_rate,
-        config.num_heads,
-        head_dim=config.d_kv,
+        layer.dropout,
+        heads,
+        head_dim=layer.key_value_proj_dim,
         out_bias=False,
         position_bias=table,
-        mask=causal() if layer.is_causal else None,
+        mask=causal() if is_causal(layer) else None,
         scale=1.0,
         device="meta",
     )

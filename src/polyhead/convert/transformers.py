@@ -51,8 +51,9 @@ _KNOWN: dict[str, tuple[Callable[[nn.Module], Converted], tuple[Layout, ...]]] =
     "OPTAttention": (opt.build, (opt.LAYOUT,)),
     "BertAttention": (bert.build, (bert.BERT,)),
     "BertSelfAttention": (bert.build_self, (bert.BERT_SELF,)),
+    "BertSdpaSelfAttention": (bert.build_self, (bert.BERT_SELF,)),
     "BertCrossAttention": (bert.build_self, (bert.BERT_SELF,)),
-    "ViTAttention": (vit.build, (vit.VIT,)),
+    "ViTAttention": (vit.build, (vit.VIT, vit.VIT_SAVED)),
     "T5Attention": (t5.build, (t5.LAYOUT,)),
     "DeepseekV3Attention": (deepseek.build, (deepseek.LAYOUT, deepseek.DIRECT)),
 }

@@ -3,7 +3,7 @@
     q_proj, k_proj, v_proj (d, d)                                      o_proj (d, d)
     attention.query, attention.key, attention.value (d, d)             output.dense (d, d)
 
-The first row is transformers 5's layer, the second what its checkpoints are saved with.
+The first row is transformers 5's layer, the second transformers 4's, and that of checkpoints.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ VIT_SAVED = Layout(
 
 def build(layer: Any) -> MultiHeadAttention:
     """The layer's options as a MultiHeadAttention without numbers."""
-    config = layer.config
-    o_proj = layer.o_proj
+    is_as_saved = hasattr(layer, "attention")
+    config = layer.attention.config if is_as_saved else layer.config
+    o_proj = layer.output.dense if is_as_saved else layer.o_proj
     return MultiHeadAttention(
         config.hidden_size,
         config.hidden_size,

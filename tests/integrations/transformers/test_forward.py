@@ -61,8 +61,14 @@ def test_a_structured_mask_arrives_as_its_rule(qkv, calls):
 
 def test_a_structured_mask_of_another_size_is_refused(qkv):
     mask = StructuredMask(ph.mask.causal(), batch=B, T=T, S=S + 1, device="cpu")
-    with pytest.raises(ShapeError, match=r"\(2, 6, 3, 5\); got \(2, 1, 3, 6\)"):
+    with pytest.raises(ShapeError, match=r"T or 1, S = 5\); got \(2, 1, 3, 6\)"):
         run(qkv, mask)
+
+
+def test_a_mask_of_heads_is_refused(qkv):
+    """ViT of transformers 4 hands one on where the mask belongs; it is to be multiplied."""
+    with pytest.raises(ShapeError, match=r"attention_mask must be .*got \(1, 6, 1, 1\); use attn"):
+        run(qkv, torch.ones(1, H, 1, 1))
 
 
 def test_softcap_sinks_scale_and_dropout_reach_the_call(qkv, calls):

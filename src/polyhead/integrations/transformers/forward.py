@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import polyhead.mask
 from polyhead.call import AuxRequest
-from polyhead.errors import ArgumentError
+from polyhead.errors import ArgumentError, ShapeError
 from polyhead.functional import attention
 from polyhead.integrations.transformers.structured import StructuredMask
 from polyhead.mask import Mask
@@ -117,6 +117,13 @@ def _mask_and_bias(
         if attention_mask.shape[2:] == (T, key.shape[2]):
             return attention_mask.rule, bias
         attention_mask = attention_mask.dense()
+    if attention_mask.shape[-1] != key.shape[2]:  # such as a mask of heads, that multiplies
+        raise ShapeError(
+            "attention_mask",
+            f"must be (B or 1, H or 1, T or 1, S = {key.shape[2]})",
+            tuple(attention_mask.shape),
+            'use attn_implementation="eager" for what is no mask of keys',
+        )
     if attention_mask.is_floating_point():
         return None, attention_mask if bias is None else bias + attention_mask
     return polyhead.mask.dense(attention_mask), bias
