@@ -29,10 +29,12 @@ def payload(report: HeadReport, *, budget: int = BUDGET) -> dict[str, Any]:
         budget: characters of JSON, at most; texts and numbers are kept whole whatever they take.
 
     Raises:
-        ArgumentError: the report's tokens are not those that its layers read, or all layers are
+        ArgumentError: there are no tokens or not those that the model read, or all layers are
             left out.
     """
     tokens = _tokens(report)
+    if not tokens:
+        raise ArgumentError("report", "must be of a text", "no tokens", "capture some")
     layers = [layer for layer in report.layers if _reads_itself(layer, len(tokens))]
     if not layers:
         raise ArgumentError(

@@ -28,6 +28,7 @@ _SCRIPTS = (
     "legend.js",
     "numbers.js",
     "view.js",
+    "canvas.js",
     "map.js",
     "text.js",
     "main.js",

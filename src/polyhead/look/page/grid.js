@@ -37,7 +37,7 @@
   const tile = (place, captioned) => {
     const canvas = page.element("canvas", { "aria-hidden": "true" });
     canvas.dataset.place = place;
-    const cell = page.element("div", { role: "gridcell", className: "tile", tabIndex: -1 }, canvas);
+    const cell = page.element("div", { role: "gridcell", className: "tile", tabIndex: -1, "aria-selected": "false" }, canvas);
     cell.dataset.place = place;
     if (captioned) cell.append(page.element("span", { className: "caption" }, page.shortName(place)));
     tiles.set(place, cell);
@@ -71,6 +71,7 @@
       ...rows,
     );
     page.thumbs([...tiles.values()].map((cell) => cell.firstChild));
+    dress();
     mark();
   };
 
@@ -84,24 +85,31 @@
     return page.rampColour(0.12 + (0.88 * (value - least)) / (most - least || 1));
   };
 
-  // Everything that changes without another grid.
-  const mark = () => {
+  // Colours, labels and what is filtered, on the tiles that are there.
+  const dress = () => {
     const { data } = window.polyhead;
-    const { state } = page;
+    const { hidden } = page.state;
     for (const [place, cell] of tiles) {
-      const chosen = place === state.head || place === state.other;
-      cell.setAttribute("aria-selected", String(chosen));
-      cell.classList.toggle("other", place === state.other);
-      cell.classList.toggle("dim", state.hidden.has(data.kinds[place]));
-      cell.setAttribute("aria-label", label(place));
-      cell.title = cell.getAttribute("aria-label");
+      cell.classList.toggle("dim", hidden.has(data.kinds[place]));
+      cell.title = label(place);
+      cell.setAttribute("aria-label", cell.title);
       cell.style.setProperty("--frame", frame(place));
     }
-    const current = tiles.get(state.other ?? state.head) ?? tiles.values().next().value;
-    for (const cell of grid.querySelectorAll('[tabindex="0"]')) cell.tabIndex = -1;
+    const dimmed = data.kinds.filter((kind) => hidden.has(kind)).length;
+    page.byId("found").textContent = dimmed
+      ? `${data.heads.length - dimmed} of ${data.heads.length} heads`
+      : "";
+  };
+
+  const mark = () => {
+    const { head, other } = page.state;
+    for (const cell of grid.querySelectorAll('[aria-selected="true"], [tabindex="0"]')) {
+      cell.setAttribute("aria-selected", "false");
+      cell.tabIndex = -1;
+    }
+    for (const place of [head, other]) tiles.get(place)?.setAttribute("aria-selected", "true");
+    const current = tiles.get(other ?? head) ?? tiles.values().next().value;
     if (current) current.tabIndex = 0;
-    const dimmed = data.kinds.filter((kind) => state.hidden.has(kind)).length;
-    page.byId("found").textContent = dimmed ? `${data.heads.length - dimmed} of ${data.heads.length} heads` : "";
   };
 
   const take = (place) => {
@@ -161,5 +169,5 @@
   page.on("order", build);
   page.on("theme", build);
   page.on("select", mark);
-  page.on("present", mark);
+  page.on("present", dress);
 })();

@@ -8,7 +8,7 @@
     page.byId("lead").textContent =
       `${data.model} read ${data.tokens.length} tokens with ${data.heads.length} attention heads. ` +
       "Each square is one head: a row is a token, a column a token it looks at, and the stronger " +
-      "the colour, the more weight it puts there. Choose a head and see what it does with the text.";
+      "the colour, the more weight it puts there. Choose a head, and point at a word of the text.";
   };
 
   const about = () => {
@@ -29,6 +29,7 @@
     if (other !== null) parts.push(one(other, 1));
     else if (page.state.comparing) parts.push(page.element("p", { className: "note" }, "Choose the head to compare with."));
     page.byId("about").replaceChildren(...parts);
+    page.byId("head").classList.toggle("comparing", other !== null);
     const button = page.byId("compare");
     button.setAttribute("aria-pressed", String(page.state.comparing));
     button.textContent = page.state.comparing ? "Stop comparing" : "Compare";
@@ -120,6 +121,10 @@
   });
 
   const start = async () => {
+    if (!("DecompressionStream" in window)) {
+      page.byId("lead").textContent = "This browser is too old for the page: it cannot inflate its data.";
+      return;
+    }
     window.polyhead.show(JSON.parse(page.byId("data").textContent));
     if (!linked) {
       const { head } = page.state;

@@ -2,131 +2,9 @@
 // The maps of the chosen heads, with tokens on their axes.
 (() => {
   const { page } = window.polyhead;
-  const FONT = "11px system-ui, sans-serif";
   const panel = page.byId("maps");
-  let [LEFT, ABOVE] = [0, 0]; // room for names on the axes
   let view = null; // one for both maps of a comparison
-  let figures = [];
-
-  const bin = (token) => {
-    const { edges } = window.polyhead.data.maps;
-    let low = 0;
-    let high = edges.length - 2;
-    while (low < high) {
-      const middle = (low + high + 1) >> 1;
-      if (edges[middle] <= token) low = middle;
-      else high = middle - 1;
-    }
-    return low;
-  };
-
-  const named = () => view.size <= 400;
-
-  // The whole map as an image of a pixel a cell; `top` is the weight that is brightest.
-  const paint = (map, top) => {
-    const image = new ImageData(map.n, map.n);
-    const ramp = page.ramp();
-    const lookup = Array.from({ length: map.levels + 1 }, (_, code) => {
-      const weight = map.scale * (code / map.levels) ** 2;
-      return 3 * Math.round(255 * page.brightness(Math.min(1, weight / top)));
-    });
-    for (let cell = 0; cell < map.codes.length; cell++) {
-      const colour = lookup[map.codes[cell]];
-      for (let c = 0; c < 3; c++) image.data[4 * cell + c] = ramp[colour + c];
-      image.data[4 * cell + 3] = 255;
-    }
-    const canvas = page.element("canvas", { width: map.n, height: map.n });
-    canvas.getContext("2d").putImageData(image, 0, 0);
-    return canvas;
-  };
-
-  const draw = (figure) => {
-    const { canvas, painted } = figure;
-    if (!painted || !canvas.isConnected) return;
-    [LEFT, ABOVE] = named() ? [72, 58] : [40, 34];
-    const ratio = window.devicePixelRatio || 1;
-    const outer = canvas.clientWidth;
-    const side = outer - LEFT - 2;
-    figure.side = side;
-    canvas.height = Math.round((side + ABOVE + 2) * ratio);
-    canvas.width = Math.round(outer * ratio);
-    const context = canvas.getContext("2d");
-    const style = getComputedStyle(canvas);
-    context.scale(ratio, ratio);
-    context.font = FONT;
-    const { edges } = window.polyhead.data.maps;
-    const scale = side / view.size;
-    context.save();
-    context.beginPath();
-    context.rect(LEFT, ABOVE, side, side);
-    context.clip();
-    context.imageSmoothingEnabled = false;
-    drawCells(context, figure, edges, scale);
-    drawToken(context, style.color, side, scale);
-    context.restore();
-    context.strokeStyle = style.getPropertyValue("border-top-color");
-    context.lineWidth = 1;
-    context.strokeRect(LEFT - 0.5, ABOVE - 0.5, side + 1, side + 1);
-    drawNames(context, style.color, side, scale);
-  };
-
-  // Bins are not all of one size, so each is drawn where its tokens are.
-  const drawCells = (context, { painted }, edges, scale) => {
-    const [left, right] = [bin(view.first), bin(view.first + view.size - 1e-6)];
-    const [top, bottom] = [bin(view.top), bin(view.top + view.size - 1e-6)];
-    const even = edges.length - 1 === view.tokens || view.whole;
-    if (even) {
-      const n = edges.length - 1;
-      const cell = (view.tokens / n) * scale;
-      const [x, y] = [LEFT - view.first * scale, ABOVE - view.top * scale];
-      context.drawImage(painted, x, y, n * cell, n * cell);
-      return;
-    }
-    for (let row = top; row <= bottom; row++) {
-      const y = ABOVE + (edges[row] - view.top) * scale;
-      const height = (edges[row + 1] - edges[row]) * scale;
-      for (let column = left; column <= right; column++) {
-        const x = LEFT + (edges[column] - view.first) * scale;
-        const width = (edges[column + 1] - edges[column]) * scale;
-        context.drawImage(painted, column, row, 1, 1, x, y, width + 0.5, height + 0.5);
-      }
-    }
-  };
-
-  // The row of the chosen token, where it looks, and its column, who looks at it.
-  const drawToken = (context, colour, side, scale) => {
-    const { token, mode, other } = page.state;
-    if (token === null) return;
-    const width = Math.max(scale, 1) + 1.5;
-    context.lineWidth = 1.5;
-    if (mode !== "from") {
-      context.strokeStyle = other === null ? page.hue(0) : colour;
-      context.strokeRect(LEFT - 2, ABOVE + (token - view.top) * scale - 0.75, side + 4, width);
-    }
-    if (mode === "from" || (mode === "both" && other === null)) {
-      context.strokeStyle = other === null ? page.hue(1) : colour;
-      context.strokeRect(LEFT + (token - view.first) * scale - 0.75, ABOVE - 2, width, side + 4);
-    }
-  };
-
-  const drawNames = (context, colour, side, scale) => {
-    context.fillStyle = colour;
-    context.textBaseline = "middle";
-    const centre = (token, start) => (token + 0.5 - start) * scale;
-    const name = (token) => (named() ? page.quoted(token, 10) : String(token));
-    context.textAlign = "right";
-    for (const token of view.ticks(view.top, side / 15)) {
-      context.fillText(name(token), LEFT - 6, ABOVE + centre(token, view.top), LEFT - 8);
-    }
-    context.textAlign = "left";
-    for (const token of view.ticks(view.first, side / 15)) {
-      context.save();
-      context.translate(LEFT + centre(token, view.first), ABOVE - 5);
-      context.rotate(-Math.PI / 2.6);
-      context.fillText(name(token), 0, 0, ABOVE + 6);
-      context.restore();
-    }
-  };
+  let figures = []; // what is drawn: the head's place, its canvas, its painted map, its frame
 
   const range = (at) => {
     const { edges } = window.polyhead.data.maps;
@@ -141,23 +19,24 @@
     const spot = place(figure, event);
     if (!spot) return;
     const map = await page.mapOf(figure.place);
-    const [row, column] = [bin(spot.query), bin(spot.key)];
+    const [row, column] = [page.binOf(spot.query), page.binOf(spot.key)];
     const { edges } = window.polyhead.data.maps;
     const share = page.weightAt(map, row, column) * (edges[column + 1] - edges[column]);
     figure.says.textContent = `${range(row)} → ${range(column)}: ${page.share(share)}`;
   };
 
-  const place = ({ canvas, side }, event) => {
+  const place = ({ canvas, frame }, event) => {
     const box = canvas.getBoundingClientRect();
-    const x = (event.clientX - box.left - LEFT) / side;
-    const y = (event.clientY - box.top - ABOVE) / side;
+    const x = (event.clientX - box.left - frame.left) / frame.side;
+    const y = (event.clientY - box.top - frame.above) / frame.side;
     if (x < 0 || x >= 1 || y < 0 || y >= 1) return null;
     return { x, y, query: view.at(view.top, y), key: view.at(view.first, x) };
   };
 
   const redraw = () => {
     for (const figure of figures) {
-      draw(figure);
+      if (!figure.canvas.isConnected) continue;
+      figure.frame = page.drawMap(figure.canvas, figure.painted, view);
       figure.canvas.classList.toggle("zoomed", !view.whole);
     }
   };
@@ -197,7 +76,7 @@
       if (!drag) return void read(figure, event);
       const [right, down] = [drag.x - event.clientX, drag.y - event.clientY];
       if (!drag.moved && Math.abs(right) + Math.abs(down) < 4) return;
-      view.move(right / figure.side, down / figure.side);
+      view.move(right / figure.frame.side, down / figure.frame.side);
       drag = { x: event.clientX, y: event.clientY, moved: true };
       redraw();
     });
@@ -229,7 +108,7 @@
     );
   };
 
-  const figureOf = (head, which) => {
+  const figureOf = (head, which, painted) => {
     const canvas = page.element("canvas", {
       className: "map",
       tabIndex: 0,
@@ -240,7 +119,7 @@
     const says = page.element("figcaption", { className: "note" }, hint);
     const title = page.element("p", { className: "map-title" }, page.headName(head));
     if (page.state.other !== null) title.style.color = page.hue(which);
-    const figure = { place: head, canvas, says, hint, painted: null, side: 1 };
+    const figure = { place: head, canvas, says, hint, painted, frame: null };
     figure.element = page.element("figure", {}, ...(page.state.other === null ? [] : [title]), canvas, says);
     listen(figure);
     return figure;
@@ -266,11 +145,10 @@
     const places = other === null ? [head] : [head, other];
     const maps = await Promise.all(places.map(page.mapOf));
     if (built !== now) return; // another head was chosen meanwhile
-    figures = places.map(figureOf);
     panel.classList.toggle("two", places.length > 1);
-    const top = Math.max(...maps.map((map) => map.scale));
+    const top = Math.max(...maps.map((map) => map.scale)); // one scale for both
+    figures = places.map((one, which) => figureOf(one, which, page.paintMap(maps[which], top)));
     panel.replaceChildren(tools(), ...figures.map(({ element }) => element), swatches(top));
-    figures.forEach((figure, at) => (figure.painted = paint(maps[at], top)));
     redraw();
   };
 

@@ -39,7 +39,7 @@ def pack_maps(maps: Sequence[Tensor], edges: Sequence[int], budget: int) -> dict
     """
 
     def coarse(head: int, halvings: int) -> Tensor:
-        cells = maps[head].float()
+        cells = maps[head].float().nan_to_num(0.0)
         if halvings == 0:
             return cells
         join = _joining(edges, _halved(edges, halvings))
@@ -139,7 +139,7 @@ def _largest(cells: Tensor) -> float:
 
 
 def _codes(shares: Tensor, levels: int) -> Tensor:
-    return (shares.float().clamp(0.0, 1.0).sqrt() * levels).round().to(torch.uint8)
+    return (shares.float().nan_to_num(0.0).clamp(0.0, 1.0).sqrt() * levels).round().to(torch.uint8)
 
 
 def _held(weights_tn: Tensor, kept_tn: Tensor) -> float:
