@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -48,6 +50,28 @@ def tiny_model():
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
     return LoadedModel(model, tokenizer, "tiny", "nowhere")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium of playwright's, started once; where there is none, the test skips.
+
+    With POLYHEAD_REQUIRE_BROWSER=1 it fails instead.
+    """
+    absent = pytest.fail if os.environ.get("POLYHEAD_REQUIRE_BROWSER") == "1" else pytest.skip
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None:
+        absent("needs Chromium; on Debian: apt-get install chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        absent("needs playwright: pip install playwright")
+    quiet = ("background-networking", "component-update", "sync", "gpu")
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{part}" for part in quiet)]
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield launched
+        launched.close()
 
 
 def _naive_attention(
