@@ -6,6 +6,9 @@ import pytest
 
 import polyhead as ph
 from polyhead.errors import DependencyError, ModelError
+from polyhead.integrations.transformers import report
+
+transformers = pytest.importorskip("transformers")
 
 
 def test_without_transformers_it_says_what_to_install(monkeypatch):
@@ -15,7 +18,6 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
 
 
 def bloom(**settings):
-    transformers = pytest.importorskip("transformers")
     config = transformers.BloomConfig(
         vocab_size=31, hidden_size=24, n_layer=1, n_head=6, **settings
     )
@@ -29,7 +31,6 @@ def test_a_new_model_that_would_keep_its_own_attention_is_refused():
 
 @pytest.mark.parametrize("name", ["Bert", "Roberta", "ModernBert", "T5"])
 def test_before_transformers_5_more_models_compute_their_own(name):
-    transformers = pytest.importorskip("transformers")
     if not transformers.__version__.startswith("4."):
         pytest.skip("since transformers 5 they ask")
     config = getattr(transformers, f"{name}Config")(attn_implementation="polyhead")
@@ -44,6 +45,47 @@ def test_a_finished_model_that_would_keep_its_own_attention_is_refused(name):
         model.set_attn_implementation(name)
     assert model.config._attn_implementation == "eager"
     model.set_attn_implementation("eager")
+
+
+def git():
+    """Its image encoder asks; its text decoder does not."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
+    image = sizes | {"intermediate_size": 29, "image_size": 12, "patch_size": 4}
+    config = transformers.GitConfig(
+        vision_config=image,
+        vocab_size=31,
+        intermediate_size=29,
+        max_position_embeddings=37,
+        **sizes,
+    )
+    return transformers.GitModel._from_config(config, attn_implementation="eager")
+
+
+def test_a_part_that_would_keep_its_own_attention_is_refused_and_the_others_can_be_named():
+    model = git()
+    with pytest.raises(ModelError, match=r"2 layers of GitModel \(GitSelfAttention, encoder\.la.*"):
+        model.set_attn_implementation("polyhead")
+    assert {layer.runs for layer in report(model).layers} == {"its own", "eager"}
+    model.set_attn_implementation({"vision_config": "polyhead"})
+    assert {layer.runs for layer in report(model).layers} == {"its own", "polyhead"}
+
+
+def test_a_new_model_with_a_part_of_its_own_is_refused():
+    config = transformers.LongT5Config(
+        vocab_size=31, d_model=24, d_kv=4, d_ff=29, num_layers=1, num_heads=6
+    )
+    with pytest.raises(ModelError, match=r"LongT5(Stack \(LongT5Local|Model cannot run)"):
+        transformers.LongT5Model._from_config(config, attn_implementation="polyhead")
+
+
+def test_a_part_of_a_part_of_its_own_is_warned_of():
+    """AIMv2's layers ask; the head that pools their tokens does not."""
+    config = transformers.Aimv2VisionConfig(
+        hidden_size=24, intermediate_size=29, num_hidden_layers=1, num_attention_heads=6
+    )
+    with pytest.warns(UserWarning, match=r"1 layers .*\(Aimv2AttentionPoolingHead, head first\) k"):
+        model = transformers.Aimv2VisionModel._from_config(config, attn_implementation="polyhead")
+    assert [layer.runs for layer in report(model).layers] == ["polyhead", "its own"]
 
 
 def test_registering_twice_changes_nothing():

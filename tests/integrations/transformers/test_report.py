@@ -36,6 +36,20 @@ def test_a_layer_that_computes_its_own():
     ]
 
 
+def test_torchs_layers_and_ours():
+    model = torch.nn.ModuleDict(
+        {
+            "theirs": torch.nn.MultiheadAttention(24, 6),
+            "ours": ph.drop_in.MultiheadAttention(24, 6),
+            "split": ph.MultiHeadAttention(24, 24, 9, 0.0, 6),
+        }
+    )
+    theirs, *ours = report(model).layers
+    assert theirs.runs == "its own"
+    assert theirs.reason == "is torch's; call polyhead.drop_in.replace_attention(model)"
+    assert [layer.runs for layer in ours] == ["polyhead", "polyhead"]
+
+
 def test_a_model_without_attention():
     assert str(ph.integrations.transformers.report(torch.nn.Linear(2, 3))) == (
         "Linear: 0 of 0 attention layers run polyhead"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from polyhead.errors import ModelError
+from polyhead.integrations.transformers.layers import AttentionLayer, attention_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,8 +24,8 @@ def refuse_models_of_their_own() -> None:
 
     transformers itself takes any registered name: a model written before it had attention
     functions (Bloom, Falcon, XLNet ...) then goes on with attention of its own, some of them with
-    a mask that this does not understand. Wraps the two methods of `PreTrainedModel` that a name
-    passes through, on the way to a new model and to a finished one.
+    a mask that this does not understand. Wraps the methods of `PreTrainedModel` that a name passes
+    through: as a model is begun, when its layers are there, and on the way to a finished one.
     """
     from transformers import PreTrainedModel
 
@@ -29,6 +33,7 @@ def refuse_models_of_their_own() -> None:
     if hasattr(checked, "__wrapped__"):  # register() was called before
         return
     set_name = PreTrainedModel.set_attn_implementation
+    finish = PreTrainedModel.post_init
 
     @functools.wraps(checked)
     def get_correct_attn_implementation(
@@ -38,16 +43,28 @@ def refuse_models_of_their_own() -> None:
             _check_asks(self)
         return checked(self, requested_attention, *args, **kwargs)
 
+    @functools.wraps(finish)
+    def post_init(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        finish(self, *args, **kwargs)  # type: ignore[no-untyped-call]
+        named = [config for config in _configs(self) if config._attn_implementation == NAME]
+        _check_layers(self, _own_layers(self), named)
+
     @functools.wraps(set_name)
     def set_attn_implementation(
         self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        asked = attn_implementation
-        if NAME in (asked, asked.get("") if isinstance(asked, dict) else None):
-            _check_asks(self)  # transformers only warns
+        # All is checked before anything is set; transformers only warns.
+        named = list(_named(self.config, attn_implementation))
+        if attn_implementation == NAME:
+            named = list(_configs(self))
+        for model in self.modules():
+            if isinstance(model, PreTrainedModel) and _is_in(model.config, named):
+                _check_asks(model)
+        _check_layers(self, attention_layers(self), named)
         set_name(self, attn_implementation, *args, **kwargs)
 
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
+    PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
 
 
@@ -58,3 +75,64 @@ def _check_asks(model: PreTrainedModel) -> None:
             "compute attention, and ask no attention function; "
             'keep "eager", or name the part to change: {"text_config": "polyhead"}'
         )
+
+
+def _check_layers(
+    model: PreTrainedModel, layers: Iterable[AttentionLayer], named: list[Any]
+) -> None:
+    """Of each part of the model (a config) that is given the name, some layer must ask."""
+    parts: dict[int, list[AttentionLayer]] = defaultdict(list)
+    for layer in layers:
+        if _is_in(layer.config, named):
+            parts[id(layer.config)].append(layer)
+    for part in parts.values():
+        own = [layer for layer in part if layer.keeps_its_own]
+        if not own:
+            continue
+        kinds = ", ".join(sorted({type(layer.module).__name__ for layer in own}))
+        what = f"{len(own)} layers of {type(model).__name__} ({kinds}, {own[0].name} first)"
+        if not any(layer.asks for layer in part):
+            raise ModelError(
+                f'{what} cannot run attn_implementation="{NAME}": they compute attention, and ask '
+                'no attention function; keep "eager" for this part, and name the others: '
+                '{"vision_config": "polyhead"}'
+            )
+        warnings.warn(
+            f'{what} keep their own attention under attn_implementation="{NAME}", and the others '
+            "run polyhead; see polyhead.integrations.transformers.report(model)",
+            stacklevel=3,
+        )
+
+
+def _own_layers(model: PreTrainedModel) -> list[AttentionLayer]:
+    """Its layers but those of models in it, which were looked at when they were made."""
+    from transformers import PreTrainedModel
+
+    inner = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel)
+    )
+    return [layer for layer in attention_layers(model) if not layer.name.startswith(inner)]
+
+
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    """Of the model and all in it, each as often as it is there."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            yield config
+
+
+def _named(config: Any, asked: Any) -> Iterator[Any]:
+    """The configs that `set_attn_implementation(asked)` gives the name to, where they are named."""
+    asked = {"": asked} if isinstance(asked, str) else asked or {}
+    if asked.get("") == NAME:
+        yield config
+    for part in config.sub_configs:
+        if (inner := getattr(config, part, None)) is not None and part in asked:
+            yield from _named(inner, asked[part])
+
+
+def _is_in(config: Any, configs: list[Any]) -> bool:
+    return any(config is other for other in configs)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from polyhead.integrations.transformers.interface import NAME
+from polyhead.integrations.transformers.layers import AttentionLayer, attention_layers
 
 __all__ = ["LayerReport", "ModelReport", "report"]
 
@@ -79,41 +76,19 @@ def report(model: nn.Module) -> ModelReport:
       layers.0.self_attn  LlamaAttention  polyhead
       layers.1.self_attn  LlamaAttention  polyhead
     """
-    return ModelReport(type(model).__name__, tuple(_layers(model, "", None)))
+    return ModelReport(type(model).__name__, tuple(map(_reported, attention_layers(model))))
 
 
-def _layers(module: nn.Module, name: str, config: Any) -> Iterator[LayerReport]:
-    config = getattr(module, "config", None) or config
-    inner = [
-        layer
-        for child_name, child in module.named_children()
-        for layer in _layers(child, f"{name}.{child_name}".lstrip("."), config)
-    ]
-    if _asks(type(module).forward):
-        yield _asking(module, name, config)
-    elif "Attention" in type(module).__name__ and not inner:
-        yield LayerReport(
-            name,
-            type(module).__name__,
-            "its own",
-            "computes attention in its forward, and asks no attention function",
-        )
-    yield from inner
-
-
-def _asking(module: nn.Module, name: str, config: Any) -> LayerReport:
-    runs = str(getattr(config, "_attn_implementation", None))
-    advice = f'call model.set_attn_implementation("{NAME}")'
-    return LayerReport(name, type(module).__name__, runs, "" if runs == NAME else advice)
-
-
-@functools.cache
-def _asks(forward: Callable[..., Any]) -> bool:
-    """Whether a layer's forward asks transformers for a registered attention function."""
-    try:
-        return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(forward)
-    except (OSError, TypeError):  # typed into a prompt, or compiled
-        return False
+def _reported(layer: AttentionLayer) -> LayerReport:
+    runs, reason = "its own", "computes attention in its forward, and asks no attention function"
+    if layer.is_polyheads:
+        runs, reason = NAME, ""
+    elif layer.is_torchs:
+        reason = "is torch's; call polyhead.drop_in.replace_attention(model)"
+    elif layer.asks:
+        runs = str(getattr(layer.config, "_attn_implementation", None))
+        reason = "" if runs == NAME else f'call model.set_attn_implementation("{NAME}")'
+    return LayerReport(layer.name, type(layer.module).__name__, runs, reason)
 
 
 def _columns(layer: LayerReport) -> tuple[str, str, str]:

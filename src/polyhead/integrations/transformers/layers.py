@@ -1,0 +1,86 @@
+"""The attention layers of a model, told from their code: which ask for a registered function."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = ["AttentionLayer", "attention_layers"]
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One of them.
+
+    Attributes:
+        name: as in `model.named_modules()`.
+        module: itself.
+        config: of the innermost model that it is in; None outside of any.
+        asks: whether it asks transformers for a registered attention function.
+    """
+
+    name: str
+    module: nn.Module
+    config: Any
+    asks: bool
+
+    @property
+    def is_polyheads(self) -> bool:
+        """Whether it is a module of ours, which asks nobody."""
+        return type(self.module).__module__.startswith("polyhead.")
+
+    @property
+    def is_torchs(self) -> bool:
+        return isinstance(self.module, nn.MultiheadAttention) and not self.is_polyheads
+
+    @property
+    def keeps_its_own(self) -> bool:
+        """Whether it is transformers' attention, and computes it without asking."""
+        cls: Any = type(self.module)
+        return not (self.asks or self.is_polyheads or self.is_torchs) and _attends(cls)
+
+
+def attention_layers(module: nn.Module, name: str = "", config: Any = None) -> list[AttentionLayer]:
+    """In the order of `module.named_modules()`; those without another inside."""
+    return list(_layers(module, name, config))
+
+
+def _layers(module: nn.Module, name: str, config: Any) -> Iterator[AttentionLayer]:
+    config = getattr(module, "config", None) or config
+    inner = [
+        layer
+        for child_name, child in module.named_children()
+        for layer in _layers(child, f"{name}.{child_name}".lstrip("."), config)
+    ]
+    cls: Any = type(module)
+    asks = _asks(cls)
+    if asks or ("Attention" in cls.__name__ and not inner):
+        yield AttentionLayer(name, module, config, asks)
+    yield from inner
+
+
+@functools.cache
+def _asks(cls: Any) -> bool:
+    return "ALL_ATTENTION_FUNCTIONS" in _source(cls.forward)
+
+
+@functools.cache
+def _attends(cls: Any) -> bool:
+    """Whether a class takes a softmax and multiplies by it: a linear attention does not."""
+    source = _source(cls)
+    if "scaled_dot_product_attention(" in source:
+        return True
+    return "softmax(" in source and re.search(r"matmul\(|bmm\(|einsum\(|@ ", source) is not None
+
+
+def _source(code: Any) -> str:
+    try:
+        return inspect.getsource(code)
+    except (OSError, TypeError):  # typed into a prompt, or compiled
+        return ""
