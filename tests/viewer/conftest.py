@@ -48,3 +48,11 @@ def report():
         )
     ids = torch.tensor([1, 2, 3, 4, 1, 2, 5])
     return HeadReport("a model", WORDS, ids, tuple(layers))
+
+
+@pytest.fixture
+def session(tiny_model):
+    """A tiny model that has read a text, and takes at most 20 tokens."""
+    from polyhead.viewer.session import Session
+
+    return Session(tiny_model, "the cat sat on a mat and the", most=20)

@@ -136,22 +136,25 @@ def _serve(
     text: str, model: str | None, host: str, port: int, most: int | None, open_page: bool
 ) -> None:
     try:
-        from polyhead.viewer import guard, server, session
+        from polyhead.viewer import server
+        from polyhead.viewer.guard import is_loopback
+        from polyhead.viewer.session import Session
     except ImportError as error:
+        package = (error.name or "starlette").partition(".")[0]
         raise DependencyError(
-            f'{error.name} is needed to serve: pip install "polyhead[serve]"'
+            f'{package} is needed to serve: pip install "polyhead[serve]"'
         ) from error
     check_not_empty(text)
     with server.listen(host, port) as listening:  # a port that is taken is told before the rest
         with progress_bar() as show:
             show("loading the model", 0.0)
-            seen = session.Session(load_model(model), text, most or 500, show)
+            seen = Session(load_model(model), text, most or 500, show)
         name, bound = listening.getsockname()[:2]
         address = f"http://{f'[{name}]' if ':' in name else name}:{bound}/"
 
         def ready() -> None:
             click.echo(f"Look at {address} (Ctrl-C stops)")
-            if not guard.is_loopback(host):
+            if not is_loopback(host):
                 click.echo(
                     "Anybody who reaches this machine on that port can ask the model.", err=True
                 )

@@ -65,9 +65,12 @@ class Guard:
 
     def _is_own_name(self, host: str) -> bool:
         try:
-            name = urlsplit(f"//{host}").hostname or ""
+            parts = urlsplit(f"//{host}")
         except ValueError:
             return False
+        if parts.netloc != host or "@" in host:
+            return False
+        name = parts.hostname or ""
         if is_loopback(self._host):
             return is_loopback(name)
         if _is_any(self._host):  # by a number, or as the machine calls itself: nobody rebinds these

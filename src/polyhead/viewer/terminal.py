@@ -105,6 +105,7 @@ def _cell(row: dict[str, Any] | None, scale: _Scale, wide: bool) -> Text:
 
 def _legend(scale: _Scale, coloured_too: bool) -> Text:
     label, unit, says = NUMBERS[scale.by]
+    label = f"weight on {label}" if unit == "share" else label
     legend = Text("   ".join(f"{letter} {kind}" for kind, letter in _LETTERS.items()) + "\n")
     legend.append(f"{'Colour' if coloured_too else 'Number'}: {label}, from ")
     legend.append(scale.text(scale.least))

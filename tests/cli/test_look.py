@@ -1,0 +1,191 @@
+"""`polyhead look`: the page it writes, what it prints and serves, and how it refuses."""
+
+import importlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import pytest
+from click.testing import CliRunner
+
+from polyhead.cli import main
+
+command = importlib.import_module("polyhead.cli.look")
+TEXT = "the cat sat on a mat and the cat saw a dog ."
+
+
+@pytest.fixture
+def look(monkeypatch, tmp_path, tiny_model):
+    """`look(*args)`: the command with a tiny model, in a folder of its own."""
+    asked = []
+
+    def load(source):
+        asked.append(source)
+        return tiny_model
+
+    def invoke(*args, **kwargs):
+        return CliRunner().invoke(main, ["look", *args], **kwargs)
+
+    monkeypatch.setattr(command, "load_model", load)
+    monkeypatch.chdir(tmp_path)
+    invoke.models = asked
+    return invoke
+
+
+def test_it_writes_a_page_and_names_heads(look, tmp_path):
+    result = look(TEXT)
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "heads.html").read_text("utf-8")
+    assert page.startswith("<!doctype html>")
+    assert '" cat"' in page
+    assert 'id="live"' in page
+    assert "api/read" not in page  # it asks no server
+    first, second = result.stdout.splitlines()
+    assert first.startswith("heads.html: 8 heads of tiny on 13 tokens, 0.1 MB")
+    assert second.startswith("Look first at heads ")
+    assert second.count("(") == 5
+    assert look(TEXT).exit_code == 0  # our own page is replaced
+
+
+def test_text_from_a_file_and_from_standard_input(look, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT + "\n")
+    for args, kwargs in ((("--file", "text.txt"), {}), (("-",), {"input": TEXT})):
+        result = look(*args, "--json", "--model", "mine", **kwargs)
+        assert "".join(json.loads(result.stdout)["tokens"]) == TEXT
+    assert look.models == ["mine", "mine"]
+    assert not (tmp_path / "heads.html").exists()
+
+
+def test_json_beside_a_page(look, tmp_path):
+    result = look(TEXT, "--json", "--out", "here.html")
+    assert len(json.loads(result.stdout)["heads"]) == 8
+    assert "here.html: 8 heads of tiny" in result.stderr
+    assert (tmp_path / "here.html").exists()
+
+
+def test_the_terminal_shows_the_grid_in_the_colours_asked_for(look, tmp_path):
+    result = look(TEXT, "--terminal", "--by", "mass_first")
+    assert result.exit_code == 0, result.output
+    assert "layer 1 " in result.stdout
+    assert "Number: weight on first token, from 0.00 to 1.00." in result.stdout
+    assert "looks at" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert not (tmp_path / "heads.html").exists()
+
+
+def test_the_page_is_opened(look, monkeypatch, tmp_path):
+    opened = []
+    monkeypatch.setattr(command.webbrowser, "open", lambda address: opened.append(address))
+    result = look(TEXT, "--open")
+    assert opened == [(tmp_path / "heads.html").as_uri()]
+    assert f"No browser could be opened; the page is {opened[0]}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("",), "TEXT must not be empty"),
+        ((), "give either TEXT"),
+        ((TEXT, "--file", __file__), "give either TEXT"),
+        (("--file", "none.txt"), "none.txt"),
+        (("--file", "latin1.txt"), "TEXT must be UTF-8"),
+        ((TEXT, "--out", "none/x.html"), "--out must be writable"),
+        ((TEXT, "--out", "."), "is a directory"),
+        ((TEXT, "--out", "latin1.txt"), "must not replace a file that polyhead did not write"),
+        ((TEXT, "--by", "beauty"), "Invalid value for '--by'"),
+        ((TEXT, "--terminal", "--json"), "give either --terminal or --json"),
+        ((TEXT, "--json", "--open"), "--open needs a page"),
+        ((TEXT, "--port", "80"), "are for --serve"),
+        ((TEXT, "--serve", "--out", "x.html"), "--serve writes and prints nothing"),
+        (("--serve", "--port", "65536"), "65536 is not in the range"),
+    ],
+)
+def test_bad_input_is_told_before_a_model_is_loaded(look, tmp_path, args, message):
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
+    result = look(*args)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    assert look.models == []
+    assert [path.name for path in tmp_path.iterdir()] == ["latin1.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("cat", "TEXT must have at least 2 tokens"), ("the " * 65, "at most 64 tokens, the context")],
+)
+def test_texts_of_the_wrong_length_leave_no_file(look, tmp_path, text, message):
+    result = look(text)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def port():
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        return held.getsockname()[1]
+
+
+@pytest.mark.parametrize(("args", "begins"), [((), "Yusuf"), ((TEXT,), "the cat")])
+def test_it_serves_until_ctrl_c(look, port, monkeypatch, args, begins):
+    told = []
+
+    def visit(address):
+        def ask():
+            with urllib.request.urlopen(address + "api/start", timeout=10) as answer:
+                told.append(json.load(answer))
+            signal.raise_signal(signal.SIGINT)
+
+        threading.Thread(target=ask).start()
+        return True
+
+    monkeypatch.setattr(command.webbrowser, "open", visit)
+    result = look(*args, "--serve", "--port", str(port), "--max-tokens", "30", "--open")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"Look at http://127.0.0.1:{port}/ (Ctrl-C stops)\n"
+    assert told[0]["most"] == 30
+    assert told[0]["text"].startswith(begins)
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(look):
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        result = look("--serve", "--port", str(held.getsockname()[1]))
+    assert result.exit_code == 2
+    assert "--port must be free on 127.0.0.1" in result.stderr
+    assert look.models == []
+
+
+def test_its_packages_are_asked_for_only_by_serving():
+    code = (
+        "import sys; sys.modules['starlette'] = None; from polyhead.cli import main; "
+        "assert 'uvicorn' not in sys.modules; main(['look', '--serve'])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == (
+        'polyhead: starlette is needed to serve: pip install "polyhead[serve]"\n'
+    )
+
+
+@pytest.mark.slow
+def test_the_default_model_on_a_page_of_austen(monkeypatch, smollm2, tmp_path):
+    monkeypatch.setattr(command, "load_model", lambda source: smollm2)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        main,
+        ["look", "--terminal", "--out", "heads.html", "-"],
+        input="Sir Walter Elliot was vain. Anne Elliot was not. Mary knew that Sir Walter",
+    )
+    assert result.exit_code == 0, result.output
+    assert "16.0   previous token" in result.stdout
+    assert "layer 29 " in result.stdout
+    assert "' Elliot'" in result.stdout
+    assert (tmp_path / "heads.html").stat().st_size < 5e6
