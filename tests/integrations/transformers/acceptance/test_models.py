@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 ATTENTIONS = {"Bart": 6, "T5": 6}  # two a decoder layer, and the encoder's
 
@@ -53,3 +54,45 @@ def test_generation_token_for_token(generator, side, build, inputs, calls):
     expected = build(generator, "eager").generate(**asked)
     assert torch.equal(build(generator, "polyhead").generate(**asked), expected)
     assert len(calls) >= 2 * 6
+
+
+def static(config):
+    return transformers.StaticCache(config=config, max_cache_len=20)
+
+
+def quantised(config):
+    return transformers.QuantizedCache("fp8", config)
+
+
+DECODING = {
+    "static cache": (static, {}),
+    "quantised cache": (quantised, {}),
+    "beam search": (None, {"num_beams": 3}),
+    "chunks of a prompt": (None, {"prefill_chunk_size": 4}),
+    "prompt lookup": (None, {"prompt_lookup_num_tokens": 3}),
+}
+
+
+@pytest.mark.parametrize("way", DECODING)
+def test_every_way_to_decode(decoder, way, build, inputs, calls):
+    """Windows of 4 in Mistral, Gemma 2 and GPT-OSS: their caches roll on."""
+    if way == "quantised cache" and decoder not in ("GPT2", "Llama"):
+        pytest.skip("it takes no windows, and its rounding shows every other one")
+    is_4 = transformers.__version__.startswith("4.")
+    if is_4 and (way in ("quantised cache", "prompt lookup") or decoder == "DeepseekV3"):
+        pytest.skip("needs another package, or fails by itself")
+    make_cache, asked = DECODING[way]
+    given, _ = inputs(decoder, "none" if way == "prompt lookup" else "left")
+    if way == "prompt lookup":
+        given = {name: x[:1] for name, x in given.items()}
+    tokens = []
+    for attention in ("eager", "polyhead"):
+        model = build(decoder, attention)
+        cache = None if make_cache is None else make_cache(model.config)
+        tokens.append(
+            model.generate(
+                **given, **asked, past_key_values=cache, max_new_tokens=7, do_sample=False
+            )
+        )
+    assert torch.equal(*tokens)
+    assert calls

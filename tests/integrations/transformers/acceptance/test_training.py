@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import StaticCache
 
 # What they call each other changed its name in transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
@@ -84,16 +83,6 @@ def test_output_attentions(name, build, inputs):
     for mine, expected in zip(ours, theirs, strict=True):
         rows = real[:, None].expand(mine.shape[:3])
         torch.testing.assert_close(mine[rows], expected[rows], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["Llama", "Mistral"])
-def test_a_static_cache(name, build, inputs):
-    given, _ = inputs(name, "left")
-    model = build(name, "polyhead")
-    asked = given | {"max_new_tokens": 6, "do_sample": False}
-    expected = model.generate(**asked)
-    cache = StaticCache(config=model.config, max_cache_len=20)
-    assert torch.equal(model.generate(**asked, past_key_values=cache), expected)
 
 
 @pytest.mark.slow
