@@ -30,14 +30,15 @@ def drawers(root: Path) -> list[str]:
 
 
 def stray_tests(root: Path) -> list[str]:
-    """Return the test files that mirror no module and no example."""
+    """Return the test files that mirror no module, no script of the page and no example."""
     stray = []
     for test in (root / "tests").rglob("test_*.py"):
         place = test.relative_to(root / "tests").with_name(test.stem.removeprefix("test_"))
         if "acceptance" in place.parts or place == Path("repository"):
             continue
         subject = root / place if place.parts[0] == "examples" else root / "src/polyhead" / place
-        if not subject.with_suffix(".py").exists() and not subject.is_dir():
+        modules = (subject.with_suffix(suffix) for suffix in (".py", ".js"))
+        if not any(module.exists() for module in modules) and not subject.is_dir():
             stray.append(test.relative_to(root).as_posix())
     return sorted(stray)
 

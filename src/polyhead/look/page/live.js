@@ -3,6 +3,7 @@
 (() => {
   const { page } = window.polyhead;
   const { element, byId } = page;
+  const GONE = "Switched off. ";
   const off = new Map(); // name -> [layer, head]
   let read = ""; // the text that the page shows
   let wanted = ""; // the text that it shall show
@@ -61,10 +62,9 @@
     for (const tile of byId("grid").querySelectorAll(".tile")) {
       const gone = off.has(nameOf(data.heads[tile.dataset.place]));
       tile.classList.toggle("off", gone);
-      if (gone) {
-        tile.setAttribute("aria-label", `Switched off. ${tile.getAttribute("aria-label")}`);
-        tile.title = tile.getAttribute("aria-label");
-      }
+      const label = tile.getAttribute("aria-label").replace(GONE, "");
+      tile.setAttribute("aria-label", gone ? GONE + label : label);
+      tile.title = tile.getAttribute("aria-label");
     }
     const name = nameOf(chosen());
     toggle.textContent = off.has(name) ? "Switch on again" : "Switch off";
