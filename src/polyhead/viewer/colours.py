@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
@@ -18,5 +19,8 @@ def coloured(text: str, share: float) -> Text:
     part = place - left
     pairs = zip(_SCALE[left], _SCALE[left + 1], strict=True)
     red, green, blue = (round(a + (b - a) * part) for a, b in pairs)
-    ink = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 110 else "white"
-    return Text(text, style=Style.parse(f"{ink} on rgb({red},{green},{blue})"))
+    # Relative luminance, above which black is the easier to read: as in WCAG 2.
+    linear = [(channel / 255) ** 2.2 for channel in (red, green, blue)]
+    bright = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.179
+    ink = Color.from_rgb(*([0] * 3 if bright else [255] * 3))  # "black" is grey in many themes
+    return Text(text, style=Style(color=ink, bgcolor=Color.from_rgb(red, green, blue)))

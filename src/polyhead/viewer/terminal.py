@@ -125,9 +125,10 @@ def _telling(report: HeadReport, width: int) -> Table:
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        caption="Shares of weight on the first token, the one before, the last 16, what came after "
-        "the same token; over how many tokens it spreads; where it shows best.",
+        caption="first, prev, near, next: its weight on the first token, the one before, the last "
+        "16, what came after the same token last time; keys: over how many tokens it spreads.",
         caption_justify="left",
+        caption_style="",
     )
     for heading in ("head", "does"):
         table.add_column(heading, no_wrap=True)
