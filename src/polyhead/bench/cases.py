@@ -31,7 +31,8 @@ class Case:
         B, H, G, T, S, D: the sizes; a module's width is H * D.
         dtype: of every tensor.
         kind: "attention" on queries, keys and values; "module" with projections; "generate", a
-            decoder of transformers, of which a token is measured.
+            decoder of transformers, of which a token is measured, or with T = S its prompt.
+        decoder: of "generate": a Llama of 4 layers as wide as H * D, or the real SmolLM2-135M.
         causal: whether a query sees only keys at its position and before.
         window: how many keys before its own position a query sees, or None for all.
         train: whether the gradients belong to it.
@@ -52,6 +53,7 @@ class Case:
     D: int
     dtype: torch.dtype = torch.float32
     kind: Literal["attention", "module", "generate"] = "attention"
+    decoder: Literal["Llama", "SmolLM2"] = "Llama"
     causal: bool = True
     window: int | None = None
     train: bool = False
@@ -132,7 +134,12 @@ class Case:
     @property
     def tokens(self) -> int:
         """How many tokens one call makes; its time is divided by it."""
-        return 8 if self.kind == "generate" else 1
+        return 8 if self.kind == "generate" and not self.prompt else 1
+
+    @property
+    def prompt(self) -> bool:
+        """Whether reading a prompt is the work of a decoder, and not the tokens after it."""
+        return self.kind == "generate" and self.T == self.S
 
     @property
     def _cache_bytes(self) -> int:
@@ -141,6 +148,8 @@ class Case:
     def __str__(self) -> str:
         names = {"attention": "decode" if self.decode else "forward"}
         kind = names.get(self.kind, self.kind) + (" and backward" if self.train else "")
+        if self.kind == "generate":
+            kind = f"{self.decoder}, {'a prompt' if self.prompt else 'a token'}:"
         sizes = f"{self.B}, {self.H}/{self.G}, {self.T}, {self.S}, {self.D}"
         rule = "full" if self.mask is None else repr(self.mask)
         extras = [f"dropout {self.dropout}"] if self.dropout else []
@@ -151,7 +160,8 @@ class Case:
         """The same kind of case with batch, heads and tokens divided: a trial, no measurement."""
         if factor == 1:
             return self
-        G = max(self.G // factor, 1)
+        fixed = self.kind == "generate" and self.decoder != "Llama"  # it has the heads it has
+        G = self.G if fixed else max(self.G // factor, 1)
         return replace(
             self,
             B=max(self.B // factor, 1),

