@@ -53,8 +53,8 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
 
     >>> import torch
     >>> import polyhead as ph
-    >>> mha = ph.MultiHeadAttention(8, 8, context_length=64, dropout=0.0, num_heads=3)
-    >>> report = ph.look.capture(mha, torch.zeros(64, 8))            # equal weights
+    >>> mha = ph.MultiHeadAttention(8, 8, context_length=200, dropout=0.0, num_heads=2)
+    >>> report = ph.look.capture(mha, torch.zeros(1, 200, 8))        # equal weights
     >>> [(head.layer, head.head, head.name) for head in telling_heads(report, n=2)]
     [(0, 0, 'broad'), (0, 1, 'broad')]
     """
