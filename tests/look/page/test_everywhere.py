@@ -1,0 +1,188 @@
+"""Dark and light, narrow, hostile, in a notebook, long."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from polyhead.look.page import payload, render
+
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 2</script>",
+    "<!--<script>",
+    "<img src=x onerror=window.hacked=3>",
+    "\" onfocus='window.hacked=4' autofocus x=\"",
+    "javascript:window.hacked=5",
+    "مرحبا بالعالم ",
+    "שלום",
+    "漢字かな",
+    "👩‍👩‍👧",
+    "\ud83d",
+    "\u2028\u2029\x00",
+    "{{data}}",
+]
+
+
+def test_a_hostile_text_runs_nothing(open_page, planted):
+    """`open_page` fails on any complaint or request."""
+    report = planted(HOSTILE * 2)
+    opened = open_page(report, "#layer=0&head=0&token=3&with=</script><script>")
+    page = opened.page
+    for at in range(len(HOSTILE)):
+        page.locator(f'.token[data-token="{at}"]').hover()
+        page.locator("#reading", has_text=f"({at})").wait_for()
+    for place in range(6):
+        page.locator(f'.tile[data-place="{place}"]').click()
+    page.get_by_label("Zoom in").click()
+    assert page.evaluate("window.hacked") is None
+    assert page.evaluate("document.querySelectorAll('#text *:not(span):not(div)').length") == 0
+    texts = page.evaluate("[...document.querySelectorAll('.token')].map((e) => e.textContent)")
+    assert texts[:4] == HOSTILE[:4]
+    assert texts[6:10] == HOSTILE[6:10]
+
+
+def test_what_the_policy_forbids(open_page, planted):
+    """A script or a request that got in all the same is stopped."""
+    opened = open_page(planted())
+    opened.page.evaluate(
+        """() => {
+            const script = document.createElement("script");
+            script.textContent = "window.hacked = 1";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend", "<img src=x onerror='window.hacked=2'>");
+            return fetch("https://example.com").catch(() => null);
+        }"""
+    )
+    opened.page.wait_for_timeout(50)
+    assert opened.page.evaluate("window.hacked") is None
+    assert len(opened.complaints) >= 3
+    assert all("Content Security Policy" in complaint for complaint in opened.complaints)
+    opened.complaints.clear()
+    opened.requests.clear()
+
+
+def test_right_to_left(open_page, planted):
+    opened = open_page(planted(["مرحبا ", "بالعالم ", "الكبير ", "مرحبا ", "بالعالم "] * 2))
+    page = opened.page
+    boxes = [page.locator(f'.token[data-token="{at}"]').bounding_box() for at in (0, 1)]
+    assert boxes[1]["x"] < boxes[0]["x"]
+    page.locator('.token[data-token="1"]').click()
+    page.keyboard.press("ArrowLeft")
+    assert opened.state()["token"] == 2
+
+
+def brightness(opened):
+    paper = opened.page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+    canvas = opened.page.locator('.tile[data-place="1"] canvas[data-drawn]')
+    canvas.wait_for(state="attached")
+    pixels = opened.pixels(canvas)[..., :3].float().mean(dim=-1)
+    sheet, sink = pixels[0, -1].item(), pixels[-1, 0].item()
+    return sum(map(int, paper[4:-1].split(", "))) / 3, sheet, sink
+
+
+def test_light_and_dark(open_page, planted):
+    opened = open_page(planted(), color_scheme="dark")
+    paper, sheet, sink = brightness(opened)
+    assert paper < 40
+    assert sheet < 40
+    assert sink > 150
+    opened.page.get_by_role("button", name="Light colours").click()
+    paper, sheet, sink = brightness(opened)
+    assert paper > 240
+    assert sheet > 240
+    assert sink < 90
+    opened.page.reload()
+    assert brightness(opened)[0] > 240  # remembered
+    assert brightness(open_page(planted()))[0] > 240
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_scales_that_need_no_hue(open_page, planted, scheme):
+    """From nothing to all, lightness goes one way, in steps that can be seen."""
+    page = open_page(planted(), color_scheme=scheme).page
+    ramp = torch.tensor(page.evaluate("Array.from(polyhead.page.ramp())")).view(256, 3) / 255
+    linear = torch.where(ramp <= 0.04045, ramp / 12.92, ((ramp + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ torch.tensor([0.2126, 0.7152, 0.0722])
+    lightness = 116 * luminance.clamp(min=0.009).pow(1 / 3) - 16
+    steps = lightness[::32].diff() * (1 if scheme == "dark" else -1)
+    assert (steps > 4).all()
+
+
+def test_a_narrow_screen(open_page, planted):
+    opened = open_page(planted(), viewport={"width": 360, "height": 740})
+    page = opened.page
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.locator('.tile[data-place="1"]').click()
+    opened.until("Math.abs(document.getElementById('head').getBoundingClientRect().top) < 60")
+    assert page.locator("canvas.map").bounding_box()["width"] > 250
+    page.get_by_role("button", name="Compare").click()
+    page.locator('.tile[data-place="2"]').click()
+    opened.until("document.querySelectorAll('canvas.map').length == 2")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.get_by_role("button", name="All heads").click()
+    assert page.evaluate("Number(document.activeElement.dataset.place)") == 2
+
+
+def test_in_a_notebook(browser, planted, tmp_path):
+    """A frame without an origin has no storage and no address; the page does without."""
+    (tmp_path / "notebook.html").write_text(
+        f"<!doctype html><meta charset=utf-8>{planted()._repr_html_()}", encoding="utf-8"
+    )
+    context = browser.new_context(viewport={"width": 1100, "height": 950})
+    page = context.new_page()
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto((tmp_path / "notebook.html").as_uri())
+    frame = page.frame_locator("iframe")
+    frame.locator("canvas.map").wait_for()
+    frame.locator('.tile[data-place="1"]').click()
+    frame.get_by_text("Layer 0, head 1").first.wait_for()
+    context.close()
+    assert complaints == []
+
+
+def test_under_five_megabytes_for_270_heads(open_page, large):
+    document = render(large(256))
+    assert 1_000_000 < len(document.encode()) < 5_000_000
+    page = open_page(document).page
+    page.locator(".tile canvas[data-drawn]").first.wait_for(state="attached")
+    assert page.locator(".tile").count() == 270
+    # Only what is near the window is drawn.
+    assert page.locator(".tile canvas[data-drawn]").count() < 270
+
+
+@pytest.mark.slow
+def test_eight_thousand_tokens(open_page, large):
+    report = large(8000)
+    document = render(report)
+    assert len(document.encode()) < 5_000_000
+    data = payload(report)
+    opened = open_page(document)
+    page = opened.page
+    assert page.locator(".token").count() == 8000
+    assert json.dumps(data["keys"]["least"]) != "0.0"
+    page.get_by_text("What the names and numbers mean").click()
+    assert "Weaker ones had no room" in page.inner_text("#held")
+    # Hovering makes no element; what is tinted is in sight.
+    count = page.evaluate("document.querySelectorAll('*').length")
+    page.locator('.token[data-token="5"]').scroll_into_view_if_needed()
+    page.locator('.token[data-token="0"]').hover()
+    page.locator("#reading", has_text="(0)").wait_for()
+    grown = page.evaluate("document.querySelectorAll('*').length") - count
+    assert grown < 50
+    tinted = page.evaluate(
+        "[...document.querySelectorAll('.token')].filter((e) => e.style.background).length"
+    )
+    assert 0 < tinted < 2000
+    # A link into the middle brings that token in sight.
+    page.evaluate("location.hash = '#layer=3&head=1&token=4000'")
+    opened.until("polyhead.selection().token == 4000")
+    page.locator('.token[data-token="4000"]').focus()
+    page.keyboard.press("ArrowRight")
+    box = page.locator('.token[data-token="4001"]').bounding_box()
+    text = page.locator("#text").bounding_box()
+    assert text["y"] <= box["y"] <= text["y"] + text["height"]
