@@ -457,7 +457,7 @@ def test_flipped_bits_raise_nothing_else(tmp_path, tiny_bytes):
     refused = 0
     # The header; a flipped weight is a weight.
     header = len(tiny_bytes) - sum(array.nbytes for array in TinyFile().tensors.values())
-    for _ in range(150):
+    for _ in range(60):
         corrupt = bytearray(tiny_bytes)
         corrupt[chance.randrange(header)] ^= 1 << chance.randrange(8)
         path.write_bytes(corrupt)
@@ -466,7 +466,7 @@ def test_flipped_bits_raise_nothing_else(tmp_path, tiny_bytes):
         except ModelError as error:
             refused += 1
             assert "flipped.gguf" in str(error)  # noqa: PT017
-    assert refused > 50
+    assert refused > 20
 
 
 @pytest.mark.parametrize("package", ["gguf", "tokenizers", "transformers"])

@@ -15,7 +15,7 @@ def generate(model, given, cache, **asked):
     return model.generate(**given, **(GREEDY | asked), past_key_values=cache)
 
 
-@pytest.mark.parametrize("side", ["left", "no mask"])
+@pytest.mark.parametrize("side", ["left", pytest.param("no mask", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("asked", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
 def test_generation(decoder, side, asked, build, inputs):
     given, _ = inputs(decoder, side)

@@ -13,8 +13,18 @@ def run(model, given):
     return model(**given)[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("side", ["left", "right", "none", "no mask"])
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+QUICK = (("left", "f32"), ("left", "bf16"), ("right", "f32"), ("no mask", "f32"))
+
+
+@pytest.mark.parametrize(
+    ("side", "dtype"),
+    [
+        pytest.param(side, DTYPES[name], marks=() if (side, name) in QUICK else pytest.mark.slow)
+        for side in ("left", "right", "none", "no mask")
+        for name in DTYPES
+    ],
+)
 def test_outputs_where_nothing_is_padded(
     family, side, dtype, build, inputs, calls, assert_as_good_as_eager
 ):
