@@ -16,8 +16,13 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kGradQueries = 96;  // 16 tiles; with kGradKeys heads of 64 take 1 MB, an L2
-constexpr int64_t kGradKeys = 384;    // whole panels of every instruction set, and whole tiles
+// Whole tiles, and whole panels of every instruction set. Heads of 64 take 1 MB, or a third of it:
+// an L2 of the processors that have the instruction set.
+#if defined(__AVX512F__)
+constexpr int64_t kGradQueries = 96, kGradKeys = 384;
+#else
+constexpr int64_t kGradQueries = 48, kGradKeys = 192;
+#endif
 constexpr int64_t kGradStride = kGradKeys + 16;
 constexpr int64_t kGradTiles = kGradQueries / kTileRows;
 

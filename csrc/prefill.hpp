@@ -9,9 +9,16 @@
 namespace polyhead::POLYHEAD_ISA {
 
 constexpr int64_t kQueryBlock = 96;  // 16 tiles: as often are keys read that came from L2
-constexpr int64_t kKeyBlock = 512;   // a tile's scores, 12 KB, stay in L1; the keys in L2
+#if defined(__AVX512F__)
+constexpr int64_t kKeyBlock = 512;  // a tile's scores, 12 KB, stay in L1; the keys in L2
+constexpr int64_t kTilesTogether = 1;
+#else
+constexpr int64_t kKeyBlock = 256;  // a panel of values, 16 KB, stays in L1,
+constexpr int64_t kTilesTogether = 4;  // and so does one of keys, for as many tiles
+#endif
 constexpr int64_t kScoreStride = kKeyBlock + 16;  // not a power of 2: rows fall in different sets
 constexpr int64_t kRowTiles = kQueryBlock / kTileRows;
+constexpr int64_t kRowsTogether = kTilesTogether * kTileRows;
 
 // Keys [begin, end).
 struct Span {
@@ -100,7 +107,7 @@ class Prefill {
   int64_t query_stride() const { return round_up(a_.D, kLanes); }
   int64_t output_stride() const { return round_up(a_.E, kLanes); }
   int64_t worker_size() const {
-    return kQueryBlock * (query_stride() + output_stride()) + kTileRows * kScoreStride;
+    return kQueryBlock * (query_stride() + output_stride()) + kRowsTogether * kScoreStride;
   }
 
   // One thread's scratch: a block of queries, their scores and their output.
@@ -111,7 +118,7 @@ class Prefill {
     Worker(const Prefill& p, float* scratch)
         : queries(reinterpret_cast<Element*>(scratch)),
           scores(scratch + kQueryBlock * p.query_stride()),
-          weighted(scores + kTileRows * kScoreStride) {}
+          weighted(scores + kRowsTogether * kScoreStride) {}
   };
 
   // A block of queries of one head, on its way through the keys.
@@ -121,7 +128,7 @@ class Prefill {
     const Element* values;
     Span tiles[kRowTiles];  // the keys that each tile of rows may attend to
     RowSums sums[kQueryBlock];
-    float factors[kTileRows];
+    float factors[kRowsTogether];
 
     int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
     int64_t tile_rows(int64_t tile) const { return smaller(kTileRows, rows - tile * kTileRows); }
@@ -129,6 +136,30 @@ class Prefill {
     Span within(int64_t tile, int64_t block) const {
       return {greater(tiles[tile].begin / kLanes * kLanes, block),
               smaller(round_up(tiles[tile].end, kLanes), block + kKeyBlock)};
+    }
+  };
+
+  // Tiles [first, last) of a block of queries, and of a block of keys those that each takes.
+  struct Together {
+    int64_t first, last;
+    Span keys;  // of any of them
+    Span spans[kTilesTogether];
+
+    Together(const Block& block, int64_t first, int64_t s)
+        : first(first),
+          last(smaller(first + kTilesTogether, block.tile_count())),
+          keys{s + kKeyBlock, s} {
+      for (int64_t i = first; i < last; ++i) {
+        const Span span = spans[i - first] = block.within(i, s);
+        if (span.empty()) continue;
+        keys.begin = smaller(keys.begin, span.begin);
+        keys.end = greater(keys.end, span.end);
+      }
+    }
+    const Span& of(int64_t tile) const { return spans[tile - first]; }
+    // Where the scores of a tile's first row and of key `s` are.
+    int64_t place(int64_t tile, int64_t s) const {
+      return (tile - first) * kTileRows * kScoreStride + s % kKeyBlock;
     }
   };
 
@@ -163,16 +194,16 @@ class Prefill {
       keys.end = greater(keys.end, block.tiles[i].end);
     }
     for (int64_t s = keys.begin / kKeyBlock * kKeyBlock; s < keys.end; s += kKeyBlock) {
-      for (int64_t i = 0; i < block.tile_count(); ++i) {
-        const Span span = block.within(i, s);
-        if (span.empty()) continue;
-        score_keys(worker, block, i, span);
+      for (int64_t first = 0; first < block.tile_count(); first += kTilesTogether) {
+        const Together tiles(block, first, s);
+        if (tiles.keys.empty()) continue;
+        score_keys(worker, block, tiles);
         if (out_.stats != nullptr) {
-          weigh_keys<true>(worker, block, i, span);
+          weigh_keys<true>(worker, block, tiles);
         } else {
-          weigh_keys<false>(worker, block, i, span);
+          weigh_keys<false>(worker, block, tiles);
         }
-        add_values(worker, block, i, span);
+        add_values(worker, block, tiles);
       }
     }
     for (int64_t row = 0; row < block.rows; ++row)
@@ -180,51 +211,65 @@ class Prefill {
                 worker.weighted + row * output_stride());
   }
 
-  // scale * query @ key^T for one tile of queries, from the first key of the span on.
-  void score_keys(const Worker& worker, const Block& block, int64_t tile, Span span) const {
+  // scale * query @ key^T, a panel of keys after the other.
+  void score_keys(const Worker& worker, const Block& block, const Together& tiles) const {
     const int64_t steps = Packed<Element>::steps(a_.D);
     const float scale = a_.scale;
-    const LeftOperand<Element> queries{worker.queries + tile * kTileRows * query_stride(),
-                                       query_stride(), 1};
-    for (int64_t panel = span.begin / kPanel * kPanel; panel < span.end; panel += kPanel) {
+    const int64_t begin = tiles.keys.begin / kPanel * kPanel;
+    for (int64_t panel = begin; panel < tiles.keys.end; panel += kPanel) {
       const RightOperand<Element> keys{
           block.keys + Packed<Element>::column_panel(panel, a_.D), kPanel};
-      float* to = worker.scores + panel % kKeyBlock;
-      const int64_t width = smaller(kPanel, span.end - panel);
-      tile_of(block.tile_rows(tile), width / kLanes, queries, keys, steps,
-              [&](int row, int v, F32 product) {
-                store(to + row * kScoreStride + v * kLanes, product * scale);
-              });
+      for (int64_t i = tiles.first; i < tiles.last; ++i) {
+        const Span& span = tiles.of(i);
+        if (panel >= span.end || panel + kPanel <= span.begin) continue;
+        const LeftOperand<Element> queries{worker.queries + i * kTileRows * query_stride(),
+                                           query_stride(), 1};
+        float* to = worker.scores + tiles.place(i, panel);
+        const int64_t width = smaller(kPanel, span.end - panel);
+        tile_of(block.tile_rows(i), width / kLanes, queries, keys, steps,
+                [&](int row, int v, F32 product) {
+                  store(to + row * kScoreStride + v * kLanes, product * scale);
+                });
+      }
     }
   }
 
   template <bool kStats>
-  void weigh_keys(const Worker& worker, Block& block, int64_t tile, Span span) const {
-    for (int64_t i = 0; i < block.tile_rows(tile); ++i) {
-      const int64_t row = tile * kTileRows + i;
-      const Query q(a_, block.b, block.h, block.t + row);
-      float* scores = worker.scores + i * kScoreStride + span.begin % kKeyBlock;
-      shape_scores(a_, q, span.begin, span.end, scores);
-      block.factors[i] =
-          online_softmax<kStats, Element>(a_, q, span.begin, span.end, scores, block.sums[row]);
+  void weigh_keys(const Worker& worker, Block& block, const Together& tiles) const {
+    for (int64_t i = tiles.first; i < tiles.last; ++i) {
+      const Span& span = tiles.of(i);
+      if (span.empty()) continue;
+      for (int64_t j = 0; j < block.tile_rows(i); ++j) {
+        const int64_t row = i * kTileRows + j;
+        const Query q(a_, block.b, block.h, block.t + row);
+        float* scores = worker.scores + tiles.place(i, span.begin) + j * kScoreStride;
+        shape_scores(a_, q, span.begin, span.end, scores);
+        block.factors[row - tiles.first * kTileRows] =
+            online_softmax<kStats, Element>(a_, q, span.begin, span.end, scores, block.sums[row]);
+      }
     }
   }
 
   // weighted = factor * weighted + weights @ value.
-  void add_values(const Worker& worker, const Block& block, int64_t tile, Span span) const {
+  void add_values(const Worker& worker, const Block& block, const Together& tiles) const {
     constexpr int kDepth = Packed<Element>::kDepth;
-    const float* weights = worker.scores + span.begin % kKeyBlock;
-    const LeftOperand<Element> left{reinterpret_cast<const Element*>(weights), kScoreStride, 1};
     for (int64_t e = 0; e < a_.E; e += kPanel) {
       const int64_t width = Packed<Element>::panel_width(e, a_.E);
       const Element* panel = block.values + Packed<Element>::row_panel(e, a_.S);
-      const RightOperand<Element> values{panel + span.begin / kDepth * width, width};
-      float* to = worker.weighted + tile * kTileRows * output_stride() + e;
-      tile_of(block.tile_rows(tile), width / kLanes, left, values,
-              (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
-                float* at = to + row * output_stride() + v * kLanes;
-                store(at, load(at) * block.factors[row] + product);
-              });
+      for (int64_t i = tiles.first; i < tiles.last; ++i) {
+        const Span& span = tiles.of(i);
+        if (span.empty()) continue;
+        const float* weights = worker.scores + tiles.place(i, span.begin);
+        const LeftOperand<Element> left{reinterpret_cast<const Element*>(weights), kScoreStride, 1};
+        const RightOperand<Element> values{panel + span.begin / kDepth * width, width};
+        float* to = worker.weighted + i * kTileRows * output_stride() + e;
+        const float* factors = block.factors + (i - tiles.first) * kTileRows;
+        tile_of(block.tile_rows(i), width / kLanes, left, values,
+                (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
+                  float* at = to + row * output_stride() + v * kLanes;
+                  store(at, load(at) * factors[row] + product);
+                });
+      }
     }
   }
 
