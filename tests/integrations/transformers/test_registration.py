@@ -24,6 +24,22 @@ def bloom(**settings):
     return transformers.BloomModel._from_config(config)
 
 
+@pytest.mark.parametrize("make", ["by its class", "by AutoModel"])
+def test_a_saved_model_is_loaded_with_it_or_refused(make, tmp_path):
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 1}
+    llama = transformers.LlamaModel(transformers.LlamaConfig(num_attention_heads=6, **sizes))
+    for name, model in {"llama": llama, "bloom": bloom()}.items():
+        model.save_pretrained(tmp_path / name)
+    auto = transformers.AutoModel
+    of = {"llama": transformers.LlamaModel, "bloom": transformers.BloomModel}
+    load = {name: (auto if "Auto" in make else of[name]).from_pretrained for name in of}
+    asked = {"attn_implementation": "polyhead"}
+    (layer,) = report(load["llama"](tmp_path / "llama", **asked)).layers
+    assert layer.runs == "polyhead"
+    with pytest.raises(ModelError, match="BloomModel cannot run"):
+        load["bloom"](tmp_path / "bloom", **asked)
+
+
 def test_a_new_model_that_would_keep_its_own_attention_is_refused():
     with pytest.raises(ModelError, match=r"BloomModel cannot run .* own layers"):
         bloom(attn_implementation="polyhead")
