@@ -266,3 +266,24 @@ def test_heads_that_differ_are_found_while_writing(tmp_path):
     with pytest.raises(ConversionError, match=r"heads\[0\] and heads\[1\] must have equal W_key"):
         convert_file(path, tmp_path / "y.pt", source="stacked", target="split", num_kv_heads=2)
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", None, "mamba"])
+def test_the_config_says_the_layout(tmp_path, family):
+    tensors = {"a.query_key_value.weight": torch.randn(12, 4), "a.dense.weight": torch.randn(4, 4)}
+    folder = save(tensors, tmp_path / "model", "folder")
+    config = {"num_attention_heads": 2, "model_type": family}
+    (folder / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "moved.safetensors"
+    if family == "gpt_neox":
+        assert convert_file(folder, output, target="polyhead").source == "neox"
+        assert_same(
+            load(output), state_dict(tensors, source="neox", target="polyhead", num_heads=2)
+        )
+        return
+    message = (
+        rf"must be given \(--from\).*got model_type {family!r}; those of neox, bloom, falcon are"
+    )
+    with pytest.raises(ConversionError, match=message):
+        convert_file(folder, output, target="polyhead")
+    assert not output.exists()

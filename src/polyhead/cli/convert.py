@@ -16,7 +16,9 @@ __all__ = ["convert_command"]
 @click.command("convert")
 @click.argument("path", metavar="IN", type=click.Path(exists=True, path_type=Path))
 @click.argument("output", metavar="OUT", **NEW_FILE)
-@click.option("--from", "source", type=click.Choice(LAYOUTS), required=True, help="Its layout.")
+@click.option(
+    "--from", "source", type=click.Choice(LAYOUTS), help="Its layout, if no config.json says."
+)
 @click.option("--to", "target", type=click.Choice(LAYOUTS), required=True, help="OUT's layout.")
 @click.option("--heads", type=click.IntRange(min=1), help="Query heads, if no config.json says.")
 @click.option("--kv-heads", type=click.IntRange(min=1), help="Key/value heads.")
@@ -26,7 +28,7 @@ __all__ = ["convert_command"]
 def convert_command(
     path: Path,
     output: Path,
-    source: str,
+    source: str | None,
     target: str,
     heads: int | None,
     kv_heads: int | None,
@@ -53,6 +55,6 @@ def convert_command(
             progress=show,
         )
     click.echo(
-        f"{output}: {report.layers} attention layers moved from {source} to {target}, "
+        f"{output}: {report.layers} attention layers moved from {report.source} to {target}, "
         f"{report.unchanged} other tensors as they were, {report.bytes / 1e6:.1f} MB"
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from polyhead.convert import safetensors
 from polyhead.convert.layout import Sizes
-from polyhead.convert.state_dict import Move, add, plan
+from polyhead.convert.state_dict import Move, add, plan, source_of
 from polyhead.errors import ArgumentError, ModelError
 
 __all__ = ["FileReport", "convert_file"]
@@ -26,8 +26,10 @@ _PICKLED = {".pt", ".pth", ".bin"}
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was written: attention layers moved, tensors that passed as they were, bytes."""
+    """What was written: from which layout, attention layers moved, tensors that passed as they
+    were, bytes."""
 
+    source: str
     layers: int
     unchanged: int
     bytes: int
@@ -38,7 +40,7 @@ def convert_file(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    source: str,
+    source: str | None = None,
     target: str,
     num_heads: int | None = None,
     num_kv_heads: int | None = None,
@@ -57,7 +59,8 @@ def convert_file(
         path: a .safetensors file; a folder with model.safetensors or with shards and their index;
             or a .pt, .pth or .bin file of tensors by name (read without running code).
         output: a .safetensors file, or a .pt, .pth or .bin file.
-        source, target, num_heads, num_kv_heads, nope_head_dim, value_head_dim: as in `state_dict`.
+        source: as in `state_dict`; None: by the family that the config names.
+        target, num_heads, num_kv_heads, nope_head_dim, value_head_dim: as in `state_dict`.
         config: the model's; None: config.json in the folder or beside the file, if there is one.
         overwrite: whether an output that exists is replaced.
         progress: called with a line and the share done, before a tensor or layer is written.
@@ -72,7 +75,9 @@ def convert_file(
     _check_output(output, overwrite)
     sizes = Sizes(num_heads, num_kv_heads, nope_head_dim, value_head_dim)
     with _checkpoint(path) as (shapes, read, metadata):
-        moves = plan(shapes, source, target, sizes, _config_of(path) if config is None else config)
+        config = _config_of(path) if config is None else config
+        source = source_of(shapes, config) if source is None else source
+        moves = plan(shapes, source, target, sizes, config)
         # Rehearsed without numbers: nothing is written if a layer does not fit.
         outputs: dict[str, Tensor] = {}
         moving = {name for move in moves for name in move.inputs}
@@ -95,7 +100,7 @@ def convert_file(
                     progress(step, written / max(tensor_file.size, 1))
                     for name, tensor in piece.items():
                         written += tensor_file.write(name, tensor)
-    return FileReport(len(moves), len(unchanged), output.stat().st_size)
+    return FileReport(source, len(moves), len(unchanged), output.stat().st_size)
 
 
 def _pieces(

@@ -62,6 +62,9 @@ _THEIRS: dict[str, tuple[Layout, ...]] = {
 }
 LAYOUTS = (*_OURS, *_THEIRS)
 
+# What a config.json calls a family, where it is not the name of its layout.
+_MODEL_TYPES = {"gpt_neox": "neox", "deepseek_v3": "deepseek", "gemma3_text": "gemma3"}
+
 # Every module of ours has these, and by them it is found.
 _OUR_MARKS = {"W_query.weight", "W_key.weight", "W_value.weight"}
 # Every name of a module of ours: one that the target has no place for must not be left behind.
@@ -243,13 +246,29 @@ def _starts(name: str) -> list[int]:
     return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
 
 
+def source_of(names: Iterable[str], config: Mapping[str, Any] | None) -> str:
+    """The layout of a checkpoint, by the family that its config names."""
+    said = (config or {}).get("text_config") or config or {}
+    family = said.get("model_type")
+    source = _MODEL_TYPES.get(family, family) if isinstance(family, str) else None
+    if source in _THEIRS:
+        return source
+    raise ConversionError(
+        "source must be given (--from) where no config.json names a family that is known; got "
+        f"model_type {family!r}; {_what_is_there(list(names))}"
+    )
+
+
 def _none_found(names: list[str], source: str) -> str:
-    fitting = [name for name, layouts in _THEIRS.items() if _layers(names, layouts)]
-    if _layers(names, ()):
-        fitting.append("polyhead")
-    hint = f"those of {', '.join(fitting)} are there" if fitting else "none that is known is there"
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"source must be the layout of an attention layer of the checkpoint; got {source!r}, whose "
-        f"names are not among {shown or 'no names'}; {hint}"
+        f"names are not among {shown or 'no names'}; {_what_is_there(names)}"
     )
+
+
+def _what_is_there(names: list[str]) -> str:
+    fitting = [name for name, layouts in _THEIRS.items() if _layers(names, layouts)]
+    if _layers(names, ()):
+        fitting.append("polyhead")
+    return f"those of {', '.join(fitting)} are there" if fitting else "none that is known is there"
