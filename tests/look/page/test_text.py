@@ -114,6 +114,15 @@ def test_keys_kept_of_a_long_text(open_page, planted):
     assert {0, 1} <= tinted(page)
 
 
+def test_a_named_token_is_brought_in_sight(open_page, planted):
+    page = open_page(planted(repeats=40), "#layer=0&head=1&token=470").page
+    text = page.locator("#text").bounding_box()
+    assert token(page, 0).bounding_box()["y"] < text["y"]
+    page.locator("#reading").get_by_role("button").first.click()
+    box = token(page, 0).bounding_box()
+    assert text["y"] <= box["y"] <= text["y"] + text["height"]
+
+
 def test_stepping_through_the_text(opened):
     page = opened.page
     assert page.locator('.token[tabindex="0"]').count() == 1

@@ -35,6 +35,20 @@
     button.textContent = page.state.comparing ? "Stop comparing" : "Compare";
   };
 
+  // How much of what the head does the text can show.
+  const kept = () => {
+    const { keys } = window.polyhead.data;
+    const { head, other } = page.state;
+    const shares = [head, other].filter((place) => place !== null);
+    let says = "";
+    if (keys) {
+      const which = keys.least > 0 ? `looks of ${page.share(keys.least)} or more` : `the ${keys.given} strongest looks of each token`;
+      const held = shares.map((place) => `${page.share(keys.held[place])} of the weight of ${page.shortName(place)}`);
+      says = `Shown are ${which}: ${held.join(", ")}.`;
+    } else if (page.pooled()) says = "The text is too long for this file to say which token looks at which.";
+    page.byId("kept").textContent = says;
+  };
+
   // What the file holds of what was seen, and what it had no room for.
   const held = () => {
     const { maps, keys, tokens, left_out: leftOut } = window.polyhead.data;
@@ -107,6 +121,7 @@
   };
 
   page.on("select", about);
+  page.on("select", kept);
   page.on("theme", about);
   page.on("picked", () => {
     if (matchMedia("(max-width: 960px)").matches) page.byId("head").scrollIntoView();

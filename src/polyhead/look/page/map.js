@@ -132,7 +132,9 @@
       square.style.background = page.rampColour(page.brightness(part));
       return page.element("span", {}, square, page.share(part * top));
     };
-    const words = page.pooled() ? "mean weight in a cell" : "weight";
+    const { maps, tokens } = window.polyhead.data;
+    const side = Math.round(tokens.length / (maps.edges.length - 1));
+    const words = page.pooled() ? `mean weight in a cell of ${side} × ${side} tokens` : "weight";
     return page.element("p", { className: "note swatches" }, words, ...[0.001, 0.01, 0.1, 1].map(one));
   };
 

@@ -20,8 +20,11 @@ _MAPS = ((255, 0), (127, 0), (63, 0), (31, 0), (31, 1), (31, 2), (15, 3))
 # Levels of a weight, and the least weight that is kept.
 _KEYS = (
     *((levels, 0.0) for levels in (255, 63, 31)),
-    *((31, least) for least in (0.01, 0.02, 0.03, 0.05, 0.07, 0.1)),
-    *((15, least) for least in (0.1, 0.13, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)),
+    *((31, least) for least in (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1)),
+    *(
+        (15, least)
+        for least in (0.1, 0.11, 0.12, 0.13, 0.15, 0.17, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
+    ),
 )
 Detail = TypeVar("Detail")
 

@@ -88,13 +88,23 @@
 
   const SAID = 0.001; // less is not worth a word
 
+  // A token that is named, and may be out of sight: a click brings it there.
+  const jump = (at) => {
+    const button = page.element("button", { type: "button", title: "Show it in the text" });
+    button.append(page.element("q", { dir: "auto" }, page.quoted(at)));
+    button.addEventListener("click", () => reveal(at));
+    return button;
+  };
+
   const listed = (pairs) => {
     const most = pairs.filter(([, weight]) => weight >= SAID).slice(0, 4).flatMap(([at, weight], rank) => [
       rank ? ", " : " ",
-      page.element("q", { dir: "auto" }, page.quoted(at)),
+      jump(at),
       ` (${at}) ${page.share(weight)}`,
     ]);
-    return most.length ? most : [" no token in particular"];
+    if (most.length) return most;
+    const { keys } = window.polyhead.data;
+    return [keys?.least > 0 ? ` no token with ${page.share(keys.least)} or more` : " no token in particular"];
   };
 
   const phrase = (which, words, pairs) => {
