@@ -90,16 +90,16 @@ def _check_layers(
         if not own:
             continue
         kinds = ", ".join(sorted({type(layer.module).__name__ for layer in own}))
-        what = f"{len(own)} layers of {type(model).__name__} ({kinds}, {own[0].name} first)"
+        what = f"{type(model).__name__}: {kinds} ({own[0].name}, {len(own)} in all)"
         if not any(layer.asks for layer in part):
             raise ModelError(
-                f'{what} cannot run attn_implementation="{NAME}": they compute attention, and ask '
+                f'{what} cannot run attn_implementation="{NAME}": it computes attention, and asks '
                 'no attention function; keep "eager" for this part, and name the others: '
                 '{"vision_config": "polyhead"}'
             )
         warnings.warn(
-            f'{what} keep their own attention under attn_implementation="{NAME}", and the others '
-            "run polyhead; see polyhead.integrations.transformers.report(model)",
+            f'{what} keeps its own attention under attn_implementation="{NAME}", and the other '
+            "layers run polyhead; see polyhead.integrations.transformers.report(model)",
             stacklevel=3,
         )
 
