@@ -119,6 +119,10 @@ def test_another_text_is_read_and_drawn(live):
     live.read("the " * 21)
     assert live.status() == "TEXT must have at most 20 tokens; got 21; shorten it"
     live.check(OTHER)
+    live.page.click("#toggle")  # of the text that is shown, not of the one that was refused
+    live.wait()
+    head = live.page.evaluate("polyhead.selection()")
+    live.check(OTHER, {(head["layer"], head["head"])})
     live.complaints.remove(
         "Failed to load resource: the server responded with a status of 400 (Bad Request)"
     )
