@@ -18,8 +18,8 @@ def test_the_best_of_each_kind_with_the_place_that_shows_it(report):
         ("sink", 1, 0),
     ]
     places = [(head.example.query, head.example.key) for head in heads]
-    # " Tom" at " met", which came after an earlier " Tom", not "Sir" at what comes after a later
-    # one; " a" at " met", not " Tom" at "Sir", where heads rest; " Tom" at " a", not " a" at itself;
+    # " Tom" at " met", which came after an earlier " Tom", not "Sir" at what follows a later one;
+    # " a" at " met", not " Tom" at "Sir", where heads rest; " Tom" at " a", not " a" at itself;
     # " Tom" at "Sir" late in the text, not " met".
     assert places == [(5, 2), (3, 2), (5, 3), (5, 0)]
     assert [round(head.example.weight, 2) for head in heads] == [0.93, 0.8, 0.5, 0.95]
