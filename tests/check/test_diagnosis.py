@@ -12,7 +12,7 @@ from polyhead.check.law import MODULE_LAWS
 from polyhead.check.target import load
 
 BROKEN = Path(__file__).parent / "broken"
-FILES = ("masks", "softmax", "heads", "modes", "numbers", "caches")
+FILES = ("masks", "positions", "softmax", "heads", "modes", "numbers", "caches")
 
 
 def classes(file):
@@ -34,16 +34,21 @@ PATTERNS = {
     "cache_token_by_token_agrees",
     "causal_in_every_mode",
     "contexts_are_weighted_means",
+    "dropout_drops_weights",
     "dropout_is_unbiased",
     "evaluation_repeats",
     "heads_work_alone",
+    "half_precision_is_close_to_float64",
     "hidden_tokens_have_no_influence",
     "identical_tokens_agree",
+    "input_is_left_alone",
     "key_heads_are_shared_in_order",
     "mask_survives_large_scores",
     "no_future_leak",
     "output_is_the_definitions",
     "past_is_used",
+    "positions_tell_order",
+    "relative_positions_are_relative",
     "shown_tokens_keep_their_influence",
     "window_counts_its_tokens",
 }

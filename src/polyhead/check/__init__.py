@@ -7,6 +7,7 @@ polyhead check path/to/file.py:Name   the same from the command line
 # The order of the report. Importing them puts their laws into the table.
 # ruff: isort: off
 from polyhead.check import laws_causality  # noqa: F401
+from polyhead.check import laws_positions  # noqa: F401
 from polyhead.check import laws_definition  # noqa: F401
 from polyhead.check import laws_masks  # noqa: F401
 from polyhead.check import laws_cache  # noqa: F401
@@ -14,6 +15,7 @@ from polyhead.check import laws_heads  # noqa: F401
 from polyhead.check import laws_weights  # noqa: F401
 from polyhead.check import laws_batch  # noqa: F401
 from polyhead.check import laws_modes  # noqa: F401
+from polyhead.check import laws_dropout  # noqa: F401
 from polyhead.check import laws_numbers  # noqa: F401
 from polyhead.check import laws_gradients  # noqa: F401
 from polyhead.check import laws_state  # noqa: F401

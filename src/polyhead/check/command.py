@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +34,7 @@ def check_target(
     timeout: float | None = None,
     progress: Callable[[str, float], None] | None = None,
     float32: bool = False,
+    tokens_first: bool = False,
     **claims: Any,
 ) -> Report:
     """Load a target, make an instance of it and check it.
@@ -42,6 +45,7 @@ def check_target(
         timeout: seconds in all; what is known by then is reported.
         mask_true, only, seed, progress, claims: as in `check_module`.
         float32: whether laws run in float32.
+        tokens_first: whether a function takes (batch, tokens, heads, size).
     """
     common: dict[str, Any] = {
         "only": only or None,
@@ -49,10 +53,13 @@ def check_target(
         "timeout": timeout,
         "progress": progress,
     }
-    with _alarm(timeout):
+    # What the target prints is not the report.
+    with _alarm(timeout), contextlib.redirect_stdout(sys.stderr):
         module, guessed, make = build(load(target), parse_arguments(pairs))
         if not isinstance(module, nn.Module):
-            report = check_function(module, mask_true=mask_true or "show", **common)
+            _refuse(claims | {"float32": float32 or None})
+            layout = "tokens first" if tokens_first else "heads first"
+            report = check_function(module, mask_true=mask_true or "show", layout=layout, **common)
         else:
             dtype = torch.float32 if float32 else torch.float64
             report = check_module(
@@ -76,26 +83,38 @@ def list_laws() -> str:
     return "\n".join(lines)
 
 
+def _refuse(claims: dict[str, Any]) -> None:
+    """A function is held to the definition in whatever it has arguments for: nothing is claimed."""
+    for name, value in claims.items():
+        if value not in (None, False):
+            option = "--" + name.replace("_", "-")
+            raise ArgumentError(option, "is for modules", "a function", f"leave out {option}")
+
+
 @contextmanager
 def _alarm(seconds: float | None) -> Iterator[None]:
     """Interrupt the block after so many seconds, as Ctrl-C would: a law may not come back."""
     if seconds is None or not hasattr(signal, "setitimer"):
         yield
         return
+    rung = False
 
     def ring(number: int, frame: object) -> None:
+        nonlocal rung
+        rung = True
         raise KeyboardInterrupt(f"time was up after {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # And again, as the target may catch it, and as the cause is looked for by calling it.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
     try:
         yield
-    except KeyboardInterrupt:  # before the first law
+    except KeyboardInterrupt:  # before the first law, or while the cause was looked for
         raise ArgumentError(
             "TARGET",
-            "must load and answer a first call in time",
-            f"stopped within {seconds:g} s",
-            "give a larger --timeout",
+            "must load and answer a first call",
+            f"time was up after {seconds:g} s" if rung else "stopped by the user",
+            "give a larger --timeout" if rung else "run it again",
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

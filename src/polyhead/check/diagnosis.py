@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.check.law import Outcome, Verdict
+from polyhead.check.facts import band
+from polyhead.check.heads import contexts_of
+from polyhead.check.law import NotApplicable, Outcome, Verdict
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Spy, operation
 
@@ -24,11 +26,12 @@ def diagnose(subject: Subject, verdicts: Mapping[str, Verdict]) -> tuple[str, ..
         subject: what was checked.
         verdicts: of every law that was run, by name.
     """
-    # What a call raised speaks for itself.
+    broken = {n: v for n, v in verdicts.items() if v.outcome is Outcome.BROKEN}
+    # What a call raised speaks for itself, but for a number that overflows.
     broken = {
         name: verdict
-        for name, verdict in verdicts.items()
-        if verdict.outcome is Outcome.BROKEN and not verdict.evidence.get("raised")
+        for name, verdict in broken.items()
+        if "overflow" in verdict.evidence.get("raised", "overflow")
     }
     causes = (pattern(subject, broken) for pattern in _PATTERNS) if broken else ()
     # An exact explanation explains the rest.
@@ -65,7 +68,11 @@ def _who_sees_whom(subject: Subject, broken: Broken) -> str | None:
     if not sees[1, 1] and torch.equal(sees[2:], ones.tril()[2:]):
         return "off-by-one mask: no token sees itself"
     if sees.all() and not broken.keys() & {"identical_tokens_agree", "heads_work_alone"}:
-        return "no mask reaches the scores: every token sees every other"
+        influence = subject.influence.cpu()
+        past, future = influence[ones.tril(-1)].mean(), influence[ones.triu(1)].mean()
+        if future > 0.1 * past:
+            return "no mask reaches the scores: every token sees every other"
+        return "a little of every token reaches every other: a mean or a norm over the tokens?"
     return None
 
 
@@ -77,24 +84,52 @@ def _softmax(subject: Subject, broken: Broken) -> str | None:
         subject.call(subject.exact, subject.input(2))
     if wrong := [axis for axis in spy.axes if axis != -1]:
         return f"softmax over the wrong axis: over axis {wrong[0]} of the scores, not the last"
-    if not spy.axes or "dropout_in_eval" in broken:
-        return None
-    return "weights do not sum to 1: the mask is applied after the softmax?"
+    if _shrinks_with_what_is_hidden(subject):
+        return "the mask is applied after the softmax: weights do not sum to 1"
+    return None
+
+
+def _shrinks_with_what_is_hidden(subject: Subject) -> bool:
+    """Whether a token among T equal ones gets t / T of its value where it sees t of them."""
+    token = subject.input(1, 1)
+    try:
+        with torch.no_grad():
+            alone, repeated = (
+                contexts_of(subject, subject.exact, x)[0]
+                for x in (token, token.expand(-1, subject.T, -1))
+            )
+    except NotApplicable:
+        return False
+    seen = band(subject.T, subject.claims.causal, subject.claims.window).sum(dim=1)
+    expected = alone * (seen / subject.T).to(alone)[:, None, None]
+    return bool((repeated - expected).abs().max() <= 16 * subject.allowed(subject.input()))
 
 
 def _heads(subject: Subject, broken: Broken) -> str | None:
-    if "heads_work_alone" in broken:
+    if "heads_work_alone" in broken and "no_head_is_dead" not in broken:
         return "heads merged, or split, by a view without the transpose that belongs to it"
     if "key_heads_are_shared_in_order" in broken:
         return "key heads grouped in another order: tiled, not repeated"
     return None
 
 
+_DROPPED = {
+    "scores": "dropout on scores before the softmax",
+    "features": "dropout on values or contexts, feature by feature",
+    "renormalised": "weights are divided by their sum again after dropout",
+    "unscaled": "kept weights are not scaled by 1 / (1 - p)",
+}
+
+
 def _dropout(subject: Subject, broken: Broken) -> str | None:
     if "evaluation_repeats" in broken:
-        return "dropout in evaluation: it does not ask self.training"
+        if broken["evaluation_repeats"].evidence.get("drawn"):
+            return "dropout in evaluation: it does not ask self.training"
+        return "the output changes from call to call, and torch's random numbers are not why"
+    if "dropout_drops_weights" in broken:
+        return _DROPPED[broken["dropout_drops_weights"].evidence["dropped"]]
     if "dropout_is_unbiased" in broken:
-        return "dropout on scores before the softmax, or kept weights are not scaled by 1 / (1 - p)"
+        return "kept weights are not scaled by 1 / (1 - p), or dropout is not on weights"
     return None
 
 
@@ -116,6 +151,20 @@ def _polarity(subject: Subject, broken: Broken) -> str | None:
     return f"mask of the wrong polarity: {mask.name} should {mask.true_means} where True"
 
 
+def _input(subject: Subject, broken: Broken) -> str | None:
+    if "input_is_left_alone" in broken:
+        return "it changes its input in place"
+    return None
+
+
+def _positions(subject: Subject, broken: Broken) -> str | None:
+    if "relative_positions_are_relative" in broken:
+        return "queries and keys are turned by different rules: are positions applied to both?"
+    if "positions_tell_order" in broken:
+        return "positions have no effect: are they applied along the tokens' axis?"
+    return None
+
+
 def _cache(subject: Subject, broken: Broken) -> str | None:
     singly = broken.get("cache_token_by_token_agrees")
     if singly is None and "cache_in_chunks_agrees" in broken:
@@ -128,6 +177,9 @@ def _cache(subject: Subject, broken: Broken) -> str | None:
 
 
 def _fill(subject: Subject, broken: Broken) -> str | None:
+    raised = broken.get("half_precision_is_close_to_float64")
+    if raised is not None and "overflow" in raised.evidence.get("raised", ""):
+        return "masked scores are filled with a number that float16 does not have; use -inf"
     if "mask_survives_large_scores" in broken and "no_future_leak" not in broken:
         return "masked scores are filled with a number that other scores can reach; use -inf"
     return None
@@ -141,6 +193,8 @@ _PATTERNS: tuple[Callable[[Subject, Broken], str | None], ...] = (
     _window,
     _polarity,
     _cache,
+    _positions,
+    _input,
     _softmax,
     _heads,
     _fill,

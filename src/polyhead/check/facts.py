@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.adapters import FORMS, Calling, MaskArgument, mask_names
+from polyhead.check.calling import Calling
+from polyhead.check.law import first_line
 from polyhead.check.names import HEADS, LENGTH, WIDTH, WINDOW
-from polyhead.check.subject import Claims, Subject, difference
+from polyhead.check.signature import causal_argument, with_a_mask
+from polyhead.check.subject import Claims, Subject, copied
 from polyhead.errors import ArgumentError
 
-__all__ = ["band", "claim_causal", "claim_mask", "read_claims"]
+__all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
 
 _POSITIONS = re.compile(r"rope|rotary|alibi|freqs|inv_freq|pos_|position|relative|slopes", re.I)
 _FEATURES = {
@@ -33,13 +35,18 @@ _FEATURES = {
 _CAUSAL_SOURCE = re.compile(r"\b(tril|triu)\b|is_causal\s*=\s*True")
 
 
-def read_claims(module: nn.Module, calling: Calling, given: dict[str, Any]) -> Claims:
-    """Everything but whether it is causal, from names.
+def read_claims(
+    module: nn.Module, calling: Calling, given: dict[str, Any]
+) -> tuple[Claims, Calling]:
+    """Everything but whether it is causal, from names; and the calling, tried out.
 
     Args:
         module: what is checked.
         calling: how to call it.
         given: what the user said; None where nothing.
+
+    Raises:
+        ArgumentError: no call of it comes back.
     """
     how = {name: "you said so" for name, value in given.items() if value is not None}
 
@@ -68,8 +75,8 @@ def read_claims(module: nn.Module, calling: Calling, given: dict[str, Any]) -> C
         features=features,
         how=how,
     )
-    claims.d_in = given["d_in"] or fact("d_in", _input_size(module, calling, claims))
-    return claims
+    claims.d_in, claims.how["d_in"], calling = _find_call(module, calling, claims, given["d_in"])
+    return claims, calling
 
 
 def claim_causal(subject: Subject, causal: bool | None) -> None:
@@ -79,8 +86,17 @@ def claim_causal(subject: Subject, causal: bool | None) -> None:
     sees exactly what is not after it, or everything while nothing speaks of a causal mask.
     """
     claims, module = subject.claims, subject.module
+    argument = causal_argument(module)
     if causal is not None:
         claims.causal, claims.how["causal"] = causal, "you said so"
+        if causal and argument:
+            always = {**subject.calling.always, argument: True}
+            subject.calling = replace(subject.calling, always=always)
+            claims.how["causal"] += f"; the check passes {argument}=True"
+            subject.forget()
+        return
+    if argument:
+        claims.causal, claims.how["causal"] = False, f"{argument}=False"
         return
     attribute = next(
         (n for n in ("is_causal", "causal") if isinstance(getattr(module, n, None), bool)), None
@@ -101,33 +117,6 @@ def claim_causal(subject: Subject, causal: bool | None) -> None:
     else:
         claims.causal = True
         claims.how["causal"] = "tokens see some but not all others; pass causal=False if meant"
-
-
-def claim_mask(subject: Subject, true_means: str | None) -> MaskArgument | None:
-    """Find the mask argument and its form by trying. None: there is none, or none that runs.
-
-    What True means is taken from the user, then from the name where that has one meaning
-    (`attention_mask` shows, `key_padding_mask` hides), then from what the module does.
-    """
-    calling = subject.calling
-    if calling.mask is not None or calling.style in ("yours", "transformers"):
-        return calling.mask
-    if _polyhead(subject.module):
-        return _polyhead_mask()
-    names = mask_names(subject.module)
-    if subject.claims.causal and bool(subject.sees.all()):
-        # It leaves the causal mask to its caller, which one of keys cannot say.
-        names = [name for name in names if "pad" not in name]
-    for name in names:
-        by_name = _meaning_of(name, subject.module)
-        meanings = [m for m in (true_means, by_name) if m][:1] or ["show", "hide", "add"]
-        how = "you said so" if true_means else "by its name" if by_name else "found by trying"
-        forms = ("keys",) if "padding" in name else tuple(FORMS)
-        tried = [MaskArgument(name, form, m, how) for form in forms for m in meanings]
-        runs = [mask for mask in tried if _runs(subject, mask)]
-        if chosen := next((m for m in runs if _works(subject, m)), runs[0] if runs else None):
-            return chosen
-    return None
 
 
 def band(T: int, causal: bool, window: int | None) -> Tensor:
@@ -184,7 +173,7 @@ def _square_buffer(module: nn.Module) -> tuple[int, str] | None:
 def _scale(module: nn.Module) -> tuple[float, str] | None:
     """What polyhead's modules and transformers' layers say of their scale. An attribute of other
     code is not trusted: it may be the mistake."""
-    name = "scale" if _polyhead(module) else "scaling"
+    name = "scale" if is_polyheads(module) else "scaling"
     value = getattr(module, name, None)
     return (value, f"attribute {name}") if isinstance(value, float) else None
 
@@ -201,7 +190,7 @@ def _named(module: nn.Module, pattern: re.Pattern[str]) -> tuple[str, str] | Non
     for name in names:
         if pattern.search(name.rsplit(".", 1)[-1]) and not name.startswith("_"):
             return name, f"it has {name}"
-    if not _polyhead(module):
+    if not is_polyheads(module):
         for source in _sources(module):
             if match := pattern.search(source):
                 return match[0], f"its source says {match[0]}"
@@ -229,14 +218,52 @@ def _speaks_of_causality(module: nn.Module) -> str | None:
     return None
 
 
-def _polyhead(module: nn.Module) -> bool:
+def is_polyheads(module: nn.Module) -> bool:
     return type(module).__module__.startswith("polyhead.")
 
 
 # Trying
 
 
-def _input_size(module: nn.Module, calling: Calling, claims: Claims) -> tuple[int, str]:
+def _find_call(
+    module: nn.Module, calling: Calling, claims: Claims, d_in: int | None
+) -> tuple[int, str, Calling]:
+    """The size of the input, how it was found, and the way to call that works with it.
+
+    Sets `claims.tokens`, the number of tokens of that call.
+    """
+    sizes = {d_in: "you said so"} if d_in else _sizes(module)
+    module = copied(module).eval()
+    like = next(module.parameters(), torch.zeros(1))
+    errors: dict[str, None] = {}
+    for way in (calling, *with_a_mask(calling)):
+        for size, how in sizes.items():
+            for T in claims.lengths():
+                x = torch.randn(1, T, size, dtype=like.dtype).to(like.device)
+                try:
+                    with torch.no_grad():
+                        shape = tuple(way(module, x).output.shape)
+                    if len(shape) != 3 or shape[:2] != (1, T):
+                        raise TypeError(f"its output {shape} is not (1, {T}, features)")
+                except (Exception, SystemExit) as error:  # of unknown code
+                    errors[f"{T} tokens of {size}: {type(error).__name__}: {first_line(error)}"] = (
+                        None
+                    )
+                else:
+                    claims.tokens = T
+                    if claims.lengths()[0] != T:
+                        claims.how["tokens"] = next(iter(errors))
+                    return size, how, way
+    raise ArgumentError(
+        "d_in",
+        "must be given, as no size found in the module can be called",
+        "; ".join(list(errors)[:2]) or "a module without parameters",
+        "pass d_in=, or call=lambda module, x: ... if it is called in another way",
+    )
+
+
+def _sizes(module: nn.Module) -> dict[int, str]:
+    """What may be the features of the input, the likeliest first, and where it was read."""
     sizes: dict[int, str] = {}
     for place in _places(module):
         for name in WIDTH:
@@ -248,82 +275,4 @@ def _input_size(module: nn.Module, calling: Calling, claims: Claims) -> tuple[in
     for name, parameter in module.named_parameters():
         for size in reversed(parameter.shape if parameter.ndim > 1 else ()):
             sizes.setdefault(size, f"a size of {name}")
-    like = next(module.parameters(), torch.zeros(1))
-    errors = []
-    for size, how in sizes.items():
-        x = torch.randn(1, min(2, claims.max_tokens or 2), size, dtype=like.dtype)
-        try:
-            with torch.no_grad():
-                calling(module, x.to(like.device))
-        except Exception as error:  # of unknown code
-            errors.append(f"{size}: {type(error).__name__}: {str(error).splitlines()[0:1]}")
-        else:
-            return size, how
-    raise ArgumentError(
-        "d_in",
-        "must be given, as no size found in the module can be called",
-        "; ".join(errors[:3]) or "a module without parameters",
-        "pass d_in=, or call=lambda module, x: ... if it is called in another way",
-    )
-
-
-def _meaning_of(name: str, module: nn.Module) -> str | None:
-    if "padding" in name or "pad_mask" in name or isinstance(module, nn.MultiheadAttention):
-        return "hide"
-    return "show" if name == "attention_mask" else None
-
-
-def _runs(subject: Subject, mask: MaskArgument) -> bool:
-    try:
-        _masked(subject, mask, hide=None)
-    except Exception:  # of unknown code
-        return False
-    return True
-
-
-def _works(subject: Subject, mask: MaskArgument) -> bool:
-    """Whether showing all changes nothing, and the token that is hidden has no influence."""
-    x, other = subject.input(2), subject.input(2, salt=1)
-    shown = _masked(subject, mask, hide=None)
-    try:
-        plain = subject.run(x)
-    except Exception:  # the mask is needed
-        plain = shown
-    changed = x.clone()
-    changed[:, 1] = other[:, 1]
-    before = _masked(subject, mask, hide=1)
-    after = _masked(subject, mask, hide=1, x=changed)
-    others = [t for t in range(x.shape[1]) if t > 1]
-    rounding = subject.allowed(x)
-    hides = difference(before, after)[:, others].max() <= rounding
-    # Where the caller passes the causal mask, showing all that is causal changes something.
-    changes_nothing = difference(shown, plain).max() <= rounding
-    return bool(hides and (changes_nothing or subject.sees.all()))
-
-
-def _masked(
-    subject: Subject, mask: MaskArgument, hide: int | None, x: Tensor | None = None
-) -> Tensor:
-    x = subject.input(2) if x is None else x
-    T = x.shape[1]
-    allowed = band(T, subject.claims.causal, None).expand(2, 1, T, T).clone().to(x.device)
-    if mask.form == "keys" or not subject.claims.causal:
-        allowed[:] = True
-    if hide is not None:
-        allowed[..., hide] = False
-    with torch.no_grad():
-        calling = replace(subject.calling, mask=mask, supplies=None)
-        return calling(subject.exact, x, allowed=allowed).output
-
-
-def _polyhead_mask() -> MaskArgument:
-    return _PolyheadMask("mask", "full", "show", "polyhead's masks show")
-
-
-class _PolyheadMask(MaskArgument):
-    """polyhead's own modules take a mask of its algebra."""
-
-    def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Any:
-        from polyhead.mask import dense
-
-        return dense(allowed_b1ts)
+    return sizes

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polyhead.check.graph import made_by
 from polyhead.check.law import NotApplicable
 from polyhead.check.subject import Subject, difference
 
-__all__ = ["contexts_of", "need_heads", "out_projection", "shares_of_two"]
+__all__ = [
+    "RELATIVE",
+    "contexts_of",
+    "need_heads",
+    "need_no_absolute_positions",
+    "need_plain_values",
+    "out_projection",
+    "shares_of",
+]
+
+
+# Names of positions that act on scores alone.
+RELATIVE = re.compile(r"rope|rotary|alibi|freq|relative|slopes|position_embeddings", re.I)
 
 
 def need_heads(subject: Subject) -> int:
@@ -20,6 +34,24 @@ def need_heads(subject: Subject) -> int:
     if subject.claims.num_heads == 1:
         raise NotApplicable("it has one head")
     return subject.claims.num_heads
+
+
+def need_plain_values(subject: Subject) -> None:
+    """Contexts that are weights times values, and values that know nothing of their place."""
+    claims = subject.claims
+    if claims.features:
+        raise NotApplicable(f"it is more than plain attention ({', '.join(claims.features)})")
+    need_no_absolute_positions(subject)
+    out_projection(subject)
+    if subject.notes.get("gated"):
+        raise NotApplicable("its heads are gated")
+
+
+def need_no_absolute_positions(subject: Subject) -> None:
+    """Positions, if any, that act on scores and not on values."""
+    positions = subject.claims.positions
+    if positions is not None and not RELATIVE.search(positions):
+        raise NotApplicable(f"its positions may be part of the values ({positions})")
 
 
 def contexts_of(subject: Subject, module: nn.Module, x: Tensor) -> Tensor:
@@ -66,58 +98,80 @@ def _features_first(subject: Subject) -> bool:
 
     Found by what holds of every head: its context of two tokens is a mean of their values.
     """
-    if subject.claims.features or subject.claims.window == 1:
+    try:
+        need_plain_values(subject)
+    except NotApplicable:
         return False
-    plain, turned = (shares_of_two(subject, order)[0] for order in (False, True))
+    if subject.claims.window == 1:
+        return False
+    x = subject.input(1, 2)
+    plain, turned = (shares_of(subject, x, order)[0] for order in (False, True))
     allowed = 16 * subject.allowed(subject.input(1, 2))
     return bool(plain > allowed >= turned)
 
 
-def shares_of_two(subject: Subject, features_first: bool | None = None) -> tuple[Tensor, Tensor]:
-    """How well each head's context of two tokens is w times one's value and u times the other's.
+def shares_of(
+    subject: Subject,
+    x: Tensor,
+    features_first: bool | None = None,
+    *,
+    module: nn.Module | None = None,
+    draws: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """How well the last token's context, of each head, is a sum of the tokens' values: w times
+    one's, u times another's. A token's value is its context alone.
+
+    Args:
+        subject: what is checked.
+        x: (1, T, d_in) the tokens.
+        features_first: how its heads are merged, where that is not known yet.
+        module: the copy that sees all tokens; None: the one in evaluation.
+        draws: how many rows with the same tokens.
 
     Returns:
-        The largest misfit, and w + u of each head, (H,).
+        The largest misfit, and the shares of each head, (draws, H, T).
     """
-    x = subject.input(1, 2)
     if features_first is None:
-        features_first = bool(subject.notes.get("features first"))
+        contexts_of(subject, subject.exact, x)  # finds out
+        features_first = bool(subject.notes["features first"])
+    T, exact = x.shape[1], subject.exact
+    calls = [(exact, x[:, t : t + 1]) for t in range(T)]
+    calls.append((exact if module is None else module, x.expand(draws, -1, -1)))
     with torch.no_grad():
-        first, second, both = (
-            _contexts(subject, subject.exact, part, features_first)[0, -1]
-            for part in (x[:, :1], x[:, 1:], x)
+        *alone, together = (
+            _contexts(subject, called, part, features_first)[:, -1] for called, part in calls
         )
-    if first.shape[-1] < 3:
-        raise NotApplicable(f"its heads have {first.shape[-1]} features: too few to tell")
-    values = torch.stack([first, second], dim=-1)
-    if not (values.isfinite().all() and both.isfinite().all()):
-        raise NotApplicable("one token, or two, give numbers that are not finite")
-    shares = torch.linalg.lstsq(values, both[..., None]).solution
-    misfit = difference((values @ shares)[..., 0], both).max()
-    return misfit, shares.sum(dim=(1, 2))
+    if together.shape[-1] <= T:
+        raise NotApplicable(f"its heads have {together.shape[-1]} features: too few to tell")
+    values = torch.stack(alone, dim=-1).expand(draws, -1, -1, -1)
+    if not (values.isfinite().all() and together.isfinite().all()):
+        raise NotApplicable("some tokens give numbers that are not finite")
+    shares = torch.linalg.lstsq(values, together[..., None]).solution
+    misfit = difference((values @ shares)[..., 0], together).max()
+    return misfit, shares[..., 0]
 
 
 def out_projection(subject: Subject) -> str | None:
-    """The name of the layer whose output is the module's; None if there is no such layer.
+    """The name of the layer whose output is the module's; None if its output is the heads'.
 
     Raises:
-        NotApplicable: there is an output projection, and it is no layer.
+        NotApplicable: neither; the contexts of heads cannot be found.
     """
     if "out projection" not in subject.notes:
         subject.notes["out projection"] = _find_out_projection(subject)
     name: str | None = subject.notes["out projection"]
-    if name == "":
-        raise NotApplicable("its output projection is no layer that can be looked into")
+    if name is not None and name.startswith("!"):
+        raise NotApplicable(name[1:])
     return name
 
 
 def _find_out_projection(subject: Subject) -> str | None:
-    """As `out_projection`; "" where it is no layer."""
-    module, x = subject.exact, subject.input(2)
-    seen: list[tuple[str, Tensor]] = []
+    """As `out_projection`; the reason, begun with "!", where contexts cannot be found."""
+    module, x = subject.exact, subject.input(2).requires_grad_()
+    seen: list[tuple[str, Tensor, Tensor]] = []
 
     def remember(name: str) -> Any:
-        return lambda _, inputs, output: seen.append((name, output))
+        return lambda _, inputs, output: seen.append((name, inputs[0], output))
 
     layers = [(name, layer) for name, layer in module.named_modules() if _like_linear(layer)]
     hooks = [layer.register_forward_hook(remember(name)) for name, layer in layers]
@@ -127,11 +181,17 @@ def _find_out_projection(subject: Subject) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    for name, given in reversed(seen):
+    for name, merged, given in reversed(seen):
         same_size = given.numel() == output.numel()
         if same_size and not difference(given.flatten(), output.flatten()).any():
+            kind = made_by(merged)
+            subject.notes["gated"] = kind == "gated"
+            if kind is None:
+                return "!something stands between its heads and its output projection"
             return name
-    return "" if _ends_in_a_parameter(output) else None
+    if made_by(output) is None:
+        return "!its output is not that of a layer, or of heads: there is more around the attention"
+    return None
 
 
 def _like_linear(layer: nn.Module) -> bool:
@@ -143,30 +203,3 @@ def _like_linear(layer: nn.Module) -> bool:
         and not isinstance(layer, nn.Embedding)
         and not list(layer.children())
     )
-
-
-# What moves numbers about and computes nothing, by the names of its nodes in the graph.
-_MOVES = (
-    "view",
-    "transpose",
-    "permute",
-    "clone",
-    "expand",
-    "tbackward",
-    "alias",
-    "squeeze",
-    "copy",
-)
-
-
-def _ends_in_a_parameter(output: Tensor) -> bool:
-    """Whether the last arithmetic that made the output has a parameter as an operand."""
-
-    def before_moves(node: Any) -> Any:
-        while node is not None and any(move in node.name().lower() for move in _MOVES):
-            node = node.next_functions[0][0]
-        return node
-
-    last = before_moves(output.grad_fn)
-    operands = [] if last is None else [before_moves(node) for node, _ in last.next_functions]
-    return any(node is not None and "AccumulateGrad" in node.name() for node in operands)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from polyhead.check.facts import band
 from polyhead.check.layouts import Weights, interleaved
+from polyhead.check.subject import difference
 
 __all__ = ["Hypothesis", "explanation", "plain_attention"]
 
@@ -47,6 +48,7 @@ def plain_attention(
     merge: str = "transpose",
     grouping: str = "in order",
     turned: bool = False,
+    roles: str = "qkv",
     residual: bool = False,
 ) -> Tensor:
     """Attention of x (B, T, d_in) in plain torch, with every step open to a mistake."""
@@ -68,6 +70,8 @@ def plain_attention(
         key, value = (t.repeat(1, H // G, 1, 1) for t in (key, value))
     else:
         key, value = (t.repeat_interleave(H // G, dim=1) for t in (key, value))
+    by_role = {"q": query, "k": key, "v": value}
+    query, key, value = (by_role[role] for role in roles)
     scores = query @ key.mT * (D**-0.5 if scale is None else scale)
     scores = scores.mT if turned else scores
     if allowed is not None and mask_how == "before":
@@ -91,21 +95,58 @@ def plain_attention(
 
 
 def explanation(
-    matches: Callable[[Callable[[Tensor, Weights], Tensor]], bool],
+    actual: Tensor,
+    x: Tensor,
     weights: Weights,
-    T: int,
+    allowed: float,
+    *,
     causal: bool,
     window: int | None,
 ) -> Hypothesis | None:
     """The first hypothesis that gives the module's output, or None.
 
     Args:
-        matches: whether a computation gives the module's output.
+        actual: the module's output.
+        x: its input.
         weights: of the module.
-        T: how many tokens.
+        allowed: how far apart equal outputs may be.
         causal, window: what the module claims.
     """
-    return next((h for h in _hypotheses(weights, T, causal, window) if matches(h.compute)), None)
+
+    def matches(compute: Callable[[Tensor, Weights], Tensor]) -> bool:
+        try:
+            y = compute(x, weights)
+        except (RuntimeError, IndexError):  # these shapes cannot make this mistake
+            return False
+        return y.shape == actual.shape and bool(difference(y, actual).max() <= allowed)
+
+    with torch.no_grad():
+        for hypothesis in _hypotheses(weights, x.shape[1], causal, window):
+            if matches(hypothesis.compute):
+                return hypothesis
+        mask = band(x.shape[1], causal, window)
+        scale = _fitted_scale(actual, x, weights, mask)
+        fitted = lambda x, w: plain_attention(x, w, allowed=mask, scale=scale)  # noqa: E731
+        if matches(fitted):
+            expected = (weights.query.shape[0] // weights.num_heads) ** -0.5
+            return Hypothesis(f"wrong scale: {scale:.4g}; expected is {expected:.4g}", fitted)
+    return None
+
+
+def _fitted_scale(actual: Tensor, x: Tensor, weights: Weights, mask: Tensor) -> float:
+    """The scale that comes nearest to the output: on a grid, then by golden sections."""
+
+    def misfit(log_scale: float) -> float:
+        y = plain_attention(x, weights, allowed=mask, scale=math.exp(log_scale))
+        return (y - actual).square().sum().item() if y.shape == actual.shape else 0.0
+
+    step = 0.25
+    best = min((step * i for i in range(-28, 17)), key=misfit)
+    low, high = best - step, best + step
+    for _ in range(80):
+        left, right = high - (high - low) * 0.618034, low + (high - low) * 0.618034
+        low, high = (low, right) if misfit(left) < misfit(right) else (left, high)
+    return math.exp((low + high) / 2)
 
 
 def _hypotheses(weights: Weights, T: int, causal: bool, window: int | None) -> Iterator[Hypothesis]:
@@ -143,6 +184,13 @@ def _hypotheses(weights: Weights, T: int, causal: bool, window: int | None) -> I
     )
     yield varied("key heads grouped in another order: tiled, not repeated", grouping="tiled")
     yield varied("scores transposed: keys ask and queries answer", turned=True)
+    yield varied("keys and queries are swapped", roles="kqv")
+    yield varied("keys and values are swapped", roles="qvk")
+    yield varied("the queries serve as keys too", roles="qqv")
+    yield varied("the keys serve as values too", roles="qkk")
+    yield varied("the values serve as keys too", roles="qvv")
+    without = lambda x, w: plain_attention(x, replace(w, out=None), allowed=mask)  # noqa: E731
+    yield Hypothesis("the output projection is not applied", without)
     if mask is not None:
         yield from _mask_mistakes(varied, mask, T, causal, window)
 

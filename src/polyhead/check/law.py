@@ -20,6 +20,7 @@ __all__ = [
     "Outcome",
     "Verdict",
     "broken",
+    "first_line",
     "function_law",
     "holds",
     "module_law",
@@ -88,13 +89,13 @@ class Law:
         except NotApplicable as reason:
             return Verdict(Outcome.NOT_APPLICABLE, str(reason))
         except NotImplementedError as error:
-            return reported(f"refused: {_first_line(error)}")
-        except Exception as error:  # whatever code that nobody has seen may raise
-            first_line = _first_line(error)
-            return broken(f"the call raised {type(error).__name__}: {first_line}", raised=True)
+            return reported(f"refused: {first_line(error)}")
+        except (Exception, SystemExit) as error:  # whatever unknown code may raise
+            said = first_line(error)
+            return broken(f"the call raised {type(error).__name__}: {said}", raised=said)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 

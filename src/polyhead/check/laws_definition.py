@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from polyhead.call import AttentionCall, AuxRequest
 from polyhead.check.facts import band
+from polyhead.check.heads import out_projection
 from polyhead.check.hypotheses import explanation
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.layouts import Weights, recognise
-from polyhead.check.subject import Subject, by, difference
+from polyhead.check.subject import Claims, Subject, by, difference
 from polyhead.convert import from_transformers
 from polyhead.errors import ConversionError
 
@@ -40,16 +41,9 @@ def output_is_the_definitions(subject: Subject) -> Verdict:
     if weights is None:
         return broken(f"the output is {by(apart)} off the definition")
 
-    def matches(compute: Callable[[Tensor, Weights], Tensor]) -> bool:
-        try:
-            with torch.no_grad():
-                y = compute(x, weights)
-        except RuntimeError:  # these shapes cannot make this mistake
-            return False
-        return y.shape == actual.shape and bool(difference(y, actual).max() <= allowed)
-
-    claims = subject.claims
-    found = explanation(matches, weights, x.shape[1], claims.causal, claims.window)
+    found = explanation(
+        actual, x, weights, allowed, causal=subject.claims.causal, window=subject.claims.window
+    )
     if found is None:
         return broken(f"the output is {by(apart)} off the definition; no usual mistake explains it")
     if found.harmless:
@@ -98,14 +92,26 @@ def gradients_are_the_definitions(subject: Subject) -> Verdict:
 def _definition(subject: Subject) -> tuple[Callable[[Tensor], Tensor], Weights | None]:
     """What the output should be, as a function of the input, and the weights it uses."""
     if subject.calling.style == "transformers":
+        out_projection(subject)  # or there is more around the attention
         return _converted(subject), None
     claims = subject.claims
     if claims.positions is not None:
         raise NotApplicable(f"it has positions ({claims.how.get('positions', claims.positions)})")
+    if subject.weights is not None:
+        if claims.num_heads is None:
+            raise NotApplicable("the number of heads is not known; pass num_heads=")
+        weights = Weights(num_heads=claims.num_heads, **subject.weights(subject.exact))
+        return _from_weights(claims, weights), weights
     if claims.features:
         raise NotApplicable(f"it is more than plain attention ({', '.join(claims.features)})")
     weights = recognise(subject.exact, claims.num_heads)
-    return lambda x: defined_output(x, weights, claims.causal, claims.window, claims.scale), weights
+    if weights.query.shape[1] != claims.d_in:
+        raise NotApplicable("its layout is not known: its queries' layer is given parts of x")
+    return _from_weights(claims, weights), weights
+
+
+def _from_weights(claims: Claims, weights: Weights) -> Callable[[Tensor], Tensor]:
+    return lambda x: defined_output(x, weights, claims.causal, claims.window, claims.scale)
 
 
 def _converted(subject: Subject) -> nn.Module:

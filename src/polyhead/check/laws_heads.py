@@ -73,7 +73,7 @@ def no_two_heads_are_identical(subject: Subject) -> Verdict:
 
 @module_law
 def heads_work_alone(subject: Subject) -> Verdict:
-    """Each head has weights that no other head's context depends on.
+    """Each head has weights that not every head's context depends on.
 
     Why: heads are independent; only the output projection brings them together.
 
@@ -81,15 +81,14 @@ def heads_work_alone(subject: Subject) -> Verdict:
     numbers out to all tokens and heads, and still trains.
     """
     H = need_heads(subject)
-    alone: set[int] = set()
-    for heads_by_unit in _touched(subject):
-        for heads in heads_by_unit:
-            if len(heads) == 1:
-                alone |= heads
-    if missing := sorted(set(range(H)) - alone):
+    units = [heads for heads_by_unit in _touched(subject) for heads in heads_by_unit]
+    apart = {h for heads in units if 0 < len(heads) < H for h in heads}
+    if not apart and not _is_as_wide_as_its_heads(subject):
+        raise NotApplicable("its heads share one projection")
+    if missing := sorted(set(range(H)) - apart):
         return broken(
-            f"no weight belongs to head {missing[0]} of {H} alone: heads are mixed before the "
-            "output projection",
+            f"no weight belongs to head {missing[0]} of {H} and not to all: heads are mixed before "
+            "the output projection",
             mixed=len(missing),
         )
     return holds()
@@ -124,15 +123,29 @@ def key_heads_are_shared_in_order(subject: Subject) -> Verdict:
     return holds()
 
 
+def _is_as_wide_as_its_heads(subject: Subject) -> bool:
+    """Whether some weight before the output projection has a row for each feature of each head."""
+    contexts = contexts_of(subject, subject.exact, subject.input(1, 2))
+    features = contexts.shape[-2] * contexts.shape[-1]
+    return any(max(weight.shape) >= features for weight in _weights(subject))
+
+
+def _weights(subject: Subject) -> list[Tensor]:
+    """Parameters of two dimensions and more, but for the output projection's."""
+    out = out_projection(subject)
+    return [
+        parameter
+        for name, parameter in subject.exact.named_parameters()
+        if parameter.ndim > 1 and (out is None or not name.startswith(f"{out}."))
+    ]
+
+
 def _touched(subject: Subject) -> list[list[set[int]]]:
     """For each weight and each dimension of it: which heads' contexts depend on each slice."""
     H = subject.claims.num_heads or 1
-    module, out = subject.exact, out_projection(subject)
-    weights = [
-        parameter
-        for name, parameter in module.named_parameters()
-        if parameter.ndim > 1 and (out is None or not name.startswith(f"{out}."))
-    ]
+    module, weights = subject.exact, [w for w in _weights(subject) if w.requires_grad]
+    if not weights:
+        raise NotApplicable("it has no weights that learn")
     with torch.enable_grad():
         contexts = contexts_of(subject, module, subject.input(2))
         direction = subject.input(2, salt=3)[..., :1, None].expand_as(contexts)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.heads import need_no_absolute_positions
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []
-
-_RELATIVE = re.compile(r"rope|rotary|alibi|freqs|relative|slopes|position_embeddings", re.I)
 
 
 def need_mask(subject: Subject) -> None:
@@ -120,9 +117,7 @@ def padding_on_the_left_changes_nothing(subject: Subject) -> Verdict:
     that are not relative.
     """
     need_mask(subject)
-    positions = subject.claims.positions
-    if positions is not None and not _RELATIVE.search(positions):
-        raise NotApplicable(f"its positions may be absolute ({positions})")
+    need_no_absolute_positions(subject)
     return _padded(subject, left=True)
 
 
@@ -157,7 +152,8 @@ def empty_rows_are_finite(subject: Subject) -> Verdict:
     """A query that may attend to nothing gives a finite output and finite gradients.
 
     Why: left padding makes such rows. Their NaN is not read, and yet 0 * NaN in the backward pass
-    is NaN in every weight.
+    is NaN in every weight. (Of a mask of numbers it is reported and not judged: whoever passes
+    -inf for a whole row has asked for it.)
 
     Would have caught: nn.MultiheadAttention gives NaN in three of four of its configurations.
     """
@@ -170,7 +166,8 @@ def empty_rows_are_finite(subject: Subject) -> Verdict:
     with torch.enable_grad():
         y = subject.call(subject.exact, x, allowed=subject.showing(hidden)).output
         if not y.isfinite().all():
-            return broken("a row whose tokens are all hidden gave numbers that are not finite")
+            told = broken if mask is None or mask.true_means != "add" else reported
+            return told("a row whose tokens are all hidden gave numbers that are not finite")
         (gradient,) = torch.autograd.grad(y.sum(), x)
     if not gradient.isfinite().all():
         return broken("a row whose tokens are all hidden gave gradients that are not finite")

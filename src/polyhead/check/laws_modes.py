@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyhead.check.heads import contexts_of
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.inside import draws_random_numbers
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []
@@ -26,9 +26,11 @@ def evaluation_repeats(subject: Subject) -> Verdict:
     x = subject.input(2)
     apart = difference(subject.run(x), subject.run(x, salt=1))
     if apart.max() > subject.allowed(x):
+        drawn = draws_random_numbers(subject, subject.exact)
         return broken(
-            f"two calls in evaluation gave outputs {by(apart)} apart: dropout in evaluation?",
-            dropout_in_eval=True,
+            f"two calls in evaluation gave outputs {by(apart)} apart"
+            + (": dropout in evaluation?" if drawn else "; torch's generator is not the reason"),
+            drawn=drawn,
         )
     return holds()
 
@@ -62,86 +64,14 @@ def training_without_dropout_is_evaluation(subject: Subject) -> Verdict:
     x = subject.input(2)
     module = subject.copy().train()
     _stop_dropout(module)
-    with torch.no_grad():
-        trained, again = (subject.call(module, x, salt=salt).output for salt in (0, 1))
-    if difference(trained, again).max() > subject.allowed(x):
+    if draws_random_numbers(subject, module):
         raise NotApplicable("its dropout cannot be switched off from outside")
+    with torch.no_grad():
+        trained = subject.call(module, x).output
     apart = difference(trained, subject.run(x))
     if apart.max() > subject.allowed(x):
         return broken(f"in training without dropout the output is another, by {by(apart)}")
     return holds()
-
-
-@module_law
-def dropout_is_unbiased(subject: Subject) -> Verdict:
-    """In training, the output averaged over many dropout masks is that of evaluation.
-
-    Why: kept weights grow by 1 / (1 - p), so that nothing shifts when dropout is switched off.
-
-    Would have caught: dropout on scores before the softmax, weights divided by their sum again
-    after dropout, a missing 1 / (1 - p).
-    """
-    x = subject.input()
-    trained = subject.copy().train()
-    _need_dropout(subject, trained)
-    many = x.expand(512, -1, -1)
-    with torch.no_grad():
-        try:
-            expected = contexts_of(subject, subject.exact, x)
-            drawn = contexts_of(subject, trained, many)
-        except NotApplicable:
-            if any("norm" in type(part).__name__.lower() for part in trained.modules()):
-                raise
-            expected = subject.run(x)
-            drawn = subject.call(trained, many).output
-    # One number a draw: along the expected output, so that many small shifts add up.
-    direction = expected / expected.square().sum()
-    along = ((drawn - expected) * direction).flatten(1).sum(dim=1)
-    mean, error = along.mean().item(), along.std().item() / len(along) ** 0.5
-    if abs(mean) > max(6 * error, 1e-4):
-        return broken(
-            f"the mean over {len(along)} dropout masks is {1 + mean:.3f} times the output of "
-            f"evaluation, {abs(mean) / error:.0f} standard errors off"
-        )
-    return holds()
-
-
-@module_law
-def dropout_drops_weights(subject: Subject) -> Verdict:
-    """Dropout acts on attention weights: a head's whole contribution of a key is kept or dropped.
-
-    Why: it is what the paper and the lecture do. With one token a head has one weight, so its
-    context is zero, or the whole of it and larger.
-
-    Would have caught: dropout on values or on contexts, feature by feature.
-    """
-    x = subject.input(1, 1)
-    module = subject.copy().train()
-    _need_dropout(subject, module)
-    with torch.no_grad():
-        expected = contexts_of(subject, subject.exact, x)[0, 0]
-        contexts = contexts_of(subject, module, x.expand(64, -1, -1))[:, 0]
-    if not expected.isfinite().all():
-        raise NotApplicable("one token alone gives numbers that are not finite")
-    # By how much each head's context was multiplied: 0, or 1 / (1 - dropout).
-    factor = (contexts * expected).sum(dim=-1) / expected.square().sum(dim=-1)
-    rounding = subject.allowed(x)
-    if difference(contexts, expected.expand_as(contexts)).max() <= rounding:
-        return reported("dropout acts behind the heads, not on attention weights")
-    if difference(contexts, factor[..., None] * expected).max() > 4 * rounding:
-        return broken(
-            "of one head's context some features were dropped and others kept: dropout acts on "
-            "features, not on attention weights"
-        )
-    return holds()
-
-
-def _need_dropout(subject: Subject, trained: nn.Module) -> None:
-    x = subject.input(2)
-    with torch.no_grad():
-        drawn, again = (subject.call(trained, x, salt=salt).output for salt in (0, 1))
-    if torch.equal(drawn, again):
-        raise NotApplicable("training draws no random numbers: there is no dropout")
 
 
 @module_law

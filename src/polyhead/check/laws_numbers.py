@@ -8,10 +8,18 @@ import torch
 from torch import Tensor
 
 from polyhead.check.facts import band
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.law import (
+    NotApplicable,
+    Verdict,
+    broken,
+    first_line,
+    holds,
+    module_law,
+    reported,
+)
 from polyhead.check.laws_causality import need_causal, worst
 from polyhead.check.subject import Subject, by, difference
-from polyhead.check.tolerance import Spy
+from polyhead.check.tolerance import Narrowest, Spy
 
 __all__: list[str] = []
 
@@ -70,7 +78,7 @@ def layout_in_memory_does_not_matter(subject: Subject) -> Verdict:
         ("every other feature of a wider tensor", wide[..., ::2]),
     ):
         try:
-            y = subject.run(other, strided=True)
+            y = subject.run(other, as_it_is=True)
         except RuntimeError as error:
             return reported(f"an input of other strides is refused: {str(error).splitlines()[0]}")
         apart = difference(y, subject.run(x))
@@ -89,7 +97,7 @@ def input_is_left_alone(subject: Subject) -> Verdict:
     """
     x = subject.input(2)
     before = x.clone()
-    subject.run(x)
+    subject.run(x, as_it_is=True)
     return holds() if torch.equal(x, before) else broken("the call changed its input")
 
 
@@ -103,10 +111,33 @@ def dtype_is_kept(subject: Subject) -> Verdict:
     output up to float32; modules that cast to bfloat16 silently.
     """
     for dtype in (torch.float32, *_HALVES):
-        with torch.no_grad():
-            y = subject.call(subject.copy(dtype), subject.input().to(dtype)).output
+        try:
+            with torch.no_grad():
+                y = subject.call(subject.copy(dtype), subject.input().to(dtype)).output
+        except RuntimeError as error:
+            if dtype == torch.float32:
+                raise
+            return reported(f"{dtype} does not run: {first_line(error)}")
         if y.dtype != dtype:
             return broken(f"{dtype} in gave {y.dtype} out")
+    return holds()
+
+
+@module_law
+def nothing_is_computed_narrower(subject: Subject) -> Verdict:
+    """In float32, nothing inside is computed in half precision.
+
+    Why: bfloat16 has 8 bits. Who asked for it gave bfloat16; who gave float32 did not.
+
+    Would have caught: wrappers of kernels that cast their inputs to half precision, and the output
+    back, without a word.
+    """
+    x, spy = subject.input().float(), Narrowest()
+    module = subject.copy(torch.float32)
+    with torch.no_grad(), spy:
+        subject.call(module, x)
+    if torch.finfo(spy.dtype).eps > torch.finfo(torch.float32).eps:
+        return broken(f"a module in float32 computes in {spy.dtype} inside")
     return holds()
 
 

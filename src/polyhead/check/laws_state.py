@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
@@ -45,13 +47,16 @@ def earlier_calls_leave_no_trace(subject: Subject) -> Verdict:
     Would have caught: masks and rotary tables cached by the first length, or without a parameter
     that they depend on; caches that are not reset.
     """
-    x = subject.input(2)
+    # Longer than whatever was seen so far, as what is kept may be kept for all copies.
+    seen = subject.longest
+    roomy = subject.claims.max_tokens is None and subject.takes(seen + 2)
     fresh = subject.copy()
+    x = subject.input(2, seen + 2 if roomy else subject.T)
     with torch.no_grad():
         before = subject.call(fresh, x).output
-        longer = min(subject.claims.max_tokens or 2 * subject.T, 2 * subject.T)
-        for T in (2, longer):
-            subject.call(fresh, subject.input(1, T, salt=2))
+        for T in (2, seen + 5 if roomy else subject.claims.max_tokens or 2 * subject.T):
+            with contextlib.suppress(RuntimeError, IndexError, ValueError):  # too long for it
+                subject.call(fresh, subject.input(1, T, salt=2))
         apart = difference(subject.call(fresh, x).output, before)
     if apart.max() > subject.allowed(x):
         return broken(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polyhead.check.facts import band
-from polyhead.check.heads import contexts_of, shares_of_two
+from polyhead.check.heads import contexts_of, need_plain_values, shares_of
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.subject import Subject, by, difference
 
@@ -110,6 +110,8 @@ def weights_explain_the_output(subject: Subject) -> Verdict:
         contexts = contexts_of(subject, subject.exact, x).transpose(1, 2)
     if torch.linalg.cond(weights).max() > 1e6:
         raise NotApplicable("its weights cannot be inverted: many tokens are seen alike")
+    if subject.notes.get("gated"):
+        raise NotApplicable("its heads are gated")
     values = torch.linalg.solve(weights, contexts)[:, :, 1:]
     apart = difference(values[0], values[1])
     allowed = subject.allowed(x) * float(torch.linalg.cond(weights).max())
@@ -129,19 +131,17 @@ def contexts_are_weighted_means(subject: Subject) -> Verdict:
 
     Would have caught: softmax over queries or heads in an encoder, where no causal mask betrays it.
     """
-    claims = subject.claims
-    if claims.features:
-        raise NotApplicable(f"it is more than plain attention ({', '.join(claims.features)})")
-    if claims.window == 1:
+    need_plain_values(subject)
+    if subject.claims.window == 1:
         raise NotApplicable("its window is one token")
-    contexts_of(subject, subject.exact, subject.input(1, 2))  # or they cannot be found
-    misfit, totals = shares_of_two(subject)
+    misfit, shares = shares_of(subject, subject.input(1, 2))
     allowed = 16 * subject.allowed(subject.input(1, 2))
     if misfit > allowed:
         return broken(
             f"a head's context of two tokens is no mean of their values, by {by(misfit)}: is it "
             "cut out of the right axis?"
         )
+    totals = shares[0].sum(dim=-1)
     off = difference(totals, torch.ones_like(totals))
     if off.max() > 1e3 * allowed:
         wrong = totals[off.argmax()].item()

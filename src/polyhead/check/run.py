@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check import adapters
+from polyhead.check import signature
 from polyhead.check.diagnosis import diagnose
-from polyhead.check.facts import band, claim_causal, claim_mask, read_claims
+from polyhead.check.facts import band, claim_causal, read_claims
+from polyhead.check.inside import look_inside
 from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
+from polyhead.check.masks import claim_mask
 from polyhead.check.report import LawResult, Report
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Narrowest
@@ -38,6 +41,7 @@ def check_module(
     mask_true: str | None = None,
     call: Callable[[nn.Module, Tensor], Any] | None = None,
     make: Callable[[], nn.Module] | None = None,
+    weights: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     only: Sequence[str] | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
@@ -63,6 +67,9 @@ def check_module(
         mask_true: what True in its boolean mask means, "show" or "hide".
         call: `call(module, x)`, where it is called in another way.
         make: makes another instance with weights of its own, for the law on state dicts.
+        weights: `weights(module)` gives its parameters, or parts of them, by role ("query", "key",
+            "value", "out", each also with "_bias"; rows of a head together), where names do not
+            tell: then the output is held to the definition.
         only: names of laws; None: all.
         seed: of every random number; the same seed gives the same report.
         dtype: of most laws. float64 shows the last wrong digit; float32 runs the kernels that
@@ -102,12 +109,15 @@ def check_module(
             mask_true=mask_true,
             call=call,
             make=make,
+            weights=weights,
             seed=seed,
             dtype=dtype,
             compile=compile,
         )
         results, stopped = run_laws(laws, subject, timeout, progress)
-        causes = diagnose(subject, {r.law: r.verdict for r in results})
+        causes: tuple[str, ...] = ()
+        with contextlib.suppress(KeyboardInterrupt):  # the laws' verdicts are known
+            causes = diagnose(subject, {r.law: r.verdict for r in results})
     return Report(type(module).__name__, _facts(subject), results, causes, stopped)
 
 
@@ -144,8 +154,8 @@ def find_subject(
         )
     if mask_true not in (None, "show", "hide"):
         raise ArgumentError("mask_true", 'must be "show" or "hide"', repr(mask_true), "name one")
-    calling = adapters.from_function(call) if call else adapters.find_calling(module)
-    claims = read_claims(module, calling, given)
+    calling = signature.from_function(call) if call else signature.find_calling(module)
+    claims, calling = read_claims(module, calling, given)
     subject = Subject(module, calling, claims, **options)
     if not _runs_in_float64(subject):
         claims.how["dtype"] = "float32, as it does not run in float64"
@@ -158,8 +168,11 @@ def find_subject(
     if spy.dtype != subject.dtype:
         subject.precision = spy.dtype
         claims.how["precision"] = f"{spy.dtype}, in which it computes inside"
+    if claims.how.get("positions") != "you said so":
+        look_inside(subject)
     claim_causal(subject, causal)
-    subject.calling = replace(calling, mask=claim_mask(subject, mask_true))
+    subject.calling = replace(subject.calling, mask=claim_mask(subject, mask_true))
+    subject.forget()
     _supply_mask(subject, causal)
     return subject
 
@@ -174,11 +187,11 @@ def run_laws(
         start = time.monotonic()
         if stopped is None and timeout is not None and start - begun > timeout:
             stopped = f"time was up after {timeout:g} s"
-        if progress is not None and stopped is None:
-            progress(law.name, i / len(laws))
         verdict = Verdict(Outcome.NOT_RUN, stopped or "")
         if stopped is None:
             try:
+                if progress is not None:
+                    progress(law.name, i / len(laws))
                 verdict = law.judge(subject)
             except KeyboardInterrupt as reason:  # which an alarm gives, and Ctrl-C does not
                 stopped = str(reason) or "stopped by the user"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.adapters import Calling, Result
+from polyhead.check.calling import Calling, Result
 from polyhead.check.tolerance import allowed_difference, response
 
 _CASTS: dict[torch.dtype, Callable[[nn.Module], nn.Module]] = {
@@ -21,7 +21,7 @@ _CASTS: dict[torch.dtype, Callable[[nn.Module], nn.Module]] = {
     torch.float16: nn.Module.half,
 }
 
-__all__ = ["Claims", "Subject", "by", "difference", "seeded"]
+__all__ = ["Claims", "Subject", "by", "copied", "difference", "seeded"]
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Claims:
         max_tokens: the most tokens it accepts, or None.
         scale: factor on the scores; None: 1 / sqrt(head_dim).
         features: other things that some laws do not apply to ("sinks", ...).
+        tokens: how many most laws use.
     """
 
     d_in: int
@@ -47,7 +48,17 @@ class Claims:
     max_tokens: int | None = None
     scale: float | None = None
     features: frozenset[str] = frozenset()
+    tokens: int = 7
     how: dict[str, str] = field(default_factory=dict)
+
+    def lengths(self) -> list[int]:
+        """How many tokens to try, the best first: more than a window holds, and a prime; others
+        for what does not take any number."""
+        small_window = self.window is not None and self.window <= 12
+        best = max(7, self.window + 4) if self.window is not None and small_window else 7
+        wanted = (best, best + 1, best - 1, 16, self.max_tokens or best, 4, 2)
+        most = self.max_tokens or 16
+        return list(dict.fromkeys(min(n, most) for n in wanted))
 
 
 class seeded:  # noqa: N801  (a context manager, named as one)
@@ -77,11 +88,13 @@ class Subject:
         dtype: of most laws; float64 where the module can, so that a wrong digit shows.
         compile: whether to compile it too.
         make: makes another instance with other weights, or None.
+        weights: gives its weights by their role, where the layout is not one that is recognised.
 
     Attributes:
         runs_in_float64: whether it can.
         precision: the dtype whose rounding is allowed; not `dtype` where it computes in a
             narrower one inside, as many rotary positions do.
+        longest: the most tokens of any call so far.
     """
 
     def __init__(
@@ -94,6 +107,7 @@ class Subject:
         dtype: torch.dtype = torch.float64,
         compile: bool = False,
         make: Callable[[], nn.Module] | None = None,
+        weights: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.module = module
         self.calling = calling
@@ -102,17 +116,18 @@ class Subject:
         self.dtype = dtype
         self.compile = compile
         self.make = make
+        self.weights = weights
         self.runs_in_float64 = True
         self.precision = dtype
+        self.longest = 0
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     # Inputs and copies
 
     @property
     def T(self) -> int:
-        """How many tokens most laws use: more than a window holds, an odd number where it may."""
-        wanted = 7 if self.claims.window is None else max(7, self.claims.window + 4)
-        return wanted if self.claims.max_tokens is None else min(wanted, self.claims.max_tokens)
+        """How many tokens most laws use."""
+        return self.claims.tokens
 
     def input(self, B: int = 1, T: int | None = None, *, salt: int = 0) -> Tensor:
         """Random tokens (B, T, d_in) in `dtype`, the same for the same sizes and salt."""
@@ -125,8 +140,7 @@ class Subject:
         """A copy of the module in evaluation mode."""
         # Not .to(dtype), which makes complex buffers (of rotary positions) real.
         cast = _CASTS[self.dtype if dtype is None else dtype]
-        module: nn.Module = cast(copy.deepcopy(self.module))
-        return module.eval()
+        return cast(copied(self.module)).eval()
 
     @cached_property
     def exact(self) -> nn.Module:
@@ -137,8 +151,9 @@ class Subject:
 
     def call(self, module: nn.Module, x: Tensor, *, salt: int = 0, **options: Any) -> Result:
         """Call a copy, with torch's generator seeded so that dropout repeats."""
-        # What it does with other strides is for one law to see.
-        x = x if options.pop("strided", False) else x.contiguous()
+        # What it does with other strides, or to its input, is for one law each to see.
+        x = x if options.pop("as_it_is", False) else x.clone(memory_format=torch.contiguous_format)
+        self.longest = max(self.longest, x.shape[1])
         with seeded(self.seed + salt, self.device):
             return self.calling(module, x, **options)
 
@@ -146,6 +161,13 @@ class Subject:
         """The output of the copy in evaluation mode, without gradients."""
         with torch.no_grad():
             return self.call(self.exact, x, **options).output
+
+    def takes(self, T: int) -> bool:
+        """Whether it takes so many tokens."""
+        try:
+            return self.run(self.input(1, T)).shape[1] == T
+        except Exception:  # of unknown code
+            return False
 
     def allowed(self, x: Tensor, dtype: torch.dtype | None = None) -> float:
         """How far apart two equal computations of the output for x may be."""
@@ -214,6 +236,16 @@ class Subject:
         if self.claims.causal:
             shown = shown.tril()
         return (shown & ~hidden[:, None, None, :].cpu()).to(self.device)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy, also of a module that keeps tensors of earlier calls with their graph."""
+    kept = [value for part in module.modules() for value in vars(part).values()]
+    kept += [item for value in kept if isinstance(value, (list, tuple)) for item in value]
+    memo: dict[int, Any] = {
+        id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf
+    }
+    return copy.deepcopy(module, memo)
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def load(target: str) -> Any:
             module = importlib.import_module(place)
     except FileNotFoundError:
         raise ArgumentError("TARGET", "must name a file that exists", place, "check it") from None
-    except Exception as error:  # of unknown code
+    except (Exception, SystemExit) as error:  # of unknown code
         raise ArgumentError(
             "TARGET",
             "must be importable",
@@ -148,7 +148,7 @@ def build(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             module = make()
-    except Exception as error:  # of unknown code
+    except (Exception, SystemExit) as error:  # of unknown code
         values = ", ".join(f"{k}={v}" for k, v in arguments.items())
         raise ArgumentError(
             "TARGET",
@@ -250,7 +250,7 @@ def _from_notebook(path: Path) -> types.ModuleType:
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         try:
             exec(compile(source, name, "exec"), module.__dict__)
-        except Exception as error:  # data that is not here, plots, ...
+        except (Exception, SystemExit) as error:  # data that is not here, plots, ...
             print(
                 f"cell {number} of {path.name} raised {type(error).__name__}: {error}",
                 file=sys.stderr,

@@ -21,13 +21,23 @@ __all__ = ["check_command"]
 @click.option("--causal/--bidirectional", default=None, help="Whether it hides later tokens.")
 @click.option("--window", type=click.IntRange(min=1), help="Tokens a token sees, itself included.")
 @click.option("--positions", help='What gives it positions, such as "rope"; or "none".')
+@click.option("--num-heads", type=click.IntRange(min=1), help="How many heads it has.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens it accepts.")
+@click.option("--scale", type=float, help="Factor on the scores, if not 1 / sqrt(head_dim).")
 @click.option("--d-in", type=click.IntRange(min=1), help="Features of its input.")
 @click.option("--mask-true", type=click.Choice(["show", "hide"]), help="What True in a mask means.")
+@click.option("--tokens-first", is_flag=True, help="A function takes (batch, tokens, heads, size).")
 @click.option("--float32", is_flag=True, help="Run the laws in float32: on the kernels that serve.")
 @click.option("--compile", is_flag=True, help="Compile it too; takes tens of seconds.")
 @click.option("--only", multiple=True, metavar="LAW", help="One law; may be repeated.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random number.")
-@click.option("--timeout", type=float, default=120.0, show_default=True, help="Seconds in all.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=120.0,
+    show_default=True,
+    help="Seconds in all; what is known by then is printed.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--junit", "junit_path", **NEW_FILE, help="Write a JUnit file too.")
 @click.option("--list", "as_list", is_flag=True, help="Print the laws and what each requires.")

@@ -247,3 +247,15 @@ class CountsFromTheStart(Padded):
 
     def scores(self, q, k):
         return super().scores(q, k * torch.arange(1, k.shape[-2] + 1).to(k)[:, None])
+
+
+class LeaksBehindABlock(Plain):
+    """Blocks of 8: a query in the second block sees one key too many."""
+
+    law, cause = "no_future_leak_in_long_texts", ""
+
+    def hidden(self, T):
+        hidden = super().hidden(T)
+        if T > 12:
+            hidden[8, 9] = False
+        return hidden

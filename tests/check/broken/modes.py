@@ -1,5 +1,7 @@
 """Bugs of dropout, modes and batches."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from plain import Plain
@@ -13,7 +15,7 @@ class DropoutInEvaluation(Plain):
 
 
 class DropoutOnScores(Plain):
-    law, cause = "dropout_is_unbiased", "dropout on scores"
+    law, cause = "dropout_drops_weights", "divided by their sum again"
 
     def weights(self, scores):
         scores = scores.masked_fill(torch.rand_like(scores) < 0.5 * self.training, -30.0)
@@ -70,3 +72,27 @@ class OnlyOneRow(Plain):
 
     def scores(self, q, k):
         return super().scores(q, k) / len(q)
+
+
+class DropoutThenDivided(Plain):
+    law, cause = "dropout_drops_weights", "divided by their sum again"
+
+    def weights(self, scores):
+        weights = F.dropout(super().weights(scores), 0.3, self.training)
+        return weights / (weights.sum(dim=-1, keepdim=True) + 1e-9) if self.training else weights
+
+
+class DropoutByLayerOnScores(Plain):
+    law, cause = "dropout_drops_weights", "dropout on scores"
+
+    def scores(self, q, k):
+        return F.dropout(super().scores(q, k), 0.3, self.training)
+
+
+class NoiseFromElsewhere(Plain):
+    law, cause = "evaluation_repeats", "torch's random numbers are not why"
+    calls = 0
+
+    def forward(self, x):
+        NoiseFromElsewhere.calls += 1
+        return super().forward(x) * (1 + 1e-3 * math.sin(self.calls))

@@ -33,7 +33,7 @@ class SumsInHalf(Plain):
 
 
 class ScalesItsInput(Plain):
-    law, cause = "input_is_left_alone", ""
+    law, cause = "input_is_left_alone", "changes its input in place"
 
     def forward(self, x):
         if not x.requires_grad:
@@ -172,3 +172,44 @@ class WeightsUnnormalised(WeightsBeforeTheMask):
 
     def shown(self, weights):
         return weights * 2
+
+
+class CastsToHalf(Plain):
+    """As wrappers of kernels do that have half precision only."""
+
+    law, cause = "nothing_is_computed_narrower", ""
+
+    def attend(self, x):
+        weights, v = super().attend(x)
+        return weights, v.bfloat16().to(v.dtype)
+
+
+class FilledBeyondHalf(Plain):
+    law, cause = "half_precision_is_close_to_float64", "float16 does not have"
+
+    def weights(self, scores):
+        return scores.masked_fill(self.hidden(scores.shape[-1]), -1e9).softmax(dim=-1)
+
+
+class AlwaysNaN(Plain):
+    law, cause = "output_is_finite", ""
+
+    def forward(self, x):
+        return super().forward(x) * math.nan
+
+
+class EvenLengthsOnly(Plain):
+    law, cause = "odd_sizes_run", ""
+
+    def forward(self, x):
+        if x.shape[1] > 1 and x.shape[1] % 2:
+            raise ValueError("an even number of tokens, please")
+        return super().forward(x)
+
+
+class MeanOverTokensTaken(Plain):
+    law, cause = "no_future_leak", "a mean or a norm over the tokens"
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y - 1e-3 * y.mean(dim=1, keepdim=True)

@@ -75,3 +75,33 @@ class ScoresTurned(Plain):
 
     def scores(self, q, k):
         return super().scores(k, q)
+
+
+class ScaledByAnOddNumber(Plain):
+    law, cause = "output_is_the_definitions", "wrong scale: 0.137"
+
+    def scores(self, q, k):
+        return q @ k.mT / 7.3
+
+
+class KeysAndValuesSwapped(Plain):
+    law, cause = "output_is_the_definitions", "keys and values are swapped"
+
+    def attend(self, x):
+        q = self.split(self.W_query(x))
+        return self.weights(self.scores(q, self.split(self.W_value(x)))), self.split(self.W_key(x))
+
+
+class QueriesAreKeys(Plain):
+    law, cause = "gradient_reaches_every_parameter", "the queries serve as keys too"
+
+    def scores(self, q, k):
+        return super().scores(q, q)
+
+
+class OutputLayerForgotten(Plain):
+    law, cause = "output_is_the_definitions", "the output projection is not applied"
+
+    def forward(self, x):
+        weights, v = self.attend(x)
+        return self.merge(weights @ v)

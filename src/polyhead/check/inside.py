@@ -1,0 +1,97 @@
+"""What one call computes inside, seen operation by operation: it tells right modules apart that
+behave alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.check.subject import Subject, seeded
+from polyhead.check.tolerance import Spy, operation
+
+__all__ = ["draws_random_numbers", "look_inside"]
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
+_FUSED = ("scaled_dot_product", "flex_attention")
+
+
+def look_inside(subject: Subject) -> None:
+    """Add to the claims what names do not tell: positions that are added to the tokens, keys that
+    no token made, tokens that are mixed before the attention."""
+    claims = subject.claims
+    convolutions = [
+        name
+        for name, part in subject.exact.named_modules()
+        if isinstance(part, (nn.Conv1d, nn.Conv2d)) and max(part.kernel_size) > 1
+    ]
+    spy = _Inside(subject)
+    token = subject.input(1, 1).expand(-1, subject.T, -1)
+    with torch.enable_grad(), spy:
+        # With gradients, as torch hides the whole call in one fused operation without.
+        subject.call(subject.exact, token.clone().requires_grad_())
+    if convolutions:
+        claims.positions = f"convolution {convolutions[0]}"
+        claims.how["positions"] = "it mixes neighbours"
+    elif spy.alike is False:
+        claims.positions = "added to the tokens"
+        claims.how["positions"] = "identical tokens enter the first product apart"
+    if spy.extra_keys:
+        claims.features |= {"sinks"}
+        claims.how["features"] = f"{spy.extra_keys} keys that no token made"
+
+
+class _Inside(Spy):
+    """Sees whether identical tokens are still so at the first product, and counts keys."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.T = subject.T
+        tensors = [*subject.exact.parameters(), *subject.exact.buffers()]
+        self.own = {t.untyped_storage().data_ptr() for t in tensors}
+        self.alike: bool | None = None
+        self.extra_keys = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation(func)
+        if self.alike is None and (name in _PRODUCTS or name.startswith(_FUSED)):
+            given = [a for a in args if isinstance(a, Tensor) and not self._is_own(a)]
+            if given:
+                self.alike = any(self._alike(a) for a in given)
+        keys = 0
+        if name.endswith("softmax") and args[1] in (-1, args[0].ndim - 1):
+            keys = args[0].shape[-1]
+        elif name.startswith(_FUSED):
+            keys = args[1].shape[-2]
+        if keys > self.T and keys % self.T:
+            self.extra_keys = keys - self.T
+        return func(*args, **(kwargs or {}))
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self.own
+
+    def _alike(self, tensor: Tensor) -> bool:
+        """Whether it is the same along an axis that may be the tokens'."""
+        for axis, size in enumerate(tensor.shape):
+            # Rows or heads may stand before or behind the tokens on one axis.
+            for parts, along in (((self.T, -1), axis), ((-1, self.T), axis + 1)):
+                if size and size % self.T == 0:
+                    split = tensor.unflatten(axis, parts)
+                    if (split == split.narrow(along, 0, 1)).all():
+                        return True
+        return False
+
+
+def draws_random_numbers(subject: Subject, module: nn.Module) -> bool:
+    """Whether a call of this copy takes numbers from torch's generator."""
+    cuda = subject.device.type == "cuda"
+
+    def state() -> Tensor:
+        return torch.cuda.get_rng_state(subject.device) if cuda else torch.get_rng_state()
+
+    with torch.no_grad(), seeded(subject.seed, subject.device):
+        before = state()
+        subject.calling(module, subject.input(2))
+        return not torch.equal(before, state())

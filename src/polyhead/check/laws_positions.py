@@ -1,0 +1,128 @@
+"""Laws of order and positions."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from polyhead.check.heads import need_no_absolute_positions, need_plain_values, shares_of
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.subject import Subject, by, difference
+
+__all__: list[str] = []
+
+_ROTARY = re.compile(r"rope|rotary|inv_freq|freqs|alibi", re.I)
+
+
+@module_law
+def order_alone_changes_nothing(subject: Subject) -> Verdict:
+    """Without positions, attention reads a set: another order of the tokens seen, same output.
+
+    Why: whatever tells two orders apart is a position, and there should be none. Heads cut out of
+    the wrong axis are one by accident.
+
+    Would have caught: `view(B, heads, T, size)` instead of a view and a transpose, in an encoder,
+    where no mask is there to be broken.
+    """
+    claims = subject.claims
+    if claims.positions is not None:
+        raise NotApplicable(f"it has positions ({claims.how.get('positions', claims.positions)})")
+    if claims.window is not None:
+        raise NotApplicable("it has a window")
+    x = subject.input(2)
+    order = torch.arange(subject.T)
+    if claims.causal:
+        order[:-1] = order[:-1].roll(1)
+        before, after = subject.run(x)[:, -1:], subject.run(x[:, order])[:, -1:]
+    else:
+        order = order.roll(1)
+        before, after = subject.run(x)[:, order], subject.run(x[:, order])
+    apart = difference(before, after)
+    if apart.max() > subject.allowed(x):
+        return broken(
+            f"tokens in another order gave another output, by {by(apart)}, though nothing "
+            "gives it positions: is it cut into heads along the wrong axis?"
+        )
+    return holds()
+
+
+@module_law
+def identical_tokens_agree(subject: Subject) -> Verdict:
+    """A text of one token, repeated, gives at every place what the token gives alone.
+
+    Why: all values are the same, and weights sum to 1; so their weighted mean is that value,
+    whatever the scores, the scale, the mask or the rotary positions.
+
+    Would have caught: softmax over the wrong axis, masking after the softmax without dividing
+    again, weights that were never normalised.
+    """
+    if "sinks" in subject.claims.features:
+        raise NotApplicable("it has sinks, which take weight and give no value")
+    need_no_absolute_positions(subject)
+    token = subject.input(2, 1)
+    alone, repeated = subject.run(token), subject.run(token.expand(-1, subject.T, -1))
+    apart = difference(repeated, alone.expand_as(repeated))
+    if apart.max() > subject.allowed(subject.input(2)):
+        t = int(apart.amax(dim=(0, 2)).argmax())
+        return broken(
+            f"at place {t} of {subject.T} identical tokens the output is another, by "
+            f"{by(apart)}, than that of the token alone: weights do not sum to 1 over keys"
+        )
+    return holds()
+
+
+@module_law
+def relative_positions_are_relative(subject: Subject) -> Verdict:
+    """How much a token prefers its neighbour to itself does not depend on where the two stand.
+
+    Why: rotary positions, ALiBi and learned distances all depend on the distance alone; that is
+    why they work behind a cache, behind padding, and for longer texts.
+
+    Would have caught: rotary positions applied to queries and not to keys, or to them in two
+    different ways; distances counted from the start of the text.
+    """
+    claims = subject.claims
+    if claims.positions is None:
+        raise NotApplicable("it has no positions")
+    need_plain_values(subject)
+    if claims.window is not None and claims.window < 3:
+        raise NotApplicable(f"its window is {claims.window} tokens")
+    x = subject.input(1, 3)
+    preferences = []
+    for tokens in (x[:, 1:], x):
+        misfit, shares = shares_of(subject, tokens)
+        if misfit > 16 * subject.allowed(x):
+            raise NotApplicable("its contexts are no means of values")
+        preferences.append(shares[0, :, -2] / shares[0, :, -1])
+    apart = difference(*preferences)
+    if apart.max() > 1e4 * subject.allowed(x) * float(preferences[0].abs().max()):
+        return broken(
+            f"the last token weighs the one before it against itself by {preferences[0].max():.3g} "
+            f"in a text of two, and by {by(apart)} more or less with one token before: its "
+            "positions are not relative"
+        )
+    return holds()
+
+
+@module_law
+def positions_tell_order(subject: Subject) -> Verdict:
+    """With rotary positions or ALiBi, two orders of the same tokens are told apart.
+
+    Why: positions that have no effect are no error anywhere, and the model cannot read.
+
+    Would have caught: rotary positions turned along the heads' axis and not the tokens', tables
+    that are made and not applied.
+    """
+    found = subject.claims.how.get("positions", "")
+    positions = subject.claims.positions or ""
+    if not _ROTARY.search(positions) or subject.calling.style == "transformers":
+        raise NotApplicable("it has no positions that always act")
+    if subject.claims.window == 1:
+        raise NotApplicable("its window is one token")
+    x = subject.input(1, 3)
+    apart = difference(subject.run(x[:, [1, 0, 2]]), subject.run(x))[:, -1]
+    if apart.max() > subject.allowed(x):
+        return holds()
+    told = broken if found.startswith("it has") else reported
+    return told(f"the first two tokens swapped give the third the same output, with {positions}")

@@ -1,0 +1,173 @@
+"""How to call a module that has never heard of polyhead: found out from its signature.
+
+    x style       forward(x, ...)                       most code of courses and repositories
+    qkv style     forward(query, key, value, ...)       in any order, the later ones optional or not
+    transformers  forward(hidden_states, ...)           layers of Hugging Face models
+
+What comes back is the output, or a tuple, list, dict or dataclass whose first tensor is the output;
+weights are the last tensor that ends in (tokens, tokens).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.call import AuxRequest
+from polyhead.check.calling import FORMS, Calling, MaskArgument
+from polyhead.check.layers import calling_of_transformers
+from polyhead.errors import ArgumentError
+
+__all__ = ["causal_argument", "find_calling", "from_function", "mask_names", "with_a_mask"]
+
+_MASK_NAMES = (
+    "key_padding_mask",
+    "src_key_padding_mask",
+    "padding_mask",
+    "pad_mask",
+    "attn_mask",
+    "attention_mask",
+    "src_mask",
+    "mask",
+)
+_WEIGHT_NAMES = (
+    "need_weights",
+    "return_weights",
+    "return_attention",
+    "return_attn",
+    "return_attn_weights",
+    "return_attention_weights",
+    "return_attention_scores",
+    "output_attentions",
+)
+_FUNCTIONAL_CACHES = ("kv_cache", "cache", "past_kv", "layer_past", "past_key_value", "past")
+# Arguments that are often required and may be None.
+_MAY_BE_NONE = (*_MASK_NAMES, *_FUNCTIONAL_CACHES, "alibi", "head_mask", "position_ids")
+_ROLE = re.compile(r"_?(x_?|in_?)?(q|k|v|kv|query|key|value|queries|keys|values)(_?in|_?input)?")
+
+
+def from_function(call: Callable[[nn.Module, Tensor], Any]) -> Calling:
+    """The calling that a user gave: `call(module, x)`."""
+    return Calling("yours", lambda module, x, keywords: call(module, x))
+
+
+def find_calling(module: nn.Module) -> Calling:
+    """How to call this module, without its mask and its cache tried out.
+
+    Raises:
+        ArgumentError: its signature is none that is known.
+    """
+    parameters = _parameters(module)
+    if type(module).__module__.startswith("transformers."):
+        return calling_of_transformers(module, parameters)
+    inputs = _inputs(module, parameters)
+    common: dict[str, Any] = {"weights": _weight_keywords(parameters)}
+    common |= _cache(module, parameters)
+    always = dict.fromkeys(n for n in _needed(parameters) if n in _MAY_BE_NONE)
+    if len(inputs) > 1:
+        common["batch_first"] = bool(getattr(module, "batch_first", True))
+        if "need_weights" in parameters:
+            always["need_weights"] = False
+            common["weights"] = {"need_weights": True}
+            if "average_attn_weights" in parameters:
+                common["weights"] |= {"average_attn_weights": False}
+    style = ", ".join(map(str, inputs)) if len(inputs) > 1 else "x"
+    return Calling(style, _runner(inputs), always=always, **common)
+
+
+def mask_names(module: nn.Module) -> list[str]:
+    """Arguments of the module's forward that are masks by their name."""
+    parameters = _parameters(module)
+    return [name for name in _MASK_NAMES if name in parameters]
+
+
+def causal_argument(module: nn.Module) -> str | None:
+    """An argument of the module's forward that makes it causal, and is False unless given."""
+    parameters = _parameters(module)
+    names = [n for n in ("use_causal_mask", "causal") if n in parameters]
+    return next((n for n in names if parameters[n].default is False), None)
+
+
+def with_a_mask(calling: Calling) -> Iterator[Calling]:
+    """The same calls with a mask that shows all, in each form, where a mask must be given."""
+    for name in (n for n in _MASK_NAMES if n in calling.always):
+        always = {n: v for n, v in calling.always.items() if n != name}
+        for form in FORMS:
+            for meaning in ("show", "hide", "add"):
+                mask = MaskArgument(name, form, meaning, "it must be given")
+                shows_all = lambda T: torch.ones(T, T, dtype=torch.bool)  # noqa: E731
+                yield replace(calling, always=always, mask=mask, supplies=shows_all)
+
+
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(module.forward).parameters)
+
+
+def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [n for n, p in parameters.items() if p.default is p.empty and p.kind not in kinds]
+
+
+def _inputs(module: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> list[str | None]:
+    """The arguments that are x, by name; None for one that has no name (*args)."""
+    needed = [name for name in _needed(parameters) if name not in _MAY_BE_NONE]
+    roles = [name for name in parameters if _ROLE.fullmatch(name.lower())]
+    if not needed:
+        some = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        needed = [n for n in some if n not in _MAY_BE_NONE][:1]
+        if needed and needed[0] not in roles:
+            return [*needed]
+        if not needed and any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+            return [None]
+    if not needed:
+        raise _unknown(module, "takes no input")
+    if needed[0] in roles and set(needed) <= set(roles):
+        return [*roles]
+    # Such as (Q, K, V) and (q_states, k_states, v_states).
+    if [name.lstrip("_")[0].lower() for name in needed] == ["q", "k", "v"]:
+        return [*needed]
+    if len(needed) > 1:
+        raise _unknown(module, f"also needs {', '.join(needed[1:])}")
+    return [*needed]
+
+
+def _runner(inputs: list[str | None]) -> Callable[[nn.Module, Tensor, dict[str, Any]], Any]:
+    def run(module: nn.Module, x: Tensor, keywords: dict[str, Any]) -> Any:
+        if inputs == [None]:
+            return module(x, **keywords)
+        return module(**dict.fromkeys(inputs, x), **keywords)  # type: ignore[arg-type]
+
+    return run
+
+
+def _unknown(module: nn.Module, what: str) -> ArgumentError:
+    return ArgumentError(
+        "call",
+        "must be given for a module that cannot be called as module(x) or module(q, k, v)",
+        f"{type(module).__name__}.forward, which {what}",
+        "pass call=lambda module, x: ..., or name a class whose forward(x) does that",
+    )
+
+
+def _weight_keywords(parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any] | None:
+    if "return_aux" in parameters:
+        return {"return_aux": AuxRequest(weights=True)}
+    return next(({name: True} for name in _WEIGHT_NAMES if name in parameters), None)
+
+
+def _cache(module: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
+    if hasattr(module, "make_cache") and "cache" in parameters:
+        return {"cache": "polyhead", "cache_name": "cache"}
+    if "use_cache" in parameters and hasattr(module, "reset_cache"):
+        return {"cache": "stateful", "cache_name": "use_cache"}
+    for name in _FUNCTIONAL_CACHES:
+        if name in parameters:
+            options = {"use_cache": True} if "use_cache" in parameters else {}
+            return {"cache": "functional", "cache_name": name, "cache_options": options}
+    return {}
