@@ -65,13 +65,18 @@ def test_what_the_policy_forbids(open_page, planted):
 
 
 def test_right_to_left(open_page, planted):
-    opened = open_page(planted(["مرحبا ", "بالعالم ", "الكبير ", "مرحبا ", "بالعالم "] * 2))
+    """Each line in its own direction, and the arrow keys go where they point."""
+    opened = open_page(planted(["plain", " text", "\n", "مرحبا ", "بالعالم ", "الكبير "] * 3))
     page = opened.page
-    boxes = [page.locator(f'.token[data-token="{at}"]').bounding_box() for at in (0, 1)]
-    assert boxes[1]["x"] < boxes[0]["x"]
-    page.locator('.token[data-token="1"]').click()
-    page.keyboard.press("ArrowLeft")
-    assert opened.state()["token"] == 2
+    boxes = [page.locator(f'.token[data-token="{at}"]').bounding_box() for at in (0, 3, 4)]
+    text = page.locator("#text").bounding_box()
+    assert boxes[0]["x"] < text["x"] + 40
+    assert boxes[1]["x"] + boxes[1]["width"] > text["x"] + text["width"] - 60
+    assert boxes[2]["x"] < boxes[1]["x"]
+    for start, key, end in [(4, "ArrowLeft", 5), (4, "ArrowRight", 3), (1, "ArrowLeft", 0)]:
+        page.evaluate(f"polyhead.page.choose({{ token: {start} }}); polyhead.page.focusText()")
+        page.keyboard.press(key)
+        assert opened.state()["token"] == end, (start, key)
 
 
 def brightness(opened):

@@ -6,7 +6,7 @@
   const lead = () => {
     const { data } = window.polyhead;
     page.byId("lead").textContent =
-      `${data.model} read ${data.tokens.length} tokens with ${data.heads.length} attention heads. ` +
+      `${data.model} read ${data.tokens.length} tokens with ${data.heads.length} attention ${data.heads.length === 1 ? "head" : "heads"}. ` +
       "Each square is one head: a row is a token, a column a token it looks at, and the stronger " +
       "the colour, the more weight it puts there. Choose a head, and point at a word of the text.";
   };

@@ -34,7 +34,7 @@
     const { data } = window.polyhead;
     const own = page.numberOf(name, place);
     const higher = data.numbers[name].filter((value) => value !== null && value > own).length;
-    return own === null ? "" : `${higher + 1}. of ${data.heads.length} heads`;
+    return own === null ? "" : `rank ${higher + 1} of ${data.heads.length} heads`;
   };
 
   const build = () => {

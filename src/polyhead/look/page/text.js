@@ -205,6 +205,14 @@
     return best;
   };
 
+  // Whether the text goes on to the left here: each line has a direction of its own.
+  const leftwards = (token) => {
+    const [here, next] = [token, token + 1].map((at) => spans[at]?.getClientRects()[0]);
+    const [back] = spans[token - 1]?.getClientRects() ?? [];
+    if (next && Math.abs(next.top - here.top) < here.height / 2) return next.left < here.left;
+    return Boolean(back) && Math.abs(back.top - here.top) < here.height / 2 && here.left < back.left;
+  };
+
   const go = (token) => {
     page.choose({ token: Math.min(spans.length - 1, Math.max(0, token)) });
     hovered = null;
@@ -229,7 +237,7 @@
   text.addEventListener("keydown", (event) => {
     const token = at(event);
     if (token === null || event.altKey || event.ctrlKey || event.metaKey) return;
-    const forward = getComputedStyle(spans[token].parentElement).direction === "rtl" ? -1 : 1;
+    const forward = leftwards(token) ? -1 : 1;
     const steps = {
       ArrowLeft: () => go(token - forward), ArrowRight: () => go(token + forward),
       ArrowUp: () => go(vertical(token, -1)), ArrowDown: () => go(vertical(token, 1)),
