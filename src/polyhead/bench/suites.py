@@ -102,7 +102,7 @@ SUITES: Mapping[str, Suite] = {
     "train": Suite(("T",)),
     "module": Suite(("M",)),
     "scale": Suite(("L",), rounds=5, seconds=2.0),
-    "hf": Suite(("E",)),
+    "hf": Suite(("E",), rounds=5, seconds=2.0),  # a prompt of 4096 tokens takes its time
 }
 
 
