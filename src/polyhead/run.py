@@ -18,7 +18,7 @@ from polyhead.errors import ArgumentError, ModelError
 from polyhead.functional import explain
 from polyhead.integrations import transformers
 from polyhead.integrations.models import LoadedModel, load_model
-from polyhead.integrations.texts import NextToken, check_not_empty, most_likely, read_ids
+from polyhead.integrations.texts import NextToken, check_text, most_likely, read_ids
 from polyhead.look import stats
 from polyhead.modules import MultiHeadAttention, MultiHeadAttentionWrapper
 
@@ -91,7 +91,7 @@ def run(
         ArgumentError: the text is empty or too long, or there is no such layer.
         ModelError, DependencyError, ConversionError: the model cannot be read or converted.
     """
-    check_not_empty(text)
+    check_text(text)
     progress("loading the model")
     loaded = load_model(model)
     layers = _attention_layers(loaded)

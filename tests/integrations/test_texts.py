@@ -62,6 +62,8 @@ def test_limits_are_named(tiny_model):
         read_ids("the " * 65, tiny_model, most=100)
     with pytest.raises(ArgumentError, match="TEXT must not be empty"):
         read_ids(" \n", tiny_model)
+    with pytest.raises(ArgumentError, match=r"TEXT must be whole characters .*got '\\udcff' at 4"):
+        read_ids("the \udcff", tiny_model)
 
 
 def test_the_most_likely_come_first(tiny_model):

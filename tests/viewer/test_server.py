@@ -73,6 +73,7 @@ def test_a_text_is_read_with_heads_off(client, session):
         (b"[]", "text must be a string; got NoneType"),
         ({"text": 3}, "text must be a string; got int"),
         ({"text": " "}, "TEXT must not be empty"),
+        ({"text": "the \ud83d cat"}, "TEXT must be whole characters"),
         ({"text": "cat"}, "at least 2 tokens"),
         ({"text": "the " * 21}, "at most 20 tokens; got 21"),
         ({"text": TEXT, "off": [[0]]}, "off must be a list of [layer, head]; got [[0]]"),

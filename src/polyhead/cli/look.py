@@ -13,7 +13,7 @@ from rich.console import Console
 from polyhead.cli.options import progress_bar, read_text
 from polyhead.errors import DependencyError
 from polyhead.integrations.models import load_model
-from polyhead.integrations.texts import check_not_empty
+from polyhead.integrations.texts import check_text
 from polyhead.look import HeadReport
 from polyhead.look.page import render
 from polyhead.look.page.legend import NUMBERS
@@ -96,7 +96,7 @@ def look_command(
     path = out if out or terminal or as_json else _PAGE
     if open_page and path is None:
         raise click.UsageError("--open needs a page: give --out")
-    check_not_empty(words)
+    check_text(words)
     with ExitStack() as stack:
         page = stack.enter_context(page_file(path, replace=force)) if path else None
         with progress_bar() as show:
@@ -144,7 +144,7 @@ def _serve(
         raise DependencyError(
             f'{package} is needed to serve: pip install "polyhead[serve]"'
         ) from error
-    check_not_empty(text)
+    check_text(text)
     with server.listen(host, port) as listening:  # a port that is taken is told before the rest
         with progress_bar() as show:
             show("loading the model", 0.0)

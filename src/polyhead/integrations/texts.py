@@ -11,7 +11,7 @@ from torch import Tensor
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.integrations.models import LoadedModel
 
-__all__ = ["PART", "NextToken", "check_not_empty", "most_likely", "read_ids", "token_texts"]
+__all__ = ["PART", "NextToken", "check_text", "most_likely", "read_ids", "token_texts"]
 
 # Shown for the later tokens of a character that several tokens spell.
 PART = "⋯"
@@ -32,7 +32,7 @@ def read_ids(text: str, loaded: LoadedModel, most: int | None = None) -> Tensor:
     Raises:
         ArgumentError, ShapeError: the text is empty or too long.
     """
-    check_not_empty(text)
+    check_text(text)
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     ids = torch.tensor([loaded.tokenizer(text, verbose=False)["input_ids"]])
     limits = [limit for limit in (most, context) if limit is not None]
@@ -43,10 +43,16 @@ def read_ids(text: str, loaded: LoadedModel, most: int | None = None) -> Tensor:
     return ids
 
 
-def check_not_empty(text: str) -> None:
-    """Raise ArgumentError for a text of no words: before a model is loaded for it."""
+def check_text(text: str) -> None:
+    """Raise ArgumentError for what is no text: before a model is loaded for it."""
     if not text.strip():
         raise ArgumentError("TEXT", "must not be empty", repr(text), "give some words to read")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of an argument, or half a character of JSON
+        rule = "must be whole characters of Unicode"
+        got = f"{text[error.start]!r} at {error.start}"
+        raise ArgumentError("TEXT", rule, got, "give it as UTF-8") from error
 
 
 def token_texts(text: str, loaded: LoadedModel) -> tuple[str, ...]:
