@@ -12,14 +12,22 @@ import polyhead as ph
 from polyhead.check import check_module
 from polyhead.check.target import build, load
 
-STYLES = load(f"{Path(__file__).parents[1] / 'check/right/styles'}.py:__dict__")
+RIGHT = Path(__file__).parents[1] / "check/right"
+
+
+def styles(file):
+    """The modules defined in one of the files of right attentions, by name."""
+    found = load(f"{RIGHT / file}.py:__dict__")
+    kinds = {n: k for n, k in found.items() if inspect.isclass(k) and n[0] != "_"}
+    own = {n: k for n, k in kinds.items() if k.__module__ == found["__name__"]}
+    return {n: k for n, k in own.items() if issubclass(k, nn.Module)}
 
 
 def ours(**options):
     return ph.MultiHeadAttention(20, 20, context_length=24, dropout=0.1, num_heads=4, **options)
 
 
-def layer(name, **options):
+def layer(name, kind=None, **options):
     """The attention of a tiny random model of transformers."""
     transformers = pytest.importorskip("transformers")
     sizes = {
@@ -32,8 +40,12 @@ def layer(name, **options):
     config = getattr(transformers, f"{name}Config")(**sizes | options)
     config._attn_implementation = "sdpa"
     source = inspect.getmodule(getattr(transformers, f"{name}Model"))
-    kind = source.BertSelfAttention if name == "Bert" else getattr(source, f"{name}Attention")
-    return kind(config, layer_idx=0)
+    kind = getattr(source, kind or KINDS.get(name, f"{name}Attention"))
+    indexed = "layer_idx" in inspect.signature(kind).parameters
+    return kind(config, **({"layer_idx": 0} if indexed else {}))
+
+
+KINDS = {"Bert": "BertSelfAttention"}
 
 
 MLA = {
@@ -43,13 +55,13 @@ MLA = {
     "value_head_dim": 5,
     "rope": ph.Rope(interleaved=True),
 }
+GEMMA3 = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 
 CASES = {
     **{
         name: (lambda kind=kind: build(kind, {})[0], getattr(kind, "flags", {}))
-        for name, kind in STYLES.items()
-        if inspect.isclass(kind) and kind.__module__ == STYLES["__name__"]
+        for name, kind in (styles("styles") | styles("others")).items()
     },
     "nn.MultiheadAttention": (partial(nn.MultiheadAttention, 20, 4, batch_first=True), {}),
     "nn.MultiheadAttention, causal": (
@@ -81,6 +93,12 @@ CASES = {
     "Qwen3": (partial(layer, "Qwen3", **GROUPED), {}),
     "GPT2": (partial(layer, "GPT2"), {}),
     "Bert": (partial(layer, "Bert"), {"causal": False}),
+    "Bert, with its norm": (partial(layer, "Bert", kind="BertAttention"), {"causal": False}),
+    "Olmo2, norms over all heads": (partial(layer, "Olmo2", num_key_value_heads=2), {}),
+    "Phi3": (partial(layer, "Phi3", num_key_value_heads=2, pad_token_id=0), {}),
+    "GPT-NeoX": (partial(layer, "GPTNeoX"), {}),
+    "Gemma3, window": (partial(layer, "Gemma3Text", kind="Gemma3Attention", **GEMMA3), {}),
+    "ViT": (partial(layer, "ViT"), {}),
 }
 
 
@@ -93,8 +111,8 @@ def checked(name, seed):
 QUICK = [name for name in CASES if name != "Flex"]  # it compiles for seconds
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("name", QUICK)
+# One seed each, in turn, as there are many; all of 20 in the slow test.
+@pytest.mark.parametrize(("name", "seed"), [(name, i % 2) for i, name in enumerate(QUICK)])
 def test_right_attention_passes(name, seed):
     report = checked(name, seed)
     assert report.ok, report

@@ -66,9 +66,62 @@ def test_time_that_is_up_is_said_and_exits_with_2(tmp_path):
     assert "not run  batch_rows_are_independent, batch_rows_permute: time was up" in result.stdout
 
 
+HOSTILE = """
+import sys
+import torch
+from torch import nn
+
+class Prints(nn.Linear):
+    def forward(self, x):
+        print("hello")
+        return super().forward(x)
+
+class Exits(nn.Linear):
+    def forward(self, x):
+        sys.exit(0)
+
+class GivesANumber(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).sum()
+"""
+SIZES = ("--arg", "in_features=8", "--arg", "out_features=8")
+
+
+def test_what_a_target_prints_is_not_the_report(tmp_path):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    only = ("--only", "output_is_finite")
+    result = run(f"{tmp_path / 'hostile.py'}:Prints", *SIZES, "--json", *only)
+    assert json.loads(result.stdout)["ok"]
+    assert "hello" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("Exits", "7 tokens of 8: SystemExit"), ("GivesANumber", "is not (1, 7, features)")],
+)
+def test_a_call_that_gives_nothing_is_no_success(tmp_path, name, message):
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    result = run(f"{tmp_path / 'hostile.py'}:{name}", *SIZES)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("import sys; sys.exit(0)", "SystemExit"), ("class X(", "SyntaxError"), ("1 / 0", "Zero")],
+)
+def test_a_file_that_does_not_load_is_no_success(tmp_path, source, message):
+    (tmp_path / "bad.py").write_text(source)
+    result = run(f"{tmp_path / 'bad.py'}:X")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (("torch.nn.functional:scaled_dot_product_attention", "--causal"), "--causal is for mod"),
+        ((f"{MASKS}:Window", "--timeout", "0"), "Invalid value for '--timeout'"),
         ((), "give a TARGET"),
         (("nowhere.py:X",), "must name a file that exists"),
         ((f"{MASKS}:Window", "--arg", "window"), "--arg must be NAME=VALUE"),

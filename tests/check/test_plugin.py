@@ -4,35 +4,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+OPTIONS = ("-p", "pytest_polyhead", "-p", "no:cacheprovider", "-q", "-rf", "--rootdir")
 
 
-def test_one_test_a_law_beside_the_others(tmp_path):
+def run(folder, *targets):
+    targets = [word for target in targets for word in ("--attention", target)]
+    return pytest.main([*OPTIONS, str(folder), str(folder), *targets])
+
+
+def test_one_test_a_law_beside_the_others(tmp_path, capsys):
     (tmp_path / "test_own.py").write_text("def test_own():\n    pass\n")
-    target = f"{ROOT / 'tests/check/broken/masks.py'}:Inverted"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "pytest_polyhead",
-        "-q",
-        "-rf",
-        "-p",
-        "no:xdist",
-    ]
-    result = subprocess.run(
-        [*command, "--attention", target, "--attention-arg", "context_length=12", "test_own.py"],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "::no_future_leak" in result.stdout
-    assert "inverted mask" in result.stdout
-    assert "passed" in result.stdout
+    assert run(tmp_path, f"{ROOT / 'tests/check/broken/masks.py'}:Inverted") == 1
+    out = capsys.readouterr().out
+    assert "::no_future_leak" in out
+    assert "inverted mask" in out
+    assert "passed" in out
+
+
+def test_a_target_that_cannot_be_checked_is_one_message(tmp_path, capsys):
+    assert run(tmp_path, "nowhere.py:X") == pytest.ExitCode.USAGE_ERROR
+    assert "must name a file that exists" in capsys.readouterr().err
 
 
 def test_importing_the_plugin_does_not_import_torch():

@@ -72,6 +72,8 @@ def dropout_drops_weights(subject: Subject) -> Verdict:
         )
     factor = drawn / kept
     rounding = 1e3 * allowed / float(kept.abs().min())
+    if rounding > 1e-3:
+        raise NotApplicable("its rounding hides by how much kept weights are scaled")
     if (factor - 1).abs().max() <= rounding:
         return reported("dropout acts behind the heads, not on attention weights")
     dropped = factor.abs() <= rounding
