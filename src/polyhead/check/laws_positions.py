@@ -96,7 +96,9 @@ def relative_positions_are_relative(subject: Subject) -> Verdict:
             raise NotApplicable("its contexts are no means of values")
         preferences.append(shares[0, :, -2] / shares[0, :, -1])
     apart = difference(*preferences)
-    if apart.max() > 1e4 * subject.allowed(x) * float(preferences[0].abs().max()):
+    # Tables of angles are made in float32 whatever the dtype.
+    allowed = 64 * subject.allowed(x, torch.float32) * float(preferences[0].abs().max())
+    if apart.max() > max(allowed, 64 * subject.allowed(x)):
         return broken(
             f"the last token weighs the one before it against itself by {preferences[0].max():.3g} "
             f"in a text of two, and by {by(apart)} more or less with one token before: its "
