@@ -155,6 +155,18 @@ class Opened:
     def state(self):
         return self.page.evaluate("window.polyhead.selection()")
 
+    def tile(self, place):
+        return self.page.locator(f'.tile[data-place="{place}"]')
+
+    def token(self, at):
+        return self.page.locator(f'.token[data-token="{at}"]')
+
+    def drawn(self, place):
+        """(side, side, 3) of a head's thumbnail, when it is there."""
+        canvas = self.tile(place).locator("canvas[data-drawn]")
+        canvas.wait_for(state="attached")
+        return self.pixels(canvas)[..., :3].float()
+
     def until(self, condition):
         """Wait for a condition in JavaScript. Playwright's own waiting is forbidden by the page."""
         for _ in range(200):
@@ -221,3 +233,9 @@ def open_page(browser, windows, tmp_path):
     for found in opened:
         assert found.complaints == []
         assert [url for url in found.requests if not url.startswith((found.path, "data:"))] == []
+
+
+@pytest.fixture
+def opened(open_page, planted):
+    """Six heads of two layers; the induction head is chosen, as nothing else is asked for."""
+    return open_page(planted())

@@ -1,4 +1,4 @@
-"""The text under the chosen head, and the address, in a browser."""
+"""The text under the chosen head, in a browser."""
 
 from __future__ import annotations
 
@@ -20,10 +20,6 @@ def backgrounds(page):
     }
 
 
-def token(page, at):
-    return page.locator(f'.token[data-token="{at}"]')
-
-
 def tinted(page, least=0.3):
     return {at for at, alphas in backgrounds(page).items() if max(alphas) >= least}
 
@@ -38,42 +34,10 @@ def read(page, words):
     return page.inner_text("#reading")
 
 
-def test_a_link_restores_and_follows(opened):
-    page = opened.page
-    assert opened.state() == {"layer": 0, "head": 0, "token": 20, "other": None}
-    token(page, 30).click()
-    page.locator('.tile[data-place="4"]').click()
-    assert page.url.endswith("#layer=1&head=1&token=30")
-    page.get_by_role("button", name="Compare").click()
-    page.locator('.tile[data-place="1"]').click()
-    assert page.url.endswith("#layer=1&head=1&token=30&with=0.1")
-    page.evaluate("location.hash = '#layer=0&head=2&token=7'")
-    opened.until("polyhead.selection().head == 2")
-    assert opened.state() == {"layer": 0, "head": 2, "token": 7, "other": None}
-
-
-@pytest.mark.parametrize(
-    ("link", "state"),
-    [
-        ("#layer=1&head=2&with=0.1", [1, 2, None, {"layer": 0, "head": 1}]),
-        ("#layer=0&head=1&token=96", [0, 1, None, None]),
-        ("#layer=0&head=1&token=-1&with=x.y", [0, 1, None, None]),
-    ],
-)
-def test_links(open_page, planted, link, state):
-    opened = open_page(planted(), link)
-    assert list(opened.state().values()) == [state[0], state[1], state[2], state[3]]
-
-
-def test_a_link_to_no_head_is_the_first_view(open_page, planted):
-    opened = open_page(planted(), "#layer=9&head=<img>")
-    assert [opened.state()["layer"], opened.state()["head"]] == [1, 0]
-
-
 def test_hover_shows_where_it_looks_and_who_looks(opened):
     """The previous-token head: token 30 looks at 29, and 31 looks at it."""
     page = opened.page
-    token(page, 30).hover()
+    opened.token(30).hover()
     said = read(page, "(30)")
     assert tinted(page) == {29, 31}
     assert (
@@ -97,7 +61,8 @@ def test_one_way_or_the_other(opened):
 
 def test_strength(open_page, planted):
     """The local head has four keys of 0.225 each; the tint follows the root of the weight."""
-    page = open_page(planted(), "#layer=1&head=1&token=20").page
+    opened = open_page(planted(), "#layer=1&head=1&token=20")
+    page = opened.page
     page.get_by_role("radio", name="where it looks", exact=True).check()
     shown = backgrounds(page)
     weights = planted().layers[1].weights[1, 20]
@@ -107,26 +72,28 @@ def test_strength(open_page, planted):
 
 def test_keys_kept_of_a_long_text(open_page, planted):
     """With a pooled map, the same from the keys."""
-    page = open_page(planted(bins=8), "#layer=0&head=0&token=20").page
+    opened = open_page(planted(bins=8), "#layer=0&head=0&token=20")
+    page = opened.page
     assert tinted(page) == {19, 21}
-    token(page, 0).hover()
+    opened.token(0).hover()
     read(page, "(0)")
     assert {0, 1} <= tinted(page)
 
 
 def test_a_named_token_is_brought_in_sight(open_page, planted):
-    page = open_page(planted(repeats=40), "#layer=0&head=1&token=470").page
+    opened = open_page(planted(repeats=40), "#layer=0&head=1&token=470")
+    page = opened.page
     text = page.locator("#text").bounding_box()
-    assert token(page, 0).bounding_box()["y"] < text["y"]
+    assert opened.token(0).bounding_box()["y"] < text["y"]
     page.locator("#reading").get_by_role("button").first.click()
-    box = token(page, 0).bounding_box()
+    box = opened.token(0).bounding_box()
     assert text["y"] <= box["y"] <= text["y"] + text["height"]
 
 
 def test_stepping_through_the_text(opened):
     page = opened.page
     assert page.locator('.token[tabindex="0"]').count() == 1
-    token(page, 20).focus()
+    opened.token(20).focus()
     for key, at in [
         ("ArrowRight", 21),
         ("ArrowLeft", 20),
@@ -140,7 +107,7 @@ def test_stepping_through_the_text(opened):
     assert read(page, "(0)")
     page.keyboard.press("ArrowDown")
     below = opened.state()["token"]
-    top = [token(page, at).bounding_box() for at in (0, below)]
+    top = [opened.token(at).bounding_box() for at in (0, below)]
     assert top[1]["y"] > top[0]["y"]
     assert abs(top[1]["x"] - top[0]["x"]) < 40
     page.keyboard.press("ArrowUp")
@@ -149,8 +116,9 @@ def test_stepping_through_the_text(opened):
 
 def test_two_heads_in_one_text(open_page, planted):
     """Compared, the halves of a background are the two heads': both look at token 0 from 1."""
-    page = open_page(planted(), "#layer=0&head=0&token=1&with=0.1").page
-    assert "gradient" in token(page, 0).evaluate("(e) => e.style.background")
+    opened = open_page(planted(), "#layer=0&head=0&token=1&with=0.1")
+    page = opened.page
+    assert "gradient" in opened.token(0).evaluate("(e) => e.style.background")
     said = page.inner_text("#reading")
     assert "0.0 looks at the (0)" in said
     assert "0.1 looks at the (0)" in said
@@ -158,10 +126,26 @@ def test_two_heads_in_one_text(open_page, planted):
 
 def test_blanks_can_be_seen(open_page, planted):
     words = ["a", " ", "\n", "\t", "", "  ", " b", ".\n\n", "\r\n"] * 3
-    page = open_page(planted(words)).page
+    opened = open_page(planted(words))
+    page = opened.page
     texts = page.evaluate(
         "[...document.querySelectorAll('.token')].slice(0, 9).map((token) => token.textContent)"
     )
     assert texts == ["a", "␣", "↵\n", "⇥", "∅", "␣␣", " b", ".↵\n↵\n", "␍↵\n"]
-    assert token(page, 2).get_attribute("aria-label") == "newline"
-    assert all(box["width"] > 2 for box in [token(page, at).bounding_box() for at in range(9)])
+    assert opened.token(2).get_attribute("aria-label") == "newline"
+    assert all(box["width"] > 2 for box in [opened.token(at).bounding_box() for at in range(9)])
+
+
+def test_right_to_left(open_page, planted):
+    """Each line in its own direction, and the arrow keys go where they point."""
+    opened = open_page(planted(["plain", " text", "\n", "مرحبا ", "بالعالم ", "الكبير "] * 3))
+    page = opened.page
+    boxes = [page.locator(f'.token[data-token="{at}"]').bounding_box() for at in (0, 3, 4)]
+    text = page.locator("#text").bounding_box()
+    assert boxes[0]["x"] < text["x"] + 40
+    assert boxes[1]["x"] + boxes[1]["width"] > text["x"] + text["width"] - 60
+    assert boxes[2]["x"] < boxes[1]["x"]
+    for start, key, end in [(4, "ArrowLeft", 5), (4, "ArrowRight", 3), (1, "ArrowLeft", 0)]:
+        page.evaluate(f"polyhead.page.choose({{ token: {start} }}); polyhead.page.focusText()")
+        page.keyboard.press(key)
+        assert opened.state()["token"] == end, (start, key)

@@ -1,11 +1,10 @@
-"""Dark and light, narrow, hostile, in a notebook, long."""
+"""The whole page in a browser: its first view, hostile texts, narrow, in a notebook, long."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import torch
 
 from polyhead.look.page import payload, render
 
@@ -24,6 +23,26 @@ HOSTILE = [
     "\u2028\u2029\x00",
     "{{data}}",
 ]
+
+
+def test_the_first_view_says_something(opened):
+    assert opened.state()["layer"] == 1
+    assert opened.state()["head"] == 0
+    assert opened.page.inner_text("#head-title") == "Layer 1, head 0"
+    assert "induction" in opened.page.inner_text("#about")
+    assert opened.state()["token"] is not None
+    assert opened.page.locator(".token.current").count() == 1
+
+
+def test_another_report_in_the_same_page(opened, planted):
+    page = opened.page
+    opened.tile(2).click()
+    page.evaluate("(data) => polyhead.show(data)", payload(planted(repeats=2)))
+    assert page.locator(".token").count() == 24
+    state = opened.state()
+    assert [state["layer"], state["head"]] == [0, 2]
+    assert page.inner_text("#lead").startswith("Planted read 24 tokens with 6 attention heads.")
+    assert opened.drawn(0).shape == (24, 24, 3)
 
 
 def test_a_hostile_text_runs_nothing(open_page, planted):
@@ -62,58 +81,6 @@ def test_what_the_policy_forbids(open_page, planted):
     assert all("Content Security Policy" in complaint for complaint in opened.complaints)
     opened.complaints.clear()
     opened.requests.clear()
-
-
-def test_right_to_left(open_page, planted):
-    """Each line in its own direction, and the arrow keys go where they point."""
-    opened = open_page(planted(["plain", " text", "\n", "مرحبا ", "بالعالم ", "الكبير "] * 3))
-    page = opened.page
-    boxes = [page.locator(f'.token[data-token="{at}"]').bounding_box() for at in (0, 3, 4)]
-    text = page.locator("#text").bounding_box()
-    assert boxes[0]["x"] < text["x"] + 40
-    assert boxes[1]["x"] + boxes[1]["width"] > text["x"] + text["width"] - 60
-    assert boxes[2]["x"] < boxes[1]["x"]
-    for start, key, end in [(4, "ArrowLeft", 5), (4, "ArrowRight", 3), (1, "ArrowLeft", 0)]:
-        page.evaluate(f"polyhead.page.choose({{ token: {start} }}); polyhead.page.focusText()")
-        page.keyboard.press(key)
-        assert opened.state()["token"] == end, (start, key)
-
-
-def brightness(opened):
-    paper = opened.page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
-    canvas = opened.page.locator('.tile[data-place="1"] canvas[data-drawn]')
-    canvas.wait_for(state="attached")
-    pixels = opened.pixels(canvas)[..., :3].float().mean(dim=-1)
-    sheet, sink = pixels[0, -1].item(), pixels[-1, 0].item()
-    return sum(map(int, paper[4:-1].split(", "))) / 3, sheet, sink
-
-
-def test_light_and_dark(open_page, planted):
-    opened = open_page(planted(), color_scheme="dark")
-    paper, sheet, sink = brightness(opened)
-    assert paper < 40
-    assert sheet < 40
-    assert sink > 150
-    opened.page.get_by_role("button", name="Light colours").click()
-    paper, sheet, sink = brightness(opened)
-    assert paper > 240
-    assert sheet > 240
-    assert sink < 90
-    opened.page.reload()
-    assert brightness(opened)[0] > 240  # remembered
-    assert brightness(open_page(planted()))[0] > 240
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_scales_that_need_no_hue(open_page, planted, scheme):
-    """From nothing to all, lightness goes one way, in steps that can be seen."""
-    page = open_page(planted(), color_scheme=scheme).page
-    ramp = torch.tensor(page.evaluate("Array.from(polyhead.page.ramp())")).view(256, 3) / 255
-    linear = torch.where(ramp <= 0.04045, ramp / 12.92, ((ramp + 0.055) / 1.055) ** 2.4)
-    luminance = linear @ torch.tensor([0.2126, 0.7152, 0.0722])
-    lightness = 116 * luminance.clamp(min=0.009).pow(1 / 3) - 16
-    steps = lightness[::32].diff() * (1 if scheme == "dark" else -1)
-    assert (steps > 4).all()
 
 
 def test_a_narrow_screen(open_page, planted):
