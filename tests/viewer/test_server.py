@@ -132,12 +132,16 @@ def test_a_port_that_is_taken_is_named(listening):
         listen("no-such-host.invalid", port)
 
 
-def test_ctrl_c_stops_it(session, listening, monkeypatch):
+def test_ctrl_c_stops_it(session, listening, capfd):
+    """And who leaves in the middle of a request leaves no traceback."""
     answers = []
 
     def ask_and_interrupt():
+        host = "{}:{}".format(*listening.getsockname())
         with socket.create_connection(listening.getsockname()) as wire:
-            host = "{}:{}".format(*listening.getsockname())
+            start = f"POST /api/read HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            wire.sendall(f"{start}Content-Length: 9\r\n\r\n{{".encode())
+        with socket.create_connection(listening.getsockname()) as wire:
             wire.sendall(f"GET /api/start HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
             answers.append(wire.recv(100))
         signal.raise_signal(signal.SIGINT)
@@ -146,5 +150,6 @@ def test_ctrl_c_stops_it(session, listening, monkeypatch):
     serve(session, "127.0.0.1", listening, asking.start)
     asking.join()
     assert answers[0].startswith(b"HTTP/1.1 200 OK")
+    assert capfd.readouterr().err == ""
     with pytest.raises(Exception, match="the server stops"):
         session.answer(TEXT, (), "zero")

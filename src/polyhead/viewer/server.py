@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -52,10 +52,13 @@ def make_app(session: Session, host: str) -> ASGIApp:
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             return _error(415, "the request must be of type application/json")
         body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BYTES:
-                return _error(413, f"the request must have at most {MAX_BYTES} bytes")
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BYTES:
+                    return _error(413, f"the request must have at most {MAX_BYTES} bytes")
+        except ClientDisconnect:
+            return _error(400, "the request ended early")
         try:
             asked = _parse(body)
             # Off the event loop, which goes on to say that it is busy.
