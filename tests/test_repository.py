@@ -36,9 +36,10 @@ def stray_tests(root: Path) -> list[str]:
         place = test.relative_to(root / "tests").with_name(test.stem.removeprefix("test_"))
         if "acceptance" in place.parts or place == Path("repository"):
             continue
-        subject = root / place if place.parts[0] == "examples" else root / "src/polyhead" / place
-        modules = (subject.with_suffix(suffix) for suffix in (".py", ".js"))
-        if not any(module.exists() for module in modules) and not subject.is_dir():
+        folders = [root] if place.parts[0] == "examples" else [root / "src/polyhead", root / "src"]
+        subjects = [folder / place for folder in folders]
+        modules = (subject.with_suffix(end) for subject in subjects for end in (".py", ".js"))
+        if not any(module.exists() for module in modules) and not any(map(Path.is_dir, subjects)):
             stray.append(test.relative_to(root).as_posix())
     return sorted(stray)
 
