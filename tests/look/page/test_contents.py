@@ -33,7 +33,7 @@ def test_every_number_of_a_capture_is_explained():
     report = ph.look.capture(model, torch.tensor([1, 2, 3, 1, 2]))
     data = payload(report)
     assert data["numbers"].keys() == report.layers[0].stats.keys()
-    assert data["tokens"] == ["#1", "#2", "#3", "#1", "#2"]
+    assert data["tokens"] == [" #1", " #2", " #3", " #1", " #2"]
 
 
 def test_keys_only_where_maps_are_pooled(planted):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from polyhead.look import bin_edges
+from polyhead.look.page import pack
 from polyhead.look.page.pack import pack_keys, pack_maps
 
 
@@ -60,13 +61,30 @@ def test_coarser_until_it_fits(maps):
     n = len(packed["edges"]) - 1
     assert n < 37
     assert packed["edges"] == [*edges[:-1:2], 100] if n == 19 else [*edges[:-1:4], 100]
-    # A cell is the mean over its tokens, not over the cells it is made of.
-    spread = torch.tensor(edges).diff()
-    full = maps[0].repeat_interleave(spread, 0).repeat_interleave(spread, 1)
-    first, last = packed["edges"][2], packed["edges"][3]
-    expected = full[first:last, : packed["edges"][1]].mean()
-    step = packed["scales"][0] / packed["levels"]
-    assert abs(read_map(packed, 0)[2, 0] - expected) <= 2 * step
+
+
+def test_a_coarser_cell_is_the_mean_over_its_tokens(monkeypatch):
+    """Not over the cells it is made of, which stand for 2 tokens or for 3."""
+    monkeypatch.setattr(pack, "_MAPS", ((255, 1),))
+    edges = bin_edges(100, 37).tolist()
+    sizes = torch.tensor(edges).diff()
+    stripes = (torch.arange(37) % 2 == 0).float().expand(37, 37)
+    packed = pack_maps([stripes], edges, 10**6)
+    assert packed["edges"] == [*edges[:-1:2], 100]
+    even = torch.tensor([sizes[at] / sizes[at : at + 2].sum() for at in range(0, 37, 2)])
+    assert len(even.unique()) >= 3
+    assert torch.allclose(read_map(packed, 0), even.expand(19, 19), atol=0.01)
+
+
+def test_heads_that_pack_worse_than_those_tried():
+    """20 of 41 heads are tried, and these are empty."""
+    torch.manual_seed(3)
+    noise = torch.rand(32, 32)
+    maps = [noise * (head % 2) for head in range(41)]
+    budget = 20 * len(pack_maps([noise], range(33), 10**6)["data"][0])
+    packed = pack_maps(maps, range(33), budget)
+    assert sum(map(len, packed["data"])) <= budget
+    assert packed["levels"] < 255
 
 
 @pytest.mark.parametrize("T", [7, 300])

@@ -88,7 +88,7 @@ def _tokens(report: HeadReport) -> list[str]:
         )
     if report.tokens:
         return list(report.tokens)
-    return [f"#{token}" for token in (range(T) if read is None else read.tolist())]
+    return [f" #{token}" for token in (range(T) if read is None else read.tolist())]
 
 
 def _reads_itself(layer: LayerReport, tokens: int) -> bool:

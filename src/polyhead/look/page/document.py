@@ -31,6 +31,7 @@ _SCRIPTS = (
     "canvas.js",
     "map.js",
     "text.js",
+    "stepping.js",
     "main.js",
 )
 

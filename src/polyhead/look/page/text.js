@@ -161,11 +161,6 @@
     box.replaceChildren(box.firstElementChild, ...made);
   };
 
-  const at = (event) => {
-    const span = event.target.closest?.(".token");
-    return span ? Number(span.dataset.token) : null;
-  };
-
   // Into sight, moving nothing but the text's own window.
   const reveal = (token) => {
     const box = text.getBoundingClientRect();
@@ -175,85 +170,28 @@
     }
   };
 
-  let focusable = null;
-  const roving = () => {
-    const token = page.state.token ?? 0;
-    if (focusable) focusable.tabIndex = -1;
-    for (const span of text.querySelectorAll('[aria-selected="true"]')) span.removeAttribute("aria-selected");
-    focusable = spans[token];
-    if (focusable) focusable.tabIndex = 0;
-    if (page.state.token !== null) focusable.setAttribute("aria-selected", "true");
-  };
-
-  // The token above or below: the nearest of the next line.
-  const vertical = (token, down) => {
-    const here = spans[token].getBoundingClientRect();
-    const x = here.left + here.width / 2;
-    let best = token;
-    let line = null;
-    for (let next = token + down; next >= 0 && next < spans.length; next += down) {
-      const box = spans[next].getClientRects()[0];
-      if (!box || Math.abs(box.top - here.top) < here.height / 2) continue;
-      line ??= box.top;
-      if (Math.abs(box.top - line) > here.height / 2) break;
-      const offset = (candidate) => {
-        const { left, width } = spans[candidate].getClientRects()[0];
-        return Math.abs(left + width / 2 - x);
-      };
-      if (best === token || offset(next) < offset(best)) best = next;
-    }
-    return best;
-  };
-
-  // Whether the text goes on to the left here: each line has a direction of its own.
-  const leftwards = (token) => {
-    const [here, next] = [token, token + 1].map((at) => spans[at]?.getClientRects()[0]);
-    const [back] = spans[token - 1]?.getClientRects() ?? [];
-    if (next && Math.abs(next.top - here.top) < here.height / 2) return next.left < here.left;
-    return Boolean(back) && Math.abs(back.top - here.top) < here.height / 2 && here.left < back.left;
-  };
-
-  const go = (token) => {
-    page.choose({ token: Math.min(spans.length - 1, Math.max(0, token)) });
-    hovered = null;
-    reveal(page.state.token);
-    spans[page.state.token].focus({ preventScroll: true });
-  };
-
   text.addEventListener("pointerover", (event) => {
-    hovered = at(event);
+    hovered = page.tokenOf(event);
     tell();
   });
   text.addEventListener("pointerleave", () => {
     hovered = null;
     tell();
   });
-  text.addEventListener("click", (event) => {
-    const token = at(event);
-    if (token === null) return;
-    if (token === page.state.token) page.choose({ token: null });
-    else go(token);
-  });
-  text.addEventListener("keydown", (event) => {
-    const token = at(event);
-    if (token === null || event.altKey || event.ctrlKey || event.metaKey) return;
-    const forward = leftwards(token) ? -1 : 1;
-    const steps = {
-      ArrowLeft: () => go(token - forward), ArrowRight: () => go(token + forward),
-      ArrowUp: () => go(vertical(token, -1)), ArrowDown: () => go(vertical(token, 1)),
-      Home: () => go(0), End: () => go(spans.length - 1), Enter: () => go(token), " ": () => go(token),
-      Escape: () => (page.state.token === null ? page.focusGrid() : page.choose({ token: null })),
-    };
-    if (!(event.key in steps)) return;
-    steps[event.key]();
-    event.preventDefault();
-  });
-
-  page.focusText = () => go(page.state.token ?? 0);
+  // For stepping through it.
+  page.tokenOf = (event) => {
+    const span = event.target.closest?.(".token");
+    return span ? Number(span.dataset.token) : null;
+  };
+  page.spans = () => spans;
+  page.reveal = reveal;
+  page.pointAt = (token) => {
+    hovered = token;
+    tell();
+  };
   page.revealToken = () => page.state.token !== null && reveal(page.state.token);
   page.on("data", build);
   page.on("select", () => {
-    roving();
     modes();
     tell();
   });

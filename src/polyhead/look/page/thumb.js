@@ -27,6 +27,7 @@
     canvas.width = side;
     canvas.height = side;
     canvas.getContext("2d").putImageData(image, 0, 0);
+    canvas.style.imageRendering = side < 32 ? "pixelated" : "auto"; // few tokens are squares
     canvas.dataset.drawn = "";
   };
 
