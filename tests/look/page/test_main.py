@@ -119,7 +119,7 @@ def test_in_a_notebook(browser, planted, tmp_path):
 
 def test_under_five_megabytes_for_270_heads(open_page, large):
     document = render(large(600))  # more than fits
-    assert 4_000_000 < len(document.encode()) < 5_000_000
+    assert 3_500_000 < len(document.encode()) < 5_000_000
     page = open_page(document).page
     page.locator(".tile canvas[data-drawn]").first.wait_for(state="attached")
     assert page.locator(".tile").count() == 270

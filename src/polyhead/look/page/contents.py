@@ -65,14 +65,15 @@ def payload(report: HeadReport, *, budget: int = BUDGET) -> dict[str, Any]:
     }
     left = budget - len(json.dumps(data))
     maps = [cells for layer in layers for cells in layer.map]
-    pooled = len(maps[0]) < len(tokens)
     edges = bin_edges(len(tokens), len(maps[0])).tolist()
+    pooled = len(maps[0]) < len(tokens)
     data["maps"] = pack_maps(maps, edges, int(left * _MAPS_SHARE) if pooled else left)
-    left -= len(json.dumps(data["maps"]))
     if len(data["maps"]["edges"]) <= len(tokens):
         keys = [keys for layer in layers for keys in layer.keys]
         weights = [weights for layer in layers for weights in layer.key_weights]
-        data["keys"] = pack_keys(keys, weights, left)
+        data["keys"] = pack_keys(keys, weights, left - len(json.dumps(data["maps"])))
+        if pooled:  # what the keys did not need
+            data["maps"] = pack_maps(maps, edges, left - len(json.dumps(data["keys"])))
     return data
 
 
