@@ -81,7 +81,7 @@ def test_keys_kept_of_a_long_text(open_page, planted):
 
 
 def test_a_named_token_is_brought_in_sight(open_page, planted):
-    opened = open_page(planted(repeats=40), "#layer=0&head=1&token=470")
+    opened = open_page(planted(repeats=20, bins=240), "#layer=0&head=1&token=230")
     page = opened.page
     text = page.locator("#text").bounding_box()
     assert opened.token(0).bounding_box()["y"] < text["y"]
