@@ -14,10 +14,10 @@ __all__ = ["Stored"]
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """Stands for keys or values, (B, G, S, size), in `attention`; no tensor is made of them unless
-    the backend that runs reads tensors only.
+    """Keys or values, (B, G, S, size), where a cache holds them: `attention` takes it for either.
 
-    Valid until the cache that gave it is changed.
+    No tensor is made of it unless the backend that runs reads tensors only. Valid until the cache
+    that gave it is changed.
 
     Attributes:
         data: (B, G, S, size); with a table (blocks, G, block_size, size), of which the table says
