@@ -47,7 +47,7 @@ struct Attention {
   const float* alibi_slopes = nullptr;  // (H,)
   float scale = 1.0F;
   float softcap = 0.0F;  // 0: none
-  float dropout = 0.0F;
+  double dropout = 0.0;
   uint64_t seed = 0;
   // Backward computes the scores again, and must find those that forward found: summed in the same
   // order, and so by the same tiles.

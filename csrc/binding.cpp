@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "attention.hpp"
+#include "fork.hpp"
 #include "ranges.hpp"
 
 namespace polyhead {
@@ -171,7 +172,7 @@ struct Call {
     a.alibi_slopes = floats_of(alibi_slopes);
     a.scale = static_cast<float>(scale);
     a.softcap = static_cast<float>(softcap);
-    a.dropout = static_cast<float>(dropout);
+    a.dropout = dropout;
     if (seed) a.seed = static_cast<uint64_t>(integers_of(seed).at(0));
     a.threads = threads_for(a);
   }
@@ -191,7 +192,7 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Attention& a, const Tensor&
   const Tensor details = empty_floats(query, {stats ? 9 : 3, a.B, a.H, a.T});
   const Output out{output.mutable_data_ptr(), data_of(lse), data_of(details),
                    stats ? data_of(details) + 3 * lse.numel() : nullptr};
-  if (lse.numel() > 0) kernels().forward(a, out);
+  if (lse.numel() > 0) run_with_team(a.threads, [&] { kernels().forward(a, out); });
   return {output, lse, details};
 }
 
@@ -261,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     broadcast_strides(bias_gradient, g.bias_stride);
   }
   if (sinks_grad) g.sinks = data_of(sinks_gradient);
-  if (lse.numel() > 0) kernels().backward(a, g);
+  if (lse.numel() > 0) run_with_team(a.threads, [&] { kernels().backward(a, g); });
   return {query_grad, key_grad, value_grad, bias_gradient, sinks_gradient};
 }
 
@@ -277,7 +278,9 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
                           : std::vector<int64_t>{a.B, a.H, a.T, a.S};
   const Tensor weights = torch::stable::new_zeros(query, sizes, ScalarType::Float);
   if (weights.numel() > 0)
-    kernels().weights(a, {floats_of(details), data_of(weights), mean});
+    run_with_team(a.threads, [&] {
+      kernels().weights(a, {floats_of(details), data_of(weights), mean});
+    });
   return weights;
 }
 
@@ -334,7 +337,9 @@ std::string cpu_isa(const std::string& name) {
 // See Kernels::multiply_add.
 double cpu_multiply_add(bool pairs, int64_t steps) {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  return kernels().multiply_add(pairs, steps, threads);
+  double count = 0.0;
+  run_with_team(threads, [&] { count = kernels().multiply_add(pairs, steps, threads); });
+  return count;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CompositeExplicitAutograd, m) {

@@ -101,7 +101,7 @@ Case::Case() {
   if (chance(3)) a.sinks = by_head(sinks, 1.0);
   if (chance(3)) a.alibi_slopes = by_head(slopes, 0.1);
   if (chance(3)) a.softcap = 1.5F;
-  if (chance(3)) a.dropout = 0.3F, a.seed = generator();
+  if (chance(3)) a.dropout = 0.3, a.seed = generator();
   if (chance(3)) {
     for (int64_t i = 0; i < a.B * a.H * a.T; ++i)
       grad_lse.push_back(static_cast<float>(normal()));
@@ -117,7 +117,7 @@ Case::Case() {
            {"bias ", bias != nullptr}, {"allowed ", allowed != nullptr},
            {"documents ", a.document != nullptr}, {"sinks ", a.sinks != nullptr},
            {"alibi ", a.alibi_slopes != nullptr}, {"softcap ", a.softcap != 0.0F},
-           {"dropout ", a.dropout != 0.0F}, {"grad_lse ", !grad_lse.empty()},
+           {"dropout ", a.dropout != 0.0}, {"grad_lse ", !grad_lse.empty()},
            {"codes ", are_codes}, {"blocks ", in_blocks}})
     if (is_there) text += name;
 }
@@ -220,7 +220,7 @@ int Case::check() const {
       double terms;
       scores[s] = score(b, h, t, s, terms, slope[s]);
       largest_terms = std::max(largest_terms, terms);
-      if (a.dropout > 0.0F)
+      if (a.dropout > 0.0)
         kept[s] = dropout.kept(dropout.row_key(row), s)[0] ? 1.0 / (1.0 - a.dropout) : 0.0;
     }
     const double most = *std::max_element(scores.begin(), scores.end());
