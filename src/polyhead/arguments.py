@@ -106,7 +106,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if not tensor.is_floating_point():
             raise DtypeError(name, "must be floating point", tensor.dtype, "convert it first")
         if tensor.dtype != dtype:
-            raise DtypeError(name, f"must have the query's dtype, {dtype}", tensor.dtype, "cast one")
+            raise DtypeError(
+                name, f"must have the query's dtype, {dtype}", tensor.dtype, "cast one"
+            )
         if tensor.device != device:
             raise DeviceError(
                 name, f"must be on the query's device, {device}", tensor.device, "move one"
