@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "attention.hpp"
@@ -182,6 +184,14 @@ Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
+// Filled here where torch, which would fill large ones with a team of its own, could hang.
+Tensor zero_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  if (!may_miss_its_team()) return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+  const Tensor zeros = empty_floats(like, std::move(sizes));
+  std::memset(zeros.mutable_data_ptr(), 0, static_cast<size_t>(zeros.numel()) * sizeof(float));
+  return zeros;
+}
+
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 std::tuple<Tensor, Tensor, Tensor> run_forward(const Attention& a, const Tensor& query,
@@ -235,18 +245,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
                   alibi_slopes, seed, band, scale, softcap, dropout);
   const Attention& a = call.attention;
-  const auto zeros = [&](std::vector<int64_t> sizes) {
-    return torch::stable::new_zeros(query, sizes, ScalarType::Float);
-  };
   const auto sizes_if = [](bool asked, const OptionalTensor& tensor) {
     if (!asked) return std::vector<int64_t>{0};
     return std::vector<int64_t>(tensor->sizes().begin(), tensor->sizes().end());
   };
   const Tensor query_grad = empty_floats(query, {a.B, a.H, a.T, a.D});
-  const Tensor key_grad = zeros({a.B, a.G, a.S, a.D});
-  const Tensor value_grad = zeros({a.B, a.G, a.S, a.E});
-  const Tensor bias_gradient = zeros(sizes_if(bias_grad, bias));
-  const Tensor sinks_gradient = zeros(sizes_if(sinks_grad, sinks));
+  const Tensor key_grad = zero_floats(query, {a.B, a.G, a.S, a.D});
+  const Tensor value_grad = zero_floats(query, {a.B, a.G, a.S, a.E});
+  const Tensor bias_gradient = zero_floats(query, sizes_if(bias_grad, bias));
+  const Tensor sinks_gradient = zero_floats(query, sizes_if(sinks_grad, sinks));
   Gradients g;
   g.grad_output = rows_of(grad_output, "grad_output");
   g.output = rows_of(output, "output");
@@ -276,7 +283,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
   const Attention& a = call.attention;
   const auto sizes = mean ? std::vector<int64_t>{a.B, a.T, a.S}
                           : std::vector<int64_t>{a.B, a.H, a.T, a.S};
-  const Tensor weights = torch::stable::new_zeros(query, sizes, ScalarType::Float);
+  const Tensor weights = zero_floats(query, sizes);
   if (weights.numel() > 0)
     run_with_team(a.threads, [&] {
       kernels().weights(a, {floats_of(details), data_of(weights), mean});
