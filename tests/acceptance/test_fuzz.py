@@ -46,7 +46,8 @@ def masks(draw, B, H, T, S, generator):
 
     def documents(rows, kinds):
         ids = torch.randint(0, kinds, (rows, S), generator=generator)
-        return ph.mask.documents(ids if kinds > 2 else ids.sort(dim=1).values)
+        ids = ids if kinds > 2 else ids.sort(dim=1).values
+        return ph.mask.documents(ids[0] if rows == 1 else ids)
 
     rules = [
         st.builds(lambda align: ph.mask.causal(align=align), ends),
