@@ -96,7 +96,7 @@ def calls(draw):
     return inputs, draw(masks(B, H, T, S, generator)), options
 
 
-def assert_agrees(naive_attention, assert_as_good_as_eager, case, learns):
+def assert_agrees(naive_attention, case, learns):
     inputs, mask, options = case
     T, S = inputs[0].shape[2], inputs[1].shape[2]
     allowed = None if mask is None else mask.materialize(T, S)
@@ -114,17 +114,34 @@ def assert_agrees(naive_attention, assert_as_good_as_eager, case, learns):
         leaves = [x.detach().to(dtype, copy=True).requires_grad_(learns) for x in inputs]
         output = naive_attention(*leaves, allowed=allowed, **theirs)
         results.append([output, *_gradients(output, leaves)])
-    for ours, eager, exact in zip(*results, strict=True):
-        if ours.numel():
-            assert_as_good_as_eager(ours, eager, exact)
+    query, key, values = (x.double().abs().max().item() if x.numel() else 0.0 for x in inputs)
+    # What is added up: values; in gradients values times a direction, times a query or a key.
+    terms = [values, 4 * values * max(query, key, 1.0)]
+    for ours, eager, exact, size in zip(*results, terms[: len(results[0])], strict=True):
+        assert_close(ours, eager, exact, size)
+
+
+def assert_close(ours, eager, exact, terms):
+    """Twice the error of an eager run, and some roundings of terms of this size.
+
+    Where few terms cancel, eager may be right by chance.
+    """
+    if exact.numel() == 0:
+        return
+    eager_error = (eager.double() - exact).abs().max().item()
+    info = torch.finfo(ours.dtype)
+    rounding = (16 if info.bits == 32 else 4) * info.eps * max(terms, exact.abs().max().item())
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=2 * eager_error + rounding)
 
 
 def _gradients(output, leaves):
+    """All in one, as they share the size of what cancels in them; or none."""
     if not leaves[0].requires_grad or not output.requires_grad:
         return []
     generator = torch.Generator().manual_seed(9)
     direction = torch.randn(output.shape, dtype=torch.float64, generator=generator)
-    return torch.autograd.grad(output, leaves, direction.to(output.dtype), materialize_grads=True)
+    grads = torch.autograd.grad(output, leaves, direction.to(output.dtype), materialize_grads=True)
+    return [torch.cat([grad.flatten() for grad in grads])]
 
 
 # The oracle walks over heads; what is drawn is large on purpose.
@@ -136,12 +153,12 @@ OFTEN = settings(RARELY, max_examples=3000, derandomize=False)
 
 @RARELY
 @given(case=calls(), learns=st.booleans())
-def test_some_calls(naive_attention, assert_as_good_as_eager, case, learns):
-    assert_agrees(naive_attention, assert_as_good_as_eager, case, learns)
+def test_some_calls(naive_attention, case, learns):
+    assert_agrees(naive_attention, case, learns)
 
 
 @pytest.mark.slow
 @OFTEN
 @given(case=calls(), learns=st.booleans())
-def test_many_calls(naive_attention, assert_as_good_as_eager, case, learns):
-    assert_agrees(naive_attention, assert_as_good_as_eager, case, learns)
+def test_many_calls(naive_attention, case, learns):
+    assert_agrees(naive_attention, case, learns)
