@@ -4,9 +4,9 @@ Semantics are those of `reference`, with one difference in what is undefined any
 infinity in a *value* that a query may not attend to reaches its output there (0 * NaN), and here
 only where it shares a tile with values that it may attend to.
 
-Any number of Python threads may call at once. So may a process forked after its parent called, where
-torch's own parallel operations hang: there the thread that forked runs each call of more than one
-thread on a new team.
+Any number of Python threads may call at once. So may a process forked after its parent called,
+where torch's own parallel operations hang: there the thread that forked runs each call of more than
+one thread on a new team.
 """
 
 from __future__ import annotations
