@@ -8,7 +8,7 @@
 
 namespace polyhead {
 
-enum class Dtype { f32, bf16, f16 };
+enum class Dtype { f32, bf16, f16, i8 };  // i8: of keys and values only, codes with scales
 
 // (B, heads, tokens, size) with any strides; a stride of 0 broadcasts. For q, k and v the last
 // stride is 1.
@@ -16,6 +16,15 @@ struct View {
   const void* data = nullptr;
   Dtype dtype = Dtype::f32;
   int64_t stride[4] = {0, 0, 0, 0};
+
+  // Keys and values of a cache. A number is code * scale, one scale for each token and head.
+  const float* scales = nullptr;
+  int64_t scale_stride[3] = {0, 0, 0};
+  // Token s of batch row b is in block table[b * table_stride + s / block_size], at
+  // s % block_size: then the first stride leads from block to block. nullptr: side by side.
+  const int32_t* table = nullptr;
+  int64_t table_stride = 0;
+  int64_t block_size = 1;
 };
 
 struct Attention {
@@ -38,7 +47,7 @@ struct Attention {
   const float* alibi_slopes = nullptr;  // (H,)
   float scale = 1.0F;
   float softcap = 0.0F;  // 0: none
-  float dropout = 0.0F;
+  double dropout = 0.0;
   uint64_t seed = 0;
   // Backward computes the scores again, and must find those that forward found: summed in the same
   // order, and so by the same tiles.

@@ -285,14 +285,13 @@ class Backward {
     const float delta = deltas_[at];
     const Dropout dropout(a_);
     const uint64_t row_key = dropout.row_key(at);
-    const float kept_factor = 1.0F / (1.0F - a_.dropout);
     F32 bias_sum{};
     const F32 cap = all(a_.softcap == 0.0F ? 0.0F : 1.0F / a_.softcap);
     for (int64_t i = span.begin; i < span.end; i += kLanes) {
       const F32 weight = inverse * exp2_of((load(weights + i) - most) * kLog2E);
       F32 kept = all(1.0F);
-      if (a_.dropout > 0.0F)
-        kept = select(dropout.kept(row_key, block.s + i), all(kept_factor), F32{});
+      if (a_.dropout > 0.0)
+        kept = select(dropout.kept(row_key, block.s + i), all(dropout.factor), F32{});
       F32 score = weight * (kept * load(scores + i) - delta);
       // d lse / d score is exp(score - lse), which is no weight: lse leaves the sink out.
       if (g_.grad_lse != nullptr)

@@ -5,12 +5,15 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "attention.hpp"
+#include "fork.hpp"
 #include "ranges.hpp"
 
 namespace polyhead {
@@ -37,20 +40,20 @@ void broadcast_strides(const Tensor& tensor, int64_t (&stride)[4]) {
     stride[i] = i < missing || tensor.size(i - missing) == 1 ? 0 : tensor.stride(i - missing);
 }
 
-View view_of(const Tensor& tensor) {
+View view_of(const Tensor& tensor, bool are_codes = false) {
   View view;
   view.data = tensor.const_data_ptr();
-  view.dtype = dtype_of(tensor);
+  view.dtype = are_codes ? Dtype::i8 : dtype_of(tensor);
   broadcast_strides(tensor, view.stride);
   return view;
 }
 
-View rows_of(const Tensor& tensor, const char* name) {
+View rows_of(const Tensor& tensor, const char* name, bool are_codes = false) {
   STD_TORCH_CHECK(tensor.dim() == 4, "polyhead: ", name, " must have 4 dimensions");
   STD_TORCH_CHECK(tensor.size(3) <= 1 || tensor.stride(3) == 1, "polyhead: ", name,
                   " must have its features side by side (last stride 1)");
   STD_TORCH_CHECK(tensor.size(3) <= 512, "polyhead: ", name, " has a head size above 512");
-  return view_of(tensor);
+  return view_of(tensor, are_codes);
 }
 
 const float* floats_of(const OptionalTensor& tensor) {
@@ -58,6 +61,40 @@ const float* floats_of(const OptionalTensor& tensor) {
   STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(),
                   "polyhead: numbers by head must be float32 and contiguous");
   return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+// Keys or values as a cache holds them: codes with scales, in blocks found through a table, or both.
+View stored_of(const Tensor& data, const OptionalTensor& scales, const OptionalTensor& table,
+             int64_t B, int64_t S, const char* name) {
+  View view = rows_of(data, name, scales.has_value());
+  if (scales) {
+    STD_TORCH_CHECK(data.scalar_type() == ScalarType::Char, "polyhead: codes must be int8");
+    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->dim() == 3,
+                    "polyhead: scales must be float32, of 3 dimensions");
+    for (int64_t i = 0; i < 3; ++i) {
+      STD_TORCH_CHECK(scales->size(i) == data.size(i), "polyhead: ", name,
+                      " must have one scale for each token and head");
+      view.scale_stride[i] = scales->size(i) == 1 ? 0 : scales->stride(i);
+    }
+    view.scales = static_cast<const float*>(scales->const_data_ptr());
+  }
+  if (!table) {
+    STD_TORCH_CHECK(data.size(0) == B && data.size(2) == S, "polyhead: ", name,
+                    " must have a row for each of the query's, and as many tokens as said");
+    return view;
+  }
+  view.block_size = data.size(2);
+  STD_TORCH_CHECK(table->scalar_type() == ScalarType::Int && table->dim() == 2 &&
+                      table->is_contiguous() && table->size(0) == B,
+                  "polyhead: table must be (B, columns), int32 and contiguous");
+  view.table = static_cast<const int32_t*>(table->const_data_ptr());
+  view.table_stride = table->size(1);
+  STD_TORCH_CHECK(S <= view.table_stride * view.block_size,
+                  "polyhead: table must have a block for each token");
+  for (int64_t i = 0; i < table->numel(); ++i)
+    STD_TORCH_CHECK(view.table[i] >= 0 && view.table[i] < data.size(0),
+                    "polyhead: table must have numbers of blocks");
+  return view;
 }
 
 // int32 or int64 of any strides, one or two dimensions.
@@ -97,16 +134,26 @@ struct Call {
        const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
        const OptionalTensor& documents, const OptionalTensor& sinks,
        const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+       const std::vector<int64_t>& band, double scale, double softcap, double dropout)
+      : Call(query, key.size(1), key.size(2), value.size(3), rows_of(key, "key"),
+             rows_of(value, "value"), bias, allowed, lengths, padding, documents, sinks,
+             alibi_slopes, seed, band, scale, softcap, dropout) {}
+
+  Call(const Tensor& query, int64_t G, int64_t S, int64_t E, const View& key, const View& value,
+       const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
+       const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
+       const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
        const std::vector<int64_t>& band, double scale, double softcap, double dropout) {
     Attention& a = attention;
     a.query = rows_of(query, "query");
-    a.key = rows_of(key, "key");
-    a.value = rows_of(value, "value");
+    a.key = key;
+    a.value = value;
     a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
-    a.G = key.size(1), a.S = key.size(2), a.E = value.size(3);
+    a.G = G, a.S = S, a.E = E;
     STD_TORCH_CHECK(a.T < INT32_MAX && a.S < INT32_MAX, "polyhead: at most 2^31 - 2 tokens");
-    STD_TORCH_CHECK(a.query.dtype == a.key.dtype && a.query.dtype == a.value.dtype,
-                    "polyhead: query, key and value must have one dtype");
+    STD_TORCH_CHECK(
+        a.key.dtype == a.value.dtype && (a.key.dtype == a.query.dtype || a.key.scales != nullptr),
+        "polyhead: query, key and value must have one dtype, or key and value be codes");
     STD_TORCH_CHECK(a.G > 0 && a.H % a.G == 0, "polyhead: H must be a multiple of G");
     STD_TORCH_CHECK(band.size() == 5, "polyhead: band must have 5 numbers");
     if (bias) a.bias = view_of(*bias);
@@ -127,7 +174,7 @@ struct Call {
     a.alibi_slopes = floats_of(alibi_slopes);
     a.scale = static_cast<float>(scale);
     a.softcap = static_cast<float>(softcap);
-    a.dropout = static_cast<float>(dropout);
+    a.dropout = dropout;
     if (seed) a.seed = static_cast<uint64_t>(integers_of(seed).at(0));
     a.threads = threads_for(a);
   }
@@ -137,7 +184,27 @@ Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
+// Filled here where torch, which would fill large ones with a team of its own, could hang.
+Tensor zero_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  if (!may_miss_its_team()) return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+  const Tensor zeros = empty_floats(like, std::move(sizes));
+  std::memset(zeros.mutable_data_ptr(), 0, static_cast<size_t>(zeros.numel()) * sizeof(float));
+  return zeros;
+}
+
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor, Tensor> run_forward(const Attention& a, const Tensor& query,
+                                               bool stats) {
+  const Tensor output =
+      torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
+  const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
+  const Tensor details = empty_floats(query, {stats ? 9 : 3, a.B, a.H, a.T});
+  const Output out{output.mutable_data_ptr(), data_of(lse), data_of(details),
+                   stats ? data_of(details) + 3 * lse.numel() : nullptr};
+  if (lse.numel() > 0) run_with_team(a.threads, [&] { kernels().forward(a, out); });
+  return {output, lse, details};
+}
 
 template <bool kIsLearnt>
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
@@ -148,16 +215,23 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
   Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks, alibi_slopes,
             seed, band, scale, softcap, dropout);
-  Attention& a = call.attention;
-  a.is_learnt = kIsLearnt;
-  const Tensor output =
-      torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
-  const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
-  const Tensor details = empty_floats(query, {stats ? 9 : 3, a.B, a.H, a.T});
-  const Output out{output.mutable_data_ptr(), data_of(lse), data_of(details),
-                   stats ? data_of(details) + 3 * lse.numel() : nullptr};
-  if (lse.numel() > 0) kernels().forward(a, out);
-  return {output, lse, details};
+  call.attention.is_learnt = kIsLearnt;
+  return run_forward(call.attention, query, stats);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_stored(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& key_scales,
+    const OptionalTensor& value_scales, const OptionalTensor& table, int64_t tokens,
+    const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
+    const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+    const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
+  const int64_t B = query.size(0);
+  const Call call(query, key.size(1), tokens, value.size(3),
+                  stored_of(key, key_scales, table, B, tokens, "key"),
+                  stored_of(value, value_scales, table, B, tokens, "value"), bias, allowed, lengths,
+                  padding, documents, sinks, alibi_slopes, seed, band, scale, softcap, dropout);
+  return run_forward(call.attention, query, stats);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -171,18 +245,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
                   alibi_slopes, seed, band, scale, softcap, dropout);
   const Attention& a = call.attention;
-  const auto zeros = [&](std::vector<int64_t> sizes) {
-    return torch::stable::new_zeros(query, sizes, ScalarType::Float);
-  };
   const auto sizes_if = [](bool asked, const OptionalTensor& tensor) {
     if (!asked) return std::vector<int64_t>{0};
     return std::vector<int64_t>(tensor->sizes().begin(), tensor->sizes().end());
   };
   const Tensor query_grad = empty_floats(query, {a.B, a.H, a.T, a.D});
-  const Tensor key_grad = zeros({a.B, a.G, a.S, a.D});
-  const Tensor value_grad = zeros({a.B, a.G, a.S, a.E});
-  const Tensor bias_gradient = zeros(sizes_if(bias_grad, bias));
-  const Tensor sinks_gradient = zeros(sizes_if(sinks_grad, sinks));
+  const Tensor key_grad = zero_floats(query, {a.B, a.G, a.S, a.D});
+  const Tensor value_grad = zero_floats(query, {a.B, a.G, a.S, a.E});
+  const Tensor bias_gradient = zero_floats(query, sizes_if(bias_grad, bias));
+  const Tensor sinks_gradient = zero_floats(query, sizes_if(sinks_grad, sinks));
   Gradients g;
   g.grad_output = rows_of(grad_output, "grad_output");
   g.output = rows_of(output, "output");
@@ -198,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     broadcast_strides(bias_gradient, g.bias_stride);
   }
   if (sinks_grad) g.sinks = data_of(sinks_gradient);
-  if (lse.numel() > 0) kernels().backward(a, g);
+  if (lse.numel() > 0) run_with_team(a.threads, [&] { kernels().backward(a, g); });
   return {query_grad, key_grad, value_grad, bias_gradient, sinks_gradient};
 }
 
@@ -212,23 +283,35 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
   const Attention& a = call.attention;
   const auto sizes = mean ? std::vector<int64_t>{a.B, a.T, a.S}
                           : std::vector<int64_t>{a.B, a.H, a.T, a.S};
-  const Tensor weights = torch::stable::new_zeros(query, sizes, ScalarType::Float);
+  const Tensor weights = zero_floats(query, sizes);
   if (weights.numel() > 0)
-    kernels().weights(a, {floats_of(details), data_of(weights), mean});
+    run_with_team(a.threads, [&] {
+      kernels().weights(a, {floats_of(details), data_of(weights), mean});
+    });
   return weights;
 }
 
+constexpr char kKeys[] = "(Tensor query, Tensor key, Tensor value, ";
+constexpr char kStoredKeys[] =
+    "(Tensor query, Tensor key, Tensor value, Tensor? key_scales, Tensor? value_scales, "
+    "Tensor? table, SymInt tokens, ";
 constexpr char kForwardArguments[] =
-    "(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, Tensor? lengths, "
-    "Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, "
-    "SymInt[] band, float scale, float softcap, float dropout, bool stats) "
-    "-> (Tensor output, Tensor lse, Tensor details)";
+    "Tensor? bias, Tensor? allowed, Tensor? lengths, Tensor? padding, Tensor? documents, "
+    "Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, SymInt[] band, float scale, "
+    "float softcap, float dropout, bool stats) -> (Tensor output, Tensor lse, Tensor details)";
+
+std::string forward_schema(const char* name, const char* keys) {
+  return std::string(name) + keys + kForwardArguments;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
-  m.def((std::string("attention_forward") + kForwardArguments).c_str());
+  m.def(forward_schema("attention_forward", kKeys).c_str());
   // The same without a derivative: asking torch's autograd for one takes longer than to decode a
   // token of a small model.
-  m.def((std::string("attention_inference") + kForwardArguments).c_str());
+  m.def(forward_schema("attention_inference", kKeys).c_str());
+  // Inference over keys and values where a cache holds them: `tokens` of each row, as int8 codes
+  // with scales, in blocks (the first dimension) found through a table, or both.
+  m.def(forward_schema("attention_stored", kStoredKeys).c_str());
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, "
       "Tensor details, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
@@ -246,6 +329,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward<true>));
   m.impl("attention_inference", TORCH_BOX(&attention_forward<false>));
+  m.impl("attention_stored", TORCH_BOX(&attention_stored));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_weights", TORCH_BOX(&attention_weights));
 }
@@ -260,7 +344,9 @@ std::string cpu_isa(const std::string& name) {
 // See Kernels::multiply_add.
 double cpu_multiply_add(bool pairs, int64_t steps) {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
-  return kernels().multiply_add(pairs, steps, threads);
+  double count = 0.0;
+  run_with_team(threads, [&] { count = kernels().multiply_add(pairs, steps, threads); });
+  return count;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CompositeExplicitAutograd, m) {

@@ -12,8 +12,10 @@ constexpr int64_t kDecodeRows = 32;    // and so are more of a group
 constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, packed in no time
 constexpr int64_t kBlockBytes = 4096;  // of keys, before as many values are read: two streams
 constexpr int64_t kMaxBlockKeys = 64;
+constexpr int64_t kFewPooledKeys = 32;  // fewer are not worth fetching a head's sums from L2
 constexpr int64_t kFewRows = 8;         // with more, arithmetic is the limit, not reading
 constexpr int64_t kMinSplitKeys = 256;  // fewer are not worth a merge
+constexpr int64_t kStateBytes = 1 << 18;  // of the heads of a task: queries and sums stay in L2
 
 inline bool is_decoding(const Attention& a) {
   return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && a.S >= kDecodeKeys * a.T &&
@@ -22,18 +24,21 @@ inline bool is_decoding(const Attention& a) {
 
 template <class Element>
 class Decode {
+  static constexpr bool kHasScales = std::is_same_v<Element, Code>;
+
  public:
   Decode(const Attention& a, const Output& out)
       : a_(a),
         out_(out),
         rows_(a.group() * a.T),
         block_keys_(block_keys_of(a)),
-        splits_(splits_of(a)) {}
+        heads_(heads_of_task()),
+        splits_(splits_of_heads()) {}
 
   void run() {
-    const int64_t tasks = a_.B * a_.G * splits_;
-    Buffer<float> partial(tasks * rows_ * output_stride());
-    Buffer<RowSums> sums(tasks * rows_);
+    const int64_t parts = a_.B * a_.G * splits_;
+    Buffer<float> partial(parts * rows_ * output_stride());
+    Buffer<RowSums> sums(parts * rows_);
     Buffer<float> scratch(a_.threads * worker_size());
     weighted_ = partial.data();
     sums_ = sums.data();
@@ -41,35 +46,54 @@ class Decode {
     {
       float* mine = scratch.data() + thread_number() * worker_size();
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < tasks; ++task) attend(mine, task);
+      for (int64_t task = 0; task < parts / heads_; ++task) attend(mine, task);
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < a_.B * a_.G * rows_; ++row) merge(row / rows_, row % rows_);
     }
   }
 
  private:
-  // The rows of a block of keys.
+  // Some rows of keys or of values, and of codes the scales: 0 where another row stands in.
+  struct Rows {
+    const Element* row[kMaxBlockKeys];
+    float scale[kHasScales ? kMaxBlockKeys : 1];
+  };
   struct Block {
-    const Element* keys[kMaxBlockKeys];
-    const Element* values[kMaxBlockKeys];
+    Rows keys, values;
   };
 
   int64_t query_stride() const { return round_up(a_.D, kRowStep<Element>); }
   int64_t output_stride() const { return round_up(a_.E, kRowStep<Element>); }
-  int64_t worker_size() const { return round_up(rows_ * (query_stride() + block_keys_), 16); }
+  int64_t worker_size() const {
+    return round_up(rows_ * (heads_ * query_stride() + block_keys_), 16);
+  }
 
   // Small blocks read as one stream would, large ones cost less arithmetic.
   static int64_t block_keys_of(const Attention& a) {
     if (a.group() * a.T > kFewRows) return kMaxBlockKeys;
     const int64_t row = greater(a.D, a.E) * static_cast<int64_t>(sizeof(Element));
-    return smaller(kMaxBlockKeys, greater(kLanes, kBlockBytes / row / kLanes * kLanes));
+    int64_t keys = greater(kLanes, kBlockBytes / row / kLanes * kLanes);
+    if (a.key.table != nullptr)
+      keys = greater(greater(keys, kFewPooledKeys), round_up(a.key.block_size, kLanes));
+    return smaller(kMaxBlockKeys, keys);
+  }
+
+  // How many key heads go through the keys together. In a block of a pool the heads lie side by
+  // side: by them all memory is read in order, and by one in leaps too short for a stream.
+  int64_t heads_of_task() const {
+    if (a_.key.table == nullptr || a_.key.block_size > block_keys_) return 1;
+    const int64_t bytes = rows_ * (query_stride() + output_stride()) * 4;
+    int64_t heads = greater(1, smaller(a_.G, kStateBytes / bytes));
+    while (a_.G % heads != 0) --heads;
+    return heads;
   }
 
   // How many parts the keys of a head are cut into: many tasks a thread even out uneven threads.
-  static int64_t splits_of(const Attention& a) {
-    if (a.threads == 1) return 1;
-    const int64_t wanted = (8 * a.threads + a.B * a.G - 1) / (a.B * a.G);
-    return greater(1, smaller(wanted, a.S / kMinSplitKeys));
+  int64_t splits_of_heads() const {
+    if (a_.threads == 1) return 1;
+    const int64_t tasks = a_.B * a_.G / heads_;
+    const int64_t wanted = (8 * a_.threads + tasks - 1) / tasks;
+    return greater(1, smaller(wanted, a_.S / kMinSplitKeys));
   }
 
   // Calls `with(row, query)` for the queries of a group: head by head, token by token.
@@ -91,27 +115,37 @@ class Decode {
   }
 
   void attend(float* scratch, int64_t task) const {
-    const int64_t head = task / splits_;
+    const int64_t first = task / splits_ * heads_, split = task % splits_;
     auto* queries = reinterpret_cast<Left<Element>*>(scratch);
-    float* scores = scratch + rows_ * query_stride();
-    float* weighted = weighted_ + task * rows_ * output_stride();
-    RowSums* sums = sums_ + task * rows_;
-    load_queries(head, queries);
-    for (int64_t row = 0; row < rows_; ++row) sums[row] = {};
-    std::memset(weighted, 0, static_cast<size_t>(rows_ * output_stride()) * sizeof(float));
-    const Span keys = keys_of_split(head / a_.G, task % splits_);
-    Block block;
-    for (int64_t s = keys.begin; s < keys.end; s += block_keys_) {
-      const int64_t end = smaller(s + block_keys_, keys.end);
-      locate(head, s, end, block);
-      score_keys(end - s, queries, block, scores);
-      if (out_.stats != nullptr) {
-        weigh_keys<true>(head, s, end, scores, weighted, sums);
-      } else {
-        weigh_keys<false>(head, s, end, scores, weighted, sums);
-      }
-      add_values(end - s, scores, block, weighted);
+    float* scores = scratch + heads_ * rows_ * query_stride();
+    for (int64_t i = 0; i < heads_; ++i) {
+      const int64_t part = (first + i) * splits_ + split;
+      load_queries(first + i, queries + i * rows_ * query_stride());
+      std::fill_n(sums_ + part * rows_, rows_, RowSums{});
+      std::fill_n(weighted_ + part * rows_ * output_stride(), rows_ * output_stride(), 0.0F);
     }
+    const Span keys = keys_of_split(first / a_.G, split);
+    for (int64_t s = keys.begin; s < keys.end; s += block_keys_)
+      for (int64_t i = 0; i < heads_; ++i)
+        attend_block(first + i, (first + i) * splits_ + split, s, smaller(s + block_keys_, keys.end),
+                     queries + i * rows_ * query_stride(), scores);
+  }
+
+  // The queries of one head against keys [begin, end), added to one part of its sums.
+  void attend_block(int64_t head, int64_t part, int64_t begin, int64_t end,
+                    const Left<Element>* queries, float* scores) const {
+    float* weighted = weighted_ + part * rows_ * output_stride();
+    RowSums* sums = sums_ + part * rows_;
+    Block block;
+    locate(a_.key, head, begin, end, block.keys);
+    locate(a_.value, head, begin, end, block.values);
+    score_keys(end - begin, queries, block, scores);
+    if (out_.stats != nullptr) {
+      weigh_keys<true>(head, begin, end, block, scores, weighted, sums);
+    } else {
+      weigh_keys<false>(head, begin, end, block, scores, weighted, sums);
+    }
+    add_values(end - begin, scores, block, weighted);
   }
 
   void load_queries(int64_t head, Left<Element>* queries) const {
@@ -127,14 +161,24 @@ class Decode {
     });
   }
 
-  // The rows of the block of keys from `begin` on; past the end the last one stands in.
-  void locate(int64_t head, int64_t begin, int64_t end, Block& block) const {
-    const Element* key = row_of<Element>(a_.key, head / a_.G, head % a_.G, begin);
-    const Element* value = row_of<Element>(a_.value, head / a_.G, head % a_.G, begin);
-    for (int64_t i = 0; i < block_keys_; ++i) {
-      block.keys[i] = key;
-      block.values[i] = value;
-      if (begin + i + 1 < end) key += a_.key.stride[2], value += a_.value.stride[2];
+  // The rows of tokens [begin, end); past the end the last one stands in.
+  void locate(const View& view, int64_t head, int64_t begin, int64_t end, Rows& rows) const {
+    int64_t i = 0;
+    while (begin + i < end) {
+      // A run of tokens that lie at one distance.
+      const Place place(view, head / a_.G, begin + i);
+      int64_t run = end - begin - i;
+      if (view.table != nullptr) run = smaller(run, view.block_size - place.second);
+      const Element* row = place.row<Element>(view, head % a_.G);
+      const float* scale = kHasScales ? place.scale(view, head % a_.G) : nullptr;
+      for (; run > 0; --run, ++i, row += view.stride[2]) {
+        rows.row[i] = row;
+        if constexpr (kHasScales) rows.scale[i] = *scale, scale += view.scale_stride[2];
+      }
+    }
+    for (; i < block_keys_; ++i) {
+      rows.row[i] = rows.row[i - 1];
+      if constexpr (kHasScales) rows.scale[i] = 0.0F;
     }
   }
 
@@ -146,7 +190,7 @@ class Decode {
         constexpr int kKeys = kDots / Rows < kLanes ? kDots / Rows : kLanes;
 #pragma GCC unroll 1
         for (int64_t k = s; k < s + kLanes; k += kKeys)
-          dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys + k,
+          dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys.row + k,
                                 a_.D, scores + row * block_keys_ + k, block_keys_);
       };
       int64_t row = 0;
@@ -157,15 +201,23 @@ class Decode {
   }
 
   template <bool kStats>
-  void weigh_keys(int64_t head, int64_t begin, int64_t end, float* scores, float* weighted,
-                  RowSums* sums) const {
+  void weigh_keys(int64_t head, int64_t begin, int64_t end, const Block& block, float* scores,
+                  float* weighted, RowSums* sums) const {
     using Operand = std::conditional_t<kInPairs<Element>, Pair, float>;
     const int64_t padded_end = begin + round_up(end - begin, kLanes);
     each_query(head, [&](int64_t row, const Query& q) {
       float* z = scores + row * block_keys_;
-      for (int64_t i = 0; i < padded_end - begin; i += kLanes) store(z + i, load(z + i) * a_.scale);
+      for (int64_t i = 0; i < padded_end - begin; i += kLanes) {
+        F32 scale = all(a_.scale);
+        if constexpr (kHasScales) scale *= load(block.keys.scale + i);
+        store(z + i, load(z + i) * scale);
+      }
       shape_scores(a_, q, begin, padded_end, z);
       const float factor = online_softmax<kStats, Operand>(a_, q, begin, padded_end, z, sums[row]);
+      if constexpr (kHasScales) {
+        for (int64_t i = 0; i < padded_end - begin; i += kLanes)
+          store(z + i, load(z + i) * load(block.values.scale + i));
+      }
       if (factor == 1.0F) return;
       float* to = weighted + row * output_stride();
       for (int64_t e = 0; e < a_.E; e += kLanes) store(to + e, load(to + e) * factor);
@@ -179,8 +231,9 @@ class Decode {
     const int64_t even = round_up(count, 2);
     for (int64_t row = 0; row < rows_; row += kTileRows) {
       const auto columns = [&]<int Rows, int Vectors, bool Whole>(int64_t e) {
-        weigh_rows<Rows, Vectors, Whole>(weights + row * block_keys_, block_keys_, block.values,
-                                         even, e, a_.E, weighted + row * output_stride() + e, output_stride());
+        weigh_rows<Rows, Vectors, Whole>(weights + row * block_keys_, block_keys_, block.values.row,
+                                         even, e, a_.E, weighted + row * output_stride() + e,
+                                         output_stride());
       };
       const auto tiles = [&]<int Rows>() {
         int64_t e = 0;
@@ -223,7 +276,7 @@ class Decode {
 
   const Attention& a_;
   const Output& out_;
-  int64_t rows_, block_keys_, splits_;
+  int64_t rows_, block_keys_, heads_, splits_;
   float* weighted_ = nullptr;
   RowSums* sums_ = nullptr;
 };

@@ -69,11 +69,15 @@ inline uint64_t mix(uint64_t x) {  // splitmix64 (Steele, Lea and Flood 2014)
 // Which weights of one query dropout keeps. Counter-based: the answer depends on the seed, the
 // head, the query and the key alone, so backward asks again and nothing is stored.
 struct Dropout {
-  uint32_t threshold;  // keep where the random number is at least this
+  uint32_t threshold;  // keep where the random number is at least this: some are always kept
+  float factor;        // what is kept grows by it: by the share really kept, however small
   uint64_t seed;
 
   explicit Dropout(const Attention& a)
-      : threshold(static_cast<uint32_t>(static_cast<double>(a.dropout) * 0x1p32)), seed(a.seed) {}
+      : threshold(static_cast<uint32_t>(
+            __builtin_fmin(a.dropout * 0x1p32 + 0.5, 0x1p32 - 1.0))),
+        factor(static_cast<float>(0x1p32 / (0x1p32 - threshold))),
+        seed(a.seed) {}
 
   uint64_t row_key(int64_t row) const { return mix(mix(seed) + static_cast<uint64_t>(row)); }
 

@@ -14,7 +14,7 @@ using PairIfAny = std::conditional_t<kHasPairs, Pair, float>;
 
 void forward(const Attention& a, const Output& out) {
   if (is_decoding(a)) {
-    by_dtype(a.query.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
+    by_stored_dtype(a.key.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
   } else if (kHasPairs && a.query.dtype == Dtype::bf16) {
     Prefill<PairIfAny>(a, out).run();
   } else {

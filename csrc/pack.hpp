@@ -2,6 +2,8 @@
 // every query of every head of its group. Conversion to float32 happens here, once, too.
 #pragma once
 
+#include <type_traits>
+
 #include "tile.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
@@ -9,28 +11,66 @@ namespace polyhead::POLYHEAD_ISA {
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a tile
 constexpr int64_t kMaxHeadSize = 512;
 
-inline int64_t offset(const View& view, int64_t b, int64_t head, int64_t token) {
-  return b * view.stride[0] + head * view.stride[1] + token * view.stride[2];
-}
+// Where a token lies: a batch row and a token of it, or a block and a slot of it.
+struct Place {
+  int64_t first, second;
+
+  Place(const View& view, int64_t b, int64_t token) : first(b), second(token) {
+    if (view.table == nullptr) return;
+    first = view.table[b * view.table_stride + token / view.block_size];
+    second = token % view.block_size;
+  }
+  template <class Source>
+  const Source* row(const View& view, int64_t head) const {
+    return static_cast<const Source*>(view.data) + first * view.stride[0] +
+           head * view.stride[1] + second * view.stride[2];
+  }
+  const float* scale(const View& view, int64_t head) const {
+    return view.scales + first * view.scale_stride[0] + head * view.scale_stride[1] +
+           second * view.scale_stride[2];
+  }
+};
 
 template <class Source>
 inline const Source* row_of(const View& view, int64_t b, int64_t head, int64_t token) {
-  return static_cast<const Source*>(view.data) + offset(view, b, head, token);
+  return Place(view, b, token).row<Source>(view, head);
 }
 
-// One row of numbers as float32, 0 up to the next whole vector.
+// One token's numbers of one head as float32, 0 up to the next whole vector.
 template <class Source>
-inline void widen_row(const Source* from, int64_t size, float* to) {
-  for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_first(from + i, size - i));
+inline void widen_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
+                      float* to) {
+  const Place place(view, b, token);
+  const Source* from = place.row<Source>(view, head);
+  if constexpr (std::is_same_v<Source, Code>) {
+    const float scale = *place.scale(view, head);
+    for (int64_t i = 0; i < size; i += kLanes)
+      store(to + i, load_first(from + i, size - i) * scale);
+  } else {
+    for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_first(from + i, size - i));
+  }
 }
 
 // Rows of one head as float32, each `stride` numbers long.
 inline void widen_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
                        int64_t size, float* to, int64_t stride) {
-  by_dtype(view.dtype, [&](auto source) {
+  by_stored_dtype(view.dtype, [&](auto source) {
     for (int64_t token = begin; token < end; ++token, to += stride)
-      widen_row(row_of<decltype(source)>(view, b, head, token), size, to);
+      widen_row<decltype(source)>(view, b, head, token, size, to);
   });
+}
+
+// One token's numbers of one head as bfloat16; codes are followed by 0 up to the next whole vector.
+inline void copy_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
+                     void* to) {
+  if (view.dtype != Dtype::i8) {
+    std::memcpy(to, row_of<BFloat16>(view, b, head, token), static_cast<size_t>(size) * 2);
+    return;
+  }
+  alignas(64) float row[kMaxHeadSize];
+  widen_row<Code>(view, b, head, token, size, row);
+  for (int64_t i = 0; i < size; i += kLanes)
+    store_as(static_cast<char*>(to) + i * 2, round_to_bf16(load(row + i)));
 }
 
 // Two rows of bfloat16 as pairs, a column after the other.
@@ -82,12 +122,12 @@ inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, 
 inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
                          int64_t size, float* to) {
   alignas(64) float row[kMaxHeadSize];
-  by_dtype(view.dtype, [&](auto source) {
+  by_stored_dtype(view.dtype, [&](auto source) {
     for (int64_t panel = begin; panel < end; panel += kPanel) {
       float* columns = to + Packed<float>::column_panel(panel - begin, size);
       for (int64_t s = 0; s < kPanel; ++s) {
         if (panel + s < end) {
-          widen_row(row_of<decltype(source)>(view, b, head, panel + s), size, row);
+          widen_row<decltype(source)>(view, b, head, panel + s, size, row);
         } else if (s == 0 || panel + s == end) {
           std::memset(row, 0, sizeof row);
         }
@@ -106,7 +146,7 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
     for (int64_t s = 0; s < kPanel; ++s) {
       if (panel + s < end) {
         row[steps - 1].bits = 0;
-        std::memcpy(row, row_of<BFloat16>(view, b, head, panel + s), static_cast<size_t>(size) * 2);
+        copy_row(view, b, head, panel + s, size, row);
       } else {
         std::memset(row, 0, sizeof row);
       }
@@ -119,11 +159,11 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
 inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
                       int64_t tokens, int64_t size, float* to) {
   alignas(64) float row[kMaxHeadSize];
-  by_dtype(view.dtype, [&](auto source) {
+  by_stored_dtype(view.dtype, [&](auto source) {
     const int64_t padded_end = round_up(end, kPanel);
     for (int64_t s = begin; s < padded_end; ++s) {
       if (s < end) {
-        widen_row(row_of<decltype(source)>(view, b, head, s), size, row);
+        widen_row<decltype(source)>(view, b, head, s, size, row);
       } else {
         std::memset(row, 0, sizeof row);
       }
@@ -144,7 +184,7 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
   for (int64_t s = begin; s < padded_end; s += 2) {
     for (int64_t i = 0; i < 2; ++i) {
       if (s + i < end) {
-        std::memcpy(rows[i], row_of<BFloat16>(view, b, head, s + i), static_cast<size_t>(size) * 2);
+        copy_row(view, b, head, s + i, size, rows[i]);
       } else {
         std::memset(rows[i], 0, sizeof rows[i]);
       }
@@ -170,7 +210,7 @@ inline void pack_steps(const View& view, int64_t b, int64_t head, int64_t begin,
   for (int64_t s = begin; s < end; s += 2) {
     for (int64_t i = 0; i < 2; ++i) {
       if (s + i < end) {
-        std::memcpy(rows[i], row_of<BFloat16>(view, b, head, s + i), static_cast<size_t>(size) * 2);
+        copy_row(view, b, head, s + i, size, rows[i]);
       } else {
         std::memset(rows[i], 0, sizeof rows[i]);
       }

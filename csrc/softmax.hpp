@@ -176,7 +176,7 @@ inline float online_softmax(const Attention& a, const Query& q, int64_t begin, i
     return 1.0F;
   }
   const float factor = row.move_to(most);
-  const bool drops = a.dropout > 0.0F;
+  const bool drops = a.dropout > 0.0;
   const Dropout dropout(a);
   const uint64_t row_key = drops ? dropout.row_key((q.b * a.H + q.h) * a.T + q.t) : 0;
   F32 sum{}, scores{}, distance{};
@@ -231,7 +231,7 @@ inline Total total_of(const Attention& a, int64_t h, const RowSums& row) {
 inline RowResult finish_row(const Attention& a, int64_t h, const RowSums& row) {
   if (row.most == -kInfinity) return {0.0F, -kInfinity, 0.0F, 0.0F};
   const Total total = total_of(a, h, row);
-  return {total.inverse / (1.0F - a.dropout), row.most + std::log(row.sum), total.log,
+  return {total.inverse * Dropout(a).factor, row.most + std::log(row.sum), total.log,
           total.inverse};
 }
 

@@ -36,12 +36,17 @@ using I32 [[gnu::vector_size(kVectorBytes)]] = int32_t;
 using U32 [[gnu::vector_size(kVectorBytes)]] = uint32_t;
 using U16 [[gnu::vector_size(kVectorBytes / 2)]] = uint16_t;
 using U8 [[gnu::vector_size(kVectorBytes / 4)]] = uint8_t;
+using I8 [[gnu::vector_size(kVectorBytes / 4)]] = int8_t;
 
 struct BFloat16 {
   uint16_t bits;
 };
 struct Float16 {
   uint16_t bits;
+};
+// A number but for its scale.
+struct Code {
+  int8_t integer;
 };
 // Two neighbouring bfloat16 of the summed dimension, the operand of a dot-product instruction.
 struct [[gnu::may_alias]] Pair {
@@ -169,9 +174,22 @@ inline F32 widen(U16 bits, Float16) {
 #endif
 }
 
+// The integers, not scaled.
+inline F32 widen(I8 codes) {
+#if defined(__AVX512F__)
+  const __m512i integers = _mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(codes));
+#elif defined(__AVX2__)
+  const __m256i integers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(&codes)));
+#else
+  const I32 integers = __builtin_convertvector(codes, I32);
+#endif
+  return __builtin_convertvector(reinterpret_cast<I32>(integers), F32);
+}
+
 inline F32 load(const float* from) { return load_as<F32>(from); }
 inline F32 load(const BFloat16* from) { return widen(load_as<U16>(from), BFloat16{}); }
 inline F32 load(const Float16* from) { return widen(load_as<U16>(from), Float16{}); }
+inline F32 load(const Code* from) { return widen(load_as<I8>(from)); }
 
 // The first `count` numbers of a vector, 0 in the others: reads nothing beyond them.
 template <class Vector, class Element>
@@ -196,6 +214,9 @@ inline F32 load_first(const float* from, int64_t count) {
 template <class Element>
 inline F32 load_first(const Element* from, int64_t count) {
   return count >= kLanes ? load(from) : widen(load_some<U16>(from, count), Element{});
+}
+inline F32 load_first(const Code* from, int64_t count) {
+  return count >= kLanes ? load(from) : widen(load_some<I8>(from, count));
 }
 
 inline void store(float* to, F32 v) { store_as(to, v); }
@@ -259,6 +280,12 @@ inline auto by_dtype(Dtype dtype, Function&& with) {
     case Dtype::f16: return with(Float16{});
     default: return with(float{});
   }
+}
+
+// The same for keys and values, which a cache may hold as codes.
+template <class Function>
+inline auto by_stored_dtype(Dtype dtype, Function&& with) {
+  return dtype == Dtype::i8 ? with(Code{}) : by_dtype(dtype, with);
 }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {

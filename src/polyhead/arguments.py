@@ -10,6 +10,7 @@ from torch import Tensor
 from polyhead.call import AttentionCall, AuxRequest
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
+from polyhead.stored import Stored
 
 __all__ = ["autocasts", "build_call", "check_is_tensor", "check_softcap"]
 
@@ -25,8 +26,8 @@ def autocasts(tensor: Tensor) -> bool:
 
 def build_call(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Stored,
+    value: Tensor | Stored,
     mask: Mask | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -37,6 +38,10 @@ def build_call(
     aux: AuxRequest = AuxRequest(),
 ) -> AttentionCall:
     """Check what `attention` was asked. Every error names the argument, the rule and the remedy."""
+    stored = None
+    if isinstance(key, Stored) or isinstance(value, Stored):
+        stored = _both_stored(key, value)
+        key, value = stored[0].placeholder(), stored[1].placeholder()
     _check_tensors(query, key, value)
     _check_shapes(query, key, value)
     S, D = key.shape[2:]
@@ -65,13 +70,25 @@ def build_call(
             "say what to return: AuxRequest(weights=True)",
         )
     return AttentionCall(
-        query, key, value, mask, bias, scale, softcap, sinks, alibi_slopes, dropout, aux
+        query, key, value, mask, bias, scale, softcap, sinks, alibi_slopes, dropout, aux, stored
     )
 
 
 def _nameable(number: float) -> float:
     # torch.compile may make a number symbolic, and traces no reason that names it but as a float.
     return float(number) if torch.compiler.is_compiling() else number
+
+
+def _both_stored(key: Tensor | Stored, value: Tensor | Stored) -> tuple[Stored, Stored]:
+    for name, given in (("key", key), ("value", value)):
+        if not isinstance(given, Stored):
+            raise DtypeError(
+                name,
+                "must come from a cache if the other of key and value does",
+                type(given).__name__,
+                "pass both as append_stored or read_stored gave them, or both as tensors",
+            )
+    return key, value  # type: ignore[return-value]
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -89,7 +106,9 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         if not tensor.is_floating_point():
             raise DtypeError(name, "must be floating point", tensor.dtype, "convert it first")
         if tensor.dtype != dtype:
-            raise DtypeError(name, f"must have the query's dtype, {dtype}", tensor.dtype, "cast one")
+            raise DtypeError(
+                name, f"must have the query's dtype, {dtype}", tensor.dtype, "cast one"
+            )
         if tensor.device != device:
             raise DeviceError(
                 name, f"must be on the query's device, {device}", tensor.device, "move one"

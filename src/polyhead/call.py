@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from polyhead.mask import Mask
+from polyhead.stored import Stored
 
 __all__ = ["NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
 
@@ -121,6 +122,9 @@ class AttentionCall:
             None.
         dropout: probability with which a weight is dropped; kept ones grow by 1 / (1 - dropout).
         aux: what to return beside the output.
+        stored: (key, value) where a cache holds them; then `key` and `value` have the shapes,
+            dtype and device, and NaN for numbers. A `Backend` gets this only if it
+            `reads_stored`; others get the call `gathered()`.
     """
 
     query: Tensor
@@ -134,6 +138,7 @@ class AttentionCall:
     alibi_slopes: Tensor | None
     dropout: float
     aux: AuxRequest
+    stored: tuple[Stored, Stored] | None = None
 
     @property
     def B(self) -> int:
@@ -201,6 +206,13 @@ class AttentionCall:
     def needs_grad(self) -> bool:
         """Whether a gradient will be asked of any tensor of this call."""
         return bool(self.learnt)
+
+    def gathered(self) -> AttentionCall:
+        """The same call, with keys and values made of what a cache holds."""
+        if self.stored is None:
+            return self
+        key, value = self.stored
+        return replace(self, key=key.gather(), value=value.gather(), stored=None)
 
     def without_aux(self) -> AttentionCall:
         """The same call, asking for the output only."""

@@ -18,6 +18,7 @@ from polyhead.backends.second_order import run_twice_differentiable
 from polyhead.call import AttentionCall, Aux, AuxRequest
 from polyhead.errors import BackendError
 from polyhead.mask import Mask
+from polyhead.stored import Stored
 
 __all__ = ["Explanation", "attention", "explain", "observe"]
 
@@ -29,8 +30,8 @@ _OUTPUT_ONLY = AuxRequest()
 @overload
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Stored,
+    value: Tensor | Stored,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -47,8 +48,8 @@ def attention(
 @overload
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Stored,
+    value: Tensor | Stored,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -64,8 +65,8 @@ def attention(
 
 def attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Stored,
+    value: Tensor | Stored,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -82,7 +83,8 @@ def attention(
     Args:
         query: (B, H, T, D) float32, bfloat16, float16 or float64; the output has its dtype.
         key: (B, G, S, D), G a divisor of H: query head h uses key head h // (H / G).
-        value: (B, G, S, E).
+        value: (B, G, S, E). Key and value may also be what a cache's `append_stored` or
+            `read_stored` gives: a backend that can reads it there, others get tensors made of it.
         mask: who may attend (`polyhead.mask`); None: everybody. A query with nothing to attend
             to gives zeros.
         bias: numbers added to the scores, broadcastable to (B, H, T, S); the query's dtype or
@@ -127,7 +129,7 @@ def attention(
     )
     # (torch.compile traces no ContextVar: nobody looks into a compiled graph.)
     if not torch.compiler.is_compiling() and (observer := _observer.get()) is not None:
-        observer(call)
+        observer(call.gathered())
     chosen = choose(call, backend)
     # Autocast would cast inside a backend, and degrade even the definition: a caller's autocast
     # decides the dtype of query, key and value, and that is the dtype of the output.
@@ -187,8 +189,8 @@ class Explanation:
 
 def explain(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Stored,
+    value: Tensor | Stored,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -243,7 +245,10 @@ def explain(
         chosen = choose(call, backend)
     except BackendError:
         return Explanation(None, (), reasons, passed_over)
-    notes = chosen.notes(call)
+    seen = _as_read_by(chosen, call)
+    notes = chosen.notes(seen)
+    if call.stored is not None and seen.stored is None:
+        notes.append(_gathering_note(call, seen))
     if _gives_first_derivative_only(chosen, call):
         notes.append("second derivatives through the definition: they hold T x S scores")
     left = _left_to_definition(chosen, call)
@@ -257,6 +262,7 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
 
     The output comes from the chosen backend alone, so that asking for aux never changes it.
     """
+    call = _as_read_by(chosen, call)
     left = _left_to_definition(chosen, call)
     asked = replace(call, aux=replace(call.aux, **dict.fromkeys(left, False))) if left else call
     # torch.compile has no second derivatives of its own, and cannot trace this.
@@ -265,9 +271,20 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
     else:
         output, aux = chosen.run(asked)
     if left:
-        rest = compute_aux(replace(call, aux=AuxRequest(**dict.fromkeys(left, True))))
+        rest = compute_aux(replace(call.gathered(), aux=AuxRequest(**dict.fromkeys(left, True))))
         aux = replace(aux, **{name: getattr(rest, name) for name in left})
     return output, aux
+
+
+def _as_read_by(chosen: Backend, call: AttentionCall) -> AttentionCall:
+    """The call as this backend takes it: keys and values as tensors, unless it reads a cache."""
+    return call if call.stored is None or chosen.reads_stored(call) else call.gathered()
+
+
+def _gathering_note(call: AttentionCall, gathered: AttentionCall) -> str:
+    assert call.stored is not None
+    mebibytes = (gathered.key.nbytes + gathered.value.nbytes) / 2**20
+    return f"keys and values made of what the cache holds ({call.stored[0]}): {mebibytes:.1f} MiB"
 
 
 def _gives_first_derivative_only(chosen: Backend, call: AttentionCall) -> bool:

@@ -423,6 +423,24 @@ def test_dropout_drops_the_same_weights_in_backward():
     torch.testing.assert_close(got, by_hand, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("p", [1 - 1e-9, 1 - 2**-50])
+@pytest.mark.parametrize("T", [3, 100])
+def test_a_dropout_that_float32_would_round_to_1_drops_and_divides_by_nothing(p, T):
+    inputs = [x.requires_grad_() for x in tensors(T=T, S=400)]
+    output = ph.attention(*inputs, dropout=p, backend=CPU)
+    assert bool(output.isfinite().all())
+    assert bool(gradients(output, inputs).isfinite().all())
+
+
+def test_what_little_dropout_keeps_grows_by_the_share_it_keeps(isa):
+    T = S = 1000
+    query, key, value = (torch.zeros(1, 1, n, 8) for n in (T, S, S))
+    kept = ph.attention(query, key, value + 1, dropout=1 - 2**-9, backend=CPU)[0, 0, :, 0]
+    torch.testing.assert_close(kept.unique()[1].item(), 2**9 / S)
+    # 2^20 / 2^9 are kept on average, each of them 2^9.
+    assert kept.mean().item() == pytest.approx(1.0, abs=5 * 2**-5.5)
+
+
 def test_the_operator_alone_has_no_second_derivative():
     """So that it cannot be wrong in silence; `attention` takes the definition's."""
     inputs = [x.requires_grad_() for x in tensors()]

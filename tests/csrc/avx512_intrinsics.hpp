@@ -32,6 +32,12 @@ inline __m512i cvtepu16_epi32(__m256i a) {
   return std::bit_cast<__m512i>(wide);
 }
 
+inline __m512i cvtepi8_epi32(__m128i a) {
+  std::array<int32_t, 16> wide;
+  for (int i = 0; i < 16; ++i) wide[i] = std::bit_cast<std::array<int8_t, 16>>(a)[i];
+  return std::bit_cast<__m512i>(wide);
+}
+
 inline __m512 cvtph_ps(__m256i a) {
   const auto [low, high] = std::bit_cast<U16x8x2>(a);
   return std::bit_cast<__m512>(F32x8x2{_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)});
@@ -102,6 +108,7 @@ inline __m512 dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
 }  // namespace emulated
 
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph<rounding>(a)

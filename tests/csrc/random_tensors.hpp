@@ -10,6 +10,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <vector>
 
 #include "attention.hpp"
 
@@ -58,11 +59,14 @@ inline double half_value(uint16_t bits, Dtype dtype) {
   return single;
 }
 
-// Memory of exactly `size` numbers of a dtype, NaN at first.
+// Memory of exactly `size` numbers of a dtype, NaN at first, codes 127.
 class Memory {
  public:
   Memory(Dtype dtype, int64_t size) : dtype_(dtype), size_(size) {
-    if (dtype == Dtype::f32) {
+    if (dtype == Dtype::i8) {
+      codes_ = std::make_unique<int8_t[]>(size);
+      std::fill_n(codes_.get(), size, int8_t{127});
+    } else if (dtype == Dtype::f32) {
       floats_ = std::make_unique<float[]>(size);
       std::fill_n(floats_.get(), size, NAN);
     } else {
@@ -71,16 +75,20 @@ class Memory {
     }
   }
   void set(int64_t i, double x) {
-    if (dtype_ == Dtype::f32) {
+    if (dtype_ == Dtype::i8) {
+      codes_[i] = static_cast<int8_t>(std::lround(std::clamp(50.0 * x, -127.0, 127.0)));
+    } else if (dtype_ == Dtype::f32) {
       floats_[i] = static_cast<float>(x);
     } else {
       halves_[i] = half_bits(x, dtype_);
     }
   }
   double get(int64_t i) const {
+    if (dtype_ == Dtype::i8) return codes_[i];
     return dtype_ == Dtype::f32 ? floats_[i] : half_value(halves_[i], dtype_);
   }
   const void* at(int64_t i) const {
+    if (dtype_ == Dtype::i8) return &codes_[i];
     return dtype_ == Dtype::f32 ? static_cast<const void*>(&floats_[i]) : &halves_[i];
   }
   void* data() { return const_cast<void*>(at(0)); }
@@ -91,6 +99,7 @@ class Memory {
   int64_t size_;
   std::unique_ptr<float[]> floats_;
   std::unique_ptr<uint16_t[]> halves_;
+  std::unique_ptr<int8_t[]> codes_;
 };
 
 // The strides of a tensor whose axes lie in memory in any order, with gaps; 0 where the size is 1.
@@ -137,6 +146,79 @@ struct Tensor {
   double operator()(int64_t b, int64_t h, int64_t t, int64_t d) const {
     return memory.get(skip + layout.at({b, h, t, d}));
   }
+  void set(const Sizes& i, double x) { memory.set(skip + layout.at(i), x); }
+};
+
+// A block of a pool for every so many tokens of every row, in any order; or no pool at all.
+struct Table {
+  int64_t block_size = 0, blocks = 0, columns = 0;
+  std::vector<int32_t> numbers;
+
+  Table() = default;
+  Table(int64_t rows, int64_t tokens) : block_size(one_of({1, 2, 5, 16, 40, 64})) {
+    columns = (tokens + block_size - 1) / block_size;
+    blocks = rows * columns + integer(0, 3);
+    std::vector<int32_t> all(blocks);
+    std::iota(all.begin(), all.end(), 0);
+    std::shuffle(all.begin(), all.end(), generator);
+    numbers.assign(all.begin(), all.begin() + rows * columns);
+    // Rows that begin alike share their first block.
+    if (rows > 1 && chance(2)) numbers[columns] = numbers[0];
+  }
+};
+
+// Keys or values of some tokens as a cache holds them. What no token is in is NaN.
+class Stored {
+ public:
+  View view;
+
+  Stored(Dtype dtype, bool are_codes, const Table& table, const Sizes& sizes)
+      : table_(table),
+        data_(are_codes ? Dtype::i8 : dtype, pool_sizes(table, sizes)) {
+    const Sizes& pool = data_.sizes;
+    view = data_.view;
+    if (are_codes) {
+      scales_ = std::make_unique<Tensor>(Dtype::f32, Sizes{pool[0], pool[1], pool[2], 1}, false);
+      for (int64_t i = 0; i < scales_->memory.size(); ++i)  // 50 is the size of a code
+        scales_->memory.set(i, scales_->memory.get(i) / 50.0);
+      view.scales = static_cast<const float*>(scales_->view.data);
+      std::copy_n(scales_->view.stride, 3, view.scale_stride);
+    }
+    if (table.block_size == 0) return;
+    view.table = table_.numbers.data();
+    view.table_stride = table.columns, view.block_size = table.block_size;
+    std::vector<bool> is_used(pool[0] * pool[2]);
+    for (int64_t b = 0; b < sizes[0]; ++b)
+      for (int64_t s = 0; s < sizes[2]; ++s) {
+        const auto [block, slot] = place(b, s);
+        is_used[block * pool[2] + slot] = true;
+      }
+    Tensor& numbers = are_codes ? *scales_ : data_;
+    for (int64_t i = 0; i < pool[0] * pool[2]; ++i)
+      for (int64_t g = 0; g < pool[1]; ++g)
+        for (int64_t d = 0; d < numbers.sizes[3]; ++d)
+          if (!is_used[i]) numbers.set({i / pool[2], g, i % pool[2], d}, NAN);
+  }
+
+  double operator()(int64_t b, int64_t g, int64_t s, int64_t d) const {
+    const auto [first, second] = place(b, s);
+    const double number = data_(first, g, second, d);
+    return scales_ ? number * (*scales_)(first, g, second, 0) : number;
+  }
+
+ private:
+  static Sizes pool_sizes(const Table& table, const Sizes& sizes) {
+    if (table.block_size == 0) return sizes;
+    return {table.blocks, sizes[1], table.block_size, sizes[3]};
+  }
+  std::array<int64_t, 2> place(int64_t b, int64_t s) const {
+    if (table_.block_size == 0) return {b, s};
+    return {table_.numbers[b * table_.columns + s / table_.block_size], s % table_.block_size};
+  }
+
+  Table table_;
+  Tensor data_;
+  std::unique_ptr<Tensor> scales_;
 };
 
 }  // namespace polyhead

@@ -32,7 +32,9 @@ struct Case {
   Attention a{};
   Dtype dtype;
   std::string text;
-  std::unique_ptr<Tensor> query, key, value, bias, grad_output;
+  std::unique_ptr<Tensor> query, bias, grad_output;
+  bool are_codes = chance(4), in_blocks = chance(4);
+  std::unique_ptr<Stored> key, value;
   std::unique_ptr<bool[]> allowed;
   std::vector<int32_t> first, last, document;
   std::vector<float> sinks, slopes, grad_lse;
@@ -53,8 +55,9 @@ Case::Case() {
   a.threads = static_cast<int>(integer(1, 3));
   dtype = static_cast<Dtype>(integer(0, 2));
   query = std::make_unique<Tensor>(dtype, Sizes{a.B, a.H, a.T, a.D});
-  key = std::make_unique<Tensor>(dtype, Sizes{a.B, a.G, a.S, a.D});
-  value = std::make_unique<Tensor>(dtype, Sizes{a.B, a.G, a.S, a.E});
+  const Table table = in_blocks ? Table(a.B, a.S) : Table();
+  key = std::make_unique<Stored>(dtype, are_codes, table, Sizes{a.B, a.G, a.S, a.D});
+  value = std::make_unique<Stored>(dtype, are_codes, table, Sizes{a.B, a.G, a.S, a.E});
   grad_output = std::make_unique<Tensor>(dtype, Sizes{a.B, a.H, a.T, a.E});
   a.query = query->view, a.key = key->view, a.value = value->view;
   a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(a.D)));
@@ -98,7 +101,7 @@ Case::Case() {
   if (chance(3)) a.sinks = by_head(sinks, 1.0);
   if (chance(3)) a.alibi_slopes = by_head(slopes, 0.1);
   if (chance(3)) a.softcap = 1.5F;
-  if (chance(3)) a.dropout = 0.3F, a.seed = generator();
+  if (chance(3)) a.dropout = 0.3, a.seed = generator();
   if (chance(3)) {
     for (int64_t i = 0; i < a.B * a.H * a.T; ++i)
       grad_lse.push_back(static_cast<float>(normal()));
@@ -114,7 +117,8 @@ Case::Case() {
            {"bias ", bias != nullptr}, {"allowed ", allowed != nullptr},
            {"documents ", a.document != nullptr}, {"sinks ", a.sinks != nullptr},
            {"alibi ", a.alibi_slopes != nullptr}, {"softcap ", a.softcap != 0.0F},
-           {"dropout ", a.dropout != 0.0F}, {"grad_lse ", !grad_lse.empty()}})
+           {"dropout ", a.dropout != 0.0}, {"grad_lse ", !grad_lse.empty()},
+           {"codes ", are_codes}, {"blocks ", in_blocks}})
     if (is_there) text += name;
 }
 
@@ -188,10 +192,11 @@ int Case::check() const {
       if (bias_sizes[axis] > 1) g.bias_stride[axis] = bias_stride[axis] = step;
   }
   if (a.sinks != nullptr) g.sinks = floats(sinks_grad);
-  POLYHEAD_ISA::kTable.backward(a, g);
+  const bool is_plain = !are_codes && !in_blocks;
+  if (is_plain) POLYHEAD_ISA::kTable.backward(a, g);
   const bool is_mean = chance(2);
   Memory weights = zeros((is_mean ? a.B * a.T : rows) * a.S);
-  POLYHEAD_ISA::kTable.weights(a, {floats(shifts), floats(weights), is_mean});
+  if (is_plain) POLYHEAD_ISA::kTable.weights(a, {floats(shifts), floats(weights), is_mean});
 
   // The error allowed is this many roundings in all terms of a sum, those of the scores included,
   // and what 16 bits lose in weights and output.
@@ -200,6 +205,8 @@ int Case::check() const {
   // Products of pairs take P and dS rounded to bfloat16.
   const bool has_pairs = POLYHEAD_ISA::kHasPairs && dtype == Dtype::bf16;
   const double pair_loss = has_pairs ? 1.01 * unit_of(dtype) : 0.0;
+  // And so is code * scale.
+  const double code_loss = are_codes ? pair_loss : 0.0;
   Result outputs("output", output.size()), lses("lse", rows), all_stats("stats", 6 * rows);
   Result to_query("query", query_grad.size()), to_key("key", key_grad.size()),
       to_value("value", value_grad.size()), to_bias("bias", bias_size), to_sinks("sinks", a.H), all_weights("weights", weights.size());
@@ -213,7 +220,7 @@ int Case::check() const {
       double terms;
       scores[s] = score(b, h, t, s, terms, slope[s]);
       largest_terms = std::max(largest_terms, terms);
-      if (a.dropout > 0.0F)
+      if (a.dropout > 0.0)
         kept[s] = dropout.kept(dropout.row_key(row), s)[0] ? 1.0 / (1.0 - a.dropout) : 0.0;
     }
     const double most = *std::max_element(scores.begin(), scores.end());
@@ -221,7 +228,8 @@ int Case::check() const {
       lses.want[row] = all_stats.want[5 * rows + row] = -INFINITY;
       continue;
     }
-    const double rounding = kRoundings * unit_of(Dtype::f32) * (4.0 + 2.0 * largest_terms);
+    const double rounding = kRoundings * unit_of(Dtype::f32) * (4.0 + 2.0 * largest_terms) +
+                            2.0 * code_loss * largest_terms;
     double keys_total = 0.0;
     for (double x : scores) keys_total += std::exp(x - most);
     const double total =
@@ -256,7 +264,7 @@ int Case::check() const {
       const double grad = (*grad_output)(b, h, t, e);
       delta += grad * o[e];
       delta_terms += std::abs(grad) * o_terms[e];
-      outputs.add(row * a.E + e, o[e], (rounding + loss) * o_terms[e]);
+      outputs.add(row * a.E + e, o[e], (rounding + loss + code_loss) * o_terms[e]);
     }
     const double delta_loss = loss * delta_terms;
     if (a.sinks != nullptr) {
@@ -314,6 +322,7 @@ int Case::check() const {
   compare(outputs, output);
   compare(lses, lse);
   if (has_stats) compare(all_stats, stats);
+  if (!is_plain) return failures;
   compare(all_weights, weights);
   compare(to_query, query_grad);
   compare(to_key, key_grad);

@@ -42,6 +42,8 @@ class Backend:
         aux: names of what it gives beside the output; the definition computes the rest.
         passed_over: why "auto" leaves a call to others though it could run.
         first_order: whether `run` has no second derivative; the definition then gives it.
+        reads_stored: whether `run` reads a call's keys and values where a cache holds them
+            (`call.stored`); otherwise it is given the call `gathered()`.
         summary: what it is, in a line.
     """
 
@@ -52,6 +54,7 @@ class Backend:
     aux: frozenset[str] = frozenset()
     passed_over: Callable[[AttentionCall], list[str]] | None = None
     first_order: bool = False
+    reads_stored: Callable[[AttentionCall], bool] = lambda call: False
     summary: str = ""
 
     def __str__(self) -> str:
@@ -77,6 +80,7 @@ BACKENDS: tuple[Backend, ...] = (
         aux=frozenset({"weights", "mean_weights", "lse", "stats"}),
         passed_over=cpu.passed_over,
         first_order=True,
+        reads_stored=cpu.reads_stored,
         summary="polyhead's own C++ kernels for the processor; every mask and variant fused",
     ),
     Backend(

@@ -3,6 +3,10 @@
 Semantics are those of `reference`, with one difference in what is undefined anyway: NaN or
 infinity in a *value* that a query may not attend to reaches its output there (0 * NaN), and here
 only where it shares a tile with values that it may attend to.
+
+Any number of Python threads may call at once. So may a process forked after its parent called,
+where torch's own parallel operations hang: there the thread that forked runs each call of more than
+one thread on a new team.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from polyhead.backends.refusals import custom_reasons, dtype_reasons, transform_
 from polyhead.backends.structure import read_structure
 from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
 
-__all__ = ["notes", "passed_over", "run", "why_not"]
+__all__ = ["notes", "passed_over", "reads_stored", "run", "why_not"]
 
 _MAX_HEAD_SIZE = 512
 _MAX_TOKENS = 2**31 - 2
@@ -53,7 +57,8 @@ def passed_over(call: AttentionCall) -> list[str]:
     """Why "auto" leaves a call to torch: matrix units that these kernels do not use, exported
     programs, and small examples with dropout, whose digits should be those of the same lines typed
     by hand."""
-    if call.dtype == torch.bfloat16 and _has_amx() and not sdpa.why_not(call):
+    is_tensors = call.stored is None  # which torch would need made of what a cache holds
+    if is_tensors and call.dtype == torch.bfloat16 and _has_amx() and not sdpa.why_not(call):
         return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
     if torch.compiler.is_exporting():
         return ["would tie an exported program to this library; torch's own operators do not"]
@@ -67,6 +72,12 @@ def passed_over(call: AttentionCall) -> list[str]:
     return []
 
 
+def reads_stored(call: AttentionCall) -> bool:
+    """Whether keys and values are read where a cache holds them: in inference, unless weights,
+    which are T x S numbers anyway, are asked for."""
+    return not (call.needs_grad or call.aux.weights or call.aux.mean_weights)
+
+
 def notes(call: AttentionCall) -> list[str]:
     """Instruction set, threads, and which way keys are read."""
     threads = torch.get_num_threads()
@@ -76,6 +87,8 @@ def notes(call: AttentionCall) -> list[str]:
         noted.append("few queries: keys are read once, in place, shared out among the threads")
     else:
         noted.append("many queries: keys and values are packed once a key head")
+    if call.stored is not None:
+        noted.append(f"keys and values read where the cache holds them: {call.stored[0]}")
     rest = read_structure(call.mask, call.T, call.S).rest
     if rest is not None:
         noted.append(f"{rest!r} written out as booleans")
@@ -95,14 +108,30 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
         allowed = structure.rest.materialize(call.T, call.S, device=call.device)
     sinks, slopes = call.sinks, call.alibi_slopes
     slopes = None if slopes is None else slopes.float().contiguous()
-    query, key = side_by_side(call.query), side_by_side(call.key)
+    query = side_by_side(call.query)
     softcap = 0.0 if call.softcap is None else call.softcap
     operators = torch.ops.polyhead
-    attend = operators.attention_forward if call.needs_grad else operators.attention_inference
+    if call.stored is not None:
+        stored_key, stored_value = call.stored
+        attend = functools.partial(
+            operators.attention_stored,
+            query,
+            stored_key.data,
+            stored_value.data,
+            stored_key.scales,
+            stored_value.scales,
+            stored_key.table,
+            stored_key.tokens,
+        )
+    else:
+        key = side_by_side(call.key)
+        attend = functools.partial(
+            operators.attention_forward if call.needs_grad else operators.attention_inference,
+            query,
+            key,
+            side_by_side(call.value),
+        )
     output, lse, details = attend(
-        query,
-        key,
-        side_by_side(call.value),
         call.bias,
         allowed,
         structure.lengths,

@@ -1,8 +1,8 @@
 """The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
 
 `torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative),
-`attention_backward` and `attention_weights` exist if the package was built with a C++ compiler;
-`missing` says if not.
+`attention_stored` (over what a cache holds), `attention_backward` and `attention_weights` exist if
+the package was built with a C++ compiler; `missing` says if not.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 if not missing:
     torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
     torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
+    torch.library.register_fake("polyhead::attention_stored", _forward_shapes)
     torch.library.register_fake("polyhead::attention_backward", _backward_shapes)
     torch.library.register_fake("polyhead::attention_weights", _weights_shape)
     torch.library.register_autograd("polyhead::attention_forward", _gradients, setup_context=_save)

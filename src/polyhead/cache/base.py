@@ -12,8 +12,9 @@ from torch import Tensor
 from polyhead.arguments import check_is_tensor
 from polyhead.cache.formats import Format, Held, Int8, Plain
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
+from polyhead.stored import Stored
 
-__all__ = ["Cache", "empty_like"]
+__all__ = ["Cache", "empty_like", "gathered", "halves"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -106,6 +107,19 @@ class Cache(ABC):
         Views of the cache where possible: use them before the next call.
         """
 
+    def append_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor | Stored, Tensor | Stored]:
+        """As `append`, without making tensors of int8 codes or of blocks.
+
+        Returns:
+            what `attention` takes for key and value: tensors where the cache holds them so, or
+            `Stored`. Pass it on before the next call.
+        """
+        return self.append(key, value)
+
+    def read_stored(self) -> tuple[Tensor | Stored, Tensor | Stored]:
+        """As `read`, without making tensors of int8 codes or of blocks: see `append_stored`."""
+        return self.read()
+
     @abstractmethod
     def rewind(self, n: int) -> None:
         """Forget the last n tokens of every row, as after a rejected draft.
@@ -148,10 +162,6 @@ class Cache(ABC):
 
     def _encode(self, key: Tensor, value: Tensor) -> Held:
         return self._format.encode(key) + self._format.encode(value)
-
-    def _decode(self, held: Held) -> tuple[Tensor, Tensor]:
-        half = len(held) // 2
-        return self._format.decode(held[:half]), self._format.decode(held[half:])
 
     def _nothing(self) -> Held:
         """What is held of no tokens: it has the dtypes and sizes to allocate with."""
@@ -241,6 +251,20 @@ class Cache(ABC):
 
     def _extra_repr(self) -> str:
         return ""
+
+
+def halves(held: Held) -> tuple[Held, Held]:
+    """What is held of keys, and of values."""
+    half = len(held) // 2
+    return held[:half], held[half:]
+
+
+def gathered(key: Tensor | Stored, value: Tensor | Stored) -> tuple[Tensor, Tensor]:
+    """Tensors of both."""
+    return (
+        key.gather() if isinstance(key, Stored) else key,
+        value.gather() if isinstance(value, Stored) else value,
+    )
 
 
 def empty_like(held: Held, rows: int, tokens: int) -> Held:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from polyhead.cache.base import Cache, empty_like
+from polyhead.cache.base import Cache, empty_like, gathered, halves
 from polyhead.cache.formats import Held
 from polyhead.errors import ArgumentError, check_count
+from polyhead.stored import Stored
 
 __all__ = ["KVCache"]
 
@@ -87,6 +90,9 @@ class KVCache(Cache):
         self._held = empty_like(self._nothing(), batch, self._most_slots if preallocate else 0)
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return gathered(*self.append_stored(key, value))
+
+    def append_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor | Stored, Tensor | Stored]:
         self._check_chunk(key, value)
         new, T = self._encode(key, value), key.shape[2]
         if self.length - self._first_held + T > self._most_slots:
@@ -98,11 +104,14 @@ class KVCache(Cache):
         self.start = self._needed_from(self.length)
         self.length += T
         _copy(new, self._slots(self.length - T, self.length))
-        return self._decode(self._slots(self.start, self.length))
+        return self._stored(self._slots(self.start, self.length))
 
     def read(self) -> tuple[Tensor, Tensor]:
+        return gathered(*self.read_stored())
+
+    def read_stored(self) -> tuple[Tensor | Stored, Tensor | Stored]:
         self.start = self._needed_from(self.length - 1)
-        return self._decode(self._slots(self.start, self.length))
+        return self._stored(self._slots(self.start, self.length))
 
     def quantised(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `read` decodes, as it is held: views, not to be written to.
@@ -179,7 +188,17 @@ class KVCache(Cache):
         self._first_held = position
         _copy(kept, self._slots(position, self.length))
 
-    def _append_long(self, new: Held, T: int) -> tuple[Tensor, Tensor]:
+    def _stored(self, held: Held) -> tuple[Tensor | Stored, Tensor | Stored]:
+        if self.storage is None:
+            return held[0], held[1]
+        tokens = held[0].shape[2]
+        key, value = (
+            Stored(codes, self.dtype, tokens, partial(self._format.decode, (codes, scales)), scales)
+            for codes, scales in halves(held)
+        )
+        return key, value
+
+    def _append_long(self, new: Held, T: int) -> tuple[Tensor | Stored, Tensor | Stored]:
         """A chunk that the memory cannot hold beside its window: only its end is kept."""
         first = self._needed_from(self.length)
         before = self._slots(first, self.length)
@@ -193,7 +212,7 @@ class KVCache(Cache):
         self._first_held = end
         kept = self._slots(end, self.length)
         _copy(tuple(part[:, :, -kept[0].shape[2] :] for part in new), kept)
-        return self._decode(seen)
+        return self._stored(seen)
 
     def _extra_repr(self) -> str:
         return (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from polyhead.cache.base import Cache, empty_like
+from polyhead.cache.base import Cache, empty_like, gathered, halves
 from polyhead.cache.formats import Held
 from polyhead.errors import ArgumentError, check_count
+from polyhead.stored import Stored
 
 __all__ = ["PagedKVCache"]
 
@@ -20,7 +23,8 @@ class PagedKVCache(Cache):
     one prompt, and copies nothing. A partly filled block that several rows hold is copied when
     they append. A block that no row holds any more is used again.
 
-    `append` and `read` gather a copy; a kernel reads `pools` through `block_table` instead.
+    `append` and `read` gather a copy. `append_stored` and `read_stored` gather none: backend `cpu`
+    reads blocks where they are, and modules go this way by themselves.
 
     Args:
         batch: rows, B.
@@ -100,6 +104,9 @@ class PagedKVCache(Cache):
         return self._pools
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return gathered(*self.append_stored(key, value))
+
+    def append_stored(self, key: Tensor, value: Tensor) -> tuple[Stored, Stored]:
         self._check_chunk(key, value)
         new, T = self._encode(key, value), key.shape[2]
         if T:
@@ -110,12 +117,30 @@ class PagedKVCache(Cache):
             for pool, part in zip(self._pools, new, strict=True):
                 pool[block_bt, :, slot_t] = part.transpose(1, 2)
             self.length += T
-        return self.read()
+        return self.read_stored()
 
     def read(self) -> tuple[Tensor, Tensor]:
+        return gathered(*self.read_stored())
+
+    def read_stored(self) -> tuple[Stored, Stored]:
+        table, tokens = self.block_table, self.length
+        key, value = (
+            Stored(
+                pools[0],
+                self.dtype,
+                tokens,
+                partial(self._gather, pools, table, tokens),
+                scales=pools[1] if len(pools) > 1 else None,
+                table=table,
+            )
+            for pools in halves(self._pools)
+        )
+        return key, value
+
+    def _gather(self, pools: Held, table: Tensor, tokens: int) -> Tensor:
         # (B, blocks, G, block_size, ...) to (B, G, tokens, ...)
-        blocks = (pool[self.block_table].transpose(1, 2).flatten(2, 3) for pool in self._pools)
-        return self._decode(tuple(part[:, :, : self.length] for part in blocks))
+        blocks = (pool[table].transpose(1, 2).flatten(2, 3) for pool in pools)
+        return self._format.decode(tuple(part[:, :, :tokens] for part in blocks))
 
     def rewind(self, n: int) -> None:
         self._check_rewind(n)

@@ -33,6 +33,7 @@ from polyhead.modules.fusing import fuse, unfuse
 from polyhead.modules.projecting import projecting
 from polyhead.modules.pruning import prune_heads
 from polyhead.positions import Rope, alibi_slopes
+from polyhead.stored import Stored
 
 __all__ = ["MultiHeadAttention"]
 
@@ -348,9 +349,11 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             check_cache(cache, rule, x, memory, self.num_heads, self.context_length)
             first = cache.length
-        query, key, value = self.project_heads(x, memory, positions=positions, first_position=first)
+        key: Tensor | Stored
+        value: Tensor | Stored
+        query, *new = self.project_heads(x, memory, positions=positions, first_position=first)
+        key, value = new if cache is None else cache.append_stored(*new)
         if cache is not None:
-            key, value = cache.append(key, value)
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)
         T, S = query.shape[2], key.shape[2]
         contexts_bhte, aux = attention(
