@@ -10,7 +10,8 @@ namespace polyhead::POLYHEAD_ISA {
 constexpr int64_t kDecodeTokens = 16;  // more queries are worth packing keys for,
 constexpr int64_t kDecodeRows = 32;    // and so are more of a group
 constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, packed in no time
-constexpr int64_t kBlockBytes = 4096;  // of keys, before as many values are read: two streams
+// Of keys, before as many values are read: two streams. Sums of short vectors take more of a block.
+constexpr int64_t kBlockBytes = kTileVectors == 4 ? 4096 : 16384;
 constexpr int64_t kMaxBlockKeys = 64;
 constexpr int64_t kFewPooledKeys = 32;  // fewer are not worth fetching a head's sums from L2
 constexpr int64_t kFewRows = 8;         // with more, arithmetic is the limit, not reading
