@@ -4,6 +4,7 @@ behave alike.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def look_inside(subject: Subject) -> None:
     ]
     spy = _Inside(subject)
     token = subject.input(1, 1).expand(-1, subject.T, -1)
-    with torch.enable_grad(), spy:
+    # A module that cannot run with gradients is no more looked into; the laws that do so tell.
+    with suppress(Exception), torch.enable_grad(), spy:
         # With gradients, as torch hides the whole call in one fused operation without.
         subject.call(subject.exact, token.clone().requires_grad_())
     if convolutions:
