@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPTIONS = ("-p", "pytest_polyhead", "-p", "no:cacheprovider", "-q", "-rf", "--rootdir")
+OPTIONS = ("-p", "no:cacheprovider", "-q", "-rf", "--rootdir")
 
 
 def run(folder, *targets):

@@ -1,5 +1,6 @@
 """The server: what it answers, to whom, and what it refuses."""
 
+import asyncio
 import hashlib
 import json
 import re
@@ -132,6 +133,16 @@ def test_a_port_that_is_taken_is_named(listening):
         listen("no-such-host.invalid", port)
 
 
+@pytest.fixture
+def own_loop():
+    """Playwright leaves its event loop running in the thread that all tests share."""
+    theirs = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(theirs)
+
+
+@pytest.mark.usefixtures("own_loop")
 def test_ctrl_c_stops_it(session, listening, capfd):
     """And who leaves in the middle of a request leaves no traceback."""
     answers = []
