@@ -51,7 +51,7 @@ def row(case: dict[str, Any]) -> str:
     sdpa = next((v for v in peers if v["name"] == "sdpa"), None)
     cells = [
         f"**{case['id']}** {case['what']}",
-        "not measured" if ours is None else f"{ours['milliseconds']:.3g} ms",
+        "not measured" if ours is None else milliseconds(ours["milliseconds"]),
         "" if ours is None or ours["share"] is None else f"{ours['share']:.0%}",
         "" if best is None else best["name"],
         over(best, ours),
@@ -59,6 +59,11 @@ def row(case: dict[str, Any]) -> str:
         "; ".join(verdict(target) for target in case["targets"]),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def milliseconds(time: float) -> str:
+    """Return a time with three digits, or whole milliseconds."""
+    return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
 
 
 def over(peer: dict[str, Any] | None, ours: dict[str, Any] | None) -> str:

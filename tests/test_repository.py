@@ -161,3 +161,9 @@ def optional_modules_imported_by(code: str) -> set[str]:
 def test_importing_polyhead_imports_nothing_optional():
     assert optional_modules_imported_by("import polyhead") == set()
     assert optional_modules_imported_by("import polyhead, click, gguf") == {"click", "gguf"}
+
+
+def test_the_tables_of_performance_are_those_of_the_runs():
+    command = [sys.executable, ROOT / "scripts/write_performance.py", "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.stdout == "docs/performance.md is current\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +41,42 @@ def plot(result: BenchResult, path: Path) -> None:
         _curves(result, figure)
     else:
         _bars(result, figure)
-    figure.suptitle("\n".join([result.machine.cpu, *result.warnings]), fontsize="small")
+    machine = " ".join([result.machine.cpu, *result.machine.features])
+    figure.suptitle("\n".join([machine, *result.warnings]), fontsize="small")
     figure.savefig(path, dpi=150)
 
 
 def _bars(result: BenchResult, figure: Any) -> None:
-    """A group of bars a case, the ceiling a line at 1. Cases without a ceiling have no bars."""
+    """A bar a case, polyhead's; its peers are marks on it; the ceiling is a line at 1.
+
+    Cases without a ceiling have no bar.
+    """
     cases = [case for case in result.cases if any(v.share for v in case.variants)]
-    names = _names(cases)
+    figure.set_size_inches(9, 2 + 0.3 * len(cases))
     axes = figure.subplots()
-    width = 0.8 / max(len(names), 1)
-    for i, name in enumerate(names):
-        shares = [_of(case, name).share or 0.0 for case in cases]
-        places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(cases))]
-        axes.bar(places, shares, width, label=name)
-    axes.axhline(1.0, color="black", linewidth=1)
-    axes.set_xticks(range(len(cases)), [f"{case.id}\nof {case.ceiling}" for case in cases])
-    axes.set_ylabel("share of the ceiling measured in this run")
-    if names:
-        axes.legend(fontsize="small")
+    ours = [case.ours.share or 0.0 if case.ours else 0.0 for case in cases]
+    axes.barh(range(len(cases)), ours, height=0.7, color="#9ebcda", label="polyhead")
+    marks: dict[str, list[tuple[float, int]]] = {}
+    for place, case in enumerate(cases):
+        for variant in case.variants:
+            if variant.share and variant is not case.ours:
+                marks.setdefault(_kind(variant.name), []).append((variant.share, place))
+    shapes = itertools.cycle("osD^vPX<>*hp8d")
+    for (name, points), shape in zip(marks.items(), shapes, strict=False):
+        shares, places = zip(*points, strict=True)
+        axes.scatter(shares, places, marker=shape, s=24, label=name, zorder=3)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(range(len(cases)), [f"{case.id} of {case.ceiling}" for case in cases])
+    axes.invert_yaxis()
+    axes.set_xlim(0.0, 1.05)
+    axes.set_xlabel("share of the ceiling measured in this run")
+    if cases:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def _kind(name: str) -> str:
+    """One mark for all modules of the book: they are many, and close together."""
+    return "the book's modules" if name.startswith("book: ") else name
 
 
 def _curves(result: BenchResult, figure: Any) -> None:
