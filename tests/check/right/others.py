@@ -304,7 +304,8 @@ class Differential(nn.Module):
         self.num_heads = num_heads
         self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.share = nn.Parameter(torch.tensor(0.5))
-        self.after = nn.RMSNorm(dim // num_heads)
+        # Without eps the norm takes that of its dtype: another function in float64.
+        self.after = nn.RMSNorm(dim // num_heads, eps=1e-5)
 
     def forward(self, x):
         T = x.shape[1]
