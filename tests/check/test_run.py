@@ -49,3 +49,36 @@ def test_our_own_module_passes(dtype):
     mha = ph.MultiHeadAttention(24, 24, context_length=16, dropout=0.1, num_heads=4)
     report = ph.check.check_module(mha, dtype=dtype)
     assert report.ok, report
+
+
+class Odd(nn.Module):
+    """Right, under names that tell nothing."""
+
+    n_heads = 4
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(24, 24, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (
+            w(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for w in (self.a, self.b, self.c)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.d(y.transpose(1, 2).flatten(2))
+
+
+def test_weights_that_names_do_not_tell_can_be_given():
+    names = {"query": "a", "key": "b", "value": "c", "out": "d"}
+
+    def verdict(**roles):
+        weights = (
+            None if not roles else lambda m: {r: getattr(m, n).weight for r, n in roles.items()}
+        )
+        only = ["output_is_the_definitions"]
+        report = ph.check.check_module(Odd(), weights=weights, only=only)
+        return report.results[0].verdict.outcome
+
+    assert verdict() is ph.check.Outcome.NOT_APPLICABLE
+    assert verdict(**names) is ph.check.Outcome.HOLDS
+    assert verdict(**(names | {"key": "c", "value": "b"})) is ph.check.Outcome.BROKEN
