@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import polyhead as ph
+from polyhead.backends import cpu_operators
+
 
 @pytest.fixture(scope="session")
 def smollm2():
@@ -72,6 +75,92 @@ def browser():
         launched = playwright.chromium.launch(executable_path=program, args=arguments)
         yield launched
         launched.close()
+
+
+def _runs(isa: str) -> bool:
+    before = cpu_operators.isa()
+    try:
+        cpu_operators.choose_isa(isa)
+    except RuntimeError:
+        return False
+    cpu_operators.choose_isa(before)
+    return True
+
+
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+ISAS = [] if cpu_operators.missing else [isa for isa in INSTRUCTION_SETS if _runs(isa)]
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """The C++ kernels. Not built, the test skips; in CI, which has a compiler, it fails."""
+    if cpu_operators.missing:
+        absent = pytest.fail if os.environ.get("CI") else pytest.skip
+        absent(f"needs the kernels: {cpu_operators.missing}")
+
+
+@pytest.fixture(scope="session")
+def isas() -> list[str]:
+    """The instruction sets of this processor and build, the best first."""
+    return ISAS
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, kernels):
+    """The name of each of them in turn, whose kernels run in the test."""
+    before = cpu_operators.isa()
+    cpu_operators.choose_isa(request.param)
+    yield request.param
+    cpu_operators.choose_isa(before)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tensors() -> Callable[..., list[Tensor]]:
+    """`tensors(B=2, H=6, G=2, T=5, S=7, D=8, E=D, dtype=, seed=)`: random query, key and value."""
+
+    def build(B=2, H=6, G=2, T=5, S=7, D=8, E=None, dtype=torch.float64, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(B, H, T, D), (B, G, S, D), (B, G, S, E or D)]
+        return [
+            torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+            for shape in shapes
+        ]
+
+    return build
+
+
+def _gradients(output: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    direction = torch.randn(
+        output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9)
+    )
+    return torch.autograd.grad(output, inputs, direction.to(output.dtype), retain_graph=True)
+
+
+@pytest.fixture(scope="session")
+def gradients() -> Callable[..., tuple[Tensor, ...]]:
+    """`gradients(output, inputs)`: in a random direction, the same each time."""
+    return _gradients
+
+
+@pytest.fixture(scope="session")
+def gradient() -> Callable[..., Tensor]:
+    """`gradient(output, inputs)`: all as one vector, so that one that is zero by cancellation has
+    a scale."""
+    return lambda output, inputs: torch.cat([x.flatten() for x in _gradients(output, inputs)])
+
+
+@pytest.fixture(scope="session")
+def all_aux() -> ph.AuxRequest:
+    """Everything that can be asked for beside the output."""
+    return ph.AuxRequest(weights=True, lse=True, stats=True, mean_weights=True)
 
 
 def _naive_attention(

@@ -30,14 +30,19 @@ def drawers(root: Path) -> list[str]:
 
 
 def stray_tests(root: Path) -> list[str]:
-    """Return the test files that mirror no module, no script of the page and no example."""
+    """Return the test files that mirror no module, no script of the page and no example.
+
+    One module may have several: test_cpu_dropout.py is of cpu.py too.
+    """
     stray = []
     for test in (root / "tests").rglob("test_*.py"):
         place = test.relative_to(root / "tests").with_name(test.stem.removeprefix("test_"))
         if "acceptance" in place.parts or place == Path("repository"):
             continue
         folders = [root] if place.parts[0] == "examples" else [root / "src/polyhead", root / "src"]
-        subjects = [folder / place for folder in folders]
+        words = place.name.split("_")
+        names = ["_".join(words[:n]) for n in range(1, len(words) + 1)]
+        subjects = [folder / place.with_name(name) for folder in folders for name in names]
         modules = (subject.with_suffix(end) for subject in subjects for end in (".py", ".js"))
         if not any(module.exists() for module in modules) and not any(map(Path.is_dir, subjects)):
             stray.append(test.relative_to(root).as_posix())
@@ -56,18 +61,25 @@ def test_the_rules_catch_a_breach(tmp_path):
         "src/polyhead/look/utils.py": "",
         "examples/train.py": "",
         "tests/test_mask.py": "",
+        "tests/test_mask_errors.py": "",
         "tests/test_look.py": "",
         "tests/test_repository.py": "",
         "tests/acceptance/test_promise.py": "",
         "tests/examples/test_train.py": "",
         "tests/look/test_mask.py": "",
+        "tests/look/test_mask_errors.py": "",
+        "tests/test_masks.py": "",
     }
     for name, text in planted.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert long_files(tmp_path) == ["long.py: 401"]
     assert drawers(tmp_path) == ["utils.py"]
-    assert stray_tests(tmp_path) == ["tests/look/test_mask.py"]
+    assert stray_tests(tmp_path) == [
+        "tests/look/test_mask.py",
+        "tests/look/test_mask_errors.py",
+        "tests/test_masks.py",
+    ]
 
 
 def check_links(root: Path) -> subprocess.CompletedProcess[str]:

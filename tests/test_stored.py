@@ -10,42 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyhead as ph
 from polyhead.arguments import build_call
-from polyhead.backends import cpu, cpu_operators
+from polyhead.backends import cpu
 from polyhead.errors import DtypeError
 from polyhead.functional import observe
 from polyhead.stored import Stored
 
-if cpu_operators.missing:
-    pytest.skip("built without a C++ compiler", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("kernels")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["int8", "blocks", "int8 blocks"]
-
-
-def has(isa):
-    before = cpu_operators.isa()
-    try:
-        cpu_operators.choose_isa(isa)
-    except RuntimeError:
-        return False
-    cpu_operators.choose_isa(before)
-    return True
-
-
-@pytest.fixture(params=filter(has, ("avx512_bf16", "avx512", "avx2", "portable")))
-def isa(request):
-    before = cpu_operators.isa()
-    cpu_operators.choose_isa(request.param)
-    yield request.param
-    cpu_operators.choose_isa(before)
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def poison(parts):

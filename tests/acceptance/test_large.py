@@ -8,13 +8,9 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.backends import cpu_operators
 from polyhead.stored import Stored
 
-if cpu_operators.missing:
-    pytest.skip("built without a C++ compiler", allow_module_level=True)
-
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kernels")]
 BEYOND = 2**31
 
 

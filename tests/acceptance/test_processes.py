@@ -12,20 +12,10 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.backends import cpu_operators
 
-if cpu_operators.missing:
-    pytest.skip("built without a C++ compiler", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("kernels", "two_threads")
 
 PATIENCE = 60  # seconds, of a machine that has other things to do
-
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def inputs(T, S, seed=0):
