@@ -1,4 +1,4 @@
-"""The lecture's classes as it writes them, and the three modules under one constructor."""
+"""The lecture's classes as it writes them, those of ours under one constructor, latent heads."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import polyhead as ph
+from polyhead.modules.latent import MultiHeadLatentAttention
 
 
 class CausalAttention(nn.Module):
@@ -131,3 +132,61 @@ def lecture_input():
         ]
     )
     return torch.stack([tokens, tokens])
+
+
+# Of latent heads: how many, the latent's features, a head's that do not turn, that do, its value's.
+# Distinct, so that a swapped axis cannot pass.
+LATENT_SIZES = H, C, N, R, E = 3, 11, 5, 4, 7
+
+
+def build_latent(num_heads=H, context_length=17, dropout=0.0, **options):
+    sizes = {"kv_rank": C, "nope_head_dim": N, "rope_head_dim": R, "value_head_dim": E}
+    arguments = {**sizes, "rope": ph.Rope(interleaved=True), "out_bias": True, **options}
+    mla = MultiHeadLatentAttention(19, 23, context_length, dropout, num_heads, **arguments)
+    with torch.no_grad():
+        for norm in (mla.kv_norm, mla.q_norm):
+            if isinstance(norm, nn.RMSNorm) and not norm.weight.is_meta:
+                norm.weight.uniform_(0.5, 1.5)  # ones would hide a norm that has lost its weight
+    return mla
+
+
+def build_latent_double(**options):
+    mla = build_latent(dtype=torch.float64, **options)
+    return mla, torch.randn(2, 9, 19, dtype=torch.float64)
+
+
+def second_key_or_self(batch, head, query, key):
+    return ((key + head) % 2 == 0) | (key == query)
+
+
+BY_HEAD = ph.mask.custom(second_key_or_self, heads=H)
+LATENT_MASKS = {
+    "causal": ph.mask.causal(),
+    "nobody forbids": None,
+    "window": ph.mask.causal() & ph.mask.window(before=2),
+    "both ways": ph.mask.window(before=1, after=3),
+    "upper left": ph.mask.causal(align="start"),
+    "lengths, of a row none": ph.mask.lengths([0, 6]),
+    "left padding": ph.mask.causal() & ph.mask.left_padding([0, 3]),
+    "prefix": ph.mask.causal() | ph.mask.prefix(4),
+    "documents": ph.mask.causal() & ph.mask.documents([0, 0, 0, 1, 1, 2, 2, 2, 2]),
+    "not": ph.mask.causal() & ~ph.mask.prefix(2),
+    "dense": ph.mask.dense(
+        torch.rand(2, H, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+    ),
+    "custom": ph.mask.causal() & BY_HEAD,
+}
+
+
+@pytest.fixture(scope="session")
+def latent():
+    """`build(**options)`, a module; `build_double`, it and an x; `sizes`; `by_head`, a mask."""
+    return SimpleNamespace(
+        build=build_latent, build_double=build_latent_double, sizes=LATENT_SIZES, by_head=BY_HEAD
+    )
+
+
+@pytest.fixture(params=LATENT_MASKS.values(), ids=LATENT_MASKS)
+def latent_mask(request):
+    """Every kind of mask, for the 9 tokens of `build_double`."""
+    return request.param
