@@ -16,6 +16,21 @@ from polyhead.look.page import render
 from polyhead.look.page.legend import NUMBERS
 
 WORDS = ["the", " cat", " sat", " on", " the", " mat", ".", "\n", " and", " slept", " in", " sun"]
+HOSTILE = [
+    "<script>window.hacked = 1</script>",
+    "</script><script>window.hacked = 2</script>",
+    "<!--<script>",
+    "<img src=x onerror=window.hacked=3>",
+    "\" onfocus='window.hacked=4' autofocus x=\"",
+    "javascript:window.hacked=5",
+    "مرحبا بالعالم ",
+    "שלום",
+    "漢字かな",
+    "👩‍👩‍👧",
+    "\ud83d",
+    "\u2028\u2029\x00",
+    "{{data}}",
+]
 # One head of each kind, and two more to make two layers of three.
 HEADS = [["previous", "sink", "broad"], ["induction", "local", "sink"]]
 
@@ -130,6 +145,12 @@ def _large(T: int, layers: int = 30, heads: int = 9, bins: int = 128, n: int = 8
         found.append(layer)
     tokens = tuple(WORDS[at % len(WORDS)] for at in range(T))
     return HeadReport("Large", tokens, torch.arange(T) % len(WORDS), tuple(found))
+
+
+@pytest.fixture(scope="session")
+def hostile():
+    """Tokens that would run, load or break something in a page that took them for its own text."""
+    return HOSTILE
 
 
 @pytest.fixture(scope="session")

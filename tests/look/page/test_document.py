@@ -11,25 +11,8 @@ from html.parser import HTMLParser
 
 from polyhead.look.page import document, payload, render
 
-HOSTILE = [
-    "<script>window.hacked = 1</script>",
-    "</script><script>window.hacked = 2</script>",
-    "<!--<script>",
-    "<img src=x onerror=window.hacked=3>",
-    "\" onfocus='window.hacked=4' autofocus x=\"",
-    "{{script}} \\u003c & &amp; &lt;",
-    "مرحبا ",
-    "שלום",
-    "漢字",
-    "👩‍👩‍👧",
-    "\ud83d",
-    "\u2028\u2029\x00\x85",
-    "\t",
-    "\r\n",
-    "\n",
-    " ",
-    "",
-]
+# Beside the hostile ones: what HTML or JSON would read as something else, and blanks.
+ODD = ["{{script}} \\u003c & &amp; &lt;", "\x85", "\t", "\r\n", "\n", " ", ""]
 
 
 class Elements(HTMLParser):
@@ -84,8 +67,8 @@ def test_live_adds_what_a_server_needs(planted):
     assert document._file("live.js") not in still
 
 
-def test_data_as_it_was(planted):
-    report = planted([*HOSTILE, *HOSTILE])
+def test_data_as_it_was(planted, hostile):
+    report = planted([*hostile, *ODD] * 2)
     elements = Elements(render(report))
     (data,) = [text for attrs, text in elements.of("script") if attrs.get("id") == "data"]
     assert json.loads(data) == payload(report)
@@ -93,10 +76,10 @@ def test_data_as_it_was(planted):
     data.encode()
 
 
-def test_no_more_elements_whatever_the_text(planted):
+def test_no_more_elements_whatever_the_text(planted, hostile):
     plain = Elements(render(planted()))
-    hostile = Elements(render(planted([*HOSTILE, *HOSTILE])))
-    assert [tag for tag, *_ in hostile.found] == [tag for tag, *_ in plain.found]
+    odd = Elements(render(planted([*hostile, *ODD] * 2)))
+    assert [tag for tag, *_ in odd.found] == [tag for tag, *_ in plain.found]
 
 
 def test_every_script_of_the_package_is_used():
