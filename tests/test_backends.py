@@ -187,7 +187,7 @@ def test_explain_prints_the_choice_and_every_reason(monkeypatch, backend, option
     assert str(ph.explain(*tensors(), **options, backend=backend)) == text
 
 
-def test_explain_says_that_statistics_with_a_gradient_come_from_the_definition():
+def test_explain_says_that_a_gradient_of_statistics_comes_from_the_definition():
     kernel = replace(ABLE, aux=frozenset({"lse", "stats"}), first_order=True)
     query, key, value = tensors()
     asked = {"return_aux": ph.AuxRequest(lse=True, stats=True), "backend": kernel}
@@ -195,7 +195,12 @@ def test_explain_says_that_statistics_with_a_gradient_come_from_the_definition()
     assert ph.explain(query.requires_grad_(), key, value, **asked).notes == (
         "as it can",
         "second derivatives through the definition: they hold T x S scores",
-        "stats computed apart, by reference: holds T x S scores",
+        "gradients of stats through the definition: they hold T x S scores",
+    )
+    asked["return_aux"] = ph.AuxRequest(lse=True, stats=True, weights=True)
+    assert ph.explain(query, key, value, **asked).notes[2:] == (
+        "gradients of stats through the definition: they hold T x S scores",
+        "weights computed apart, by reference: holds T x S scores",
     )
 
 

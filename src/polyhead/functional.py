@@ -14,7 +14,7 @@ from torch import Tensor
 from polyhead.arguments import autocasts, build_call
 from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose
 from polyhead.backends.reference import compute_aux
-from polyhead.backends.second_order import run_twice_differentiable
+from polyhead.backends.second_order import DIFFERENTIATED_AUX, run_twice_differentiable
 from polyhead.call import AttentionCall, Aux, AuxRequest
 from polyhead.errors import BackendError
 from polyhead.mask import Mask
@@ -252,6 +252,11 @@ def explain(
     if _gives_first_derivative_only(chosen, call):
         notes.append("second derivatives through the definition: they hold T x S scores")
     left = _left_to_definition(chosen, call)
+    later = [name for name in _without_gradient(chosen, call) if name not in left]
+    if later:
+        notes.append(
+            f"gradients of {', '.join(later)} through the definition: they hold T x S scores"
+        )
     if left:
         notes.append(f"{', '.join(left)} computed apart, by reference: holds T x S scores")
     return Explanation(chosen.name, tuple(notes), reasons, passed_over)
@@ -291,11 +296,19 @@ def _gives_first_derivative_only(chosen: Backend, call: AttentionCall) -> bool:
     return chosen.first_order and call.needs_grad
 
 
+def _without_gradient(chosen: Backend, call: AttentionCall) -> tuple[str, ...]:
+    """What is asked for and the chosen backend gives, without the gradient that may be wanted."""
+    if not _gives_first_derivative_only(chosen, call):
+        return ()
+    values = chosen.aux - DIFFERENTIATED_AUX
+    return tuple(name for name in call.aux.names if name in values)
+
+
 def _left_to_definition(chosen: Backend, call: AttentionCall) -> tuple[str, ...]:
     """What is asked for beside the output that the chosen backend does not give."""
     asked = call.aux.names
     if not asked:
         return ()
-    # Of the others a kernel gives no gradient.
-    given = chosen.aux & {"lse"} if _gives_first_derivative_only(chosen, call) else chosen.aux
-    return tuple(name for name in asked if name not in given)
+    # torch.compile cannot trace how a gradient comes later.
+    untraced = _without_gradient(chosen, call) if torch.compiler.is_compiling() else ()
+    return tuple(name for name in asked if name not in chosen.aux or name in untraced)

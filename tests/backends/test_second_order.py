@@ -1,17 +1,19 @@
-"""Second derivatives through a backend whose kernel has only first ones."""
+"""Second derivatives, and those of weights and statistics, of a kernel that has only first ones."""
 
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
 import torch
-from torch.autograd import gradgradcheck
+from torch.autograd import gradcheck, gradgradcheck
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import polyhead as ph
-from polyhead.backends import REFERENCE, sdpa
+from polyhead.backends import REFERENCE, cpu_operators, reference, sdpa
 from polyhead.errors import BackendError
 
 
@@ -190,3 +192,219 @@ def test_aux_asked_beside_a_kernel_keeps_its_gradient():
     ph.attention(*want, backend="reference", return_aux=request)[1].lse.sum().backward()
     for a, b in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+ALL_AUX = ph.AuxRequest(weights=True, lse=True, stats=True, mean_weights=True)
+GIVING = ph.Backend("giving", lambda call: [], once, aux=REFERENCE.aux, first_order=True)
+OUR_KERNELS = pytest.mark.skipif(bool(cpu_operators.missing), reason=cpu_operators.missing)
+
+
+def named(output, aux):
+    """Everything a call returned, by name; -inf, which has no gradient, as 0."""
+    found = {"output": output, **vars(aux)}
+    found |= vars(found.pop("stats"))
+    return {name: x.masked_fill(x == -math.inf, 0.0) for name, x in found.items() if x is not None}
+
+
+def direction(x):
+    """Random numbers of this shape, which bfloat16 has."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(x.shape, generator=generator).bfloat16().to(x.dtype)
+
+
+def of(result, inputs):
+    return torch.autograd.grad(result, inputs, retain_graph=True, materialize_grads=True)
+
+
+@pytest.fixture
+def definitions(monkeypatch):
+    """What the definition is asked for, call by call."""
+    asked, compute = [], reference.compute_aux
+
+    def compute_aux(call, *args):
+        asked.append(call.aux.names)
+        return compute(call, *args)
+
+    for module in (reference, ph.functional):
+        monkeypatch.setattr(module, "compute_aux", compute_aux)
+    return asked
+
+
+def test_the_definition_runs_only_for_an_aux_that_is_differentiated(definitions):
+    inputs = tensors()
+    output, aux = ph.attention(*inputs, backend=GIVING, return_aux=ALL_AUX)
+    assert aux.weights.requires_grad
+    (output.sum() + aux.lse.sum()).backward(retain_graph=True)
+    assert definitions == []
+    (output.sum() + aux.weights.square().sum()).backward(retain_graph=True)
+    aux.stats.entropy.sum().backward()
+    assert definitions == [("weights",), ("stats",)]
+
+
+@OUR_KERNELS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask": ph.mask.causal(), "softcap": 2.0},
+        {"mask": ph.mask.lengths([3, 0]), "bias": torch.linspace(-1, 1, 35).view(5, 7)},
+        {"mask": ph.mask.prefix(0)},
+        {"sinks": torch.linspace(-1, 1, 6)},
+        {"alibi_slopes": torch.linspace(0, 1, 6), "mask": ph.mask.window(before=2)},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+def test_aux_and_its_gradients_are_those_of_the_definition(options, dtype, assert_as_good_as_eager):
+    """Of every tensor that can be learnt, through each result alone and all of them together."""
+    tensor_options = {k: x.to(dtype) for k, x in options.items() if k in ("bias", "sinks")}
+
+    def run(backend, computed):
+        inputs = [x.detach().to(computed).requires_grad_() for x in tensors(dtype)]
+        added = {k: x.to(computed).requires_grad_() for k, x in tensor_options.items()}
+        given = options | added
+        results = named(*ph.attention(*inputs, **given, backend=backend, return_aux=ALL_AUX))
+        parts = {name: (x * direction(x)).sum() for name, x in results.items()}
+        parts["all"] = sum(parts.values())
+        leaves = [*inputs, *added.values()]
+        return results | {
+            f"gradient of {name}": torch.cat([x.flatten() for x in of(part, leaves)])
+            for name, part in parts.items()
+        }
+
+    exact, eager = (run("reference", kind) for kind in (torch.float64, dtype))
+    got = run("cpu", dtype)
+    assert got.keys() == eager.keys()
+    for name in got:
+        assert_as_good_as_eager(got[name], eager[name], exact[name])
+
+
+def test_every_derivative_of_aux_by_differences():
+    """Of every tensor of a call, the first and the second."""
+    query, key, value = (x.detach()[:1, :2, :3].double() for x in tensors())
+    bias = direction(torch.empty(3, 3)).double()
+    sinks, slopes = torch.tensor([0.5, -1.0]).double(), torch.tensor([0.25, 1.0]).double()
+    inputs = [x.requires_grad_() for x in (query, key[:, :, :3], value, bias, sinks, slopes)]
+
+    def function(query, key, value, bias, sinks, slopes):
+        options = {"bias": bias, "sinks": sinks, "alibi_slopes": slopes, "softcap": 2.0}
+        results = ph.attention(
+            query, key, value, **options, mask=ph.mask.causal(), backend=GIVING, return_aux=ALL_AUX
+        )
+        return tuple(named(*results).values())
+
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
+    loss = sum((x * direction(x)).sum() for x in function(*inputs))
+    announced = torch.autograd.grad(loss, inputs, create_graph=True)
+    for a, b in zip(announced, of(loss, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_retained_graph_gives_the_gradients_of_aux_again_and_a_freed_one_none():
+    inputs = tensors()
+    output, aux = ph.attention(*inputs, backend=GIVING, return_aux=ALL_AUX)
+    of_weights = of(aux.weights.square().sum(), inputs)
+    of_output = of(output.square().sum(), inputs)  # the kernel's own graph went with the first pass
+    together = aux.weights.square().sum() + output.square().sum()
+    for a, b, c in zip(of(together, inputs), of_weights, of_output, strict=True):
+        assert torch.equal(a, b + c)
+    for a, b in zip(of(aux.weights.square().sum(), inputs), of_weights, strict=True):
+        assert torch.equal(a, b)
+    torch.autograd.grad(aux.stats.entropy.sum(), inputs)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(aux.weights.sum(), inputs)
+
+
+@pytest.mark.parametrize("backend", [GIVING, pytest.param("cpu", marks=OUR_KERNELS)], ids=str)
+def test_weights_under_dropout_are_differentiated_as_without(backend):
+    inputs = tensors()
+    results = []
+    for dropout, request in ((0.0, ALL_AUX), (0.5, ALL_AUX), (0.5, ph.AuxRequest())):
+        torch.manual_seed(1)
+        results.append(ph.attention(*inputs, dropout=dropout, backend=backend, return_aux=request))
+    (_, whole), (output, aux), (alone, _) = results
+    state = torch.get_rng_state()
+    dropped = of(output.sum() + aux.weights.square().sum(), inputs)
+    want = of(alone.sum(), inputs), of(whole.weights.square().sum(), inputs)
+    for a, b, c in zip(dropped, *want, strict=True):
+        torch.testing.assert_close(a, b + c)
+    assert torch.equal(torch.get_rng_state(), state), "no backward pass moves the generator"
+    second = torch.autograd.grad(aux.weights.square().sum(), inputs[0], create_graph=True)[0]
+    assert second.requires_grad
+    with pytest.raises(BackendError, match=r"dropout = 0\.5 and create_graph=True"):
+        torch.autograd.grad(output.sum() + aux.weights.sum(), inputs, create_graph=True)
+
+
+def test_weights_have_no_gradient_where_only_values_are_learnt():
+    query, key, value = tensors()
+    inputs = query.detach(), key.detach(), value
+    output, aux = ph.attention(*inputs, backend=GIVING, return_aux=ALL_AUX)
+    assert output.requires_grad
+    assert not aux.weights.requires_grad
+    assert not aux.stats.entropy.requires_grad
+    output.sum().backward()
+    assert value.grad is not None
+
+
+@OUR_KERNELS
+def test_the_graph_does_not_hold_the_weights():
+    output, aux = ph.attention(*tensors(), backend="cpu", return_aux=ALL_AUX)
+    kept = StorageWeakRef(aux.weights.untyped_storage())
+    del aux
+    gc.collect()
+    assert kept.expired()
+    assert output.requires_grad
+
+
+@OUR_KERNELS
+def test_training_with_statistics_holds_nothing_of_t_by_s(tensor_sizes):
+    inputs = [torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3)]
+    request = ph.AuxRequest(lse=True, stats=True)
+    with tensor_sizes:
+        output, aux = ph.attention(*inputs, backend="cpu", return_aux=request)
+        (output.sum() + aux.lse.sum()).backward()
+    assert tensor_sizes.operations
+    assert tensor_sizes.largest < 512 * 512 / 4
+
+
+def test_what_the_kernel_saved_goes_with_a_pass_through_the_weights_too():
+    kept = []
+
+    def run(call):
+        output, aux = once(call)
+        kept.append(weakref.ref(output))
+        return output, aux
+
+    own = ph.Backend("own", lambda call: [], run, aux=REFERENCE.aux, first_order=True)
+    _, aux = ph.attention(*tensors(), backend=own, return_aux=ph.AuxRequest(weights=True))
+    gc.collect()
+    assert kept[0]() is not None
+    aux.weights.square().sum().backward(retain_graph=True)
+    gc.collect()
+    assert kept[0]() is None
+    aux.weights.square().sum().backward()
+    assert len(kept) == 1, "weights need no second run of the kernel"
+
+
+def test_autocast_around_a_backward_pass_does_not_reach_the_definition():
+    inputs = tensors()
+    _, aux = ph.attention(*inputs, backend=GIVING, return_aux=ALL_AUX)
+    outside = of(aux.weights.square().sum(), inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = of(aux.weights.square().sum(), inputs)
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_checkpointing_gives_the_same_gradients_of_aux():
+    plain, saved = tensors(), tensors()
+
+    def loss(*inputs):
+        output, aux = ph.attention(*inputs, backend=GIVING, return_aux=ALL_AUX)
+        return output.square().sum() + aux.weights.square().sum() + aux.stats.entropy.sum()
+
+    loss(*plain).backward()
+    checkpoint(loss, *saved, use_reentrant=False).backward()
+    for a, b in zip(plain, saved, strict=True):
+        assert torch.equal(a.grad, b.grad)

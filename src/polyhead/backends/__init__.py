@@ -41,7 +41,8 @@ class Backend:
         notes: how it would run a call, for `explain`.
         aux: names of what it gives beside the output; the definition computes the rest.
         passed_over: why "auto" leaves a call to others though it could run.
-        first_order: whether `run` has no second derivative; the definition then gives it.
+        first_order: whether `run` has first derivatives only, of its output and its lse; the
+            definition then gives all others, of a `weights` or `stats` too.
         reads_stored: whether `run` reads a call's keys and values where a cache holds them
             (`call.stored`); otherwise it is given the call `gathered()`.
         summary: what it is, in a line.
