@@ -408,3 +408,14 @@ def test_checkpointing_gives_the_same_gradients_of_aux():
     checkpoint(loss, *saved, use_reentrant=False).backward()
     for a, b in zip(plain, saved, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: (x, x, x), lambda x: (x, 2 * x, 3 * x)], ids=["one", "of one another"]
+)
+def test_a_gradient_announced_as_the_first_of_two_counts_each_tensor_once(function):
+    x = tensors(torch.float64)[0]
+    output, aux = ph.attention(*function(x), backend=GIVING, return_aux=ALL_AUX)
+    loss = output.square().sum() + aux.weights.square().sum()
+    announced = torch.autograd.grad(loss, x, create_graph=True)
+    torch.testing.assert_close(announced, of(loss, x))

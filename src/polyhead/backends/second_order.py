@@ -75,7 +75,7 @@ class _TwiceDifferentiable(torch.autograd.Function):
             kernels, others = _split(heard)
             parts = [_gradients_of_kernel(ctx, tensors, kernels)]
             if others:
-                parts.append(_gradients_of_definition(ctx, _leaves(tensors), others))
+                parts.append(_gradients_of_definition(ctx, tensors, others))
             found = (sum(terms[1:], terms[0]) for terms in zip(*parts, strict=True))
         return (None,) * 3 + tuple(next(found) if want else None for want in wanted)
 
@@ -95,9 +95,9 @@ def _gradients_of_kernel(
 
 
 def _gradients_of_definition(
-    ctx: Any, leaves: Sequence[Tensor], heard: dict[str, Tensor]
+    ctx: Any, tensors: tuple[Tensor, ...], heard: dict[str, Tensor]
 ) -> Sequence[Tensor]:
-    """Of the definition's own run on these leaves; to be differentiated again if grad is on."""
+    """Of the definition's own run on these; to be differentiated again if grad is on."""
     if "output" in heard and ctx.call.dropout > 0.0:
         raise BackendError(
             {
@@ -107,9 +107,12 @@ def _gradients_of_definition(
                 ]
             }
         )
-    call = replace(_with(ctx.call, ctx.names, leaves), aux=_request(heard))
-    with _without_autocast(call):
+    with _without_autocast(ctx.call):
         with torch.enable_grad():
+            # Views: one tensor may be two of the call's, or be made of another, and each has to
+            # have its own share of the gradient.
+            leaves = [tensor.view_as(tensor) for tensor in tensors]
+            call = replace(_with(ctx.call, ctx.names, leaves), aux=_request(heard))
             if "output" in heard:
                 results = _named(*reference.run(call))
             else:
@@ -127,13 +130,9 @@ def _run_apart(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run on detached tensors, under autograd: these leaves, and the results."""
     with torch.enable_grad():
-        leaves = _leaves(tensors)
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
         results = _named(*run(_with(call, names, leaves)))
     return leaves, results
-
-
-def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
 
 
 def _generator_state(call: AttentionCall) -> Tensor | None:
