@@ -57,6 +57,7 @@ class Decode {
   // Some rows of keys or of values, and of codes the scales: 0 where another row stands in.
   struct Rows {
     const Element* row[kMaxBlockKeys];
+    int64_t ahead;  // from a row to the one in its place in the next block; 0: who knows
     float scale[kHasScales ? kMaxBlockKeys : 1];
   };
   struct Block {
@@ -164,6 +165,7 @@ class Decode {
 
   // The rows of tokens [begin, end); past the end the last one stands in.
   void locate(const View& view, int64_t head, int64_t begin, int64_t end, Rows& rows) const {
+    rows.ahead = view.table == nullptr ? block_keys_ * view.stride[2] : 0;
     int64_t i = 0;
     while (begin + i < end) {
       // A run of tokens that lie at one distance.
@@ -188,16 +190,20 @@ class Decode {
                   float* scores) const {
     for (int64_t s = 0; s < count; s += kLanes) {
       const auto some = [&]<int Rows>(int64_t row) {
-        constexpr int kKeys = kDots / Rows < kLanes ? kDots / Rows : kLanes;
+        constexpr int kKeys = smaller(kDots / (Rows == 3 ? 4 : Rows), kLanes);
 #pragma GCC unroll 1
         for (int64_t k = s; k < s + kLanes; k += kKeys)
           dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys.row + k,
-                                a_.D, scores + row * block_keys_ + k, block_keys_);
+                                a_.D, block.keys.ahead, scores + row * block_keys_ + k, block_keys_);
       };
       int64_t row = 0;
       for (; row + 4 <= rows_; row += 4) some.template operator()<4>(row);
-      for (; row + 2 <= rows_; row += 2) some.template operator()<2>(row);
-      for (; row < rows_; ++row) some.template operator()<1>(row);
+      switch (rows_ - row) {
+        case 1: some.template operator()<1>(row); break;
+        case 2: some.template operator()<2>(row); break;
+        case 3: some.template operator()<3>(row); break;
+        default: break;
+      }
     }
   }
 
@@ -225,6 +231,12 @@ class Decode {
     });
   }
 
+  // How wide a tile of so many rows is: eight sums keep two units busy, where one product has to
+  // wait for the last. (With AVX-512 the tile has as many as its longer vectors need.)
+  static constexpr int vectors_for(int rows) {
+    return kTileVectors == 2 && rows <= 2 ? 8 / rows : kTileVectors;
+  }
+
   // weighted += weights @ value, a tile of rows and columns at a time.
   void add_values(int64_t count, const float* weights, const Block& block,
                   float* weighted) const {
@@ -233,12 +245,15 @@ class Decode {
     for (int64_t row = 0; row < rows_; row += kTileRows) {
       const auto columns = [&]<int Rows, int Vectors, bool Whole>(int64_t e) {
         weigh_rows<Rows, Vectors, Whole>(weights + row * block_keys_, block_keys_, block.values.row,
-                                         even, e, a_.E, weighted + row * output_stride() + e,
-                                         output_stride());
+                                         even, e, a_.E, block.values.ahead,
+                                         weighted + row * output_stride() + e, output_stride());
       };
       const auto tiles = [&]<int Rows>() {
+        constexpr int kMany = vectors_for(Rows);
         int64_t e = 0;
-        for (; e + kPanel <= a_.E; e += kPanel)
+        for (; e + kMany * kLanes <= a_.E; e += kMany * kLanes)
+          columns.template operator()<Rows, kMany, true>(e);
+        for (; kMany > kTileVectors && e + kPanel <= a_.E; e += kPanel)
           columns.template operator()<Rows, kTileVectors, true>(e);
         for (; e + kFew * kLanes <= a_.E; e += kFew * kLanes)
           columns.template operator()<Rows, kFew, true>(e);

@@ -103,6 +103,12 @@ struct Packed {
   }
 };
 
+// As many zeros as are asked for: of a whole buffer they would cost more than short calls take.
+template <class Number>
+inline void clear(Number* numbers, int64_t count) {
+  std::memset(numbers, 0, static_cast<size_t>(count) * sizeof *numbers);
+}
+
 // Queries, row by row, as left operand.
 inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, int64_t end,
                          int64_t size, float* to) {
@@ -128,8 +134,8 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
       for (int64_t s = 0; s < kPanel; ++s) {
         if (panel + s < end) {
           widen_row<decltype(source)>(view, b, head, panel + s, size, row);
-        } else if (s == 0 || panel + s == end) {
-          std::memset(row, 0, sizeof row);
+        } else if (panel + s == end) {
+          clear(row, size);
         }
         for (int64_t d = 0; d < size; ++d) columns[d * kPanel + s] = row[d];
       }
@@ -147,8 +153,8 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
       if (panel + s < end) {
         row[steps - 1].bits = 0;
         copy_row(view, b, head, panel + s, size, row);
-      } else {
-        std::memset(row, 0, sizeof row);
+      } else if (panel + s == end) {
+        clear(row, steps);
       }
       for (int64_t d = 0; d < steps; ++d) columns[d * kPanel + s] = row[d];
     }
@@ -164,8 +170,8 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
     for (int64_t s = begin; s < padded_end; ++s) {
       if (s < end) {
         widen_row<decltype(source)>(view, b, head, s, size, row);
-      } else {
-        std::memset(row, 0, sizeof row);
+      } else if (s == end) {
+        clear(row, round_up(size, kLanes));
       }
       for (int64_t e = 0; e < size; e += kPanel) {
         const int64_t width = Packed<float>::panel_width(e, size);
@@ -185,8 +191,8 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
     for (int64_t i = 0; i < 2; ++i) {
       if (s + i < end) {
         copy_row(view, b, head, s + i, size, rows[i]);
-      } else {
-        std::memset(rows[i], 0, sizeof rows[i]);
+      } else if (s + i < end + 2) {  // then both rows are
+        clear(rows[i], padded_size);
       }
     }
     for (int64_t e = 0; e < padded_size; e += kLanes) {
@@ -212,7 +218,7 @@ inline void pack_steps(const View& view, int64_t b, int64_t head, int64_t begin,
       if (s + i < end) {
         copy_row(view, b, head, s + i, size, rows[i]);
       } else {
-        std::memset(rows[i], 0, sizeof rows[i]);
+        clear(rows[i], round_up(size, kLanes));
       }
     }
     for (int64_t i = 0; i < size; i += kLanes, to += kLanes)

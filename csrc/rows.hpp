@@ -26,25 +26,37 @@ using U16x2 [[gnu::vector_size(kVectorBytes)]] = uint16_t;
 
 constexpr int kDots = kTileVectors == 4 ? 16 : 8;  // sums of dot products that fit in registers
 
+// Where arithmetic takes as long as reading, lines are asked for a block before they are needed.
+constexpr bool kPrefetches = kTileVectors != 4;
+
 // Reads a row's lines in the order of their addresses, before they are multiplied in another one:
-// only so does the processor see a stream and fetch ahead. (Prefetches in the code hide the stream
-// from it, and were slower.)
+// only so does the processor see a stream and fetch ahead. (Prefetches alone hide the stream from
+// it, and were slower.) `ahead` leads to the row of the next block that is in the same place.
 template <class Element>
-inline void touch(const Element* row, int64_t size) {
+inline void touch(const Element* row, int64_t size, int64_t ahead) {
   const auto* bytes = reinterpret_cast<const volatile char*>(row);
-  for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(Element)); i += 64) bytes[i];
+  for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(Element)); i += 64) {
+    bytes[i];
+    if constexpr (kPrefetches)
+      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead) + i, 0, 2);
+  }
 }
 
 // dots[i * dots_stride + k] = left row i . row k, for Count left rows and Keys rows. Left rows are
-// padded with zeros to whole steps.
+// padded with zeros to whole steps. For `ahead` see touch.
 template <int Count, int Keys, class Element>
 [[gnu::always_inline]] inline void dot_rows(const Left<Element>* left, int64_t left_stride,
-                                            const Element* const* rows, int64_t size, float* dots,
-                                            int64_t dots_stride) {
+                                            const Element* const* rows, int64_t size,
+                                            int64_t ahead, float* dots, int64_t dots_stride) {
   constexpr int64_t kStep = kRowStep<Element>;
   // Rows that share each load of a left row. Float32's are long: four were no stream any more.
   constexpr int kShare = sizeof(Element) == 4 ? 1 : smaller(Keys, 4);
-  F32 sums[Count * Keys] = {};
+  // Sums are added up by powers of two. (An initializer would write zeros to memory, by a slow
+  // instruction, before every product.)
+  constexpr int kSums = (Count == 3 ? 4 : Count) * Keys;
+  F32 sums[kSums];
+#pragma GCC unroll 16
+  for (F32& sum : sums) sum = F32{};
 #pragma GCC unroll 16
   for (int first = 0; first < Keys; first += kShare) {
     const auto add = [&](int64_t d, auto&& load_row) {
@@ -66,8 +78,8 @@ template <int Count, int Keys, class Element>
         }
       }
     };
-    if constexpr (kShare > 1)
-      for (int k = 0; k < kShare; ++k) touch(rows[first + k], size);
+    if constexpr (kShare > 1 || kPrefetches)
+      for (int k = 0; k < kShare; ++k) touch(rows[first + k], size, ahead);
     int64_t d = 0;
     if constexpr (kInPairs<Element>) {
       for (; d + kStep <= size; d += kStep)
@@ -78,7 +90,7 @@ template <int Count, int Keys, class Element>
       if (d < size) add(d, [&](const Element* from) { return load_first(from, size - d); });
     }
   }
-  float totals[Count * Keys];
+  float totals[kSums];
   sum_each(sums, totals);
 #pragma GCC unroll 4
   for (int i = 0; i < Count; ++i)
@@ -104,17 +116,17 @@ template <int Count, int Vectors, bool Whole, class Element>
 [[gnu::always_inline]] inline void weigh_rows(const float* weights, int64_t weights_stride,
                                               const Element* const* rows,
                                               int64_t count, int64_t begin, int64_t size,
-                                              float* sums, int64_t sums_stride) {
+                                              int64_t ahead, float* sums, int64_t sums_stride) {
   F32 products[Count][Vectors] = {};
   for (int64_t s = 0; s < count; s += kInPairs<Element> ? 2 : 1) {
     if (begin == 0) {
-      touch(rows[s], size);
-      if constexpr (kInPairs<Element>) touch(rows[s + 1], size);
+      touch(rows[s], size, ahead);
+      if constexpr (kInPairs<Element>) touch(rows[s + 1], size, ahead);
     }
     if constexpr (kInPairs<Element>) {
       static_assert(Vectors % 2 == 0);
       U32 columns[Vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < Vectors; v += 2) {
         const auto load_row = [&](const Element* row) {
           return Whole ? load_as<U16x2>(row + begin + v * kLanes)
@@ -126,26 +138,26 @@ template <int Count, int Vectors, bool Whole, class Element>
       for (int i = 0; i < Count; ++i) {
         const Pair* pairs = reinterpret_cast<const Pair*>(weights + i * weights_stride) + s / 2;
         const U32 weight = Step<Pair>::broadcast(pairs);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v)
           products[i][v] = Step<Pair>::add(products[i][v], weight, columns[v]);
       }
     } else {
       F32 columns[Vectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v)
         columns[v] =
             Whole ? load(rows[s] + begin + v * kLanes) : load_first(rows[s] + begin, size - begin);
 #pragma GCC unroll 8
       for (int i = 0; i < Count; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v)
           products[i][v] += weights[i * weights_stride + s] * columns[v];
     }
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Count; ++i)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
       float* to = sums + i * sums_stride + v * kLanes;
       store(to, load(to) + products[i][v]);
