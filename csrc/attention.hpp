@@ -61,7 +61,7 @@ struct Attention {
 
 struct Output {
   void* output = nullptr;  // (B, H, T, E), contiguous, in the query's dtype
-  float* lse = nullptr;    // (B, H, T)
+  float* lse = nullptr;    // (B, H, T); nullptr: nothing but the output is asked for
   // (3, B, H, T), for backward: each row's largest score; the log of the sum of
   // exp(score - largest), the sink's too; and the inverse of that sum. The first two added up are an
   // lse that loses digits where scores are large: a row of the lowest float32 would no longer know

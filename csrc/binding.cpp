@@ -194,15 +194,21 @@ Tensor zero_floats(const Tensor& like, std::vector<int64_t> sizes) {
 
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+Tensor empty_output(const Attention& a, const Tensor& query) {
+  return torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
+}
+
+void attend(const Attention& a, const Output& out) {
+  if (a.B * a.H * a.T > 0) run_with_team(a.threads, [&] { kernels().forward(a, out); });
+}
+
 std::tuple<Tensor, Tensor, Tensor> run_forward(const Attention& a, const Tensor& query,
                                                bool stats) {
-  const Tensor output =
-      torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
+  const Tensor output = empty_output(a, query);
   const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
   const Tensor details = empty_floats(query, {stats ? 9 : 3, a.B, a.H, a.T});
-  const Output out{output.mutable_data_ptr(), data_of(lse), data_of(details),
-                   stats ? data_of(details) + 3 * lse.numel() : nullptr};
-  if (lse.numel() > 0) run_with_team(a.threads, [&] { kernels().forward(a, out); });
+  attend(a, {output.mutable_data_ptr(), data_of(lse), data_of(details),
+             stats ? data_of(details) + 3 * lse.numel() : nullptr});
   return {output, lse, details};
 }
 
@@ -217,6 +223,20 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
             seed, band, scale, softcap, dropout);
   call.attention.is_learnt = kIsLearnt;
   return run_forward(call.attention, query, stats);
+}
+
+Tensor attention_output(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const OptionalTensor& bias, const OptionalTensor& allowed,
+                        const OptionalTensor& lengths, const OptionalTensor& padding,
+                        const OptionalTensor& documents, const OptionalTensor& sinks,
+                        const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+                        const std::vector<int64_t>& band, double scale, double softcap,
+                        double dropout) {
+  const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
+                  alibi_slopes, seed, band, scale, softcap, dropout);
+  const Tensor output = empty_output(call.attention, query);
+  attend(call.attention, {output.mutable_data_ptr()});
+  return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_stored(
@@ -295,13 +315,14 @@ constexpr char kKeys[] = "(Tensor query, Tensor key, Tensor value, ";
 constexpr char kStoredKeys[] =
     "(Tensor query, Tensor key, Tensor value, Tensor? key_scales, Tensor? value_scales, "
     "Tensor? table, SymInt tokens, ";
-constexpr char kForwardArguments[] =
+constexpr char kVariant[] =
     "Tensor? bias, Tensor? allowed, Tensor? lengths, Tensor? padding, Tensor? documents, "
     "Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, SymInt[] band, float scale, "
-    "float softcap, float dropout, bool stats) -> (Tensor output, Tensor lse, Tensor details)";
+    "float softcap, float dropout";
 
 std::string forward_schema(const char* name, const char* keys) {
-  return std::string(name) + keys + kForwardArguments;
+  return std::string(name) + keys + kVariant +
+         ", bool stats) -> (Tensor output, Tensor lse, Tensor details)";
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
@@ -309,6 +330,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   // The same without a derivative: asking torch's autograd for one takes longer than to decode a
   // token of a small model.
   m.def(forward_schema("attention_inference", kKeys).c_str());
+  // Likewise, where nothing but the output is asked for: to make two more tensors takes as long.
+  m.def((std::string("attention_output") + kKeys + kVariant + ") -> Tensor").c_str());
   // Inference over keys and values where a cache holds them: `tokens` of each row, as int8 codes
   // with scales, in blocks (the first dimension) found through a table, or both.
   m.def(forward_schema("attention_stored", kStoredKeys).c_str());
@@ -329,6 +352,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward<true>));
   m.impl("attention_inference", TORCH_BOX(&attention_forward<false>));
+  m.impl("attention_output", TORCH_BOX(&attention_output));
   m.impl("attention_stored", TORCH_BOX(&attention_stored));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_weights", TORCH_BOX(&attention_weights));

@@ -9,7 +9,7 @@ namespace polyhead::POLYHEAD_ISA {
 
 constexpr int64_t kDecodeTokens = 16;  // more queries are worth packing keys for,
 constexpr int64_t kDecodeRows = 32;    // and so are more of a group
-constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, packed in no time
+constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, of several queries
 // Of keys, before as many values are read: two streams. Sums of short vectors take more of a block.
 constexpr int64_t kBlockBytes = kTileVectors == 4 ? 4096 : 16384;
 constexpr int64_t kMaxBlockKeys = 64;
@@ -19,8 +19,8 @@ constexpr int64_t kMinSplitKeys = 256;  // fewer are not worth a merge
 constexpr int64_t kStateBytes = 1 << 18;  // of the heads of a task: queries and sums stay in L2
 
 inline bool is_decoding(const Attention& a) {
-  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && a.S >= kDecodeKeys * a.T &&
-         !a.is_learnt;
+  const bool has_keys = a.T == 1 || a.S >= kDecodeKeys * a.T;
+  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && has_keys && !a.is_learnt;
 }
 
 template <class Element>

@@ -56,6 +56,7 @@ inline void write_row(const Attention& a, const Output& out, int64_t b, int64_t 
   alignas(64) static constexpr float kZeros[kMaxHeadSize] = {};
   const bool is_empty = row.most == -kInfinity;
   write_output(a.query, out.output, at * a.E, is_empty ? kZeros : weighted, a.E, result.factor);
+  if (out.lse == nullptr) return;
   out.lse[at] = result.lse;
   out.shifts[at] = row.most;
   out.shifts[rows + at] = result.log_total;

@@ -58,7 +58,7 @@ def test_the_loops_agree_with_a_double_loop_and_keep_to_their_memory(isas, isa, 
 
 
 def operator_arguments(inputs, **options):
-    call = build_call(*inputs, **options)
+    call = build_call(*inputs, **options, aux=ph.AuxRequest(lse=True))
     captured = []
 
     class Operators:
@@ -98,6 +98,7 @@ def operator_arguments(inputs, **options):
 def test_opcheck(tensors, options):
     arguments = operator_arguments(tensors(B=1, H=2, G=1, T=4, S=5, D=8), **options)
     torch.library.opcheck(torch.ops.polyhead.attention_inference, arguments)
+    torch.library.opcheck(torch.ops.polyhead.attention_output, arguments[:-1])
     differentiable = [
         x.clone().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
         for x in arguments
@@ -117,7 +118,7 @@ def test_exports(tensors):
 
     inputs = tuple(tensors())
     program = torch.export.export(Attend(), inputs)
-    assert "attention_inference" in str(program.graph)
+    assert "attention_output" in str(program.graph)
     assert torch.equal(program.module()(*inputs), Attend()(*inputs))
 
 

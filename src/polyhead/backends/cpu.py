@@ -97,7 +97,8 @@ def notes(call: AttentionCall) -> list[str]:
 
 def _is_decoding(call: AttentionCall) -> bool:
     few = call.T <= _MAX_DECODE_TOKENS and call.group * call.T <= _MAX_DECODE_ROWS
-    return few and call.S >= _MIN_DECODE_KEYS * call.T and not call.needs_grad
+    has_keys = call.T == 1 or call.S >= _MIN_DECODE_KEYS * call.T
+    return few and has_keys and not call.needs_grad
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
@@ -110,28 +111,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     slopes = None if slopes is None else slopes.float().contiguous()
     query = side_by_side(call.query)
     softcap = 0.0 if call.softcap is None else call.softcap
-    operators = torch.ops.polyhead
-    if call.stored is not None:
-        stored_key, stored_value = call.stored
-        attend = functools.partial(
-            operators.attention_stored,
-            query,
-            stored_key.data,
-            stored_value.data,
-            stored_key.scales,
-            stored_value.scales,
-            stored_key.table,
-            stored_key.tokens,
-        )
-    else:
-        key = side_by_side(call.key)
-        attend = functools.partial(
-            operators.attention_forward if call.needs_grad else operators.attention_inference,
-            query,
-            key,
-            side_by_side(call.value),
-        )
-    output, lse, details = attend(
+    variant = (
         call.bias,
         allowed,
         structure.lengths,
@@ -144,8 +124,23 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
         call.scale,
         softcap,
         call.dropout,
-        call.aux.stats,
     )
+    operators = torch.ops.polyhead
+    if call.stored is not None:
+        keys, values = call.stored
+        places = (keys.data, values.data, keys.scales, values.scales, keys.table, keys.tokens)
+        output, lse, details = operators.attention_stored(
+            query, *places, *variant, call.aux.stats
+        )
+    else:
+        key, value = side_by_side(call.key), side_by_side(call.value)
+        if call.needs_grad:
+            attend = operators.attention_forward
+        elif call.aux.names:
+            attend = operators.attention_inference
+        else:
+            return operators.attention_output(query, key, value, *variant), NO_AUX
+        output, lse, details = attend(query, key, value, *variant, call.aux.stats)
 
     def weights(mean: bool) -> Tensor:
         written: Tensor = operators.attention_weights(

@@ -1,8 +1,9 @@
 """The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
 
 `torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative),
-`attention_stored` (over what a cache holds), `attention_backward` and `attention_weights` exist if
-the package was built with a C++ compiler; `missing` says if not.
+`attention_output` (of that, the output alone), `attention_stored` (over what a cache holds),
+`attention_backward` and `attention_weights` exist if the package was built with a C++ compiler;
+`missing` says if not.
 """
 
 from __future__ import annotations
@@ -87,6 +88,10 @@ def _forward_shapes(
     )
 
 
+def _output_shape(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
 def _backward_shapes(
     grad_output: Tensor,
     grad_lse: Tensor | None,
@@ -165,6 +170,7 @@ def _refuse(ctx: Any, *grads: Any) -> None:
 if not missing:
     torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
     torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
+    torch.library.register_fake("polyhead::attention_output", _output_shape)
     torch.library.register_fake("polyhead::attention_stored", _forward_shapes)
     torch.library.register_fake("polyhead::attention_backward", _backward_shapes)
     torch.library.register_fake("polyhead::attention_weights", _weights_shape)
