@@ -6,25 +6,16 @@
 //   dQ = scale * dS K           dK = scale * dS^T Q         dS = dZ * (1 - (capped / softcap)^2)
 //
 // A task owns the keys of one key head that fall to it, and walks over all queries of the group:
-// dK and dV stay with it, and dQ goes to a part of its own where several tasks share a head. Who
-// does what depends on sizes and thread count alone, and so does every bit of the result.
+// dK and dV stay with it, and dQ goes to a part of its own where several tasks share a head. What
+// falls to a task depends on sizes and thread count alone, and so does every bit of the result.
 #pragma once
 
 #include <numeric>
 
+#include "backward_scratch.hpp"
 #include "prefill.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
-
-// Whole tiles, and whole panels of every instruction set. Heads of 64 take 1 MB, or a third of it:
-// an L2 of the processors that have the instruction set.
-#if defined(__AVX512F__)
-constexpr int64_t kGradQueries = 96, kGradKeys = 384;
-#else
-constexpr int64_t kGradQueries = 48, kGradKeys = 192;
-#endif
-constexpr int64_t kGradStride = kGradKeys + 16;
-constexpr int64_t kGradTiles = kGradQueries / kTileRows;
 
 // Products are of float32, or of pairs of bfloat16: then P and dS, once computed in float32, are
 // rounded to it, as an attention written out in bfloat16 rounds them.
@@ -43,25 +34,32 @@ class Backward {
     Buffer<float> deltas(rows_);
     Buffer<float> query_parts(splits_ > 1 ? splits_ * rows_ * a_.D : 0);
     Buffer<float> bias_parts(parts_ * g_.bias_size);
-    Buffer<float> scratch(a_.threads * worker_size());
+    const int64_t worker_size = Worker::size(a_);
+    Buffer<float> scratch(a_.threads * worker_size);
     deltas_ = deltas.data();
     query_parts_ = splits_ > 1 ? query_parts.data() : g_.query;
 #pragma omp parallel num_threads(a_.threads)
     {
-      Worker worker(*this, scratch.data() + thread_number() * worker_size());
+      Worker worker(a_, scratch.data() + thread_number() * worker_size);
       worker.bias = parts_ > 0 ? bias_parts.data() + thread_number() * g_.bias_size : g_.bias;
       // Every part, as there may be fewer threads than were asked for.
 #pragma omp for schedule(static)
       for (int64_t part = 0; part < parts_; ++part)
-        fill_zeros(bias_parts.data() + part * g_.bias_size, g_.bias_size);
+        clear(bias_parts.data() + part * g_.bias_size, g_.bias_size);
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows_; ++row) prepare_row(row);
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < splits_ * rows_; ++row)
-        fill_zeros(query_parts_ + row * a_.D, a_.D);
-      // One task a turn for each thread, whatever the speed of the threads.
+        clear(query_parts_ + row * a_.D, a_.D);
+      const int64_t tasks = a_.B * a_.G * splits_;
+      if (parts_ > 0) {
+        // One task a turn for each thread, whatever the speed of the threads: they sum for others.
 #pragma omp for schedule(static, 1)
-      for (int64_t task = 0; task < a_.B * a_.G * splits_; ++task) run_task(worker, task);
+        for (int64_t task = 0; task < tasks; ++task) run_task(worker, task);
+      } else {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; ++task) run_task(worker, task);
+      }
       if (splits_ > 1) {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows_; ++row)
@@ -82,15 +80,11 @@ class Backward {
 
  private:
   static constexpr int kDepth = Step<Element>::kDepth;
-  using Weight = std::conditional_t<kDepth == 1, float, BFloat16>;  // what P and dS are stored as
+  using Worker = BackwardScratch<Element>;
+  using Weight = typename Worker::Weight;
 
   int64_t size_d() const { return round_up(a_.D, kLanes); }
   int64_t size_e() const { return round_up(a_.E, kLanes); }
-  int64_t worker_size() const {
-    return kGradKeys * (3 * size_d() + 2 * size_e()) +
-           kGradQueries * (3 * size_d() + 2 * size_e()) + 3 * kGradQueries * kGradStride +
-           kGradStride;
-  }
 
   // Whether two tasks may add to one number of the bias's gradient.
   bool shares_bias() const {
@@ -100,48 +94,6 @@ class Backward {
     return !by_head || (g_.bias_stride[3] == 0 && splits_ > 1);
   }
 
-  // One thread's scratch.
-  struct Worker {
-    Element *key_columns, *value_columns;  // a block of keys, packed for scores
-    Element* key_steps;                    // the same keys, packed for dQ
-    float *key_grad, *value_grad;          // their gradients
-    Element *queries, *grads;              // a block of queries, and of the output's gradient
-    Element *query_steps, *grad_steps;     // the same, packed for dK and dV
-    float* query_grad;
-    float *weights, *scores;       // P after dropout, and dP, which becomes scale * dS; as Weight,
-    Element *weight_steps, *score_steps;  // and these two by key, for dK and dV
-    float* capped;                 // one row of scores after softcap
-    float* bias = nullptr;         // where gradients of the bias are added
-
-    Worker(const Backward& p, float* scratch) {
-      const auto take = [&](auto*& taken, int64_t size) {
-        taken = reinterpret_cast<std::remove_reference_t<decltype(taken)>>(scratch);
-        scratch += size;
-      };
-      take(key_columns, kGradKeys * p.size_d());
-      take(key_steps, kGradKeys * p.size_d());
-      take(key_grad, kGradKeys * p.size_d());
-      take(value_columns, kGradKeys * p.size_e());
-      take(value_grad, kGradKeys * p.size_e());
-      take(queries, kGradQueries * p.size_d());
-      take(query_grad, kGradQueries * p.size_d());
-      take(grads, kGradQueries * p.size_e());
-      take(weights, kGradQueries * kGradStride);
-      take(scores, kGradQueries * kGradStride);
-      take(capped, kGradStride);
-      if constexpr (kDepth == 1) {
-        // Rows of single numbers are both: a left operand, and steps of a right one.
-        query_steps = queries, grad_steps = grads;
-        weight_steps = weights, score_steps = scores;
-      } else {
-        take(query_steps, kGradQueries / kDepth * p.size_d());
-        take(grad_steps, kGradQueries / kDepth * p.size_e());
-        take(weight_steps, kGradQueries / kDepth * kGradStride);
-        take(score_steps, kGradQueries / kDepth * kGradStride);
-      }
-    }
-  };
-
   // A block of queries against a block of keys.
   struct Block {
     int64_t b, h, t, rows, s, keys;
@@ -149,11 +101,6 @@ class Backward {
     int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
     int64_t tile_rows(int64_t tile) const { return smaller(kTileRows, rows - tile * kTileRows); }
   };
-
-  template <class Number>
-  static void fill_zeros(Number* to, int64_t size) {
-    std::memset(to, 0, static_cast<size_t>(size) * sizeof(Number));
-  }
 
   static void add_parts(const float* parts, int64_t count, int64_t stride, int64_t size,
                         float* to) {
@@ -201,9 +148,9 @@ class Backward {
       pack_columns(a_.value, b, g, s, s + count, a_.E, worker.value_columns);
       pack_steps(a_.key, b, g, s, s + count, a_.D, worker.key_steps);
       const int64_t steps = Packed<Element>::steps(count);
-      fill_zeros(worker.key_steps + steps * size_d(), (kGradKeys / kDepth - steps) * size_d());
-      fill_zeros(worker.key_grad, kGradKeys * size_d());
-      fill_zeros(worker.value_grad, kGradKeys * size_e());
+      clear(worker.key_steps + steps * size_d(), (kGradKeys / kDepth - steps) * size_d());
+      clear(worker.key_grad, kGradKeys * size_d());
+      clear(worker.value_grad, kGradKeys * size_e());
       for (int64_t h = g * a_.group(); h < (g + 1) * a_.group(); ++h)
         for (int64_t t = 0; t < a_.T; t += kGradQueries)
           run_block(worker, {b, h, t, smaller(kGradQueries, a_.T - t), s, count, {}}, split);
@@ -305,8 +252,8 @@ class Backward {
       store(to_scores + i, score * a_.scale);
     }
     for (Weight* to : {to_weights, to_scores}) {
-      fill_zeros(to, span.begin);
-      fill_zeros(to + span.end, kGradKeys - span.end);
+      clear(to, span.begin);
+      clear(to + span.end, kGradKeys - span.end);
     }
     // One number for all keys: adding them up first rounds less often.
     if (worker.bias != nullptr && g_.bias_stride[3] == 0) *bias_at(worker.bias, q) += sum(bias_sum);

@@ -109,54 +109,68 @@ inline void clear(Number* numbers, int64_t count) {
   std::memset(numbers, 0, static_cast<size_t>(count) * sizeof *numbers);
 }
 
-// Queries, row by row, as left operand.
-inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, int64_t end,
-                         int64_t size, float* to) {
-  widen_rows(view, b, h, begin, end, size, to, round_up(size, kLanes));
+// One token's numbers of one head as tiles take them: whole steps of them.
+inline void read_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
+                     float* to) {
+  widen_rows(view, b, head, token, token + 1, size, to, 0);
+}
+inline void read_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
+                     Pair* to) {
+  to[(size - 1) / 2].bits = 0;  // an odd size ends with half a pair
+  copy_row(view, b, head, token, size, to);
 }
 
+// Queries, row by row, as left operand.
+template <class Number>
 inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, int64_t end,
-                         int64_t size, Pair* to) {
+                         int64_t size, Number* to) {
   const int64_t stride = round_up(size, kLanes);
-  for (int64_t token = begin; token < end; ++token, to += stride) {
-    to[(size - 1) / 2].bits = 0;  // an odd size ends with half a pair
-    std::memcpy(to, row_of<BFloat16>(view, b, h, token), static_cast<size_t>(size) * 2);
+  for (int64_t token = begin; token < end; ++token, to += stride)
+    read_row(view, b, h, token, size, to);
+}
+
+// Rows of a square become its columns: blocks of half its size change places, then of a quarter.
+template <int Distance = kLanes / 2, class Vector>
+[[gnu::always_inline]] inline void transpose(Vector (&square)[kLanes]) {
+  if constexpr (Distance > 0) {
+    const I32 lanes = lane_numbers();
+    const I32 is_later = (lanes & Distance) != 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & Distance) continue;
+      const Vector a = square[i], b = square[i + Distance];
+      square[i] = __builtin_shuffle(a, b, is_later ? lanes - Distance + kLanes : lanes);
+      square[i + Distance] = __builtin_shuffle(a, b, is_later ? lanes + kLanes : lanes + Distance);
+    }
+    transpose<Distance / 2>(square);
   }
 }
 
 // Tokens [begin, end) as columns, in panels from `to` on; the last panel is filled up with zeros.
+template <class Number>
 inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                         int64_t size, float* to) {
-  alignas(64) float row[kMaxHeadSize];
-  by_stored_dtype(view.dtype, [&](auto source) {
-    for (int64_t panel = begin; panel < end; panel += kPanel) {
-      float* columns = to + Packed<float>::column_panel(panel - begin, size);
-      for (int64_t s = 0; s < kPanel; ++s) {
-        if (panel + s < end) {
-          widen_row<decltype(source)>(view, b, head, panel + s, size, row);
-        } else if (panel + s == end) {
-          clear(row, size);
-        }
-        for (int64_t d = 0; d < size; ++d) columns[d * kPanel + s] = row[d];
+                         int64_t size, Number* to) {
+  using Vector = std::conditional_t<std::is_same_v<Number, float>, F32, U32>;
+  const int64_t steps = Packed<Number>::steps(size);
+  // Not a power of 2 apart: the rows would share a few sets of the cache.
+  alignas(64) Number rows[kLanes][kMaxHeadSize + kLanes];
+  for (int64_t s = 0; s < round_up(end - begin, kPanel); s += kLanes) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      if (begin + s + i < end) {
+        read_row(view, b, head, begin + s + i, size, rows[i]);
+      } else {
+        clear(rows[i], steps);
       }
     }
-  });
-}
-
-inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                         int64_t size, Pair* to) {
-  const int64_t steps = Packed<Pair>::steps(size);
-  alignas(64) Pair row[kMaxHeadSize / 2];
-  for (int64_t panel = begin; panel < end; panel += kPanel) {
-    Pair* columns = to + Packed<Pair>::column_panel(panel - begin, size);
-    for (int64_t s = 0; s < kPanel; ++s) {
-      if (panel + s < end) {
-        row[steps - 1].bits = 0;
-        copy_row(view, b, head, panel + s, size, row);
-      } else if (panel + s == end) {
-        clear(row, steps);
-      }
-      for (int64_t d = 0; d < steps; ++d) columns[d * kPanel + s] = row[d];
+    Number* columns = to + Packed<Number>::column_panel(s / kPanel * kPanel, size) + s % kPanel;
+    for (int64_t d = 0; d < steps; d += kLanes) {
+      Vector square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) square[i] = load_as<Vector>(rows[i] + d);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        if (d + i < steps) store_as(columns + (d + i) * kPanel, square[i]);
     }
   }
 }

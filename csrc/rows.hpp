@@ -35,10 +35,12 @@ constexpr bool kPrefetches = kTileVectors != 4;
 template <class Element>
 inline void touch(const Element* row, int64_t size, int64_t ahead) {
   const auto* bytes = reinterpret_cast<const volatile char*>(row);
+  // A number, not a pointer: it may lead beyond the tensor, where nothing is read.
+  const uintptr_t next = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(ahead) * sizeof *row;
   for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(Element)); i += 64) {
     bytes[i];
     if constexpr (kPrefetches)
-      __builtin_prefetch(reinterpret_cast<const char*>(row + ahead) + i, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(i)), 0, 2);
   }
 }
 

@@ -1,0 +1,72 @@
+// What backward computes with: its block sizes, and one thread's memory.
+#pragma once
+
+#include <type_traits>
+
+#include "tile.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+// Whole tiles, and whole panels of every instruction set. Heads of 64 take 1 MB, or a third of it:
+// an L2 of the processors that have the instruction set.
+#if defined(__AVX512F__)
+constexpr int64_t kGradQueries = 96, kGradKeys = 384;
+#else
+constexpr int64_t kGradQueries = 48, kGradKeys = 192;
+#endif
+constexpr int64_t kGradStride = kGradKeys + 16;
+constexpr int64_t kGradTiles = kGradQueries / kTileRows;
+
+template <class Element>
+struct BackwardScratch {
+  static constexpr int kDepth = Step<Element>::kDepth;
+  using Weight = std::conditional_t<kDepth == 1, float, BFloat16>;  // what P and dS are stored as
+
+  Element *key_columns, *value_columns;  // a block of keys, packed for scores
+  Element* key_steps;                    // the same keys, packed for dQ
+  float *key_grad, *value_grad;          // their gradients
+  Element *queries, *grads;              // a block of queries, and of the output's gradient
+  Element *query_steps, *grad_steps;     // the same, packed for dK and dV
+  float* query_grad;
+  float *weights, *scores;       // P after dropout, and dP, which becomes scale * dS; as Weight,
+  Element *weight_steps, *score_steps;  // and these two by key, for dK and dV
+  float* capped;                 // one row of scores after softcap
+  float* bias = nullptr;         // where gradients of the bias are added
+
+  BackwardScratch(const Attention& a, float* scratch) {
+    const int64_t size_d = round_up(a.D, kLanes), size_e = round_up(a.E, kLanes);
+    const auto take = [&](auto*& taken, int64_t size) {
+      taken = reinterpret_cast<std::remove_reference_t<decltype(taken)>>(scratch);
+      scratch += size;
+    };
+    take(key_columns, kGradKeys * size_d);
+    take(key_steps, kGradKeys * size_d);
+    take(key_grad, kGradKeys * size_d);
+    take(value_columns, kGradKeys * size_e);
+    take(value_grad, kGradKeys * size_e);
+    take(queries, kGradQueries * size_d);
+    take(query_grad, kGradQueries * size_d);
+    take(grads, kGradQueries * size_e);
+    take(weights, kGradQueries * kGradStride);
+    take(scores, kGradQueries * kGradStride);
+    take(capped, kGradStride);
+    if constexpr (kDepth == 1) {
+      // Rows of single numbers are both: a left operand, and steps of a right one.
+      query_steps = queries, grad_steps = grads;
+      weight_steps = weights, score_steps = scores;
+    } else {
+      take(query_steps, kGradQueries / kDepth * size_d);
+      take(grad_steps, kGradQueries / kDepth * size_e);
+      take(weight_steps, kGradQueries / kDepth * kGradStride);
+      take(score_steps, kGradQueries / kDepth * kGradStride);
+    }
+  }
+
+  // How many floats all of it takes.
+  static int64_t size(const Attention& a) {
+    const int64_t row = 3 * round_up(a.D, kLanes) + 2 * round_up(a.E, kLanes);
+    return (kGradKeys + kGradQueries) * row + 3 * kGradQueries * kGradStride + kGradStride;
+  }
+};
+
+}  // namespace polyhead::POLYHEAD_ISA
