@@ -58,6 +58,13 @@ def test_a_wrong_output_is_caught(small, change):
     assert faults(small(), spoiled(with_output(change))) == ["output"]
 
 
+def test_thousands_of_values_may_round_by_what_they_add_up_to(small):
+    """The outputs are of 0.03, of values of 1: a sum in another order is off by their rounding."""
+    case = small(B=1, T=1, S=8192, D=64)
+    assert faults(case, spoiled(with_output(lambda output: output + 2.4e-7))) == []
+    assert faults(case, spoiled(with_output(lambda output: output + 2e-6))) == ["output"]
+
+
 @pytest.mark.parametrize("name", ["output", "dquery", "dkey", "dvalue"])
 def test_each_gradient_counts_and_a_missing_one_is_wrong(small, name):
     case = small(train=True)

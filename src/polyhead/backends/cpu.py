@@ -129,9 +129,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     if call.stored is not None:
         keys, values = call.stored
         places = (keys.data, values.data, keys.scales, values.scales, keys.table, keys.tokens)
-        output, lse, details = operators.attention_stored(
-            query, *places, *variant, call.aux.stats
-        )
+        output, lse, details = operators.attention_stored(query, *places, *variant, call.aux.stats)
     else:
         key, value = side_by_side(call.key), side_by_side(call.value)
         if call.needs_grad:

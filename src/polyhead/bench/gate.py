@@ -2,6 +2,8 @@
 
 Allowed is twice the largest error of an eager run in the same dtype, and 4 units in the last place
 of the largest number: a peer need not be better than the formula written out, nor may it be worse.
+Of attention's output, where thousands of values may cancel, that number is the largest sum of their
+magnitudes: the sums round in proportion to what they add up (Higham 2002, section 4.2).
 
 Everything is checked at the size that is measured, with these exceptions, named in `scope`: of a
 long forward pass some queries (of all heads, the first and the last among them); of a decoder a
@@ -90,8 +92,11 @@ def _compare(case: Case, prepared: Mapping[Peer, Run], inputs: Inputs, scope: st
             scope = f"{len(rows)} of {case.T} queries"
         exact = _attention_rows(case, inputs, rows, torch.float64)
         eager = _attention_rows(case, inputs, rows, case.dtype)
+        magnitudes = inputs | {"value": inputs["value"].abs()}
+        summed = _attention_rows(case, magnitudes, rows, torch.float64)["output"]
+        sizes = {"output": summed.max().item()}
     else:
-        rows = None
+        rows, sizes = None, {}
         definition = definition_of(case)
         exact = _exact(case, inputs)
         eager = definition.compared(case, definition.prepare(case, inputs)())
@@ -103,17 +108,20 @@ def _compare(case: Case, prepared: Mapping[Peer, Run], inputs: Inputs, scope: st
         results = peer.compared(case, results)
         if rows is not None:
             results = {name: tensor[:, :, rows] for name, tensor in results.items()}
-        checks[peer.name] = _checks(peer, results, eager, exact)
+        checks[peer.name] = _checks(peer, results, eager, exact, sizes)
     return Gate(scope, checks, seconds)
 
 
-def _checks(peer: Peer, results: Results, eager: Results, exact: Results) -> tuple[Check, ...]:
+def _checks(
+    peer: Peer, results: Results, eager: Results, exact: Results, sizes: Mapping[str, float]
+) -> tuple[Check, ...]:
+    """`sizes` says of what size the numbers are that were added up, where not of the result's."""
     checks = []
     for name in exact:
         # Statistics are asked of polyhead alone. Anything else that is missing is wrong.
         if name == "entropy" and not peer.ours:
             continue
-        largest = exact[name].abs().max().item()
+        largest = sizes.get(name, exact[name].abs().max().item())
         allowed = 2 * _error(eager[name], exact[name])
         allowed += 4 * torch.finfo(eager[name].dtype).eps * largest
         error = _error(results[name], exact[name]) if name in results else float("inf")

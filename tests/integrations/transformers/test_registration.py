@@ -63,7 +63,7 @@ def test_a_finished_model_that_would_keep_its_own_attention_is_refused(name):
     model.set_attn_implementation("eager")
 
 
-def git():
+def git(attn_implementation="eager"):
     """Its image encoder asks; its text decoder does not."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
     image = sizes | {"intermediate_size": 29, "image_size": 12, "patch_size": 4}
@@ -74,7 +74,16 @@ def git():
         max_position_embeddings=37,
         **sizes,
     )
-    return transformers.GitModel._from_config(config, attn_implementation="eager")
+    return transformers.GitModel._from_config(config, attn_implementation=attn_implementation)
+
+
+def test_a_new_model_whose_layers_choose_among_their_own_classes_is_refused():
+    known = "GIT_SELF_ATTENTION_CLASSES of eager"
+    with pytest.raises(ModelError, match=rf"a layer cannot run .* {known}.*vision_config"):
+        git("polyhead")
+    git("eager")
+    with pytest.raises(KeyError):  # torch's and transformers' own errors stay what they were
+        transformers.models.git.modeling_git.GIT_SELF_ATTENTION_CLASSES["sdpa"]
 
 
 def test_a_part_that_would_keep_its_own_attention_is_refused_and_the_others_can_be_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,7 @@ def refuse_models_of_their_own() -> None:
     ) -> str:
         if requested_attention == NAME:
             _check_asks(self)
+            _name_own_classes(self)
         return checked(self, requested_attention, *args, **kwargs)
 
     @functools.wraps(finish)
@@ -75,6 +77,31 @@ def _check_asks(model: PreTrainedModel) -> None:
             "compute attention, and ask no attention function; "
             'keep "eager", or name the part to change: {"text_config": "polyhead"}'
         )
+
+
+class _OwnClasses(dict[str, Any]):
+    """The attention classes that a model's layers choose among by name, none of them ours."""
+
+    def __init__(self, name: str, classes: dict[str, Any]) -> None:
+        super().__init__(classes)
+        self._name = name
+
+    def __missing__(self, asked: str) -> Any:
+        if asked != NAME:
+            raise KeyError(asked)
+        raise ModelError(
+            f'a layer cannot run attn_implementation="{NAME}": it chooses among classes of its '
+            f"own, {self._name} of {', '.join(self)}; "
+            'keep "eager" for this part, and name the others: {"vision_config": "polyhead"}'
+        )
+
+
+def _name_own_classes(model: PreTrainedModel) -> None:
+    """Give the tables of a model's module a reason in place of their bare KeyError."""
+    module = sys.modules[type(model).__module__]
+    for name, classes in list(vars(module).items()):
+        if name.endswith("_ATTENTION_CLASSES") and type(classes) is dict:
+            setattr(module, name, _OwnClasses(name, classes))
 
 
 def _check_layers(
