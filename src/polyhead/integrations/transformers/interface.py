@@ -92,7 +92,8 @@ class _OwnClasses(dict[str, Any]):
         raise ModelError(
             f'a layer cannot run attn_implementation="{NAME}": it chooses among classes of its '
             f"own, {self._name} of {', '.join(self)}; "
-            'keep "eager" for this part, and name the others: {"vision_config": "polyhead"}'
+            'keep "eager" for this part, and name another by its config, such as '
+            '{"vision_config": "polyhead"} or {"text_config": "polyhead"}'
         )
 
 
