@@ -107,6 +107,20 @@ def test_a_disturbance_keeps_what_was_measured_before_and_stops(monkeypatch):
     assert result.refusal == "P3: others are busy"
 
 
+def test_what_was_measured_before_it_is_interrupted_is_kept(monkeypatch):
+    honest = run_module.run_case
+
+    def interrupted_at_the_second(case, *arguments):
+        if case.id == "P3":
+            raise KeyboardInterrupt
+        return honest(case, *arguments)
+
+    monkeypatch.setattr(run_module, "run_case", interrupted_at_the_second)
+    result = run_bench(find_cases(("P2", "P3", "P8")), TRIAL)
+    assert [case.id for case in result.cases] == ["P2"]
+    assert result.refusal == "P3: interrupted"
+
+
 def test_warnings_tell_what_makes_numbers_worthless():
     result = run_bench((), TRIAL)
     assert result.warnings[0].startswith("measured with --anyway")

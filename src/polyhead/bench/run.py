@@ -59,7 +59,8 @@ def run_bench(
     settings: Settings,
     progress: Progress = lambda step, done: None,
 ) -> BenchResult:
-    """Measure the cases. What was measured before a disturbance is kept; `refusal` tells of it.
+    """Measure the cases. What was measured before a disturbance, or Ctrl-C, is kept; `refusal`
+    tells of it.
 
     Args:
         cases: what to measure, at full size.
@@ -85,6 +86,9 @@ def run_bench(
             results.append(run_case(case.shrunk(settings.shrink), settings, ceilings, step))
         except DisturbedError as error:
             refusal = f"{case.id}: {error}"
+            break
+        except KeyboardInterrupt:
+            refusal = f"{case.id}: interrupted"
             break
     return BenchResult(
         describe_machine(),

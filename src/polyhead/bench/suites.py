@@ -107,7 +107,7 @@ SUITES: Mapping[str, Suite] = {
 
 
 def find_cases(asked: tuple[str, ...]) -> tuple[Case, ...]:
-    """The cases of these ids, in the order of the table; `P7` is every variant of that row.
+    """The cases of these ids, in the order of the table; `P7`, no id itself, is all of that row.
 
     Raises:
         ArgumentError: there is no such case.
@@ -120,4 +120,6 @@ def find_cases(asked: tuple[str, ...]) -> tuple[Case, ...]:
         if name not in known:
             ids = ", ".join(case.id for case in CASES)
             raise ArgumentError("--case", f"must be one of {ids}", name, "choose one of these")
-    return tuple(case for case in CASES if {case.id, case.id.partition("/")[0]} & set(asked))
+    ids = {case.id for case in CASES}
+    rows = set(asked) - ids
+    return tuple(case for case in CASES if case.id in asked or case.id.partition("/")[0] in rows)
