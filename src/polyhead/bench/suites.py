@@ -120,6 +120,5 @@ def find_cases(asked: tuple[str, ...]) -> tuple[Case, ...]:
         if name not in known:
             ids = ", ".join(case.id for case in CASES)
             raise ArgumentError("--case", f"must be one of {ids}", name, "choose one of these")
-    ids = {case.id for case in CASES}
-    rows = set(asked) - ids
+    rows = set(asked) - {case.id for case in CASES}
     return tuple(case for case in CASES if case.id in asked or case.id.partition("/")[0] in rows)
