@@ -154,7 +154,7 @@ class Decode {
     each_query(head, [&](int64_t row, const Query& q) {
       Left<Element>* to = queries + row * query_stride();
       if constexpr (kInPairs<Element>) {
-        std::memset(to, 0, static_cast<size_t>(query_stride()) * sizeof *to);
+        clear(to, query_stride());
         std::memcpy(to, row_of<BFloat16>(a_.query, q.b, q.h, q.t),
                     static_cast<size_t>(a_.D) * sizeof *to);
       } else {
@@ -190,7 +190,7 @@ class Decode {
                   float* scores) const {
     for (int64_t s = 0; s < count; s += kLanes) {
       const auto some = [&]<int Rows>(int64_t row) {
-        constexpr int kKeys = smaller(kDots / (Rows == 3 ? 4 : Rows), kLanes);
+        constexpr int kKeys = smaller(kDots / sums_for(Rows), kLanes);
 #pragma GCC unroll 1
         for (int64_t k = s; k < s + kLanes; k += kKeys)
           dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys.row + k,

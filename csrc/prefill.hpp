@@ -185,8 +185,7 @@ class Prefill {
     block.keys = keys_ + slot * keys_size_;
     block.values = values_ + slot * values_size_;
     pack_queries(a_.query, block.b, block.h, t, t + block.rows, a_.D, worker.queries);
-    std::memset(worker.weighted, 0,
-                static_cast<size_t>(block.rows * output_stride()) * sizeof(float));
+    clear(worker.weighted, block.rows * output_stride());
     Span keys{a_.S, 0};
     for (int64_t i = 0; i < block.tile_count(); ++i) {
       const int64_t row = t + i * kTileRows;

@@ -3,6 +3,7 @@
 // side or in blocks anywhere.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "pack.hpp"
@@ -26,6 +27,9 @@ using U16x2 [[gnu::vector_size(kVectorBytes)]] = uint16_t;
 
 constexpr int kDots = kTileVectors == 4 ? 16 : 8;  // sums of dot products that fit in registers
 
+// Of so many left rows with one row: sums of lanes are added up by powers of two.
+constexpr int sums_for(unsigned count) { return static_cast<int>(std::bit_ceil(count)); }
+
 // Where arithmetic takes as long as reading, lines are asked for a block before they are needed.
 constexpr bool kPrefetches = kTileVectors != 4;
 
@@ -36,7 +40,8 @@ template <class Element>
 inline void touch(const Element* row, int64_t size, int64_t ahead) {
   const auto* bytes = reinterpret_cast<const volatile char*>(row);
   // A number, not a pointer: it may lead beyond the tensor, where nothing is read.
-  const uintptr_t next = reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(ahead) * sizeof *row;
+  const uintptr_t next =
+      reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(ahead) * sizeof *row;
   for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(Element)); i += 64) {
     bytes[i];
     if constexpr (kPrefetches)
@@ -53,9 +58,8 @@ template <int Count, int Keys, class Element>
   constexpr int64_t kStep = kRowStep<Element>;
   // Rows that share each load of a left row. Float32's are long: four were no stream any more.
   constexpr int kShare = sizeof(Element) == 4 ? 1 : smaller(Keys, 4);
-  // Sums are added up by powers of two. (An initializer would write zeros to memory, by a slow
-  // instruction, before every product.)
-  constexpr int kSums = (Count == 3 ? 4 : Count) * Keys;
+  // (An initializer would write zeros to memory, by a slow instruction, before every product.)
+  constexpr int kSums = sums_for(Count) * Keys;
   F32 sums[kSums];
 #pragma GCC unroll 16
   for (F32& sum : sums) sum = F32{};

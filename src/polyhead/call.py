@@ -205,12 +205,7 @@ class AttentionCall:
     @property
     def needs_grad(self) -> bool:
         """Whether a gradient will be asked of any tensor of this call."""
-        if not torch.is_grad_enabled():
-            return False
-        if self.query.requires_grad or self.key.requires_grad or self.value.requires_grad:
-            return True
-        others = (self.bias, self.sinks, self.alibi_slopes)
-        return any(tensor is not None and tensor.requires_grad for tensor in others)
+        return bool(self.learnt)
 
     def gathered(self) -> AttentionCall:
         """The same call, with keys and values made of what a cache holds."""

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import polyhead as ph
-from polyhead.backends import cpu_operators, reference
+from polyhead.backends import reference
 
 ALL_AUX = ph.AuxRequest(weights=True, lse=True, stats=True, mean_weights=True)
 
@@ -48,7 +48,7 @@ def test_the_drop_in_trains_as_torchs(options, listens, average, assert_as_good_
         assert_as_good_as_eager(got, eager, exact)
 
 
-@pytest.mark.skipif(bool(cpu_operators.missing), reason=cpu_operators.missing)
+@pytest.mark.usefixtures("kernels")
 def test_the_drop_in_trains_through_the_kernels_alone(monkeypatch):
     """It returns weights unless told not to, and few look at their gradient."""
     module = ph.drop_in.MultiheadAttention(24, 3, batch_first=True)

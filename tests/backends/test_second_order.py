@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import polyhead as ph
-from polyhead.backends import REFERENCE, cpu_operators, reference, sdpa
+from polyhead.backends import REFERENCE, reference, sdpa
 from polyhead.errors import BackendError
 
 
@@ -196,7 +196,6 @@ def test_aux_asked_beside_a_kernel_keeps_its_gradient():
 
 ALL_AUX = ph.AuxRequest(weights=True, lse=True, stats=True, mean_weights=True)
 GIVING = ph.Backend("giving", lambda call: [], once, aux=REFERENCE.aux, first_order=True)
-OUR_KERNELS = pytest.mark.skipif(bool(cpu_operators.missing), reason=cpu_operators.missing)
 
 
 def named(output, aux):
@@ -241,7 +240,7 @@ def test_the_definition_runs_only_for_an_aux_that_is_differentiated(definitions)
     assert definitions == [("weights",), ("stats",)]
 
 
-@OUR_KERNELS
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options",
@@ -316,13 +315,15 @@ def test_a_retained_graph_gives_the_gradients_of_aux_again_and_a_freed_one_none(
         torch.autograd.grad(aux.weights.sum(), inputs)
 
 
-@pytest.mark.parametrize("backend", [GIVING, pytest.param("cpu", marks=OUR_KERNELS)], ids=str)
-def test_weights_under_dropout_are_differentiated_as_without(backend):
+@pytest.mark.parametrize("backend", [GIVING, "cpu"], ids=str)
+def test_weights_under_dropout_are_differentiated_as_without(backend, request):
+    if backend == "cpu":
+        request.getfixturevalue("kernels")
     inputs = tensors()
     results = []
-    for dropout, request in ((0.0, ALL_AUX), (0.5, ALL_AUX), (0.5, ph.AuxRequest())):
+    for dropout, asked in ((0.0, ALL_AUX), (0.5, ALL_AUX), (0.5, ph.AuxRequest())):
         torch.manual_seed(1)
-        results.append(ph.attention(*inputs, dropout=dropout, backend=backend, return_aux=request))
+        results.append(ph.attention(*inputs, dropout=dropout, backend=backend, return_aux=asked))
     (_, whole), (output, aux), (alone, _) = results
     state = torch.get_rng_state()
     dropped = of(output.sum() + aux.weights.square().sum(), inputs)
@@ -347,7 +348,7 @@ def test_weights_have_no_gradient_where_only_values_are_learnt():
     assert value.grad is not None
 
 
-@OUR_KERNELS
+@pytest.mark.usefixtures("kernels")
 def test_the_graph_does_not_hold_the_weights():
     output, aux = ph.attention(*tensors(), backend="cpu", return_aux=ALL_AUX)
     kept = StorageWeakRef(aux.weights.untyped_storage())
@@ -357,7 +358,7 @@ def test_the_graph_does_not_hold_the_weights():
     assert output.requires_grad
 
 
-@OUR_KERNELS
+@pytest.mark.usefixtures("kernels")
 def test_training_with_statistics_holds_nothing_of_t_by_s(tensor_sizes):
     inputs = [torch.randn(1, 2, 512, 8, requires_grad=True) for _ in range(3)]
     request = ph.AuxRequest(lse=True, stats=True)
