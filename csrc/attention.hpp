@@ -8,6 +8,8 @@
 
 namespace polyhead {
 
+constexpr int64_t kMaxHeadSize = 1024;  // D and E; DeepSeek's latent is a key of 576
+
 enum class Dtype { f32, bf16, f16, i8 };  // i8: of keys and values only, codes with scales
 
 // (B, heads, tokens, size) with any strides; a stride of 0 broadcasts. For q, k and v the last

@@ -52,7 +52,8 @@ View rows_of(const Tensor& tensor, const char* name, bool are_codes = false) {
   STD_TORCH_CHECK(tensor.dim() == 4, "polyhead: ", name, " must have 4 dimensions");
   STD_TORCH_CHECK(tensor.size(3) <= 1 || tensor.stride(3) == 1, "polyhead: ", name,
                   " must have its features side by side (last stride 1)");
-  STD_TORCH_CHECK(tensor.size(3) <= 512, "polyhead: ", name, " has a head size above 512");
+  STD_TORCH_CHECK(tensor.size(3) <= kMaxHeadSize, "polyhead: ", name,
+                  " has a head size above ", kMaxHeadSize);
   return view_of(tensor, are_codes);
 }
 

@@ -9,7 +9,6 @@
 namespace polyhead::POLYHEAD_ISA {
 
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a tile
-constexpr int64_t kMaxHeadSize = 512;
 
 // Where a token lies: a batch row and a token of it, or a block and a slot of it.
 struct Place {
@@ -152,8 +151,8 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
                          int64_t size, Number* to) {
   using Vector = std::conditional_t<std::is_same_v<Number, float>, F32, U32>;
   const int64_t steps = Packed<Number>::steps(size);
-  // Not a power of 2 apart: the rows would share a few sets of the cache.
-  alignas(64) Number rows[kLanes][kMaxHeadSize + kLanes];
+  // A line more than a power of 2 apart: else the rows would share a few sets of the cache.
+  alignas(64) Number rows[kLanes][kMaxHeadSize + 16];
   for (int64_t s = 0; s < round_up(end - begin, kPanel); s += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
       if (begin + s + i < end) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,12 @@ class Stored:
         """
         nan = self.data.new_full((1, 1, 1, 1), math.nan, dtype=self.dtype)
         return nan.expand(self.shape)
+
+    def first(self, size: int) -> Stored:
+        """The first so many features of each token, in the same place."""
+        return replace(
+            self, data=self.data[..., :size], gather=lambda: self.gather()[..., :size]
+        )
 
     def __str__(self) -> str:
         numbers = "int8 codes" if self.scales is not None else "numbers"

@@ -25,6 +25,8 @@ SIZES = [
     {"B": 1, "H": 2, "G": 1, "T": 257, "S": 17, "D": 24},
     {"B": 1, "H": 3, "G": 1, "T": 40, "S": 600, "D": 8, "E": 130},
     {"B": 1, "H": 1, "G": 1, "T": 17, "S": 19, "D": 512, "E": 511},
+    {"B": 1, "H": 16, "G": 1, "T": 1, "S": 70, "D": 576, "E": 512},
+    {"B": 1, "H": 2, "G": 1, "T": 19, "S": 23, "D": 1024, "E": 1023},
 ]
 
 
@@ -146,8 +148,8 @@ def test_nan_in_a_forbidden_key_is_not_heard_of(tensors, isa):
     ("sizes", "reasons"),
     [
         ({"dtype": torch.float64}, ["runs float32, bfloat16 and float16; got float64"]),
-        ({"D": 513, "E": 7}, ["has heads of up to 512; got D = 513, E = 7"]),
-        ({"E": 600}, ["has heads of up to 512; got D = 24, E = 600"]),
+        ({"D": 1025, "E": 7}, ["has heads of up to 1024; got D = 1025, E = 7"]),
+        ({"E": 1030}, ["has heads of up to 1024; got D = 24, E = 1030"]),
     ],
 )
 def test_why_not_with_numbers(tensors, sizes, reasons):

@@ -186,3 +186,24 @@ def test_a_cache_of_another_module_or_window_is_refused(latent):
             mla(x, cache=())
     with pytest.raises(ArgumentError, match="must not need a gradient"):
         mla(x, cache=mla.make_cache(2))
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("storage", [None, torch.int8], ids=str)
+def test_the_absorbed_form_reads_a_cache_where_it_is(latent, storage, monkeypatch):
+    mla, (_, rank, _, R, _) = latent.build(), latent.sizes
+    x = torch.randn(2, 12, 19)
+    paged = ph.PagedKVCache(2, 16, 1, rank + R, value_head_dim=0, block_size=3, storage=storage)
+    numbers = mla.make_cache(2, storage=storage)
+    with torch.no_grad():
+        for cache in (paged, numbers):
+            mla(x[:, :11], cache=cache)
+        with ph.use_backend("reference"):  # which is given tensors
+            expected = mla(x[:, 11:], cache=numbers, absorb=True)
+
+        def refuse(call):
+            raise AssertionError("a tensor was made of what a cache holds")
+
+        monkeypatch.setattr(ph.call.AttentionCall, "gathered", refuse)
+        y = mla(x[:, 11:], cache=paged, absorb=True)
+    torch.testing.assert_close(y, expected)

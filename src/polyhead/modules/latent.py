@@ -28,6 +28,7 @@ from polyhead.modules.arguments import (
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
 from polyhead.positions import Rope
+from polyhead.stored import Stored
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -218,12 +219,14 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             check_cache(cache, rule, x, None, self.num_heads, self.context_length)
             first = cache.length
-        q_nope_bhtn, q_rope_bhtr, latent_b1sd = self._project(x, positions, first)
+        q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions, first)
+        latent_b1sd: Tensor | Stored = new_b1td
         if cache is not None:
-            latent_b1sd, _ = cache.append(latent_b1sd, latent_b1sd[..., :0])
+            latent_b1sd, _ = cache.append_stored(new_b1td, new_b1td[..., :0])
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)
         if absorb is None:
             absorb = self._absorbing_is_less(x.shape[1], latent_b1sd.shape[2])
+        form: Callable[..., tuple[Tensor, Tensor | Stored, Tensor | Stored]]
         form = self._absorbed if absorb else self._expanded
         query, key, value = form(q_nope_bhtn, q_rope_bhtr, latent_b1sd)
         contexts_bhte, aux = attention(
@@ -277,9 +280,11 @@ class MultiHeadLatentAttention(nn.Module):
         return q_nope_bhtn, q_rope_bhtr, torch.cat((c_b1tc, k_rope_b1tr), dim=-1)
 
     def _expanded(
-        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor
+        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor | Stored
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of H heads: W_key and W_value act on the latent of every key."""
+        if isinstance(latent_b1sd, Stored):
+            latent_b1sd = latent_b1sd.gather()
         c_bsc = latent_b1sd[:, 0, :, : self.kv_rank]
         k_rope_bhsr = latent_b1sd[..., self.kv_rank :].expand(-1, self.num_heads, -1, -1)
         k_nope_bhsn = self._heads(self.W_key(c_bsc), self.nope_head_dim)
@@ -288,12 +293,14 @@ class MultiHeadLatentAttention(nn.Module):
         return query_bhtd, torch.cat((k_nope_bhsn, k_rope_bhsr), dim=-1), value_bhse
 
     def _absorbed(
-        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor | Stored
+    ) -> tuple[Tensor, Tensor | Stored, Tensor | Stored]:
         """Queries on which W_key has acted; the latent is their one key, and its c their value."""
         W_key_hnc = self.W_key.weight.unflatten(0, (self.num_heads, self.nope_head_dim))
         q_latent_bhtc = torch.einsum("bhtn,hnc->bhtc", q_nope_bhtn, W_key_hnc)
         query_bhtd = torch.cat((q_latent_bhtc, q_rope_bhtr), dim=-1)
+        if isinstance(latent_b1sd, Stored):
+            return query_bhtd, latent_b1sd, latent_b1sd.first(self.kv_rank)
         return query_bhtd, latent_b1sd, latent_b1sd[..., : self.kv_rank]
 
     def _values_of(self, contexts_bhtc: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polyhead.cache import KVCache
 from polyhead.errors import ArgumentError
+from polyhead.integrations.transformers.held import as_tensor
 
 __all__ = ["Cache", "Layer"]
 
@@ -26,7 +27,8 @@ class Cache(transformers.Cache):
     Args:
         config: of the model; layers with a sliding window or chunks keep what these need.
         max_tokens: the most tokens it takes; None: the model's `max_position_embeddings`.
-        storage: as in `KVCache`; torch.int8 takes a quarter of float32's memory.
+        storage: as in `KVCache`; torch.int8 takes a quarter of float32's memory, and is read where
+            it is by attn_implementation="polyhead".
         preallocate: as in `KVCache`.
 
     Raises:
@@ -111,12 +113,12 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """(B, G, S, D): those that the newest token needs; None before the first."""
-        return None if self._cache is None else self._cache.read()[0]
+        return None if self._cache is None else as_tensor(self._cache.read_stored()[0])
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """(B, G, S, E)."""
-        return None if self._cache is None else self._cache.read()[1]
+        return None if self._cache is None else as_tensor(self._cache.read_stored()[1])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, G, _, D = key_states.shape
@@ -137,11 +139,16 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens; the keys and values they need, as views where possible."""
+        """Add tokens; the keys and values they need, as views where possible.
+
+        Of int8 codes no tensor is made: polyhead's attention reads them where they are, and another
+        attention gets a tensor when it computes with them.
+        """
         if self._cache is None:
             self.lazy_initialization(key_states, value_states)
         assert self._cache is not None
-        return self._cache.append(key_states, value_states)
+        key, value = self._cache.append_stored(key_states, value_states)
+        return as_tensor(key), as_tensor(value)
 
     def get_seq_length(self) -> int:
         return 0 if self._cache is None else self._cache.length

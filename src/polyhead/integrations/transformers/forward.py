@@ -12,6 +12,7 @@ import polyhead.mask
 from polyhead.call import AuxRequest
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.functional import attention
+from polyhead.integrations.transformers.held import as_stored
 from polyhead.integrations.transformers.structured import StructuredMask
 from polyhead.mask import Mask
 
@@ -75,8 +76,8 @@ def attention_forward(
     mask, bias = _mask_and_bias(module, query, key, attention_mask, is_causal, position_bias)
     output, aux = attention(
         query,
-        key,
-        value,
+        as_stored(key),
+        as_stored(value),
         mask=mask,
         bias=bias,
         scale=scaling,
