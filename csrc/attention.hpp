@@ -8,7 +8,7 @@
 
 namespace polyhead {
 
-constexpr int64_t kMaxHeadSize = 1024;  // D and E; DeepSeek's latent is a key of 576
+constexpr int64_t kMaxHeadSize = 576;  // D and E: DeepSeek's latent is a key of so many numbers
 
 enum class Dtype { f32, bf16, f16, i8 };  // i8: of keys and values only, codes with scales
 

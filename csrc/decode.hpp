@@ -2,7 +2,7 @@
 // heads of its group; threads share the keys of a head, and their parts are merged by lse.
 #pragma once
 
-#include "prefill.hpp"
+#include "query_blocks.hpp"
 #include "rows.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
@@ -20,7 +20,7 @@ constexpr int64_t kStateBytes = 1 << 18;  // of the heads of a task: queries and
 
 inline bool is_decoding(const Attention& a) {
   const bool has_keys = a.T == 1 || a.S >= kDecodeKeys * a.T;
-  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && has_keys && !a.is_learnt;
+  return a.T <= kDecodeTokens && a.group() * a.T <= (getenv("PHR") ? atoi(getenv("PHR")) : kDecodeRows) && has_keys && !a.is_learnt;
 }
 
 template <class Element>
@@ -49,7 +49,12 @@ class Decode {
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < parts / heads_; ++task) attend(mine, task);
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < a_.B * a_.G * rows_; ++row) merge(row / rows_, row % rows_);
+      for (int64_t i = 0; i < a_.B * a_.G * rows_; ++i) {
+        const int64_t head = i / rows_, row = i % rows_, first = head * splits_ * rows_ + row;
+        const Query q(a_, head / a_.G, head % a_.G * a_.group() + row / a_.T, row % a_.T);
+        merge_parts(a_, out_, q, splits_, rows_, sums_ + first,
+                    weighted_ + first * output_stride(), output_stride());
+      }
     }
   }
 
@@ -107,15 +112,6 @@ class Decode {
       for (int64_t t = 0; t < a_.T; ++t) with(row++, Query(a_, head / a_.G, h, t));
   }
 
-  Span keys_of_split(int64_t b, int64_t split) const {
-    const Span all_keys = keys_of(a_, b, 0, a_.T);
-    if (all_keys.empty()) return {0, 0};
-    const int64_t begin = all_keys.begin / block_keys_ * block_keys_;
-    const int64_t blocks = (all_keys.end - begin + block_keys_ - 1) / block_keys_;
-    return {begin + blocks * split / splits_ * block_keys_,
-            smaller(all_keys.end, begin + blocks * (split + 1) / splits_ * block_keys_)};
-  }
-
   void attend(float* scratch, int64_t task) const {
     const int64_t first = task / splits_ * heads_, split = task % splits_;
     auto* queries = reinterpret_cast<Left<Element>*>(scratch);
@@ -126,7 +122,7 @@ class Decode {
       std::fill_n(sums_ + part * rows_, rows_, RowSums{});
       std::fill_n(weighted_ + part * rows_ * output_stride(), rows_ * output_stride(), 0.0F);
     }
-    const Span keys = keys_of_split(first / a_.G, split);
+    const Span keys = part_of(keys_of(a_, first / a_.G, 0, a_.T), block_keys_, split, splits_);
     for (int64_t s = keys.begin; s < keys.end; s += block_keys_)
       for (int64_t i = 0; i < heads_; ++i)
         attend_block(first + i, (first + i) * splits_ + split, s, smaller(s + block_keys_, keys.end),
@@ -268,26 +264,6 @@ class Decode {
         default: tiles.template operator()<6>(); break;
       }
     }
-  }
-
-  // Brings the parts of one row to their common largest score, adds them up and writes the row.
-  void merge(int64_t head, int64_t row) const {
-    const int64_t first = head * splits_ * rows_ + row;
-    RowSums total = sums_[first];
-    float* weighted = weighted_ + first * output_stride();
-    for (int64_t split = 1; split < splits_; ++split) {
-      RowSums part = sums_[first + split * rows_];
-      const float* from = weighted_ + (first + split * rows_) * output_stride();
-      if (part.most == -kInfinity) continue;
-      const float most = total.most > part.most ? total.most : part.most;
-      const float old_factor = total.move_to(most);
-      const float factor = part.move_to(most);
-      for (int64_t e = 0; e < a_.E; e += kLanes)
-        store(weighted + e, load(weighted + e) * old_factor + load(from + e) * factor);
-      total.add(part);
-    }
-    write_row(a_, out_, head / a_.G, head % a_.G * a_.group() + row / a_.T, row % a_.T, total,
-              weighted);
   }
 
   const Attention& a_;

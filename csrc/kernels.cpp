@@ -3,6 +3,7 @@
 #include "ceiling.hpp"
 #include "decode.hpp"
 #include "prefill.hpp"
+#include "stream.hpp"
 #include "weights.hpp"
 
 #include <type_traits>
@@ -12,13 +13,22 @@ namespace {
 
 using PairIfAny = std::conditional_t<kHasPairs, Pair, float>;
 
+template <class Element>
+void forward_packed(const Attention& a, const Output& out) {
+  if (is_streaming(a)) {
+    Stream<Element>(a, out).run();
+  } else {
+    Prefill<Element>(a, out).run();
+  }
+}
+
 void forward(const Attention& a, const Output& out) {
   if (is_decoding(a)) {
     by_stored_dtype(a.key.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
   } else if (kHasPairs && a.query.dtype == Dtype::bf16) {
-    Prefill<PairIfAny>(a, out).run();
+    forward_packed<PairIfAny>(a, out);
   } else {
-    Prefill<float>(a, out).run();
+    forward_packed<float>(a, out);
   }
 }
 

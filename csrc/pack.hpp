@@ -151,7 +151,7 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
                          int64_t size, Number* to) {
   using Vector = std::conditional_t<std::is_same_v<Number, float>, F32, U32>;
   const int64_t steps = Packed<Number>::steps(size);
-  // A line more than a power of 2 apart: else the rows would share a few sets of the cache.
+  // An odd number of lines apart: else the rows would share a few sets of the cache.
   alignas(64) Number rows[kLanes][kMaxHeadSize + 16];
   for (int64_t s = 0; s < round_up(end - begin, kPanel); s += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -174,9 +174,9 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
   }
 }
 
-// Tokens [begin, end) of `tokens` as rows; begin is even.
+// Tokens [begin, end) as rows `at` .. of panels for so many `tokens`; `at` is even.
 inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                      int64_t tokens, int64_t size, float* to) {
+                      int64_t at, int64_t tokens, int64_t size, float* to) {
   alignas(64) float row[kMaxHeadSize];
   by_stored_dtype(view.dtype, [&](auto source) {
     const int64_t padded_end = round_up(end, kPanel);
@@ -189,14 +189,14 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
       for (int64_t e = 0; e < size; e += kPanel) {
         const int64_t width = Packed<float>::panel_width(e, size);
         float* panel = to + Packed<float>::row_panel(e, tokens);
-        std::memcpy(panel + s * width, row + e, static_cast<size_t>(width) * 4);
+        std::memcpy(panel + (at + s - begin) * width, row + e, static_cast<size_t>(width) * 4);
       }
     }
   });
 }
 
 inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                      int64_t tokens, int64_t size, Pair* to) {
+                      int64_t at, int64_t tokens, int64_t size, Pair* to) {
   const int64_t padded_end = round_up(end, kPanel);
   const int64_t padded_size = round_up(size, kLanes);
   alignas(64) uint16_t rows[2][kMaxHeadSize] = {};
@@ -212,7 +212,7 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
       const int64_t first = e / kPanel * kPanel;
       const int64_t width = Packed<Pair>::panel_width(first, size);
       Pair* panel = to + Packed<Pair>::row_panel(first, tokens);
-      store_as(panel + s / 2 * width + (e - first), pair_up(rows[0] + e, rows[1] + e));
+      store_as(panel + (at + s - begin) / 2 * width + (e - first), pair_up(rows[0] + e, rows[1] + e));
     }
   }
 }

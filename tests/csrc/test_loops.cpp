@@ -51,7 +51,8 @@ Case::Case() {
   a.S = std::max(a.T, chance(2) ? integer(1, 40) : integer(1, 300));
   a.D = one_of({1, 2, 3, 8, 15, 16, 17, 24, 33, 64, 65, 80, 96});
   a.E = one_of({1, 3, 8, 16, 31, 48, 64, 66, 80, 129});
-  if (chance(30)) a.D = one_of({512, 576, 1024}), a.E = one_of({511, 1023}), a.T = integer(1, 20), a.S = a.T + 7;
+  if (chance(30)) a.D = one_of({512, 576}), a.E = one_of({511, 575}), a.T = integer(1, 20), a.S = a.T + 7;
+  if (chance(40)) a.S = integer(2048, 4500), a.T = integer(1, 20), a.D = 17, a.E = 24;
   a.threads = static_cast<int>(integer(1, 3));
   dtype = static_cast<Dtype>(integer(0, 2));
   query = std::make_unique<Tensor>(dtype, Sizes{a.B, a.H, a.T, a.D});

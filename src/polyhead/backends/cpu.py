@@ -24,7 +24,7 @@ from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
 
 __all__ = ["notes", "passed_over", "reads_stored", "run", "why_not"]
 
-_MAX_HEAD_SIZE = 1024  # as in csrc/attention.hpp
+_MAX_HEAD_SIZE = 576  # as in csrc/attention.hpp
 _MAX_TOKENS = 2**31 - 2
 # As in csrc/decode.hpp: so few queries, of so many keys each, are not worth packing keys for.
 _MAX_DECODE_TOKENS = 16

@@ -1,0 +1,279 @@
+// Blocks of queries on their way through blocks of packed keys and values: the scores of a block
+// never leave the cache. Where the keys come from and which blocks meet is others' to say.
+#pragma once
+
+#include "buffer.hpp"
+#include "pack.hpp"
+#include "softmax.hpp"
+
+namespace polyhead::POLYHEAD_ISA {
+
+constexpr int64_t kQueryBlock = 96;  // 16 tiles: as often are keys read that came from L2
+#if defined(__AVX512F__)
+constexpr int64_t kKeyBlock = 512;  // a tile's scores, 12 KB, stay in L1; the keys in L2
+constexpr int64_t kTilesTogether = 1;
+#else
+constexpr int64_t kKeyBlock = 256;  // a panel of values, 16 KB, stays in L1,
+constexpr int64_t kTilesTogether = 4;  // and so does one of keys, for as many tiles
+#endif
+constexpr int64_t kFewTokens = 16;  // so few of each head are worth taking a group's together
+constexpr int64_t kScoreStride = kKeyBlock + 16;  // not a power of 2: rows fall in different sets
+constexpr int64_t kRowTiles = kQueryBlock / kTileRows;
+constexpr int64_t kRowsTogether = kTilesTogether * kTileRows;
+
+// Keys [begin, end).
+struct Span {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+};
+
+// The keys that any of queries [begin, end) of a batch row may attend to.
+inline Span keys_of(const Attention& a, int64_t b, int64_t begin, int64_t end) {
+  Span span{a.S, 0};
+  for (int64_t t = begin; t < end; ++t) {
+    const Query q(a, b, 0, t);
+    if (q.first >= q.last) continue;
+    span.begin = smaller(span.begin, q.first);
+    span.end = greater(span.end, q.last);
+  }
+  return span;
+}
+
+// One of so many parts of the keys, cut between blocks.
+inline Span part_of(Span keys, int64_t block, int64_t part, int64_t parts) {
+  if (keys.empty()) return {0, 0};
+  const int64_t begin = keys.begin / block * block;
+  const int64_t blocks = (keys.end - begin + block - 1) / block;
+  return {begin + blocks * part / parts * block,
+          smaller(keys.end, begin + blocks * (part + 1) / parts * block)};
+}
+
+inline void write_output(const View& query, void* output, int64_t at, const float* from,
+                         int64_t size, float factor) {
+  by_dtype(query.dtype, [&](auto element) {
+    auto* to = static_cast<decltype(element)*>(output) + at;
+    for (int64_t e = 0; e < size; e += kLanes)
+      store_first(to + e, load(from + e) * factor, size - e);
+  });
+}
+
+// Writes what one query gives; `weighted` is the sum of exp(score - most) * value.
+inline void write_row(const Attention& a, const Output& out, const Query& q, const RowSums& row,
+                      const float* weighted) {
+  const int64_t rows = a.B * a.H * a.T, at = (q.b * a.H + q.h) * a.T + q.t;
+  const RowResult result = finish_row(a, q.h, row);
+  // Written as zeros, not as a product: an empty row's buffer may hold anything.
+  alignas(64) static constexpr float kZeros[kMaxHeadSize] = {};
+  const bool is_empty = row.most == -kInfinity;
+  write_output(a.query, out.output, at * a.E, is_empty ? kZeros : weighted, a.E, result.factor);
+  if (out.lse == nullptr) return;
+  out.lse[at] = result.lse;
+  out.shifts[at] = row.most;
+  out.shifts[rows + at] = result.log_total;
+  out.shifts[2 * rows + at] = result.inverse;
+  if (out.stats != nullptr) write_stats(a, q.h, row, out.stats + at, a.B * a.H * a.T);
+}
+
+// Brings what parts of the keys gave one query to their common largest score, adds it up and writes
+// the query's row. From one part to the next are so many rows of `stride` numbers.
+inline void merge_parts(const Attention& a, const Output& out, const Query& q, int64_t parts,
+                        int64_t rows, const RowSums* sums, float* weighted, int64_t stride) {
+  RowSums total = sums[0];
+  for (int64_t i = 1; i < parts; ++i) {
+    RowSums part = sums[i * rows];
+    const float* from = weighted + i * rows * stride;
+    if (part.most == -kInfinity) continue;
+    const float most = total.most > part.most ? total.most : part.most;
+    const float old_factor = total.move_to(most);
+    const float factor = part.move_to(most);
+    for (int64_t e = 0; e < a.E; e += kLanes)
+      store(weighted + e, load(weighted + e) * old_factor + load(from + e) * factor);
+    total.add(part);
+  }
+  write_row(a, out, q, total, weighted);
+}
+
+template <class Element>
+class QueryBlocks {
+ protected:
+  QueryBlocks(const Attention& a, const Output& out)
+      : a_(a),
+        out_(out),
+        heads_together_(a.T <= kFewTokens ? a.group() : 1),
+        rows_(heads_together_ * a.T) {}
+
+  // Queries of one key head that are cut into blocks together: of one head, or of its whole group,
+  // head by head, where one head's alone would not fill a tile.
+  int64_t runs_a_head() const { return a_.group() / heads_together_; }
+
+  int64_t query_stride() const { return round_up(a_.D, kLanes); }
+  int64_t output_stride() const { return round_up(a_.E, kLanes); }
+  static constexpr int64_t kScores = kRowsTogether * kScoreStride;
+
+  // Packed keys and values from token `origin` on, of at most so many tokens.
+  struct Panels {
+    const Element* keys;
+    const Element* values;
+    int64_t origin, tokens;
+  };
+
+  // A block of a run of queries.
+  struct Block {
+    int64_t b, h;         // the first head of the run
+    int64_t start, rows;  // where in the run it begins
+    Element* queries;
+    RowSums* sums;
+    float* weighted;        // of each row, the sum of exp(score - most) * value
+    Span keys;              // those that any of them may attend to
+    Span tiles[kRowTiles];  // and those of each tile of rows
+    float factors[kRowsTogether];
+
+    int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
+    int64_t tile_rows(int64_t tile) const { return smaller(kTileRows, rows - tile * kTileRows); }
+    // Of one tile's keys those in a block of keys, in whole vectors.
+    Span within(int64_t tile, int64_t block) const {
+      return {greater(tiles[tile].begin / kLanes * kLanes, block),
+              smaller(round_up(tiles[tile].end, kLanes), block + kKeyBlock)};
+    }
+  };
+
+  // Reads the queries of a block whose place is known, and clears its sums.
+  void begin(Block& block) const {
+    for (int64_t row = 0; row < block.rows; ++row) {
+      const Query q = query_of(block, row);
+      read_row(a_.query, q.b, q.h, q.t, a_.D, block.queries + row * query_stride());
+      block.sums[row] = RowSums{};
+    }
+    clear(block.weighted, block.rows * output_stride());
+    block.keys = {a_.S, 0};
+    for (int64_t i = 0; i < block.tile_count(); ++i) {
+      block.tiles[i] = keys_of_tile(block, i);
+      block.keys.begin = smaller(block.keys.begin, block.tiles[i].begin);
+      block.keys.end = greater(block.keys.end, block.tiles[i].end);
+    }
+  }
+
+  // Adds what the block of keys at `s` gives to a block of queries.
+  void attend(Block& block, const Panels& panels, int64_t s, float* scores) const {
+    for (int64_t first = 0; first < block.tile_count(); first += kTilesTogether) {
+      const Together tiles(block, first, s);
+      if (tiles.keys.empty()) continue;
+      score_keys(block, panels, tiles, scores);
+      if (out_.stats != nullptr) {
+        weigh_keys<true>(block, tiles, scores);
+      } else {
+        weigh_keys<false>(block, tiles, scores);
+      }
+      add_values(block, panels, tiles, scores);
+    }
+  }
+
+  Query query_of(const Block& block, int64_t row) const {
+    const int64_t in_run = block.start + row;
+    return Query(a_, block.b, block.h + in_run / a_.T, in_run % a_.T);
+  }
+
+  const Attention& a_;
+  const Output& out_;
+  int64_t heads_together_, rows_;
+
+ private:
+  // Tiles [first, last) of a block of queries, and of a block of keys those that each takes.
+  struct Together {
+    int64_t first, last;
+    Span keys;  // of any of them
+    Span spans[kTilesTogether];
+
+    Together(const Block& block, int64_t first, int64_t s)
+        : first(first),
+          last(smaller(first + kTilesTogether, block.tile_count())),
+          keys{s + kKeyBlock, s} {
+      for (int64_t i = first; i < last; ++i) {
+        const Span span = spans[i - first] = block.within(i, s);
+        if (span.empty()) continue;
+        keys.begin = smaller(keys.begin, span.begin);
+        keys.end = greater(keys.end, span.end);
+      }
+    }
+    const Span& of(int64_t tile) const { return spans[tile - first]; }
+    // Where the scores of a tile's first row and of key `s` are.
+    int64_t place(int64_t tile, int64_t s) const {
+      return (tile - first) * kTileRows * kScoreStride + s % kKeyBlock;
+    }
+  };
+
+  // The keys that a tile's queries may attend to; those of one head, or of several.
+  Span keys_of_tile(const Block& block, int64_t tile) const {
+    const int64_t first = block.start + tile * kTileRows;
+    const int64_t last = first + block.tile_rows(tile) - 1;
+    if (first / a_.T != last / a_.T) return keys_of(a_, block.b, 0, a_.T);
+    return keys_of(a_, block.b, first % a_.T, last % a_.T + 1);
+  }
+
+  // scale * query @ key^T, a panel of keys after the other.
+  void score_keys(const Block& block, const Panels& panels, const Together& tiles,
+                  float* scores) const {
+    const int64_t steps = Packed<Element>::steps(a_.D);
+    const float scale = a_.scale;
+    const int64_t begin = tiles.keys.begin / kPanel * kPanel;
+    for (int64_t panel = begin; panel < tiles.keys.end; panel += kPanel) {
+      const RightOperand<Element> keys{
+          panels.keys + Packed<Element>::column_panel(panel - panels.origin, a_.D), kPanel};
+      for (int64_t i = tiles.first; i < tiles.last; ++i) {
+        const Span& span = tiles.of(i);
+        if (panel >= span.end || panel + kPanel <= span.begin) continue;
+        const LeftOperand<Element> queries{block.queries + i * kTileRows * query_stride(),
+                                           query_stride(), 1};
+        float* to = scores + tiles.place(i, panel);
+        const int64_t width = smaller(kPanel, span.end - panel);
+        tile_of(block.tile_rows(i), width / kLanes, queries, keys, steps,
+                [&](int row, int v, F32 product) {
+                  store(to + row * kScoreStride + v * kLanes, product * scale);
+                });
+      }
+    }
+  }
+
+  template <bool kStats>
+  void weigh_keys(Block& block, const Together& tiles, float* scores) const {
+    for (int64_t i = tiles.first; i < tiles.last; ++i) {
+      const Span& span = tiles.of(i);
+      if (span.empty()) continue;
+      for (int64_t j = 0; j < block.tile_rows(i); ++j) {
+        const int64_t row = i * kTileRows + j;
+        const Query q = query_of(block, row);
+        float* z = scores + tiles.place(i, span.begin) + j * kScoreStride;
+        shape_scores(a_, q, span.begin, span.end, z);
+        block.factors[row - tiles.first * kTileRows] =
+            online_softmax<kStats, Element>(a_, q, span.begin, span.end, z, block.sums[row]);
+      }
+    }
+  }
+
+  // weighted = factor * weighted + weights @ value.
+  void add_values(const Block& block, const Panels& panels, const Together& tiles,
+                  const float* scores) const {
+    constexpr int kDepth = Packed<Element>::kDepth;
+    for (int64_t e = 0; e < a_.E; e += kPanel) {
+      const int64_t width = Packed<Element>::panel_width(e, a_.E);
+      const Element* panel = panels.values + Packed<Element>::row_panel(e, panels.tokens);
+      for (int64_t i = tiles.first; i < tiles.last; ++i) {
+        const Span& span = tiles.of(i);
+        if (span.empty()) continue;
+        const float* weights = scores + tiles.place(i, span.begin);
+        const LeftOperand<Element> left{reinterpret_cast<const Element*>(weights), kScoreStride, 1};
+        const RightOperand<Element> values{
+            panel + (span.begin - panels.origin) / kDepth * width, width};
+        float* to = block.weighted + i * kTileRows * output_stride() + e;
+        const float* factors = block.factors + (i - tiles.first) * kTileRows;
+        tile_of(block.tile_rows(i), width / kLanes, left, values,
+                (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
+                  float* at = to + row * output_stride() + v * kLanes;
+                  store(at, load(at) * factors[row] + product);
+                });
+      }
+    }
+  }
+};
+
+}  // namespace polyhead::POLYHEAD_ISA
