@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cmath>
 #include <cstring>
 #include <optional>
 #include <string>
@@ -240,6 +241,35 @@ Tensor attention_output(const Tensor& query, const Tensor& key, const Tensor& va
   return output;
 }
 
+bool is_plain(const Tensor& query, const Tensor& key, const Tensor& value) {
+  const Tensor* const tensors[] = {&query, &key, &value};
+  const ScalarType dtype = query.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half)
+    return false;
+  for (const Tensor* tensor : tensors) {
+    if (tensor->dim() != 4 || tensor->scalar_type() != dtype) return false;
+    const int64_t size = tensor->size(3);
+    if (size > kMaxHeadSize || (size > 1 && tensor->stride(3) != 1)) return false;
+  }
+  const int64_t H = query.size(1), G = key.size(1), D = query.size(3);
+  for (int64_t i = 0; i < 3; ++i)
+    if (key.size(i) != value.size(i)) return false;
+  return key.size(0) == query.size(0) && key.size(3) == D && G > 0 && H > 0 && H % G == 0 && D > 0;
+}
+
+// Attention of every query to every key, where nothing is amiss and nothing has to be copied.
+std::optional<Tensor> attention_plain(const Tensor& query, const Tensor& key, const Tensor& value,
+                                      std::optional<double> scale) {
+  if (!is_plain(query, key, value)) return std::nullopt;
+  constexpr int64_t kUnbounded = int64_t{1} << 40;
+  const double factor = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(query.size(3)));
+  const Call call(query, key, value, {}, {}, {}, {}, {}, {}, {}, {},
+                  {-kUnbounded, kUnbounded, kUnbounded, kUnbounded, 0}, factor, 0.0, 0.0);
+  const Tensor output = empty_output(call.attention, query);
+  attend(call.attention, {output.mutable_data_ptr()});
+  return output;
+}
+
 std::tuple<Tensor, Tensor, Tensor> attention_stored(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& key_scales,
     const OptionalTensor& value_scales, const OptionalTensor& table, int64_t tokens,
@@ -333,6 +363,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   m.def(forward_schema("attention_inference", kKeys).c_str());
   // Likewise, where nothing but the output is asked for: to make two more tensors takes as long.
   m.def((std::string("attention_output") + kKeys + kVariant + ") -> Tensor").c_str());
+  // The shortest way, for one token of a small model: it checks its arguments, too, and answers
+  // nothing where another way has to be taken, or to say what is wrong.
+  m.def("attention_plain(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor?");
   // Inference over keys and values where a cache holds them: `tokens` of each row, as int8 codes
   // with scales, in blocks (the first dimension) found through a table, or both.
   m.def(forward_schema("attention_stored", kStoredKeys).c_str());
@@ -354,6 +387,7 @@ STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward<true>));
   m.impl("attention_inference", TORCH_BOX(&attention_forward<false>));
   m.impl("attention_output", TORCH_BOX(&attention_output));
+  m.impl("attention_plain", TORCH_BOX(&attention_plain));
   m.impl("attention_stored", TORCH_BOX(&attention_stored));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_weights", TORCH_BOX(&attention_weights));

@@ -150,7 +150,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("function", [ph.attention, ph.explain])
+@pytest.mark.parametrize("function", [ph.attention, torch.no_grad()(ph.attention), ph.explain])
 @pytest.mark.parametrize(("change", "error", "message"), CASES)
 def test_a_bad_argument_is_named_with_what_was_got(function, change, error, message):
     arguments = {

@@ -12,10 +12,18 @@ import torch
 from torch import Tensor
 
 from polyhead.arguments import autocasts, build_call
-from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose
+from polyhead.backends import (
+    BACKENDS,
+    Backend,
+    BackendChoice,
+    candidates,
+    choose,
+    cpu,
+    is_automatic,
+)
 from polyhead.backends.reference import compute_aux
 from polyhead.backends.second_order import DIFFERENTIATED_AUX, run_twice_differentiable
-from polyhead.call import AttentionCall, Aux, AuxRequest
+from polyhead.call import NO_AUX, AttentionCall, Aux, AuxRequest
 from polyhead.errors import BackendError
 from polyhead.mask import Mask
 from polyhead.stored import Stored
@@ -114,6 +122,16 @@ def attention(
     >>> ph.attention(query, key, value, mask=ph.mask.causal()).shape
     torch.Size([1, 4, 3, 8])
     """
+    if (
+        bias is softcap is sinks is alibi_slopes is None
+        and dropout == 0.0
+        and (return_aux is None or return_aux == _OUTPUT_ONLY)
+        and is_automatic(backend)
+        and not torch.compiler.is_compiling()  # which traces no ContextVar
+        and _observer.get() is None
+        and (output := cpu.run_plain(query, key, value, mask, scale)) is not None
+    ):
+        return output if return_aux is None else (output, NO_AUX)
     call = build_call(
         query,
         key,
@@ -127,7 +145,7 @@ def attention(
         dropout,
         _OUTPUT_ONLY if return_aux is None else return_aux,
     )
-    # (torch.compile traces no ContextVar: nobody looks into a compiled graph.)
+    # (Nobody looks into a compiled graph.)
     if not torch.compiler.is_compiling() and (observer := _observer.get()) is not None:
         observer(call.gathered())
     chosen = choose(call, backend)

@@ -62,9 +62,7 @@ class Stored:
 
     def first(self, size: int) -> Stored:
         """The first so many features of each token, in the same place."""
-        return replace(
-            self, data=self.data[..., :size], gather=lambda: self.gather()[..., :size]
-        )
+        return replace(self, data=self.data[..., :size], gather=lambda: self.gather()[..., :size])
 
     def __str__(self) -> str:
         numbers = "int8 codes" if self.scales is not None else "numbers"

@@ -26,6 +26,7 @@ __all__ = [
     "backends",
     "candidates",
     "choose",
+    "is_automatic",
     "use_backend",
 ]
 
@@ -178,6 +179,12 @@ def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
             return candidate
         refused[candidate.name] = reasons
     raise BackendError(refused)
+
+
+def is_automatic(backend: BackendChoice) -> bool:
+    """Whether the table's own order decides, here and now."""
+    preferred = _preference(backend)
+    return isinstance(preferred, str) and preferred == "auto"
 
 
 def candidates(backend: BackendChoice) -> tuple[Backend, ...]:

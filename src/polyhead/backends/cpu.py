@@ -12,6 +12,7 @@ one thread on a new team.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from polyhead.backends.layout import side_by_side
 from polyhead.backends.refusals import custom_reasons, dtype_reasons, transform_reasons
 from polyhead.backends.structure import read_structure
 from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
+from polyhead.mask import Causal, Mask
 
-__all__ = ["notes", "passed_over", "reads_stored", "run", "why_not"]
+__all__ = ["notes", "passed_over", "reads_stored", "run", "run_plain", "why_not"]
 
 _MAX_HEAD_SIZE = 576  # as in csrc/attention.hpp
 _MAX_TOKENS = 2**31 - 2
@@ -166,6 +168,36 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
         lse=lse if call.aux.lse else None,
         stats=HeadStats(*details[3:].unbind()) if call.aux.stats else None,
     )
+
+
+def run_plain(
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float | None
+) -> Tensor | None:
+    """The output of attention of every query to every key, in inference, without what comes before
+    a kernel: to check, describe and choose takes longer than to decode a token of a small model.
+
+    Returns:
+        What `run` gives, to the bit; or None: then the general way runs the call, or says what is
+        wrong with it.
+    """
+    if (
+        cpu_operators.missing
+        or torch.is_grad_enabled()
+        # A subclass has ways of its own.
+        or not (type(query) is type(key) is type(value) is Tensor)
+        or not (query.is_cpu and key.is_cpu and value.is_cpu)
+        or not (mask is None or _lets_last_see_all(mask, query))
+        or not (scale is None or -math.inf < scale < math.inf)
+        or (query.dtype == torch.bfloat16 and _has_amx())
+        or transform_reasons()
+    ):
+        return None
+    return torch.ops.polyhead.attention_plain(query, key, value, scale)  # type: ignore[no-any-return]
+
+
+def _lets_last_see_all(mask: Mask, query: Tensor) -> bool:
+    is_causal = type(mask) is Causal and mask.align == "end"
+    return is_causal and query.ndim == 4 and query.shape[2] == 1
 
 
 @functools.cache

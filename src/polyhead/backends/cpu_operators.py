@@ -1,7 +1,8 @@
 """The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
 
 `torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative),
-`attention_output` (of that, the output alone), `attention_stored` (over what a cache holds),
+`attention_output` (of that, the output alone), `attention_plain` (of nothing but query, key and
+value, checks included), `attention_stored` (over what a cache holds),
 `attention_backward` and `attention_weights` exist if the package was built with a C++ compiler;
 `missing` says if not.
 """
@@ -171,6 +172,7 @@ if not missing:
     torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
     torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
     torch.library.register_fake("polyhead::attention_output", _output_shape)
+    torch.library.register_fake("polyhead::attention_plain", _output_shape)
     torch.library.register_fake("polyhead::attention_stored", _forward_shapes)
     torch.library.register_fake("polyhead::attention_backward", _backward_shapes)
     torch.library.register_fake("polyhead::attention_weights", _weights_shape)

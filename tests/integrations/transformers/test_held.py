@@ -98,9 +98,12 @@ def test_cross_attention_reads_codes_too(build, inputs):
     )
     asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
     asked["return_dict_in_generate"] = True
-    plain = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    plain = EncoderDecoderCache(
+        DynamicCache(config=model.config), DynamicCache(config=model.config)
+    )
     ours, theirs = (
-        model.generate(**given, past_key_values=cache, **asked).logits[0] for cache in (caches, plain)
+        model.generate(**given, past_key_values=cache, **asked).logits[0]
+        for cache in (caches, plain)
     )
     assert 0 < (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
 

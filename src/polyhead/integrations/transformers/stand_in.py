@@ -30,9 +30,7 @@ class StandIn(Tensor):
 
     @classmethod
     def _of_shape(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        stand_in = Tensor._make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=dtype, device=device
-        )
+        stand_in = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
         stand_in._numbers = None
         return stand_in
 
