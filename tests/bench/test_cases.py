@@ -5,6 +5,7 @@ import torch
 
 import polyhead.mask
 from polyhead.bench.cases import Case
+from polyhead.bench.peers import attention_run, eager_attention
 
 P2 = Case("P2", 1, 12, 12, 4096, 4096, 64)
 D1 = Case("D1", 1, 32, 8, 1, 8192, 128, dtype=torch.bfloat16)
@@ -81,3 +82,14 @@ def test_it_prints_its_sizes():
     assert str(Case("T4", 1, 2, 2, 8, 8, 4, train=True, dropout=0.1)) == (
         "forward and backward 1, 2/2, 8, 8, 4, causal(), dropout 0.1, float32"
     )
+
+
+def test_values_of_a_latent_are_in_the_keys_and_read_once():
+    case = Case("D6", 1, 16, 1, 1, 40, 24, latent=16, dtype=torch.bfloat16)
+    inputs = case.inputs(seed=0)
+    assert torch.equal(inputs["value"], inputs["key"][..., :16])
+    assert inputs["value"].data_ptr() == inputs["key"].data_ptr()
+    assert case.work == 40 * 24 * 2
+    assert str(case) == "decode 1, 16/1, 1, 40, 24, full, values of 16 in the keys, bfloat16"
+    output = attention_run(case, inputs, eager_attention)()["output"]
+    assert output.shape == (1, 16, 1, 16)

@@ -7,7 +7,7 @@ from polyhead.errors import ArgumentError
 
 ROWS = (
     *("P1", "P2", "P3", "P4", "P5", "P6", "P7", "P8", "W1", "D1", "D2", "D3", "D4", "D5"),
-    *("T1", "T2", "T3", "T4", "S1", "M1", "M2", "E1"),
+    *("D6", "C1", "T1", "T2", "T3", "T4", "S1", "M1", "M2", "E1"),
 )
 
 
@@ -25,7 +25,7 @@ def test_full_is_every_row_and_every_row_wants_something():
     ("suite", "expected"),
     [
         ("quick", ["P2", "P5", "D1", "D4", "T1", "M1"]),
-        ("decode", ["D1", "D2", "D3", "D4", "D5"]),
+        ("decode", ["D1", "D2", "D3", "D4", "D5", "D6"]),
         ("train", ["T1", "T2", "T3", "T4"]),
         ("module", ["M1", "M2"]),
         ("hf", ["E1"]),

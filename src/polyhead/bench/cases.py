@@ -29,6 +29,7 @@ class Case:
     Attributes:
         id: as in the table of targets; variants of a row follow a slash (`P7/bf16`).
         B, H, G, T, S, D: the sizes; a module's width is H * D.
+        latent: size of values that are the first features of the keys; None: of their own, D.
         dtype: of every tensor.
         kind: "attention" on queries, keys and values; "module" with projections; "generate", a
             decoder of transformers, of which a token is measured, or with T = S its prompt.
@@ -51,6 +52,7 @@ class Case:
     T: int
     S: int
     D: int
+    latent: int | None = None
     dtype: torch.dtype = torch.float32
     kind: Literal["attention", "module", "generate"] = "attention"
     decoder: Literal["Llama", "SmolLM2"] = "Llama"
@@ -143,7 +145,8 @@ class Case:
 
     @property
     def _cache_bytes(self) -> int:
-        return self.B * self.G * self.S * 2 * self.D * self.dtype.itemsize
+        numbers = self.D if self.latent else 2 * self.D
+        return self.B * self.G * self.S * numbers * self.dtype.itemsize
 
     def __str__(self) -> str:
         names = {"attention": "decode" if self.decode else "forward"}
@@ -152,7 +155,8 @@ class Case:
             kind = f"{self.decoder}, {'a prompt' if self.prompt else 'a token'}:"
         sizes = f"{self.B}, {self.H}/{self.G}, {self.T}, {self.S}, {self.D}"
         rule = "full" if self.mask is None else repr(self.mask)
-        extras = [f"dropout {self.dropout}"] if self.dropout else []
+        extras = [f"values of {self.latent} in the keys"] if self.latent else []
+        extras += [f"dropout {self.dropout}"] if self.dropout else []
         extras += ["head statistics"] if self.statistics else []
         return ", ".join([f"{kind} {sizes}", rule, *extras, self.dtype_name])
 
@@ -194,4 +198,6 @@ class Case:
             "key": random(self.B, self.G, self.S, self.D),
             "value": random(self.B, self.G, self.S, self.D),
         }
+        if self.latent:
+            inputs["value"] = inputs["key"][..., : self.latent]
         return inputs | ({"grad": random(self.B, self.H, self.T, self.D)} if self.train else {})

@@ -186,13 +186,13 @@ def eager_attention(
     forbidden: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The formula as one writes it, (B, H, T, D): the truth in float64, and a peer."""
-    B, H, T, D = query.shape
-    G, S = key.shape[1:3]
+    """The formula as one writes it, (B, H, T, E): the truth in float64, and a peer."""
+    B, H, T, _ = query.shape
+    G, S, E = value.shape[1:]
     weights_bhts = eager_weights(query, key, forbidden)
     if dropout:
         weights_bhts = F.dropout(weights_bhts, dropout)
-    return (weights_bhts.reshape(B, G, H // G * T, S) @ value).reshape(B, H, T, D)
+    return (weights_bhts.reshape(B, G, H // G * T, S) @ value).reshape(B, H, T, E)
 
 
 def eager_weights(query: Tensor, key: Tensor, forbidden: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ def _cases() -> tuple[Case, ...]:
     p3: dict[str, Any] = {"B": 1, "H": 32, "G": 8, "T": 2048, "S": 2048, "D": 128}
     small = p1 | {"B": 1}
     d1: dict[str, Any] = {"B": 1, "H": 32, "G": 8, "T": 1, "S": 8192, "D": 128}
+    chunk = d1 | {"T": 32, "S": 32768, "causal": False}
     d4 = small | {"T": 1, "dtype": bf16, "in_cache": True}
     train = small | {"train": True}
     module: dict[str, Any] = p1 | {"kind": "module"}
@@ -53,6 +54,10 @@ def _cases() -> tuple[Case, ...]:
         # One key leaves a kernel nothing to do: what is left is the cost of a call.
         Case("D4/call", **(d4 | {"S": 1}), target_us=15),
         Case("D5", **d1, dtype=half, targets=sdpa(50)),
+        # DeepSeek's latent, of 512 and 64 numbers, and 16 heads that share it.
+        Case("D6", B=1, H=16, G=1, T=1, S=8192, D=576, latent=512, dtype=bf16, targets=sdpa(25)),
+        Case("C1/f32", **chunk, targets=best(1.2)),
+        Case("C1/bf16", **chunk, dtype=bf16, targets=best(1.2)),
         Case("T1", **train, targets=best(1.8)),
         Case("T2", **train, dtype=bf16, targets=best(2.5)),
         Case("T3", **train, dtype=half, targets=best(12)),
@@ -97,7 +102,7 @@ SUITES: Mapping[str, Suite] = {
     "quick": Suite(
         ("P2", "P5", "D1", "D4", "T1", "M1"), ("flex", "book: flex"), rounds=5, seconds=2.0
     ),
-    "full": Suite(("P", "W", "D", "T", "S", "M", "E")),
+    "full": Suite(("P", "W", "D", "C", "T", "S", "M", "E")),
     "decode": Suite(("D",)),
     "train": Suite(("T",)),
     "module": Suite(("M",)),
