@@ -72,7 +72,8 @@ class Prefill : QueryBlocks<Element> {
     return smaller(a_.B * a_.G, heads);
   }
 
-  // One thread's scratch: a block of queries, their output and some of their scores.
+  // One thread's scratch: a block of queries, some of their scores, and their output. (Side by side,
+  // queries and output would mostly lie a multiple of a page apart, and share sets of the cache.)
   int64_t worker_size() const {
     return kQueryBlock * (query_stride() + output_stride()) + Base::kScores;
   }
@@ -98,8 +99,8 @@ class Prefill : QueryBlocks<Element> {
     block.rows = smaller(block_rows_, rows_ - start_of_block);
     block.sums = sums;
     block.queries = reinterpret_cast<Element*>(worker);
-    block.weighted = worker + kQueryBlock * query_stride();
-    float* scores = block.weighted + kQueryBlock * output_stride();
+    float* scores = worker + kQueryBlock * query_stride();
+    block.weighted = scores + Base::kScores;
     this->begin(block);
     for (int64_t s = block.keys.begin / kKeyBlock * kKeyBlock; s < block.keys.end; s += kKeyBlock)
       this->attend(block, {keys_ + slot * keys_size_, values_ + slot * values_size_, 0, a_.S}, s,

@@ -170,6 +170,7 @@ class QueryBlocks {
 
   Query query_of(const Block& block, int64_t row) const {
     const int64_t in_run = block.start + row;
+    if (in_run < a_.T) return Query(a_, block.b, block.h, in_run);
     return Query(a_, block.b, block.h + in_run / a_.T, in_run % a_.T);
   }
 
