@@ -202,6 +202,7 @@ int Case::check() const {
   // The error allowed is this many roundings in all terms of a sum, those of the scores included,
   // and what 16 bits lose in weights and output.
   constexpr double kRoundings = 16.0;
+  constexpr double kFlushed = 0x1p-126;  // a weight below float32's normal numbers may be 0
   const double loss = dtype == Dtype::f32 ? 0.0 : 2.1 * unit_of(dtype);
   // Products of pairs take P and dS rounded to bfloat16.
   const bool has_pairs = POLYHEAD_ISA::kHasPairs && dtype == Dtype::bf16;
@@ -282,13 +283,13 @@ int Case::check() const {
         dP_terms += std::abs(grad * x);
         const double dV = weight * kept[s] * grad;
         to_value.add(((b * a.G + group) * a.S + s) * a.E + e, dV,
-                     (rounding + pair_loss) * std::abs(dV));
+                     (rounding + pair_loss) * std::abs(dV) + kFlushed * std::abs(kept[s] * grad));
       }
       const double from_lse =
           grad_lse.empty() ? 0.0 : grad_lse[row] * std::exp(scores[s] - most) / keys_total;
       const double dZ = weight * (dP - delta) + from_lse;
       const double dZ_error = weight * (rounding * (dP_terms + delta_terms) + delta_loss) +
-                              rounding * std::abs(from_lse);
+                              rounding * std::abs(from_lse) + kFlushed * (dP_terms + delta_terms);
       if (bias) {
         int64_t at = 0;
         const Sizes i{b, h, t, s};
