@@ -123,7 +123,7 @@ def attention(
     torch.Size([1, 4, 3, 8])
     """
     if (
-        bias is softcap is sinks is alibi_slopes is None
+        (bias is None and softcap is None and sinks is None and alibi_slopes is None)
         and dropout == 0.0
         and (return_aux is None or return_aux == _OUTPUT_ONLY)
         and is_automatic(backend)

@@ -23,6 +23,7 @@ from polyhead.backends.refusals import custom_reasons, dtype_reasons, transform_
 from polyhead.backends.structure import read_structure
 from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
 from polyhead.mask import Causal, Mask
+from polyhead.stored import Stored
 
 __all__ = ["notes", "passed_over", "reads_stored", "run", "run_plain", "why_not"]
 
@@ -171,7 +172,11 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
 
 
 def run_plain(
-    query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float | None
+    query: Tensor,
+    key: Tensor | Stored,
+    value: Tensor | Stored,
+    mask: Mask | None,
+    scale: float | None,
 ) -> Tensor | None:
     """The output of attention of every query to every key, in inference, without what comes before
     a kernel: to check, describe and choose takes longer than to decode a token of a small model.
@@ -183,6 +188,8 @@ def run_plain(
     if (
         cpu_operators.missing
         or torch.is_grad_enabled()
+        or isinstance(key, Stored)
+        or isinstance(value, Stored)
         # A subclass has ways of its own.
         or not (type(query) is type(key) is type(value) is Tensor)
         or not (query.is_cpu and key.is_cpu and value.is_cpu)
