@@ -207,3 +207,18 @@ def test_the_absorbed_form_reads_a_cache_where_it_is(latent, storage, monkeypatc
         monkeypatch.setattr(ph.call.AttentionCall, "gathered", refuse)
         y = mla(x[:, 11:], cache=paged, absorb=True)
     torch.testing.assert_close(y, expected)
+
+
+def test_who_takes_tensors_makes_one_of_a_cache_for_keys_and_values(latent, monkeypatch):
+    mla, (_, rank, _, R, _) = latent.build(), latent.sizes
+    paged = ph.PagedKVCache(2, 16, 1, rank + R, value_head_dim=0, block_size=3)
+    gather, made = paged._gather, []
+
+    def counted(pools, table, tokens):
+        made.append(tokens)
+        return gather(pools, table, tokens)
+
+    monkeypatch.setattr(paged, "_gather", counted)
+    with torch.no_grad(), ph.use_backend("reference"):
+        mla(torch.randn(2, 12, 19), cache=paged, absorb=True)
+    assert made == [12]

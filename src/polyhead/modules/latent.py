@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -300,6 +301,8 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent_bhtc = torch.einsum("bhtn,hnc->bhtc", q_nope_bhtn, W_key_hnc)
         query_bhtd = torch.cat((q_latent_bhtc, q_rope_bhtr), dim=-1)
         if isinstance(latent_b1sd, Stored):
+            # A backend that takes tensors makes one, for both.
+            latent_b1sd = replace(latent_b1sd, gather=functools.cache(latent_b1sd.gather))
             return query_bhtd, latent_b1sd, latent_b1sd.first(self.kv_rank)
         return query_bhtd, latent_b1sd, latent_b1sd[..., : self.kv_rank]
 
