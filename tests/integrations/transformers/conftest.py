@@ -34,6 +34,12 @@ FAMILIES = {
         | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4}
         | {"max_window_layers": 1},
     ),
+    "Qwen2Moe": (  # whose window is off, and of 0
+        "ForCausalLM",
+        EXPERTS
+        | {"num_key_value_heads": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 32, "num_experts": 3, "num_experts_per_tok": 2},
+    ),
     "Qwen3": ("ForCausalLM", DECODER | {"num_key_value_heads": 2, "head_dim": 10}),
     "Gemma2": (
         "ForCausalLM",

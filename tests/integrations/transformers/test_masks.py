@@ -17,12 +17,14 @@ RULES = {
     "window": theirs.sliding_window_causal_mask_function(4),
     "chunks": theirs.chunked_causal_mask_function(4, torch.tensor([0, 2, 5])),
     "window of one": theirs.sliding_window_causal_mask_function(1),
+    "window of none": theirs.sliding_window_causal_mask_function(0),
 }
 SINCE_5 = hasattr(theirs, "bidirectional_mask_function")  # transformers
 if SINCE_5:
     RULES |= {
         "everybody": theirs.bidirectional_mask_function,
         "two-sided window": theirs.sliding_window_bidirectional_mask_function(2),
+        "two-sided window of none": theirs.sliding_window_bidirectional_mask_function(-1),
     }
 
 

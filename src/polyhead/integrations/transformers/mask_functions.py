@@ -64,12 +64,15 @@ def _read_everybody(given: dict[str, Any], keys: Keys, readers: Readers) -> Rule
 
 def _read_window(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
     size = given["sliding_window"]
-    return (polyhead.mask.window(before=size - 1),) if isinstance(size, int) else None
+    # Of 0 it hides a query's own key too; Qwen2-MoE makes such a mask, and gives it to no layer.
+    known = isinstance(size, int) and size > 0
+    return (polyhead.mask.window(before=size - 1),) if known else None
 
 
 def _read_two_sided(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
     size = given["sliding_window"]
-    return (polyhead.mask.window(before=size, after=size),) if isinstance(size, int) else None
+    known = isinstance(size, int) and size >= 0
+    return (polyhead.mask.window(before=size, after=size),) if known else None
 
 
 def _read_chunks(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
