@@ -31,6 +31,7 @@ test-all: $(STAMP) ## every test, and the quick ones again under every instructi
 check: $(STAMP) ## formatting, lint, types, layers, examples in the documentation, links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob="*.md" src/polyhead $(DOCUMENTS)

@@ -1,7 +1,7 @@
-// What crosses the border between the torch binding and the kernels: plain pointers, sizes, strides.
+// What crosses from the torch binding to the kernels and back: plain pointers, sizes, strides.
 //
 // The letters are those of src/polyhead/call.py: B batch rows, H query heads, G key/value heads,
-// T queries, S keys, D head size of queries and keys, E head size of values. Strides count elements.
+// T queries, S keys, D and E head sizes of keys and of values. Strides count elements.
 #pragma once
 
 #include <cstdint>
@@ -65,9 +65,9 @@ struct Output {
   void* output = nullptr;  // (B, H, T, E), contiguous, in the query's dtype
   float* lse = nullptr;    // (B, H, T); nullptr: nothing but the output is asked for
   // (3, B, H, T), for backward: each row's largest score; the log of the sum of
-  // exp(score - largest), the sink's too; and the inverse of that sum. The first two added up are an
-  // lse that loses digits where scores are large: a row of the lowest float32 would no longer know
-  // how many keys it has.
+  // exp(score - largest), the sink's too; and the inverse of that sum. The first two added up are
+  // an lse that loses digits where scores are large: a row of the lowest float32 would no longer
+  // know how many keys it has.
   float* shifts = nullptr;
   float* stats = nullptr;  // (6, B, H, T) in the order of HeadStats; nullptr: not asked for
 };

@@ -27,7 +27,8 @@ class Backward {
         g_(g),
         rows_(a.B * a.H * a.T),
         key_blocks_((a.S + kGradKeys - 1) / kGradKeys),
-        splits_(smaller(greater(key_blocks_, 1), a.threads / std::gcd(a.B * a.G, int64_t{a.threads}))),
+        splits_(
+            smaller(greater(key_blocks_, 1), a.threads / std::gcd(a.B * a.G, int64_t{a.threads}))),
         parts_(shares_bias() ? a.threads : 0) {}
 
   void run() {
@@ -49,8 +50,7 @@ class Backward {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < rows_; ++row) prepare_row(row);
 #pragma omp for schedule(static)
-      for (int64_t row = 0; row < splits_ * rows_; ++row)
-        clear(query_parts_ + row * a_.D, a_.D);
+      for (int64_t row = 0; row < splits_ * rows_; ++row) clear(query_parts_ + row * a_.D, a_.D);
       const int64_t tasks = a_.B * a_.G * splits_;
       if (parts_ > 0) {
         // One task a turn for each thread, whatever the speed of the threads: they sum for others.
@@ -89,8 +89,8 @@ class Backward {
   // Whether two tasks may add to one number of the bias's gradient.
   bool shares_bias() const {
     if (g_.bias == nullptr) return false;
-    const bool by_head = (g_.bias_stride[0] != 0 || a_.B == 1) &&
-                         (g_.bias_stride[1] != 0 || a_.G == 1);
+    const bool by_head =
+        (g_.bias_stride[0] != 0 || a_.B == 1) && (g_.bias_stride[1] != 0 || a_.G == 1);
     return !by_head || (g_.bias_stride[3] == 0 && splits_ > 1);
   }
 
@@ -171,8 +171,9 @@ class Backward {
     for (int64_t i = 0; i < block.tile_count(); ++i) {
       const int64_t t = block.t + i * kTileRows;
       const Span keys = keys_of(a_, block.b, t, t + block.tile_rows(i));
-      block.tiles[i] = {greater(keys.begin - block.s, 0) / kLanes * kLanes,
-                        smaller(round_up(keys.end - block.s, kLanes), round_up(block.keys, kLanes))};
+      block.tiles[i] = {
+          greater(keys.begin - block.s, 0) / kLanes * kLanes,
+          smaller(round_up(keys.end - block.s, kLanes), round_up(block.keys, kLanes))};
       if (block.tiles[i].empty()) block.tiles[i] = {0, 0};
       any = any || !block.tiles[i].empty();
     }
@@ -224,7 +225,7 @@ class Backward {
     auto* to_scores = reinterpret_cast<Weight*>(scores);
     const Query q(a_, block.b, block.h, block.t + row);
     const int64_t at = (q.b * a_.H + q.h) * a_.T + q.t;
-    // Weights as forward had them, times one number: so a row's errors in them cancel in dZ as well.
+    // Weights as forward had them, times one number: so a row's errors in them cancel in dZ too.
     const float most = g_.shifts[at], inverse = g_.shifts[2 * rows_ + at];
     const Span span = most == -kInfinity ? Span{0, 0} : block.tiles[row / kTileRows];
     const int64_t begin = block.s + span.begin;
@@ -315,12 +316,11 @@ class Backward {
       const Span span = block.tiles[i];
       if (span.empty()) continue;
       const int64_t first = i * kTileRows;
-      const auto* scores =
-          reinterpret_cast<const Element*>(worker.scores + first * kGradStride);
+      const auto* scores = reinterpret_cast<const Element*>(worker.scores + first * kGradStride);
       const LeftOperand<Element> left{scores + span.begin / kDepth, kGradStride, 1};
       for (int64_t d = 0; d < a_.D; d += kPanel) {
-        const RightOperand<Element> keys{
-            worker.key_steps + span.begin / kDepth * size_d() + d, size_d()};
+        const RightOperand<Element> keys{worker.key_steps + span.begin / kDepth * size_d() + d,
+                                         size_d()};
         tile_of(block.tile_rows(i), Packed<Element>::panel_width(d, a_.D) / kLanes, left, keys,
                 (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
                   store(worker.query_grad + (first + row) * size_d() + d + v * kLanes, product);

@@ -28,10 +28,10 @@ struct BackwardScratch {
   Element *queries, *grads;              // a block of queries, and of the output's gradient
   Element *query_steps, *grad_steps;     // the same, packed for dK and dV
   float* query_grad;
-  float *weights, *scores;       // P after dropout, and dP, which becomes scale * dS; as Weight,
+  float *weights, *scores;  // P after dropout, and dP, which becomes scale * dS; as Weight,
   Element *weight_steps, *score_steps;  // and these two by key, for dK and dV
-  float* capped;                 // one row of scores after softcap
-  float* bias = nullptr;         // where gradients of the bias are added
+  float* capped;                        // one row of scores after softcap
+  float* bias = nullptr;                // where gradients of the bias are added
 
   BackwardScratch(const Attention& a, float* scratch) {
     const int64_t size_d = round_up(a.D, kLanes), size_e = round_up(a.E, kLanes);

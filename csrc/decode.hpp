@@ -13,14 +13,14 @@ constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, of seve
 // Of keys, before as many values are read: two streams. Sums of short vectors take more of a block.
 constexpr int64_t kBlockBytes = kTileVectors == 4 ? 4096 : 16384;
 constexpr int64_t kMaxBlockKeys = 64;
-constexpr int64_t kFewPooledKeys = 32;  // fewer are not worth fetching a head's sums from L2
-constexpr int64_t kFewRows = 8;         // with more, arithmetic is the limit, not reading
-constexpr int64_t kMinSplitKeys = 256;  // fewer are not worth a merge
+constexpr int64_t kFewPooledKeys = 32;    // fewer are not worth fetching a head's sums from L2
+constexpr int64_t kFewRows = 8;           // with more, arithmetic is the limit, not reading
+constexpr int64_t kMinSplitKeys = 256;    // fewer are not worth a merge
 constexpr int64_t kStateBytes = 1 << 18;  // of the heads of a task: queries and sums stay in L2
 
 inline bool is_decoding(const Attention& a) {
   const bool has_keys = a.T == 1 || a.S >= kDecodeKeys * a.T;
-  return a.T <= kDecodeTokens && a.group() * a.T <= (getenv("PHR") ? atoi(getenv("PHR")) : kDecodeRows) && has_keys && !a.is_learnt;
+  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && has_keys && !a.is_learnt;
 }
 
 template <class Element>
@@ -48,13 +48,7 @@ class Decode {
       float* mine = scratch.data() + thread_number() * worker_size();
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < parts / heads_; ++task) attend(mine, task);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < a_.B * a_.G * rows_; ++i) {
-        const int64_t head = i / rows_, row = i % rows_, first = head * splits_ * rows_ + row;
-        const Query q(a_, head / a_.G, head % a_.G * a_.group() + row / a_.T, row % a_.T);
-        merge_parts(a_, out_, q, splits_, rows_, sums_ + first,
-                    weighted_ + first * output_stride(), output_stride());
-      }
+      merge_parts(a_, out_, splits_, sums_, weighted_, output_stride());
     }
   }
 
@@ -125,8 +119,9 @@ class Decode {
     const Span keys = part_of(keys_of(a_, first / a_.G, 0, a_.T), block_keys_, split, splits_);
     for (int64_t s = keys.begin; s < keys.end; s += block_keys_)
       for (int64_t i = 0; i < heads_; ++i)
-        attend_block(first + i, (first + i) * splits_ + split, s, smaller(s + block_keys_, keys.end),
-                     queries + i * rows_ * query_stride(), scores);
+        attend_block(first + i, (first + i) * splits_ + split, s,
+                     smaller(s + block_keys_, keys.end), queries + i * rows_ * query_stride(),
+                     scores);
   }
 
   // The queries of one head against keys [begin, end), added to one part of its sums.
@@ -190,7 +185,8 @@ class Decode {
 #pragma GCC unroll 1
         for (int64_t k = s; k < s + kLanes; k += kKeys)
           dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys.row + k,
-                                a_.D, block.keys.ahead, scores + row * block_keys_ + k, block_keys_);
+                                a_.D, block.keys.ahead, scores + row * block_keys_ + k,
+                                block_keys_);
       };
       int64_t row = 0;
       for (; row + 4 <= rows_; row += 4) some.template operator()<4>(row);
@@ -234,8 +230,7 @@ class Decode {
   }
 
   // weighted += weights @ value, a tile of rows and columns at a time.
-  void add_values(int64_t count, const float* weights, const Block& block,
-                  float* weighted) const {
+  void add_values(int64_t count, const float* weights, const Block& block, float* weighted) const {
     constexpr int kFew = kInPairs<Element> ? 2 : 1;
     const int64_t even = round_up(count, 2);
     for (int64_t row = 0; row < rows_; row += kTileRows) {

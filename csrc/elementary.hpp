@@ -74,8 +74,7 @@ struct Dropout {
   uint64_t seed;
 
   explicit Dropout(const Attention& a)
-      : threshold(static_cast<uint32_t>(
-            __builtin_fmin(a.dropout * 0x1p32 + 0.5, 0x1p32 - 1.0))),
+      : threshold(static_cast<uint32_t>(__builtin_fmin(a.dropout * 0x1p32 + 0.5, 0x1p32 - 1.0))),
         factor(static_cast<float>(0x1p32 / (0x1p32 - threshold))),
         seed(a.seed) {}
 

@@ -1,12 +1,12 @@
 // The kernels of one instruction set: compiled once for each, with its flags and its namespace.
+#include <type_traits>
+
 #include "backward.hpp"
 #include "ceiling.hpp"
 #include "decode.hpp"
 #include "prefill.hpp"
 #include "stream.hpp"
 #include "weights.hpp"
-
-#include <type_traits>
 
 namespace polyhead::POLYHEAD_ISA {
 namespace {

@@ -21,8 +21,8 @@ struct Place {
   }
   template <class Source>
   const Source* row(const View& view, int64_t head) const {
-    return static_cast<const Source*>(view.data) + first * view.stride[0] +
-           head * view.stride[1] + second * view.stride[2];
+    return static_cast<const Source*>(view.data) + first * view.stride[0] + head * view.stride[1] +
+           second * view.stride[2];
   }
   const float* scale(const View& view, int64_t head) const {
     return view.scales + first * view.scale_stride[0] + head * view.scale_stride[1] +
@@ -212,7 +212,8 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
       const int64_t first = e / kPanel * kPanel;
       const int64_t width = Packed<Pair>::panel_width(first, size);
       Pair* panel = to + Packed<Pair>::row_panel(first, tokens);
-      store_as(panel + (at + s - begin) / 2 * width + (e - first), pair_up(rows[0] + e, rows[1] + e));
+      store_as(panel + (at + s - begin) / 2 * width + (e - first),
+               pair_up(rows[0] + e, rows[1] + e));
     }
   }
 }

@@ -72,8 +72,9 @@ class Prefill : QueryBlocks<Element> {
     return smaller(a_.B * a_.G, heads);
   }
 
-  // One thread's scratch: a block of queries, some of their scores, and their output. (Side by side,
-  // queries and output would mostly lie a multiple of a page apart, and share sets of the cache.)
+  // One thread's scratch: a block of queries, some of their scores, and their output. (Side by
+  // side, queries and output would mostly lie a multiple of a page apart, and share sets of the
+  // cache.)
   int64_t worker_size() const {
     return kQueryBlock * (query_stride() + output_stride()) + Base::kScores;
   }

@@ -13,7 +13,7 @@ constexpr int64_t kQueryBlock = 96;  // 16 tiles: as often are keys read that ca
 constexpr int64_t kKeyBlock = 512;  // a tile's scores, 12 KB, stay in L1; the keys in L2
 constexpr int64_t kTilesTogether = 1;
 #else
-constexpr int64_t kKeyBlock = 256;  // a panel of values, 16 KB, stays in L1,
+constexpr int64_t kKeyBlock = 256;     // a panel of values, 16 KB, stays in L1,
 constexpr int64_t kTilesTogether = 4;  // and so does one of keys, for as many tiles
 #endif
 constexpr int64_t kFewTokens = 16;  // so few of each head are worth taking a group's together
@@ -74,23 +74,31 @@ inline void write_row(const Attention& a, const Output& out, const Query& q, con
   if (out.stats != nullptr) write_stats(a, q.h, row, out.stats + at, a.B * a.H * a.T);
 }
 
-// Brings what parts of the keys gave one query to their common largest score, adds it up and writes
-// the query's row. From one part to the next are so many rows of `stride` numbers.
-inline void merge_parts(const Attention& a, const Output& out, const Query& q, int64_t parts,
-                        int64_t rows, const RowSums* sums, float* weighted, int64_t stride) {
-  RowSums total = sums[0];
-  for (int64_t i = 1; i < parts; ++i) {
-    RowSums part = sums[i * rows];
-    const float* from = weighted + i * rows * stride;
-    if (part.most == -kInfinity) continue;
-    const float most = total.most > part.most ? total.most : part.most;
-    const float old_factor = total.move_to(most);
-    const float factor = part.move_to(most);
-    for (int64_t e = 0; e < a.E; e += kLanes)
-      store(weighted + e, load(weighted + e) * old_factor + load(from + e) * factor);
-    total.add(part);
+// Brings what parts of the keys gave each query to their common largest score, adds it up and
+// writes the query's row. Sums lie by head, part and row of a group; `weighted` has `stride`
+// numbers for each. The threads of a parallel region share the rows.
+inline void merge_parts(const Attention& a, const Output& out, int64_t parts, const RowSums* sums,
+                        float* weighted, int64_t stride) {
+  const int64_t rows = a.group() * a.T;
+#pragma omp for schedule(static)
+  for (int64_t i = 0; i < a.B * a.G * rows; ++i) {
+    const int64_t head = i / rows, row = i % rows, first = head * parts * rows + row;
+    RowSums total = sums[first];
+    float* to = weighted + first * stride;
+    for (int64_t part = 1; part < parts; ++part) {
+      RowSums more = sums[first + part * rows];
+      const float* from = to + part * rows * stride;
+      if (more.most == -kInfinity) continue;
+      const float most = total.most > more.most ? total.most : more.most;
+      const float old_factor = total.move_to(most);
+      const float factor = more.move_to(most);
+      for (int64_t e = 0; e < a.E; e += kLanes)
+        store(to + e, load(to + e) * old_factor + load(from + e) * factor);
+      total.add(more);
+    }
+    const Query q(a, head / a.G, head % a.G * a.group() + row / a.T, row % a.T);
+    write_row(a, out, q, total, to);
   }
-  write_row(a, out, q, total, weighted);
 }
 
 template <class Element>
@@ -263,12 +271,12 @@ class QueryBlocks {
         if (span.empty()) continue;
         const float* weights = scores + tiles.place(i, span.begin);
         const LeftOperand<Element> left{reinterpret_cast<const Element*>(weights), kScoreStride, 1};
-        const RightOperand<Element> values{
-            panel + (span.begin - panels.origin) / kDepth * width, width};
+        const RightOperand<Element> values{panel + (span.begin - panels.origin) / kDepth * width,
+                                           width};
         float* to = block.weighted + i * kTileRows * output_stride() + e;
         const float* factors = block.factors + (i - tiles.first) * kTileRows;
-        tile_of(block.tile_rows(i), width / kLanes, left, values,
-                (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
+        tile_of(block.tile_rows(i), width / kLanes, left, values, (span.end - span.begin) / kDepth,
+                [&](int row, int v, F32 product) {
                   float* at = to + row * output_stride() + v * kLanes;
                   store(at, load(at) * factors[row] + product);
                 });

@@ -49,8 +49,8 @@ Ranges ranges_of(const Band& band, int64_t B, int64_t T, int64_t S,
     }
     for (int64_t t = 0; t < T; ++t) {
       int64_t first = std::max({int64_t{0}, start, t + band.lower});
-      int64_t last = std::min({stop, t + band.upper + 1,
-                               std::max(t + band.joined_upper + 1, band.joined_prefix)});
+      int64_t last = std::min(
+          {stop, t + band.upper + 1, std::max(t + band.joined_upper + 1, band.joined_prefix)});
       if (ids != nullptr) {
         const Extent& own = extents.at(ids[S - T + t]);
         first = std::max(first, own.first);

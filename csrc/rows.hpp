@@ -53,8 +53,8 @@ inline void touch(const Element* row, int64_t size, int64_t ahead) {
 // padded with zeros to whole steps. For `ahead` see touch.
 template <int Count, int Keys, class Element>
 [[gnu::always_inline]] inline void dot_rows(const Left<Element>* left, int64_t left_stride,
-                                            const Element* const* rows, int64_t size,
-                                            int64_t ahead, float* dots, int64_t dots_stride) {
+                                            const Element* const* rows, int64_t size, int64_t ahead,
+                                            float* dots, int64_t dots_stride) {
   constexpr int64_t kStep = kRowStep<Element>;
   // Rows that share each load of a left row. Float32's are long: four were no stream any more.
   constexpr int kShare = sizeof(Element) == 4 ? 1 : smaller(Keys, 4);
@@ -116,13 +116,13 @@ inline void pair_up(U16x2 a, U16x2 b, U32& lower, U32& upper) {
 }
 
 // sums[i * sums_stride + e] += the sum over rows of weights[i * weights_stride + row] * row[e], for
-// Count left rows and the Vectors * kLanes columns from `begin` on, of which those before `size` may
-// be read where not Whole. The number of rows is even.
+// Count left rows and the Vectors * kLanes columns from `begin` on, of which those before `size`
+// may be read where not Whole. The number of rows is even.
 template <int Count, int Vectors, bool Whole, class Element>
 [[gnu::always_inline]] inline void weigh_rows(const float* weights, int64_t weights_stride,
-                                              const Element* const* rows,
-                                              int64_t count, int64_t begin, int64_t size,
-                                              int64_t ahead, float* sums, int64_t sums_stride) {
+                                              const Element* const* rows, int64_t count,
+                                              int64_t begin, int64_t size, int64_t ahead,
+                                              float* sums, int64_t sums_stride) {
   F32 products[Count][Vectors] = {};
   for (int64_t s = 0; s < count; s += kInPairs<Element> ? 2 : 1) {
     if (begin == 0) {

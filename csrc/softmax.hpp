@@ -45,8 +45,8 @@ inline void add_alibi(const Attention& a, const Query& q, int64_t begin, int64_t
 
 inline void add_bias(const Attention& a, const Query& q, int64_t begin, int64_t end, float* z) {
   by_dtype(a.bias.dtype, [&](auto element) {
-    const auto* row = static_cast<const decltype(element)*>(a.bias.data) +
-                      q.b * a.bias.stride[0] + q.h * a.bias.stride[1] + q.t * a.bias.stride[2];
+    const auto* row = static_cast<const decltype(element)*>(a.bias.data) + q.b * a.bias.stride[0] +
+                      q.h * a.bias.stride[1] + q.t * a.bias.stride[2];
     const int64_t stride = a.bias.stride[3];
     for (int64_t s = begin; s < smaller(end, a.S); s += kLanes)
       store(z + s - begin, load(z + s - begin) + load_strided(row + s * stride, stride, a.S - s));
@@ -55,8 +55,8 @@ inline void add_bias(const Attention& a, const Query& q, int64_t begin, int64_t 
 
 inline void mask_forbidden(const Attention& a, const Query& q, int64_t begin, int64_t end,
                            float* z) {
-  const uint8_t* row = a.allowed + q.b * a.allowed_stride[0] + q.h * a.allowed_stride[1] +
-                       q.t * a.allowed_stride[2];
+  const uint8_t* row =
+      a.allowed + q.b * a.allowed_stride[0] + q.h * a.allowed_stride[1] + q.t * a.allowed_stride[2];
   const int64_t stride = a.allowed_stride[3];
   for (int64_t s = begin; s < smaller(end, a.S); s += kLanes) {
     U8 may;

@@ -1,16 +1,16 @@
-// Forward for some queries and many keys, such as a chunk of a prompt behind a long past: each block
-// of keys and values is packed by the thread that takes it, for all queries of its group, and used
-// at once; nothing of it goes to memory. Threads share the keys of a head.
+// Forward for some queries and many keys, such as a chunk of a prompt behind a long past: each
+// block of keys and values is packed by the thread that takes it, for all queries of its group, and
+// used at once; nothing of it goes to memory. Threads share the keys of a head.
 #pragma once
 
 #include "query_blocks.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kStreamRows = 512;    // queries of a group whose sums stay in L2
-constexpr int64_t kStreamKeys = 2048;   // fewer, packed, stay in the cache anyway,
+constexpr int64_t kStreamRows = 512;      // queries of a group whose sums stay in L2
+constexpr int64_t kStreamKeys = 2048;     // fewer, packed, stay in the cache anyway,
 constexpr int64_t kStreamKeysAQuery = 4;  // and so few are packed for many
-constexpr int64_t kMinSplitBlocks = 4;  // fewer blocks of keys are not worth a merge
+constexpr int64_t kMinSplitBlocks = 4;    // fewer blocks of keys are not worth a merge
 
 // How many parts the keys of a head are cut into, so that there is a task for every thread.
 inline int64_t stream_splits(const Attention& a) {
@@ -20,8 +20,8 @@ inline int64_t stream_splits(const Attention& a) {
 }
 
 inline bool is_streaming(const Attention& a) {
-  return a.group() * a.T <= kStreamRows && a.S >= kStreamKeys &&
-         a.S >= kStreamKeysAQuery * a.T && a.B * a.G * stream_splits(a) >= a.threads;
+  return a.group() * a.T <= kStreamRows && a.S >= kStreamKeys && a.S >= kStreamKeysAQuery * a.T &&
+         a.B * a.G * stream_splits(a) >= a.threads;
 }
 
 template <class Element>
@@ -53,14 +53,7 @@ class Stream : QueryBlocks<Element> {
       Block* mine = blocks.data() + thread_number() * blocks_a_head;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t part = 0; part < parts; ++part) attend_part(worker, mine, part);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < a_.B * a_.G * group_rows_; ++i) {
-        const int64_t head = i / group_rows_, row = i % group_rows_;
-        const int64_t first = head * splits_ * group_rows_ + row;
-        const Query q(a_, head / a_.G, head % a_.G * a_.group() + row / a_.T, row % a_.T);
-        merge_parts(a_, out_, q, splits_, group_rows_, sums_ + first,
-                    weighted_ + first * output_stride(), output_stride());
-      }
+      merge_parts(a_, out_, splits_, sums_, weighted_, output_stride());
     }
   }
 

@@ -96,8 +96,9 @@ template <int Rows, int Vectors, bool Whole, class Left, class Right, class Fini
 // A tile whose height is known at run time, at most kTileRows. (Inline always: a call for each tile
 // would take a twentieth of prefill's time.)
 template <int Vectors, bool Whole = true, class Left, class Right, class Finish>
-[[gnu::always_inline]] inline void tile_of(int64_t rows, LeftOperand<Left> left, RightOperand<Right> right, int64_t steps,
-                    Finish&& finish) {
+[[gnu::always_inline]] inline void tile_of(int64_t rows, LeftOperand<Left> left,
+                                           RightOperand<Right> right, int64_t steps,
+                                           Finish&& finish) {
   switch (rows) {
     case 1: return tile<1, Vectors, Whole>(left, right, steps, finish);
     case 2: return tile<2, Vectors, Whole>(left, right, steps, finish);
@@ -111,12 +112,13 @@ template <int Vectors, bool Whole = true, class Left, class Right, class Finish>
 // A tile whose width is known at run time too, at most kTileVectors.
 template <class Left, class Right, class Finish>
 [[gnu::always_inline]] inline void tile_of(int64_t rows, int64_t vectors, LeftOperand<Left> left,
-                    RightOperand<Right> right, int64_t steps, Finish&& finish) {
+                                           RightOperand<Right> right, int64_t steps,
+                                           Finish&& finish) {
   static_assert(kTileVectors <= 4);
   switch (vectors) {
     case 1: return tile_of<1>(rows, left, right, steps, finish);
     case 2: return tile_of<2>(rows, left, right, steps, finish);
-    case 3: return tile_of<kTileVectors < 3 ? 1 : 3>(rows, left, right, steps, finish);
+    case 3: return tile_of<(kTileVectors < 3 ? 1 : 3)>(rows, left, right, steps, finish);
     default: return tile_of<kTileVectors>(rows, left, right, steps, finish);
   }
 }

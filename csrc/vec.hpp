@@ -179,7 +179,8 @@ inline F32 widen(I8 codes) {
 #if defined(__AVX512F__)
   const __m512i integers = _mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(codes));
 #elif defined(__AVX2__)
-  const __m256i integers = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(&codes)));
+  const __m256i integers =
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(&codes)));
 #else
   const I32 integers = __builtin_convertvector(codes, I32);
 #endif

@@ -18,15 +18,20 @@ MAX_LINES = 400
 
 def long_files(root: Path) -> list[str]:
     """Return the modules too long to be read at one sitting."""
-    lengths = {
-        path: len(path.read_text("utf-8").splitlines()) for path in root.rglob("src/**/*.py")
-    }
+    paths = [*root.rglob("src/**/*.py"), *root.glob("csrc/*")]
+    lengths = {path: len(path.read_text("utf-8").splitlines()) for path in paths}
     return [f"{path.name}: {lines}" for path, lines in lengths.items() if lines > MAX_LINES]
 
 
 def drawers(root: Path) -> list[str]:
     """Return the files whose name says nothing of what is in them."""
     return [path.name for path in root.rglob("src/**/util*.py")]
+
+
+def settings(root: Path) -> list[str]:
+    """Return the kernels' files that read the environment; isa.cpp alone may, once, when loaded."""
+    paths = [path for path in root.glob("csrc/*") if path.name != "isa.cpp"]
+    return [path.name for path in paths if "getenv" in path.read_text("utf-8")]
 
 
 def stray_tests(root: Path) -> list[str]:
@@ -49,7 +54,7 @@ def stray_tests(root: Path) -> list[str]:
     return sorted(stray)
 
 
-@pytest.mark.parametrize("rule", [long_files, drawers, stray_tests])
+@pytest.mark.parametrize("rule", [long_files, drawers, settings, stray_tests])
 def test_the_repository_keeps_its_rules(rule):
     assert rule(ROOT) == []
 
@@ -59,6 +64,8 @@ def test_the_rules_catch_a_breach(tmp_path):
         "src/polyhead/mask.py": "\n" * MAX_LINES,
         "src/polyhead/long.py": "\n" * (MAX_LINES + 1),
         "src/polyhead/look/utils.py": "",
+        "csrc/isa.cpp": 'getenv("ISA")',
+        "csrc/tile.hpp": 'getenv("ROWS")' + "\n" * (MAX_LINES + 1),
         "examples/train.py": "",
         "tests/test_mask.py": "",
         "tests/test_mask_errors.py": "",
@@ -73,8 +80,9 @@ def test_the_rules_catch_a_breach(tmp_path):
     for name, text in planted.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert long_files(tmp_path) == ["long.py: 401"]
+    assert long_files(tmp_path) == ["long.py: 401", "tile.hpp: 401"]
     assert drawers(tmp_path) == ["utils.py"]
+    assert settings(tmp_path) == ["tile.hpp"]
     assert stray_tests(tmp_path) == [
         "tests/look/test_mask.py",
         "tests/look/test_mask_errors.py",

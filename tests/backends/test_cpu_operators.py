@@ -111,6 +111,44 @@ def test_opcheck(tensors, options):
         torch.library.opcheck(torch.ops.polyhead.attention_weights, weights)
 
 
+def wrong_sizes(B=2, H=4, G=2, T=3, S=5, D=8):
+    """Pairs of an argument of `attention_output`, and a tensor of sizes that nothing else has."""
+    wide = torch.zeros(B, G, S, D)
+    yield "query", torch.zeros(B, H, T, 2 * D)[..., ::2]
+    yield "key", torch.zeros(B + 1, G, S, D)
+    yield "key", torch.zeros(B, G, S, D - 1)
+    yield "key", torch.zeros(B, G, S, 2 * D)[..., ::2]
+    yield "value", wide[:, :1]
+    yield "value", wide[:, :, 1:]
+    yield "bias", torch.zeros(H + 1, T, S)
+    yield "bias", torch.zeros(1, B, H, T, S)
+    yield "allowed", torch.ones(T, S - 1, dtype=torch.bool)
+    yield "allowed", torch.ones(T, S)
+    yield "lengths", torch.ones(B + 1, dtype=torch.int64)
+    yield "padding", torch.ones(B, dtype=torch.int16)
+    yield "documents", torch.zeros(S - 1, dtype=torch.int64)
+    yield "documents", torch.zeros(B + 1, S, dtype=torch.int32)
+    yield "sinks", torch.zeros(H - 1)
+    yield "alibi_slopes", torch.zeros(H, dtype=torch.float64)
+    yield "seed", torch.zeros(2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), list(wrong_sizes()), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_an_operator_called_by_itself_refuses_sizes_that_do_not_fit(tensors, name, wrong):
+    """Whoever comes by `torch.ops`, an exported graph say, must not read beyond a tensor."""
+    names = ("query", "key", "value", "bias", "allowed", "lengths", "padding", "documents")
+    names += ("sinks", "alibi_slopes", "seed", "band", "scale", "softcap", "dropout")
+    arguments = dict.fromkeys(names) | {"band": [-9, 9, 9, 9, 0]}
+    arguments |= {"scale": 1.0, "softcap": 0.0, "dropout": 0.0}
+    sizes = {"B": 2, "H": 4, "G": 2, "T": 3, "S": 5, "D": 8}
+    arguments |= dict(zip(names, tensors(**sizes), strict=False))
+    torch.ops.polyhead.attention_output(**arguments)
+    with pytest.raises(RuntimeError, match=f"polyhead: {name}"):
+        torch.ops.polyhead.attention_output(**arguments | {name: wrong})
+
+
 def test_exports(tensors):
     class Attend(torch.nn.Module):
         def forward(self, query, key, value):

@@ -137,8 +137,9 @@ def test_surroundings_that_go_the_general_way(tensors, monkeypatch):
     half = tuple(x.bfloat16() for x in inputs)
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "_has_amx", lambda: True)
-        assert run_plain(*half) is None
-        assert run_plain(*inputs) is not None
+        assert run_plain(*half) is not None
+        assert run_plain(*(x.bfloat16() for x in tensors(T=2))) is None
+        assert run_plain(*tensors(T=2)) is not None
     with monkeypatch.context() as patch:
         patch.setattr(cpu_operators, "missing", "was not built")
         assert run_plain(*inputs) is None

@@ -173,8 +173,7 @@ class Stored {
   View view;
 
   Stored(Dtype dtype, bool are_codes, const Table& table, const Sizes& sizes)
-      : table_(table),
-        data_(are_codes ? Dtype::i8 : dtype, pool_sizes(table, sizes)) {
+      : table_(table), data_(are_codes ? Dtype::i8 : dtype, pool_sizes(table, sizes)) {
     const Sizes& pool = data_.sizes;
     view = data_.view;
     if (are_codes) {

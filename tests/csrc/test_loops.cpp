@@ -2,13 +2,12 @@
 // strides, masks and dtypes, in buffers that let a sanitiser see whatever is read or written
 // beyond. Prints what disagrees; exits 1 if anything does. Compiled with POLYHEAD_ISA and
 // POLYHEAD_ISA_NAME, as csrc/kernels.cpp is.
-#include "kernels.cpp"
-
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
+#include "kernels.cpp"
 #include "random_tensors.hpp"
 
 using namespace polyhead;
@@ -51,7 +50,8 @@ Case::Case() {
   a.S = std::max(a.T, chance(2) ? integer(1, 40) : integer(1, 300));
   a.D = one_of({1, 2, 3, 8, 15, 16, 17, 24, 33, 64, 65, 80, 96});
   a.E = one_of({1, 3, 8, 16, 31, 48, 64, 66, 80, 129});
-  if (chance(30)) a.D = one_of({512, 576}), a.E = one_of({511, 575}), a.T = integer(1, 20), a.S = a.T + 7;
+  if (chance(30))
+    a.D = one_of({512, 576}), a.E = one_of({511, 575}), a.T = integer(1, 20), a.S = a.T + 7;
   if (chance(40)) a.S = integer(2048, 4500), a.T = integer(1, 20), a.D = 17, a.E = 24;
   a.threads = static_cast<int>(integer(1, 3));
   dtype = static_cast<Dtype>(integer(0, 2));
@@ -104,22 +104,33 @@ Case::Case() {
   if (chance(3)) a.softcap = 1.5F;
   if (chance(3)) a.dropout = 0.3, a.seed = generator();
   if (chance(3)) {
-    for (int64_t i = 0; i < a.B * a.H * a.T; ++i)
-      grad_lse.push_back(static_cast<float>(normal()));
+    for (int64_t i = 0; i < a.B * a.H * a.T; ++i) grad_lse.push_back(static_cast<float>(normal()));
   }
   const auto add_text = [&](const char* name, int64_t x) {
     text += std::string(name) + " " + std::to_string(x) + " ";
   };
   for (auto [name, x] : std::initializer_list<std::pair<const char*, int64_t>>{
-           {"B", a.B}, {"H", a.H}, {"G", a.G}, {"T", a.T}, {"S", a.S}, {"D", a.D}, {"E", a.E},
-           {"threads", a.threads}, {"dtype", static_cast<int64_t>(dtype)}})
+           {"B", a.B},
+           {"H", a.H},
+           {"G", a.G},
+           {"T", a.T},
+           {"S", a.S},
+           {"D", a.D},
+           {"E", a.E},
+           {"threads", a.threads},
+           {"dtype", static_cast<int64_t>(dtype)}})
     add_text(name, x);
-  for (auto [name, is_there] : std::initializer_list<std::pair<const char*, bool>>{
-           {"bias ", bias != nullptr}, {"allowed ", allowed != nullptr},
-           {"documents ", a.document != nullptr}, {"sinks ", a.sinks != nullptr},
-           {"alibi ", a.alibi_slopes != nullptr}, {"softcap ", a.softcap != 0.0F},
-           {"dropout ", a.dropout != 0.0}, {"grad_lse ", !grad_lse.empty()},
-           {"codes ", are_codes}, {"blocks ", in_blocks}})
+  for (auto [name, is_there] :
+       std::initializer_list<std::pair<const char*, bool>>{{"bias ", bias != nullptr},
+                                                           {"allowed ", allowed != nullptr},
+                                                           {"documents ", a.document != nullptr},
+                                                           {"sinks ", a.sinks != nullptr},
+                                                           {"alibi ", a.alibi_slopes != nullptr},
+                                                           {"softcap ", a.softcap != 0.0F},
+                                                           {"dropout ", a.dropout != 0.0},
+                                                           {"grad_lse ", !grad_lse.empty()},
+                                                           {"codes ", are_codes},
+                                                           {"blocks ", in_blocks}})
     if (is_there) text += name;
 }
 
@@ -134,8 +145,7 @@ bool Case::may_attend(int64_t b, int64_t h, int64_t t, int64_t s) const {
 }
 
 // `terms` is the size of what is added up, `slope` the derivative by the scaled dot product.
-double Case::score(int64_t b, int64_t h, int64_t t, int64_t s, double& terms,
-                   double& slope) const {
+double Case::score(int64_t b, int64_t h, int64_t t, int64_t s, double& terms, double& slope) const {
   double dot = 0.0;
   terms = 0.0;
   for (int64_t d = 0; d < a.D; ++d) {
@@ -178,8 +188,8 @@ int Case::check() const {
   const Sizes bias_sizes = bias ? bias->sizes : Sizes{};
   const int64_t bias_size = bias_sizes[0] * bias_sizes[1] * bias_sizes[2] * bias_sizes[3];
   Memory query_grad(Dtype::f32, rows * a.D), key_grad = zeros(a.B * a.G * a.S * a.D),
-      value_grad = zeros(a.B * a.G * a.S * a.E), bias_grad = zeros(bias_size),
-      sinks_grad = zeros(a.H);
+                                             value_grad = zeros(a.B * a.G * a.S * a.E),
+                                             bias_grad = zeros(bias_size), sinks_grad = zeros(a.H);
   Gradients g;
   g.grad_output = grad_output->view;
   g.output = {output.data(), dtype, {a.H * a.T * a.E, a.T * a.E, a.E, 1}};
@@ -211,7 +221,8 @@ int Case::check() const {
   const double code_loss = are_codes ? pair_loss : 0.0;
   Result outputs("output", output.size()), lses("lse", rows), all_stats("stats", 6 * rows);
   Result to_query("query", query_grad.size()), to_key("key", key_grad.size()),
-      to_value("value", value_grad.size()), to_bias("bias", bias_size), to_sinks("sinks", a.H), all_weights("weights", weights.size());
+      to_value("value", value_grad.size()), to_bias("bias", bias_size), to_sinks("sinks", a.H),
+      all_weights("weights", weights.size());
   const POLYHEAD_ISA::Dropout dropout(a);
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t t = row % a.T, h = row / a.T % a.H, b = row / a.T / a.H, group = h / a.group();

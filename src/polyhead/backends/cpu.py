@@ -60,8 +60,10 @@ def passed_over(call: AttentionCall) -> list[str]:
     """Why "auto" leaves a call to torch: matrix units that these kernels do not use, exported
     programs, and small examples with dropout, whose digits should be those of the same lines typed
     by hand."""
-    is_tensors = call.stored is None  # which torch would need made of what a cache holds
-    if is_tensors and call.dtype == torch.bfloat16 and _has_amx() and not sdpa.why_not(call):
+    # Not what a cache holds, of which torch would need tensors made; and not decoding: reading
+    # keys is what takes time then, and matrix units read no faster.
+    is_products = call.stored is None and not _is_decoding(call)
+    if is_products and call.dtype == torch.bfloat16 and _has_amx() and not sdpa.why_not(call):
         return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
     if torch.compiler.is_exporting():
         return ["would tie an exported program to this library; torch's own operators do not"]
@@ -195,7 +197,7 @@ def run_plain(
         or not (query.is_cpu and key.is_cpu and value.is_cpu)
         or not (mask is None or _lets_last_see_all(mask, query))
         or not (scale is None or -math.inf < scale < math.inf)
-        or (query.dtype == torch.bfloat16 and _has_amx())
+        or (query.dtype == torch.bfloat16 and _has_amx() and query.shape[2:3] != (1,))
         or transform_reasons()
     ):
         return None

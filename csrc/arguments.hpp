@@ -1,0 +1,213 @@
+// What an operator was called with, as the kernels want it: checked, and without torch's tensors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "attention.hpp"
+#include "ranges.hpp"
+
+namespace polyhead {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    default: STD_TORCH_CHECK(false, "polyhead: needs float32, bfloat16 or float16");
+  }
+}
+
+using Sizes = int64_t[4];
+constexpr int64_t kAny = -1;
+
+// The strides of a tensor that broadcasts to `sizes`: 0 where its size is 1.
+inline void broadcast_strides(const Tensor& tensor, const char* name, const Sizes& sizes,
+                              int64_t (&stride)[4]) {
+  STD_TORCH_CHECK(tensor.dim() <= 4, "polyhead: ", name, " must have at most 4 dimensions");
+  const int64_t missing = 4 - tensor.dim();
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t size = i < missing ? 1 : tensor.size(i - missing);
+    STD_TORCH_CHECK(size == 1 || size == sizes[i], "polyhead: ", name, " must have size 1 or ",
+                    sizes[i], " in dimension ", i, " of 4; got ", size);
+    stride[i] = size == 1 ? 0 : tensor.stride(i - missing);
+  }
+}
+
+// Rows of numbers that lie side by side, of these sizes.
+inline View rows_of(const Tensor& tensor, const char* name, const Sizes& sizes,
+                    bool are_codes = false) {
+  STD_TORCH_CHECK(tensor.dim() == 4, "polyhead: ", name, " must have 4 dimensions");
+  View view;
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t size = tensor.size(i);
+    STD_TORCH_CHECK(sizes[i] == kAny || size == sizes[i], "polyhead: ", name, " must have size ",
+                    sizes[i], " in dimension ", i, "; got ", size);
+    view.stride[i] = size == 1 ? 0 : tensor.stride(i);
+  }
+  STD_TORCH_CHECK(tensor.size(3) <= 1 || tensor.stride(3) == 1, "polyhead: ", name,
+                  " must have its features side by side (last stride 1)");
+  STD_TORCH_CHECK(tensor.size(3) <= kMaxHeadSize, "polyhead: ", name, " has a head size above ",
+                  kMaxHeadSize);
+  view.data = tensor.const_data_ptr();
+  view.dtype = are_codes ? Dtype::i8 : dtype_of(tensor);
+  return view;
+}
+
+// So many float32 numbers, or nullptr.
+inline const float* floats_of(const OptionalTensor& tensor, const char* name, int64_t count) {
+  if (!tensor) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
+                      tensor->numel() == count,
+                  "polyhead: ", name, " must be ", count, " float32 numbers, contiguous; got ",
+                  tensor->numel());
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+// What forward noted of each row: three numbers, or nine with statistics, of which these are first.
+inline const float* shifts_of(const Tensor& details, int64_t rows) {
+  const bool has_stats = details.dim() == 4 && details.size(0) == 9;
+  return floats_of(details, "details", (has_stats ? 9 : 3) * rows);
+}
+
+// Keys or values as a cache holds them: as codes with scales, in blocks of a table, or both.
+inline View stored_of(const Tensor& data, const OptionalTensor& scales, const OptionalTensor& table,
+                      const char* name, const Sizes& sizes) {
+  const auto [B, G, S, size] = sizes;
+  const Sizes blocks{kAny, G, kAny, size};
+  View view = rows_of(data, name, table ? blocks : sizes, scales.has_value());
+  if (scales) {
+    STD_TORCH_CHECK(data.scalar_type() == ScalarType::Char, "polyhead: codes must be int8");
+    STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->dim() == 3,
+                    "polyhead: scales must be float32, of 3 dimensions");
+    for (int64_t i = 0; i < 3; ++i) {
+      STD_TORCH_CHECK(scales->size(i) == data.size(i), "polyhead: ", name,
+                      " must have one scale for each token and head");
+      view.scale_stride[i] = scales->size(i) == 1 ? 0 : scales->stride(i);
+    }
+    view.scales = static_cast<const float*>(scales->const_data_ptr());
+  }
+  if (!table) return view;
+  view.block_size = data.size(2);
+  STD_TORCH_CHECK(table->scalar_type() == ScalarType::Int && table->dim() == 2 &&
+                      table->is_contiguous() && table->size(0) == B,
+                  "polyhead: table must be (B, columns), int32 and contiguous");
+  view.table = static_cast<const int32_t*>(table->const_data_ptr());
+  view.table_stride = table->size(1);
+  STD_TORCH_CHECK(S <= view.table_stride * view.block_size,
+                  "polyhead: table must have a block for each token");
+  for (int64_t i = 0; i < table->numel(); ++i)
+    STD_TORCH_CHECK(view.table[i] >= 0 && view.table[i] < data.size(0),
+                    "polyhead: table must have numbers of blocks");
+  return view;
+}
+
+// int32 or int64 of any strides, in one dimension, or in two of which the first is batch rows.
+inline std::vector<int64_t> integers_of(const OptionalTensor& tensor, const char* name,
+                                        int64_t size, int64_t B = 1) {
+  std::vector<int64_t> integers;
+  if (!tensor) return integers;
+  const bool is_matrix = tensor->dim() == 2;
+  const int64_t rows = is_matrix ? tensor->size(0) : 1;
+  const int64_t columns = tensor->size(is_matrix ? 1 : 0);
+  const int64_t row_stride = is_matrix ? tensor->stride(0) : 0;
+  const int64_t column_stride = tensor->stride(is_matrix ? 1 : 0);
+  const bool is_wide = tensor->scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(is_wide || tensor->scalar_type() == ScalarType::Int, "polyhead: ", name,
+                  " must be int32 or int64");
+  STD_TORCH_CHECK(tensor->dim() <= 2 && columns == size && (rows == 1 || rows == B),
+                  "polyhead: ", name, " must be ", size,
+                  " numbers, for all batch rows or for each of ", B);
+  integers.reserve(static_cast<size_t>(rows * columns));
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t at = row * row_stride + column * column_stride;
+      integers.push_back(is_wide ? static_cast<const int64_t*>(tensor->const_data_ptr())[at]
+                                 : static_cast<const int32_t*>(tensor->const_data_ptr())[at]);
+    }
+  }
+  return integers;
+}
+
+// Torch's number of threads, or one where waking a second takes longer than the work.
+inline int threads_for(const Attention& a) {
+  constexpr double kSmall = 1 << 17;  // multiplications
+  const double work = static_cast<double>(a.B) * a.H * a.T * a.S * (a.D + a.E);
+  return work < kSmall ? 1 : static_cast<int>(torch::stable::get_num_threads());
+}
+
+// An `Attention`, and what its pointers point to beside the tensors.
+struct Call {
+  Attention attention;
+  Ranges ranges;
+
+  Call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
+       const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
+       const OptionalTensor& documents, const OptionalTensor& sinks,
+       const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+       const std::vector<int64_t>& band, double scale, double softcap, double dropout)
+      : Call(query, key.size(1), key.size(2), value.size(3),
+             rows_of(key, "key", {query.size(0), kAny, kAny, query.size(3)}),
+             rows_of(value, "value", {query.size(0), key.size(1), key.size(2), kAny}), bias,
+             allowed, lengths, padding, documents, sinks, alibi_slopes, seed, band, scale, softcap,
+             dropout) {}
+
+  Call(const Tensor& query, int64_t G, int64_t S, int64_t E, const View& key, const View& value,
+       const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
+       const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
+       const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+       const std::vector<int64_t>& band, double scale, double softcap, double dropout) {
+    Attention& a = attention;
+    a.query = rows_of(query, "query", {kAny, kAny, kAny, kAny});
+    a.key = key;
+    a.value = value;
+    a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
+    a.G = G, a.S = S, a.E = E;
+    STD_TORCH_CHECK(a.T < INT32_MAX && a.S < INT32_MAX, "polyhead: at most 2^31 - 2 tokens");
+    STD_TORCH_CHECK(
+        a.key.dtype == a.value.dtype && (a.key.dtype == a.query.dtype || a.key.scales != nullptr),
+        "polyhead: query, key and value must have one dtype, or key and value be codes");
+    STD_TORCH_CHECK(a.G > 0 && a.H % a.G == 0, "polyhead: H must be a multiple of G");
+    STD_TORCH_CHECK(band.size() == 5, "polyhead: band must have 5 numbers");
+    const Sizes scores{a.B, a.H, a.T, a.S};
+    if (bias) {
+      a.bias.data = bias->const_data_ptr();
+      a.bias.dtype = dtype_of(*bias);
+      broadcast_strides(*bias, "bias", scores, a.bias.stride);
+    }
+    if (allowed) {
+      STD_TORCH_CHECK(allowed->scalar_type() == ScalarType::Bool, "polyhead: allowed must be bool");
+      a.allowed = static_cast<const uint8_t*>(allowed->const_data_ptr());
+      broadcast_strides(*allowed, "allowed", scores, a.allowed_stride);
+    }
+    STD_TORCH_CHECK(!documents || a.T <= a.S, "polyhead: documents need a key for each query");
+    ranges = ranges_of({band[0], band[1], band[2], band[3], band[4]}, a.B, a.T, a.S,
+                       integers_of(lengths, "lengths", a.B), integers_of(padding, "padding", a.B),
+                       integers_of(documents, "documents", a.S, a.B));
+    a.first = ranges.first.data();
+    a.last = ranges.last.data();
+    a.range_stride = ranges.batches > 1 ? a.T : 0;
+    if (!ranges.documents.empty()) {
+      a.document = ranges.documents.data();
+      a.document_stride = ranges.document_batches > 1 ? a.S : 0;
+    }
+    a.sinks = floats_of(sinks, "sinks", a.H);
+    a.alibi_slopes = floats_of(alibi_slopes, "alibi_slopes", a.H);
+    a.scale = static_cast<float>(scale);
+    a.softcap = static_cast<float>(softcap);
+    a.dropout = dropout;
+    if (seed) a.seed = static_cast<uint64_t>(integers_of(seed, "seed", 1).at(0));
+    a.threads = threads_for(a);
+  }
+};
+
+}  // namespace polyhead
