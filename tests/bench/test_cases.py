@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import polyhead as ph
 import polyhead.mask
 from polyhead.bench.cases import Case
 from polyhead.bench.peers import attention_run, eager_attention
@@ -84,12 +85,38 @@ def test_it_prints_its_sizes():
     )
 
 
+@pytest.mark.parametrize(("H", "reads"), [(32, True), (33, False)])
+def test_many_operations_a_byte_are_work_and_not_reading(H, reads):
+    # A head makes two of each of a token's 2 D numbers, of 4 bytes: half a one of a byte.
+    case = Case("D", 1, H, 1, 1, 40, 24)
+    assert (case.reads, case.ceiling) == (reads, "read" if reads else "float32")
+    assert case.work == (2 * 40 * 24 * 4 if reads else 2 * H * 40 * 2 * 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_codes_keep_the_numbers_of_such_a_case_exactly(dtype):
+    case = Case("D", 2, 4, 2, 1, 40, 24, codes=True, dtype=dtype)
+    cache = ph.KVCache(2, 40, 2, 24, dtype=dtype, storage=torch.int8)
+    inputs = case.inputs(seed=0)
+    cache.append(inputs["key"], inputs["value"])
+    assert all(map(torch.equal, cache.read(), (inputs["key"], inputs["value"])))
+    assert inputs["key"].unique().numel() > 100
+
+
+def test_what_a_cache_holds_is_counted_as_it_holds_it():
+    codes = Case("D", 1, 4, 2, 1, 40, 24, codes=True, blocks=16, dtype=torch.bfloat16)
+    assert codes.work == 2 * 2 * 40 * (24 + 4)
+    assert Case("D", 1, 4, 2, 1, 40, 24, blocks=16).work == 2 * 2 * 40 * 24 * 4
+    assert str(codes) == "decode 1, 4/2, 1, 40, 24, full, int8 codes, blocks of 16, bfloat16"
+
+
 def test_values_of_a_latent_are_in_the_keys_and_read_once():
     case = Case("D6", 1, 16, 1, 1, 40, 24, latent=16, dtype=torch.bfloat16)
     inputs = case.inputs(seed=0)
     assert torch.equal(inputs["value"], inputs["key"][..., :16])
     assert inputs["value"].data_ptr() == inputs["key"].data_ptr()
-    assert case.work == 40 * 24 * 2
+    assert case.work == 2 * 16 * 40 * (24 + 16)  # 27 operations for each byte
+    assert case.ceiling == "bfloat16"
     assert str(case) == "decode 1, 16/1, 1, 40, 24, full, values of 16 in the keys, bfloat16"
     output = attention_run(case, inputs, eager_attention)()["output"]
     assert output.shape == (1, 16, 1, 16)

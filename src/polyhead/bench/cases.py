@@ -20,6 +20,8 @@ Inputs = dict[str, Tensor]
 # Tensors of at least this many bytes in turn do not stay in a processor's cache.
 _OUT_OF_CACHE = 2**28
 _MOST_COPIES = 8
+# More operations than this for each byte of keys and values take longer than reading it.
+_OPERATIONS_A_BYTE = 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Case:
         id: as in the table of targets; variants of a row follow a slash (`P7/bf16`).
         B, H, G, T, S, D: the sizes; a module's width is H * D.
         latent: size of values that are the first features of the keys; None: of their own, D.
+        codes: whether a cache holds keys and values as int8 codes.
+        blocks: in blocks of how many tokens a cache holds them; None: side by side.
         dtype: of every tensor.
         kind: "attention" on queries, keys and values; "module" with projections; "generate", a
             decoder of transformers, of which a token is measured, or with T = S its prompt.
@@ -53,6 +57,8 @@ class Case:
     S: int
     D: int
     latent: int | None = None
+    codes: bool = False
+    blocks: int | None = None
     dtype: torch.dtype = torch.float32
     kind: Literal["attention", "module", "generate"] = "attention"
     decoder: Literal["Llama", "SmolLM2"] = "Llama"
@@ -68,8 +74,18 @@ class Case:
 
     @property
     def decode(self) -> bool:
-        """Whether reading keys and values is the work: one query against many keys."""
+        """Whether it is one query against many keys."""
         return self.kind == "attention" and self.T == 1
+
+    @property
+    def reads(self) -> bool:
+        """Whether reading keys and values is the work, and not the products with them."""
+        return self.decode and self._operations <= _OPERATIONS_A_BYTE * self._cache_bytes
+
+    @property
+    def cached(self) -> bool:
+        """Whether keys and values are what a cache holds, and not tensors."""
+        return self.codes or self.blocks is not None
 
     @property
     def mask(self) -> Mask | None:
@@ -88,17 +104,17 @@ class Case:
 
     @property
     def work(self) -> float | None:
-        """What a call has to do: bytes to read when decoding, else floating-point operations.
+        """What a call has to do: bytes where reading is the work, else floating-point operations.
 
-        A forward pass is 4 * B * H * pairs * D (two products), and a backward pass 2.5 times that
-        (five products, one of them again). A module adds four projections; their backward pass
+        A forward pass is 2 * B * H * pairs * (D + E) (two products), and a backward pass 2.5 times
+        that (five products, one of them again). A module adds four projections; their backward pass
         costs twice their forward. None for a whole decoder.
         """
         if self.kind == "generate":
             return None
-        if self.decode:
+        if self.reads:
             return float(self._cache_bytes)
-        attention = 4 * self.B * self.H * self.pairs * self.D
+        attention = self._operations
         projections = 4 * 2 * self.B * self.T * self.width**2 if self.kind == "module" else 0
         return attention * 3.5 + projections * 3 if self.train else attention + projections
 
@@ -111,14 +127,14 @@ class Case:
         """Of the rate at which the work is done."""
         if self.kind == "generate":
             return None
-        return "GB/s" if self.decode else "GFLOP/s"
+        return "GB/s" if self.reads else "GFLOP/s"
 
     @property
     def ceiling(self) -> str | None:
         """Which ceiling of this machine bounds it. (float16 is computed in float32.)"""
         if self.kind == "generate" or self.in_cache:
             return None
-        if self.decode:
+        if self.reads:
             return "read"
         return "bfloat16" if self.dtype == torch.bfloat16 else "float32"
 
@@ -144,9 +160,15 @@ class Case:
         return self.kind == "generate" and self.T == self.S
 
     @property
+    def _operations(self) -> float:
+        return 2 * self.B * self.H * self.pairs * (self.D + (self.latent or self.D))
+
+    @property
     def _cache_bytes(self) -> int:
-        numbers = self.D if self.latent else 2 * self.D
-        return self.B * self.G * self.S * numbers * self.dtype.itemsize
+        tensors = 1 if self.latent else 2
+        # Codes have a scale of float32 for each token.
+        token = self.D + 4 if self.codes else self.D * self.dtype.itemsize
+        return self.B * self.G * self.S * tensors * token
 
     def __str__(self) -> str:
         names = {"attention": "decode" if self.decode else "forward"}
@@ -156,6 +178,8 @@ class Case:
         sizes = f"{self.B}, {self.H}/{self.G}, {self.T}, {self.S}, {self.D}"
         rule = "full" if self.mask is None else repr(self.mask)
         extras = [f"values of {self.latent} in the keys"] if self.latent else []
+        extras += ["int8 codes"] if self.codes else []
+        extras += [f"blocks of {self.blocks}"] if self.blocks else []
         extras += [f"dropout {self.dropout}"] if self.dropout else []
         extras += ["head statistics"] if self.statistics else []
         return ", ".join([f"{kind} {sizes}", rule, *extras, self.dtype_name])
@@ -198,6 +222,15 @@ class Case:
             "key": random(self.B, self.G, self.S, self.D),
             "value": random(self.B, self.G, self.S, self.D),
         }
+        if self.codes:
+            inputs |= {name: self._exact_codes(inputs[name]) for name in ("key", "value")}
         if self.latent:
             inputs["value"] = inputs["key"][..., : self.latent]
         return inputs | ({"grad": random(self.B, self.H, self.T, self.D)} if self.train else {})
+
+    @staticmethod
+    def _exact_codes(numbers: Tensor) -> Tensor:
+        """Numbers that int8 codes keep exactly: what peers differ in is then not the rounding."""
+        codes = (numbers.float() * 32).round().clamp(-127, 127)
+        codes[..., 0] = 127  # the largest of a token is what its scale is made of
+        return (codes / 64).to(numbers.dtype)

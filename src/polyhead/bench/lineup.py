@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from polyhead.bench.caches import CACHES
 from polyhead.bench.cases import Case
 from polyhead.bench.engines import ONNX_RUNTIME, OPENVINO
 from polyhead.bench.flex import FLEX
@@ -27,7 +28,7 @@ def peers_of(case: Case) -> tuple[Peer, ...]:
         return GENERATORS
     if case.statistics:
         return (POLYHEAD, OUTPUT_ONLY)
-    return _ATTENTION
+    return CACHES if case.cached else _ATTENTION
 
 
 def definition_of(case: Case) -> Peer:

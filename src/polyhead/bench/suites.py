@@ -20,12 +20,14 @@ def _cases() -> tuple[Case, ...]:
     p2 = p1 | {"B": 1, "T": 4096, "S": 4096}
     p3: dict[str, Any] = {"B": 1, "H": 32, "G": 8, "T": 2048, "S": 2048, "D": 128}
     small = p1 | {"B": 1}
-    d1: dict[str, Any] = {"B": 1, "H": 32, "G": 8, "T": 1, "S": 8192, "D": 128}
-    chunk = d1 | {"T": 32, "S": 32768, "causal": False}
+    d3: dict[str, Any] = {"B": 1, "H": 32, "G": 8, "T": 1, "S": 8192, "D": 128}
+    d1 = d3 | {"dtype": bf16}
+    d2 = d1 | {"B": 8, "S": 4096}
+    chunk = d3 | {"T": 32, "S": 32768, "causal": False}
     d4 = small | {"T": 1, "dtype": bf16, "in_cache": True}
     train = small | {"train": True}
     module: dict[str, Any] = p1 | {"kind": "module"}
-    e1: dict[str, Any] = d1 | {"S": 4096, "D": 64, "dtype": bf16, "kind": "generate"}
+    e1: dict[str, Any] = d1 | {"S": 4096, "D": 64, "kind": "generate"}
     smollm2 = e1 | {"H": 9, "G": 3, "decoder": "SmolLM2"}
 
     def best(ratio: float) -> dict[str, float]:
@@ -35,6 +37,20 @@ def _cases() -> tuple[Case, ...]:
     # peers are bound by the same memory, and a ratio to them can be out of any kernel's reach.
     def sdpa(ratio: float) -> dict[str, float]:
         return {"sdpa": ratio}
+
+    def cached(row: str, sizes: dict[str, Any]) -> tuple[Case, ...]:
+        """The same as a cache holds it. Codes are half as many bytes, or a quarter."""
+        return (
+            Case(f"{row}/int8", **sizes, codes=True, targets={"side by side": 1.0}),
+            Case(f"{row}/blocks", **sizes, blocks=16, targets={"side by side": 1 / 1.15}),
+            Case(
+                f"{row}/int8-blocks",
+                **sizes,
+                codes=True,
+                blocks=16,
+                targets={"side by side": 1 / 1.15},
+            ),
+        )
 
     return (
         Case("P1", **p1, targets=best(1.7), target_share=0.75),
@@ -47,13 +63,17 @@ def _cases() -> tuple[Case, ...]:
         Case("P7/bf16", **small, causal=False, dtype=bf16, targets=best(1.4)),
         Case("P8", **small, dtype=half, targets=best(2.5)),
         Case("W1", **(p2 | {"T": 8192, "S": 8192}), window=511, targets=sdpa(25)),
-        Case("D1", **d1, dtype=bf16, targets=sdpa(25), target_share=0.85),
-        Case("D2", **(d1 | {"B": 8, "S": 4096}), dtype=bf16, targets=sdpa(25), target_share=0.85),
-        Case("D3", **d1, targets=sdpa(4), target_share=0.85),
+        Case("D1", **d1, targets=sdpa(25), target_share=0.85),
+        *cached("D1", d1),
+        Case("D2", **d2, targets=sdpa(25), target_share=0.85),
+        *cached("D2", d2),
+        Case("D3", **d3, targets=sdpa(4), target_share=0.85),
+        *cached("D3", d3),
         Case("D4", **d4, targets=sdpa(8)),
+        *cached("D4", d4),
         # One key leaves a kernel nothing to do: what is left is the cost of a call.
         Case("D4/call", **(d4 | {"S": 1}), target_us=15),
-        Case("D5", **d1, dtype=half, targets=sdpa(50)),
+        Case("D5", **d3, dtype=half, targets=sdpa(50)),
         # DeepSeek's latent, of 512 and 64 numbers, and 16 heads that share it.
         Case("D6", B=1, H=16, G=1, T=1, S=8192, D=576, latent=512, dtype=bf16, targets=sdpa(25)),
         Case("C1/f32", **chunk, targets=best(1.2)),
