@@ -26,6 +26,21 @@ def test_generation(decoder, side, asked, build, inputs):
     assert cache.get_seq_length() == expected.shape[1] - 1
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "DeepseekV3"])
+@pytest.mark.parametrize("storage", [None, torch.int8], ids=["plain", "int8"])
+def test_under_autocast(name, storage, build, inputs):
+    """Keys come rotated in float32, and values in bfloat16."""
+    given, _ = inputs(name, "left")
+    model = build(name, "polyhead")
+    cache = Cache(model.config, max_tokens=40, storage=storage)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = generate(model, given, cache)
+        expected = generate(model, given, DynamicCache(config=model.config))
+    assert tokens.shape == expected.shape
+    if storage is None:
+        assert torch.equal(tokens, expected)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
 def test_a_second_turn_goes_on_from_the_first(name, build, inputs):
     given, _ = inputs(name, "no mask")

@@ -79,6 +79,16 @@ def test_softcap_sinks_scale_and_dropout_reach_the_call(qkv, calls):
     assert asked["sinks"] is sinks
 
 
+def test_autocast_casts_what_comes_in_several_dtypes(qkv):
+    query, key, value = qkv
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = run((query, key, value.bfloat16()), None, is_causal=False)
+        doubles, _ = run([x.double() for x in qkv], None, is_causal=False)
+    expected = ph.attention(*(x.bfloat16() for x in qkv))
+    assert torch.equal(output, expected)
+    assert doubles.dtype == torch.float64  # which autocast leaves alone
+
+
 @pytest.mark.parametrize("kind", ["none", "bool", "float"])
 def test_position_bias_is_added_to_the_scores(qkv, kind):
     position_bias = torch.randn(1, H, T, S)

@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from polyhead.arguments import autocasts
 from polyhead.cache import KVCache
 from polyhead.errors import ArgumentError
 from polyhead.integrations.transformers.held import as_tensor
@@ -147,6 +148,9 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         if self._cache is None:
             self.lazy_initialization(key_states, value_states)
         assert self._cache is not None
+        if autocasts(key_states):  # then a model may rotate its keys in another dtype
+            dtype = self._cache.dtype
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         key, value = self._cache.append_stored(key_states, value_states)
         return as_tensor(key), as_tensor(value)
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
+from polyhead.arguments import autocasts
 from polyhead.call import AuxRequest
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.functional import attention
 from polyhead.integrations.transformers.held import as_stored
 from polyhead.integrations.transformers.structured import StructuredMask
 from polyhead.mask import Mask
+from polyhead.stored import Stored
 
 __all__ = ["attention_forward"]
 
@@ -74,10 +76,12 @@ def attention_forward(
     if not options.keys() <= _HARMLESS:
         _check_options(options)
     mask, bias = _mask_and_bias(module, query, key, attention_mask, is_causal, position_bias)
+    heads: tuple[Tensor, Tensor | Stored, Tensor | Stored]
+    heads = query, as_stored(key), as_stored(value)
+    if autocasts(query):
+        heads = _autocast(*heads)
     output, aux = attention(
-        query,
-        as_stored(key),
-        as_stored(value),
+        *heads,
         mask=mask,
         bias=bias,
         scale=scaling,
@@ -87,6 +91,18 @@ def attention_forward(
         return_aux=_WEIGHTS if output_attentions or _are_wanted() else _NOTHING,
     )
     return output.transpose(1, 2).contiguous(), aux.weights
+
+
+def _autocast(
+    query: Tensor, key: Tensor | Stored, value: Tensor | Stored
+) -> tuple[Tensor, Tensor | Stored, Tensor | Stored]:
+    """In one dtype, as torch's own functions cast: what a model rotates stays float32."""
+    if isinstance(key, Stored) or isinstance(value, Stored):
+        return query.to(key.dtype), key, value  # codes, of no dtype but what is made of them
+    if query.dtype == torch.float64:  # which autocast leaves alone
+        return query, key, value
+    dtype = torch.get_autocast_dtype(query.device.type)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _are_wanted() -> bool:

@@ -31,6 +31,27 @@ def test_gradient_checkpointing(use_reentrant, build, inputs, calls):
     assert "window(before=3)" in repr(calls[-1]["mask"])
 
 
+@pytest.mark.parametrize("name", ["Llama", "DeepseekV3", "T5"])
+def test_mixed_precision(name, build, inputs, calls, assert_as_good_as_eager):
+    """Under autocast a model rotates queries and keys in float32, and leaves values in bfloat16."""
+    given, _ = inputs(name, "right")
+
+    def logits_and_gradients(attention, dtype=torch.float32):
+        model = build(name, attention, dtype).train(False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            logits = model(**given, use_cache=False).logits
+        logits.double().pow(2).mean().backward()
+        grads = [p.grad.flatten() for _, p in model.named_parameters() if p.grad is not None]
+        return logits[given["attention_mask"].bool()[:, : logits.shape[1]]], torch.cat(grads)
+
+    exact = logits_and_gradients("eager", torch.float64)
+    for ours, eager, true in zip(
+        logits_and_gradients("polyhead"), logits_and_gradients("eager"), exact, strict=True
+    ):
+        assert_as_good_as_eager(ours, eager, true)
+    assert calls
+
+
 def test_lora(build, inputs, calls):
     # Right, since the loss counts padding too, and on the left the two differ there.
     peft = pytest.importorskip("peft")
