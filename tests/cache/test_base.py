@@ -334,7 +334,9 @@ def test_inference_mode_leaves_a_cache_that_others_can_write(make, storage):
             cache.append(torch.zeros(2, 3, T, 5), torch.zeros(2, 3, T, 2))
             cache.reorder(torch.tensor([1, 0, 1]))
             cache.reorder(torch.tensor([0, 1]))
+            copied = cache.clone()
         cache.append(KEY[:, :, :1], VALUE[:, :, :1])
+        copied.append(KEY[:, :, :1], VALUE[:, :, :1])
 
 
 @every_cache

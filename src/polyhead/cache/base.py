@@ -151,7 +151,9 @@ class Cache(ABC):
 
     def clone(self: Self) -> Self:
         """A copy that shares no memory with this one."""
-        return copy.deepcopy(self)
+        # An inference tensor could never be written outside of inference mode again.
+        with torch.inference_mode(False):
+            return copy.deepcopy(self)
 
     def __len__(self) -> int:
         return self.length
