@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -12,7 +13,16 @@ from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 from polyhead.stored import Stored
 
-__all__ = ["autocasts", "build_call", "check_is_tensor", "check_softcap"]
+__all__ = [
+    "autocasts",
+    "build_call",
+    "check_is_tensor",
+    "check_number",
+    "check_positions",
+    "check_request",
+    "check_scale",
+    "check_softcap",
+]
 
 
 def autocasts(tensor: Tensor) -> bool:
@@ -55,20 +65,16 @@ def build_call(
         _check_per_head("alibi_slopes", alibi_slopes, query)
     if scale is None:
         scale = 1.0 / math.sqrt(D)
-    elif not -math.inf < scale < math.inf:  # torch.compile cannot ask isfinite of what is symbolic
-        raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
-    softcap = None if softcap is None else _nameable(softcap)
+    else:
+        check_scale(scale)
     check_softcap(softcap)
+    softcap = None if softcap is None else _nameable(softcap)
+    if not isinstance(dropout, bool):  # `self.training and p` is False in evaluation
+        check_number("dropout", dropout, "pass 0.0 for none")
     dropout = _nameable(dropout)
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
-    if not isinstance(aux, AuxRequest):
-        raise DtypeError(
-            "return_aux",
-            "must be a polyhead.AuxRequest or None",
-            repr(aux),
-            "say what to return: AuxRequest(weights=True)",
-        )
+    check_request(aux)
     return AttentionCall(
         query, key, value, mask, bias, scale, softcap, sinks, alibi_slopes, dropout, aux, stored
     )
@@ -192,14 +198,76 @@ def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
     _check_same_device(name, tensor, query)
 
 
+def check_number(argument: str, number: object, remedy: str) -> None:
+    """Raise unless this is a number of Python's or numpy's; True, text and tensors are none.
+
+    >>> check_number("scale", "0.1", "leave it out")
+    Traceback (most recent call last):
+    polyhead.errors.DtypeError: scale must be a number; got '0.1'; leave it out
+    """
+    if isinstance(number, float):
+        return
+    # torch.export may make a number symbolic.
+    if isinstance(number, bool) or not isinstance(
+        number, (int, Real, torch.SymFloat, torch.SymInt)
+    ):
+        raise DtypeError(argument, "must be a number", repr(number), remedy)
+
+
+def check_scale(scale: float | None) -> None:
+    if scale is None:
+        return
+    # A tensor that learns would get no gradient from a kernel.
+    check_number("scale", scale, "leave it out for 1 / sqrt(D); multiply the query by a tensor")
+    if not -math.inf < scale < math.inf:  # torch.compile cannot ask isfinite of what is symbolic
+        raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
+
+
 def check_softcap(softcap: float | None) -> None:
-    if softcap is not None and not 0.0 < softcap < math.inf:
+    if softcap is None:
+        return
+    check_number("softcap", softcap, "leave it out for no cap")
+    softcap = _nameable(softcap)
+    if not 0.0 < softcap < math.inf:
         raise ArgumentError("softcap", "must be positive", softcap, "leave it out for no cap")
 
 
 def check_is_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise DtypeError(name, "must be a tensor", type(tensor).__name__, "torch.as_tensor it")
+
+
+def check_request(return_aux: AuxRequest | None) -> AuxRequest:
+    """What is asked for beside the output; None asks for nothing."""
+    if return_aux is None:
+        return AuxRequest()
+    if not isinstance(return_aux, AuxRequest):
+        raise DtypeError(
+            "return_aux",
+            "must be a polyhead.AuxRequest or None",
+            repr(return_aux),
+            "say what to return: AuxRequest(weights=True)",
+        )
+    return return_aux
+
+
+def check_positions(positions: Tensor, B: int, T: int) -> None:
+    if not isinstance(positions, Tensor):
+        raise DtypeError(
+            "positions",
+            "must be a tensor of integers",
+            type(positions).__name__,
+            "torch.as_tensor it",
+        )
+    integers = not (positions.is_floating_point() or positions.dtype == torch.bool)
+    # Not `in` these: torch.compile would hash the sizes, and compile each anew.
+    if not integers or (positions.shape != (T,) and positions.shape != (B, T)):
+        raise ShapeError(
+            "positions",
+            f"must be integers of shape (T,) = ({T},) or (B, T) = ({B}, {T})",
+            f"{positions.dtype} {tuple(positions.shape)}",
+            "one position a query token",
+        )
 
 
 def _check_same_device(name: str, tensor: Tensor, query: Tensor) -> None:

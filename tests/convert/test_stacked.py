@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import polyhead as ph
 from polyhead.convert import split_to_stacked, stacked_to_split
@@ -262,6 +263,26 @@ class Adapted(nn.Module):
     def __init__(self, base_layer):
         super().__init__()
         self.base_layer = base_layer
+
+
+def test_a_bias_that_others_lack_is_refused():
+    split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3)
+    split.W_value = nn.Linear(5, 12, bias=True)
+    message = "must all have a bias or none to be converted; got none in W_query, W_key; give"
+    with pytest.raises(ConversionError, match=message):
+        split_to_stacked(split)
+    stacked = wrapper()
+    for head in stacked.heads:
+        head.W_value = nn.Linear(5, 4, bias=True)
+    with pytest.raises(ConversionError, match=r"heads\[0\]\.W_query, W_key .* none in heads\[0\]"):
+        stacked_to_split(stacked)
+
+
+def test_a_weight_that_hooks_make_is_refused():
+    split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3)
+    prune.l1_unstructured(split.out_proj, "weight", 0.5)
+    with pytest.raises(ConversionError, match=r"out_proj must be .*; got Linear with hooks that"):
+        split_to_stacked(split)
 
 
 def test_adapters_are_refused_by_name():

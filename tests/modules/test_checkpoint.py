@@ -139,6 +139,15 @@ def test_fused_checkpoint_of_another_size_is_an_error_with_numbers():
         grouped.load_state_dict(state)
 
 
+def test_separate_projections_of_another_split_do_not_load_as_one():
+    # 32 + 32 + 32 rows are as many as 64 + 16 + 16.
+    state = ph.MultiHeadAttention(5, 32, 11, 0.0, 2, out_proj=False).state_dict()
+    grouped = ph.MultiHeadAttention(5, 64, 11, 0.0, 4, num_kv_heads=1, out_proj=False).fuse()
+    message = r"W_value must have \[64, 16, 16\] rows of weight; got \[32, 32, 32\]; load them"
+    with pytest.raises(RuntimeError, match=message):
+        grouped.load_state_dict(state)
+
+
 def test_assigned_parts_of_a_fused_checkpoint_share_no_memory():
     state = ph.MultiHeadAttention(5, 6, 11, 0.0, 3).fuse().state_dict()
     module = ph.MultiHeadAttention(5, 6, 11, 0.0, 3, device="meta")

@@ -144,6 +144,7 @@ def test_a_cache_fits_a_module_whose_projections_are_wrapped(latent):
         (torch.ones(2, 3, 19, device="meta"), {}, DeviceError, "module's device, cpu; got meta"),
         (torch.ones(2, 3, 19), {"absorb": "yes"}, DtypeError, "absorb must be True.*got 'yes'"),
         (torch.ones(2, 3, 19), {"absorb": 1}, DtypeError, "absorb must be True.*got 1"),
+        (torch.ones(2, 3, 19), {"return_aux": True}, DtypeError, "return_aux must be .*got True"),
         (torch.ones(2, 3, 19), {"mask": torch.ones(3, 3)}, DtypeError, "mask must be .*got Tensor"),
         (torch.ones(2, 3, 19), {"positions": torch.arange(4)}, ShapeError, r"\(3,\) .*\(4,\)"),
         (torch.ones(2, 16, 19), {}, ShapeError, "context_length = 17 behind the 2 cached .*got 16"),

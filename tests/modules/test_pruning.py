@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 
@@ -117,6 +118,8 @@ def test_every_head_that_stays_reads_the_key_head_it_read(data, G, group):
     ("options", "heads", "message"),
     [
         ({}, {0, 6}, "heads must be from 0 to 5; got 6; count query heads"),
+        ({}, [0, "1"], "heads must be from 0 to 5; got '1'; count query heads"),
+        ({}, [0.5], "heads must be from 0 to 5; got 0.5; count query heads"),
         ({}, set(range(6)), "heads must leave one; got all 6; keep a head"),
         ({"alibi": True}, {0}, "cannot keep the slopes of the heads that stay; got alibi=True"),
     ],
@@ -124,6 +127,13 @@ def test_every_head_that_stays_reads_the_key_head_it_read(data, G, group):
 def test_what_cannot_be_pruned(options, heads, message):
     with pytest.raises(ArgumentError, match=re.escape(message)):
         module(6, 6, **options).prune_heads(heads)
+
+
+def test_heads_are_looked_at_once():
+    mha, x = module(6, 6), torch.randn(2, 5, 12)
+    pruned = copy.deepcopy(mha).prune_heads(head for head in (4, 1))
+    assert pruned.num_heads == 4
+    assert torch.equal(pruned(x), mha.prune_heads(torch.tensor([1, 4, 4]))(x))
 
 
 def test_without_a_projection_or_with_an_adapter():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
+from polyhead.modules.arguments import is_plain, kind_of
 
 __all__ = [
     "check_plain",
@@ -28,9 +29,10 @@ _PLAIN = {"Conv1D", "FalconLinear"}
 
 def check_plain(name: str, projection: nn.Module) -> None:
     """Adapters and quantised layers hold more than a weight and a bias: they are refused."""
-    if type(projection) is not nn.Linear and type(projection).__name__ not in _PLAIN:
+    is_theirs = type(projection).__name__ in _PLAIN and "weight" in projection._parameters
+    if not is_plain(projection) and not is_theirs:
         raise ConversionError(
-            f"{name} must be a plain nn.Linear to be converted; got {type(projection).__name__}; "
+            f"{name} must be a plain nn.Linear to be converted; got {kind_of(projection)}; "
             "merge adapters first"
         )
 

@@ -251,7 +251,19 @@ def _projections(mha: MultiHeadAttention) -> dict[str, nn.Linear]:
         check_plain(name, getattr(mha, name))
     if mha.fused:
         mha = copy.deepcopy(mha).unfuse()
-    return {name: getattr(mha, name) for name in ("W_query", "W_key", "W_value")}
+    projections = {name: getattr(mha, name) for name in ("W_query", "W_key", "W_value")}
+    _check_biases(projections, "")
+    return projections
+
+
+def _check_biases(projections: Mapping[str, nn.Linear], prefix: str) -> None:
+    """One qkv_bias says it of all three."""
+    without = [prefix + name for name, linear in projections.items() if linear.bias is None]
+    if without and len(without) < len(projections):
+        raise ConversionError(
+            f"{prefix}W_query, W_key and W_value must all have a bias or none to be converted; "
+            f"got none in {', '.join(without)}; give those without one zeros"
+        )
 
 
 def _heads(wrapper: MultiHeadAttentionWrapper) -> list[CausalAttention]:
@@ -262,8 +274,10 @@ def _heads(wrapper: MultiHeadAttentionWrapper) -> list[CausalAttention]:
                 f"heads[{index}] must be a CausalAttention; got {type(head).__name__}; "
                 "merge adapters first"
             )
-        for name in ("W_query", "W_key", "W_value"):
-            check_plain(f"heads[{index}].{name}", getattr(head, name))
+        projections = {name: getattr(head, name) for name in ("W_query", "W_key", "W_value")}
+        for name, projection in projections.items():
+            check_plain(f"heads[{index}].{name}", projection)
+        _check_biases(projections, f"heads[{index}].")
         heads.append(head)
     return heads
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from polyhead.arguments import autocasts, check_is_tensor
+from polyhead.arguments import autocasts, check_is_tensor, check_number
 from polyhead.cache import Cache
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
 from polyhead.mask import Mask, Window
@@ -16,10 +15,11 @@ __all__ = [
     "check_dropout",
     "check_input",
     "check_mask",
-    "check_positions",
     "check_rope",
     "check_sizes",
     "head_sizes",
+    "is_plain",
+    "kind_of",
     "kv_heads",
 ]
 
@@ -31,6 +31,8 @@ def check_sizes(**sizes: int) -> None:
 
 
 def check_dropout(dropout: float) -> None:
+    if not isinstance(dropout, bool):
+        check_number("dropout", dropout, "pass 0.0 for none")
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError(
             "dropout", "must be a probability in [0, 1)", dropout, "pass 0.0 for none"
@@ -157,6 +159,21 @@ def _within(rule: Mask | None, window: int) -> bool:
     )
 
 
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether this is an nn.Linear and all that it computes follows from its weight and bias.
+
+    Hooks of torch.nn.utils (weight_norm, prune) make the weight anew at each call, of parameters
+    that have other names.
+    """
+    return type(module) is nn.Linear and "weight" in module._parameters
+
+
+def kind_of(module: nn.Module) -> str:
+    """What a layer is that `is_plain` is false of."""
+    name = type(module).__name__
+    return f"{name} with hooks that make its weight" if type(module) is nn.Linear else name
+
+
 def check_mask(mask: Mask | None) -> None:
     if mask is not None and not isinstance(mask, Mask):
         raise DtypeError(
@@ -207,22 +224,4 @@ def check_input(
             f"must have the module's dtype, {weight.dtype}",
             x.dtype,
             "cast one: nothing is cast silently",
-        )
-
-
-def check_positions(positions: Tensor, B: int, T: int) -> None:
-    if not isinstance(positions, Tensor):
-        raise DtypeError(
-            "positions",
-            "must be a tensor of integers",
-            type(positions).__name__,
-            "torch.as_tensor it",
-        )
-    integers = not (positions.is_floating_point() or positions.dtype == torch.bool)
-    if not integers or tuple(positions.shape) not in {(T,), (B, T)}:
-        raise ShapeError(
-            "positions",
-            f"must be integers of shape (T,) = ({T},) or (B, T) = ({B}, {T})",
-            f"{positions.dtype} {tuple(positions.shape)}",
-            "one position a query token",
         )

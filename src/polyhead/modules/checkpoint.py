@@ -55,11 +55,20 @@ def accept_either_projection(
         fused_key = f"{prefix}W_qkv.{kind}"
         separate_keys = [f"{prefix}{name}.{kind}" for name in _SEPARATE]
         if fused and all(key in state_dict for key in separate_keys):
-            state_dict[fused_key] = torch.cat([state_dict.pop(key) for key in separate_keys])
+            parts = [state_dict.pop(key) for key in separate_keys]
+            rows = [part.shape[:1].numel() for part in parts]
+            if rows != module.qkv_sizes:  # which may add up to as many
+                error_messages: list[str] = args[-1]
+                error_messages.append(
+                    f"{prefix}W_query, W_key and W_value must have {module.qkv_sizes} rows of "
+                    f"{kind}; got {rows}; load them into a module of the same num_heads, "
+                    "num_kv_heads and head_dim"
+                )
+            state_dict[fused_key] = torch.cat(parts)
         elif not fused and fused_key in state_dict:
             sizes = [getattr(module, name).out_features for name in _SEPARATE]
             if state_dict[fused_key].shape[:1] != (sum(sizes),):
-                error_messages: list[str] = args[-1]
+                error_messages = args[-1]
                 error_messages.append(
                     f"{fused_key} must have {sum(sizes)} rows, {' + '.join(map(str, sizes))} of "
                     f"queries, keys and values; got {tuple(state_dict[fused_key].shape)}; load it "

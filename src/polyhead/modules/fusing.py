@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ArgumentError
+from polyhead.modules.arguments import is_plain, kind_of
 
 if TYPE_CHECKING:
     from polyhead.modules.multihead import MultiHeadAttention
@@ -25,16 +26,24 @@ def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
     docs/performance.md); keep separate projections for LoRA and tensor parallelism.
 
     Raises:
-        ArgumentError: a projection is no plain nn.Linear (adapters, quantisation), or some of their
-            parameters are frozen and others are not.
+        ArgumentError: a projection is no plain nn.Linear (adapters, quantisation), some have a bias
+            and others have none, or some of their parameters are frozen and others are not.
     """
     if mha.fused:
         return mha
     parts = [mha.W_query, mha.W_key, mha.W_value]
-    if any(type(part) is not nn.Linear for part in parts):
-        kinds = ", ".join(type(part).__name__ for part in parts)
+    if not all(is_plain(part) for part in parts):
+        kinds = ", ".join("Linear" if is_plain(part) else kind_of(part) for part in parts)
         raise ArgumentError(
             "fuse()", "needs plain nn.Linear projections", kinds, "merge adapters first"
+        )
+    if len({part.bias is None for part in parts}) > 1:
+        biases = ", ".join(str(part.bias is not None) for part in parts)
+        raise ArgumentError(
+            "fuse()",
+            "needs a bias in all of W_query, W_key and W_value, or in none",
+            biases,
+            "give those without one zeros",
         )
     if len({p.requires_grad for part in parts for p in part.parameters()}) > 1:
         raise ArgumentError(
@@ -43,12 +52,13 @@ def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
             "a mixture",
             "set requires_grad alike",
         )
-    del mha.W_query, mha.W_key, mha.W_value
-    mha.W_qkv = _linear_of(
+    fused = _linear_of(
         torch.cat([part.weight for part in parts]),
         None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
         requires_grad=parts[0].weight.requires_grad,
-    )
+    ).train(parts[0].training)
+    del mha.W_query, mha.W_key, mha.W_value  # an error above leaves the module whole
+    mha.W_qkv = fused
     _projections_first(mha)
     return mha
 
@@ -59,11 +69,12 @@ def unfuse(mha: MultiHeadAttention) -> MultiHeadAttention:
         return mha
     fused = mha.W_qkv
     biases = [None] * 3 if fused.bias is None else fused.bias.split(mha.qkv_sizes)
-    del mha.W_qkv
-    mha.W_query, mha.W_key, mha.W_value = (
-        _linear_of(weight, bias, requires_grad=fused.weight.requires_grad)
+    parts = [
+        _linear_of(weight, bias, requires_grad=fused.weight.requires_grad).train(fused.training)
         for weight, bias in zip(fused.weight.split(mha.qkv_sizes), biases, strict=True)
-    )
+    ]
+    del mha.W_qkv
+    mha.W_query, mha.W_key, mha.W_value = parts
     _projections_first(mha)
     return mha
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
+from polyhead.arguments import check_request, check_scale
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
@@ -25,6 +26,8 @@ from polyhead.modules.arguments import (
     check_mask,
     check_rope,
     check_sizes,
+    is_plain,
+    kind_of,
 )
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
@@ -123,6 +126,7 @@ class MultiHeadLatentAttention(nn.Module):
             check_sizes(query_rank=query_rank)
         check_rope(rope, rope_head_dim, "rope_head_dim")
         check_mask(mask)
+        check_scale(scale)
         self.d_in = d_in
         self.d_out = d_out
         self.context_length = context_length
@@ -216,6 +220,7 @@ class MultiHeadLatentAttention(nn.Module):
         """
         rule = both(self.mask, mask)
         self._check_absorb(absorb)
+        request = check_request(return_aux)
         first = 0
         if cache is not None:
             check_cache(cache, rule, x, None, self.num_heads, self.context_length)
@@ -238,7 +243,7 @@ class MultiHeadLatentAttention(nn.Module):
             scale=self.scale,
             dropout=self.dropout.p if self.training else 0.0,
             backend=self.backend,
-            return_aux=return_aux or AuxRequest(),
+            return_aux=request,
         )
         if absorb:
             contexts_bhte = self._values_of(contexts_bhte)
@@ -332,7 +337,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def _plain(self) -> bool:
-        return type(self.W_key) is nn.Linear and type(self.W_value) is nn.Linear
+        return is_plain(self.W_key) and is_plain(self.W_value)
 
     def _check_absorb(self, absorb: bool | None) -> None:
         if absorb is not None and not isinstance(absorb, bool):
@@ -340,7 +345,7 @@ class MultiHeadLatentAttention(nn.Module):
                 "absorb", "must be True, False or None", repr(absorb), "leave it out to have chosen"
             )
         if absorb and not self._plain:
-            kinds = f"{type(self.W_key).__name__}, {type(self.W_value).__name__}"
+            kinds = f"{kind_of(self.W_key)}, {kind_of(self.W_value)}"
             raise ArgumentError(
                 "absorb",
                 "needs plain nn.Linear W_key and W_value",

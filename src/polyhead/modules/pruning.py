@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ArgumentError
+from polyhead.modules.arguments import is_plain, kind_of
 
 if TYPE_CHECKING:
     from polyhead.modules.multihead import MultiHeadAttention
@@ -58,10 +59,11 @@ def kept_heads(
     >>> kept_heads(6, 2, {0}, repeat_keys=True).keys   # 2 query heads, then 3
     [0, 0, 1, 1, 1]
     """
-    unknown = sorted(head for head in heads if not 0 <= head < num_heads)
+    heads = list(heads)  # a generator would be gone after one look
+    unknown = [head for head in heads if head not in range(num_heads)]
     if unknown:
         raise ArgumentError(
-            "heads", f"must be from 0 to {num_heads - 1}", unknown[0], "count query heads"
+            "heads", f"must be from 0 to {num_heads - 1}", repr(unknown[0]), "count query heads"
         )
     queries = [head for head in range(num_heads) if head not in heads]
     if not queries:
@@ -174,10 +176,10 @@ def check_can_be_pruned(mha: MultiHeadAttention) -> None:
     names = ("W_qkv",) if mha.fused else ("W_query", "W_key", "W_value")
     for name in (*names, "out_proj", "W_gate"):
         part = getattr(mha, name)
-        if part is not None and type(part) is not nn.Linear:
+        if part is not None and not is_plain(part):
             raise ArgumentError(
                 "prune_heads()",
                 "needs plain nn.Linear projections",
-                f"{name}: {type(part).__name__}",
+                f"{name}: {kind_of(part)}",
                 "merge adapters first",
             )
