@@ -26,6 +26,7 @@ BIAS = (
     "give each dimension its full size or 1"
 )
 SINKS = "sinks must be (H,) = (6,), one number a head; got {}; give one for each query head"
+SCALE = "leave it out for 1 / sqrt(D); multiply the query by a tensor"
 
 CASES = [
     ({"query": [[1.0]]}, DtypeError, "query must be a tensor; got list; torch.as_tensor it"),
@@ -132,6 +133,33 @@ CASES = [
             f"softcap must be positive; got {softcap}; leave it out for no cap",
         )
         for softcap in (0.0, -30.0, math.nan, math.inf)
+    ),
+    *(
+        ({"scale": scale}, DtypeError, f"scale must be a number; got {got}; {SCALE}")
+        for scale, got in (
+            ("0.1", "'0.1'"),
+            (True, "True"),
+            ([0.1], "[0.1]"),
+            (1j, "1j"),
+            # Kernels would give it no gradient.
+            (torch.tensor(0.5, requires_grad=True), "tensor(0.5000, requires_grad=True)"),
+        )
+    ),
+    *(
+        (
+            {"softcap": softcap},
+            DtypeError,
+            f"softcap must be a number; got {softcap!r}; leave it out for no cap",
+        )
+        for softcap in (True, "30", [30.0])
+    ),
+    *(
+        (
+            {"dropout": dropout},
+            DtypeError,
+            f"dropout must be a number; got {dropout!r}; pass 0.0 for none",
+        )
+        for dropout in (None, "0.1", [0.1])
     ),
     *(
         (

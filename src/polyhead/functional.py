@@ -126,6 +126,7 @@ def attention(
         (bias is None and softcap is None and sinks is None and alibi_slopes is None)
         and dropout == 0.0
         and (return_aux is None or return_aux == _OUTPUT_ONLY)
+        and (scale is None or isinstance(scale, float))
         and is_automatic(backend)
         and not torch.compiler.is_compiling()  # which traces no ContextVar
         and _observer.get() is None

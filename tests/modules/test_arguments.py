@@ -21,6 +21,11 @@ from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
         ({"mask": torch.ones(11, 11, dtype=torch.bool)}, DtypeError, "mask .*Tensor.*mask.dense"),
         ({"rope": 10_000.0}, DtypeError, r"rope must be a polyhead.Rope or None; got 10000\.0"),
         ({"rope": ph.Rope()}, ShapeError, "head_dim must be even with rope; got 7"),
+        ({"dropout": None}, DtypeError, "dropout must be a number; got None"),
+        ({"dropout": "0.1"}, DtypeError, "dropout must be a number; got '0.1'"),
+        ({"scale": "0.1"}, DtypeError, "scale must be a number; got '0.1'"),
+        ({"scale": True}, DtypeError, "scale must be a number; got True"),
+        ({"scale": float("nan")}, ArgumentError, "scale must be finite; got nan"),
     ],
 )
 def test_constructor_refuses(kind, change, error, message):
@@ -84,6 +89,13 @@ def test_positions_are_the_default_written_out(kind):
     # Only distances count, so a shift of all positions changes nothing; a stretch does.
     torch.testing.assert_close(module(x), module(x, positions=torch.arange(3) + 100))
     assert not torch.allclose(module(x), module(x, positions=torch.arange(3) * 5))
+
+
+@pytest.mark.parametrize("return_aux", [False, 0, "", True])
+def test_a_request_for_aux_is_no_flag(kind, return_aux):
+    message = f"return_aux must be a polyhead.AuxRequest or None; got {return_aux!r}; say what"
+    with pytest.raises(DtypeError, match=message):
+        kind.build()(torch.ones(2, 3, 5), return_aux=return_aux)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (0, 0, 5)])

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import polyhead as ph
-from polyhead.errors import ArgumentError, ShapeError
+from polyhead.errors import ArgumentError, DtypeError, ShapeError
 
 
 def test_the_lecture_s_numbers(lecture, lecture_input):
@@ -192,6 +193,39 @@ def test_fuse_refuses_adapters():
     with pytest.raises(ArgumentError, match=r"plain nn.Linear.*Linear, Linear, Adapted.*merge"):
         mha.fuse()
     assert not mha.fused
+
+
+def test_fuse_refuses_what_it_would_lose():
+    mha = ph.MultiHeadAttention(5, 6, 11, 0.0, 3)
+    mha.W_value = nn.Linear(5, 6, bias=True)
+    with pytest.raises(ArgumentError, match=r"a bias in all of .*; got False, False, True; give"):
+        mha.fuse()
+    mha = ph.MultiHeadAttention(5, 6, 11, 0.0, 3)
+    prune.l1_unstructured(mha.W_key, "weight", 0.5)
+    with pytest.raises(ArgumentError, match=r"got Linear, Linear with hooks .*, Linear; merge"):
+        mha.fuse()
+    mha = ph.MultiHeadAttention(5, 6, 11, 0.0, 3)
+    mha.W_key = nn.Linear(4, 6, bias=False)
+    with pytest.raises(RuntimeError, match="Sizes of tensors"):
+        mha.fuse()
+    assert mha.W_query.in_features == 5  # as it was
+    assert not mha.fused
+
+
+def test_fuse_keeps_the_training_mode():
+    mha = ph.MultiHeadAttention(5, 6, 11, 0.0, 3).eval()
+    assert not any(module.training for module in mha.fuse().modules())
+    assert not any(module.training for module in mha.unfuse().modules())
+    assert all(module.training for module in mha.train().fuse().modules())
+
+
+def test_a_call_that_raises_leaves_the_cache():
+    mha = ph.MultiHeadAttention(5, 6, 11, 0.0, 3)
+    with torch.no_grad():
+        cache = mha.make_cache(2)
+        with pytest.raises(DtypeError, match="return_aux must be"):
+            mha(torch.ones(2, 3, 5), cache=cache, return_aux=True)
+    assert len(cache) == 0
 
 
 def test_fuse_keeps_frozen_frozen_and_refuses_a_mixture():

@@ -82,6 +82,8 @@ def test_dynamic_numbers_must_be_positive_and_finite(broken):
     [
         ({"factor": math.inf}, "factor must be positive and finite; got inf"),
         ({"attention_factor": 0.0}, "attention_factor must be positive and finite; got 0.0"),
+        ({"factor": None}, "factor must be a number; got None"),
+        ({"short_factor": 1.0}, "short_factor must be a sequence of numbers; got 1.0"),
         ({"original_context": 1}, "original_context must be at least 2; got 1"),
         ({"long_factor": (1.0, -2.0)}, "long_factor[1] must be positive and finite; got -2.0"),
     ],

@@ -122,9 +122,31 @@ def test_partial_rotation_leaves_the_rest(interleaved):
     assert not torch.equal(partial[..., :6], x[..., :6])
 
 
-@pytest.mark.parametrize("rotary_dim", [0, -2, 5])
+@pytest.mark.parametrize("theta", [None, "10000", True])
+def test_theta_must_be_a_number(theta):
+    with pytest.raises(DtypeError, match=f"^theta must be a number; got {theta!r}; 10000.0 is"):
+        ph.Rope(theta=theta)
+
+
+@pytest.mark.parametrize(
+    ("x", "positions", "message"),
+    [
+        (torch.ones(2, 3, 5, 4), torch.arange(4), r"positions must be .* or \(B, T\) = \(2, 5\)"),
+        (torch.ones(2, 3, 5, 4), torch.arange(1), r"positions must be .*; got torch.int64 \(1,\)"),
+        (torch.ones(2, 3, 5, 4), torch.zeros(3, 5).long(), r"positions must be .*\(3, 5\); one"),
+        (torch.ones(2, 3, 5, 4), torch.arange(5.0), "positions must be integers .*torch.float32"),
+        (torch.ones(2, 3, 5, 4), [0, 1, 2, 3, 4], "positions must be a tensor of integers; got li"),
+        (torch.ones(3, 5, 4), torch.arange(5), r"x must be \(B, heads, T, D\); got \(3, 5, 4\)"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused(x, positions, message):
+    with pytest.raises(ArgumentError, match=f"^{message}"):
+        ph.Rope()(x, positions)
+
+
+@pytest.mark.parametrize("rotary_dim", [0, -2, 5, 4.0, "4"])
 def test_rotary_dim_must_be_even_and_positive(rotary_dim):
-    message = f"rotary_dim must be even and at least 2; got {rotary_dim}; pairs turn"
+    message = f"rotary_dim must be even and at least 2; got {rotary_dim!r}; pairs turn"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         ph.Rope(rotary_dim=rotary_dim)
 

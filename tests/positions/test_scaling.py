@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import polyhead as ph
-from polyhead.errors import ArgumentError, ShapeError
+from polyhead.errors import ArgumentError, DtypeError, ShapeError
 from polyhead.positions import LinearScaling, Llama3Scaling, NTKScaling, rotate
 
 D = 24
@@ -202,6 +202,16 @@ def test_llama3_factors_must_be_in_order(high):
     message = f"high_freq_factor must be finite and above low_freq_factor = 1.5; got {high}; 4.0"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}"):
         Llama3Scaling(8.0, 1.5, high, 8192)
+
+
+@pytest.mark.parametrize("factor", [None, "2.0", True])
+@pytest.mark.parametrize("scaling", [LinearScaling, NTKScaling])
+def test_factor_must_be_a_number(scaling, factor):
+    message = f"^factor must be a number; got {factor!r}; change the scaling$"
+    with pytest.raises(DtypeError, match=message):
+        scaling(factor)
+    with pytest.raises(DtypeError, match=f"^high_freq_factor must be a number; got {factor!r}; "):
+        Llama3Scaling(8.0, 1.5, factor, 8192)
 
 
 def test_ntk_needs_two_pairs():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.errors import ArgumentError
+from polyhead.errors import ArgumentError, DtypeError
 from polyhead.positions import YarnScaling
 
 
@@ -73,6 +73,12 @@ def test_numbers_must_be_positive_and_finite(name):
     message = f"{name} must be positive and finite; got -3.0; change the scaling"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         YarnScaling(**options)
+
+
+@pytest.mark.parametrize("name", ["factor", "original_context", "beta_fast", "beta_slow"])
+def test_numbers_must_be_numbers(name):
+    with pytest.raises(DtypeError, match=f"^{name} must be a number; got None; "):
+        YarnScaling(**{"factor": 4.0, "original_context": 64, name: None})
 
 
 @pytest.mark.parametrize("beta_fast", [1.5, 1.0, math.inf, math.nan])

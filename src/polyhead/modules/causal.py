@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
+from polyhead.arguments import check_positions, check_request, check_scale
 from polyhead.backends import BackendChoice
 from polyhead.call import Aux, AuxRequest
 from polyhead.functional import attention
@@ -16,7 +17,6 @@ from polyhead.modules.arguments import (
     check_dropout,
     check_input,
     check_mask,
-    check_positions,
     check_rope,
     check_sizes,
 )
@@ -75,6 +75,7 @@ class CausalAttention(nn.Module):
         check_dropout(dropout)
         check_rope(rope, d_out)
         check_mask(mask)
+        check_scale(scale)
         self.d_in = d_in
         self.d_out = d_out
         self.context_length = context_length
@@ -147,7 +148,7 @@ class CausalAttention(nn.Module):
             scale=self.scale,
             dropout=self.dropout.p if self.training else 0.0,
             backend=self.backend,
-            return_aux=return_aux or AuxRequest(),
+            return_aux=check_request(return_aux),
         )
         y = output.squeeze(1)
         return y if return_aux is None else (y, aux)

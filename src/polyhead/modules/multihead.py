@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.arguments import check_softcap
+from polyhead.arguments import check_request, check_scale, check_softcap
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
@@ -131,6 +131,7 @@ class MultiHeadAttention(nn.Module):
         check_rope(rope, head_dim)
         check_softcap(softcap)
         check_mask(mask)
+        check_scale(scale)
         self.d_in = d_in
         self.d_out = d_out
         self.context_length = context_length
@@ -222,9 +223,8 @@ class MultiHeadAttention(nn.Module):
         ...     torch.allclose(torch.cat([prompt, token], dim=1), mha(x), atol=1e-6)
         True
         """
-        contexts_bhte, aux = self._attend(
-            x, memory, mask, cache, positions, return_aux or AuxRequest()
-        )
+        request = check_request(return_aux)
+        contexts_bhte, aux = self._attend(x, memory, mask, cache, positions, request)
         y = contexts_bhte.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
             with projecting(y):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
+from polyhead.arguments import check_request
 from polyhead.backends import BackendChoice
 from polyhead.call import Aux, AuxRequest, HeadStats
 from polyhead.errors import ShapeError
@@ -145,7 +146,7 @@ class MultiHeadAttentionWrapper(nn.Module):
             (B, T, num_heads * d_out), or (B, T, out_features) with an output projection; with
             `return_aux` also an Aux of all heads.
         """
-        request = return_aux or AuxRequest()
+        request = check_request(return_aux)
         runs = [
             head(x, memory, mask, positions=positions, return_aux=request) for head in self.heads
         ]

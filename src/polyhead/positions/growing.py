@@ -10,13 +10,14 @@ angles that compare only if both reach equally far.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.errors import ShapeError
+from polyhead.errors import DtypeError, ShapeError
 from polyhead.positions.scaling import (
     RopeScaling,
     check_positive,
@@ -106,17 +107,20 @@ class LongRopeScaling(RopeScaling):
     attention_factor: float | None = None
 
     def __post_init__(self) -> None:
-        check_positive(
-            factor=self.factor,
-            original_context=self.original_context,
-            attention_factor=self.attention_factor,
-        )
+        check_positive(factor=self.factor, original_context=self.original_context)
+        if self.attention_factor is not None:
+            check_positive(attention_factor=self.attention_factor)
         if self.original_context < 2:
             raise ShapeError(
                 "original_context", "must be at least 2", self.original_context, "log 1 is 0"
             )
         for name in ("short_factor", "long_factor"):
-            divisors = tuple(getattr(self, name))  # a list, as in a config, would not hash
+            divisors = getattr(self, name)
+            if not isinstance(divisors, Sequence):
+                raise DtypeError(
+                    name, "must be a sequence of numbers", repr(divisors), "give one a pair"
+                )
+            divisors = tuple(divisors)  # a list, as in a config, would not hash
             object.__setattr__(self, name, divisors)
             for i, divisor in enumerate(divisors):
                 check_positive(**{f"{name}[{i}]": divisor})

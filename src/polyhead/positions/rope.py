@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyhead.arguments import check_is_tensor, check_number, check_positions
 from polyhead.errors import ArgumentError, DtypeError, ShapeError
 from polyhead.positions.scaling import RopeScaling, inverse_frequencies
 
@@ -46,14 +47,14 @@ class Rope:
     scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        check_number("theta", self.theta, "10000.0 is usual")
         if not 0.0 < self.theta < math.inf:
             raise ArgumentError(
                 "theta", "must be positive and finite", self.theta, "10000.0 is usual"
             )
-        if self.rotary_dim is not None and (self.rotary_dim < 2 or self.rotary_dim % 2):
-            raise ArgumentError(
-                "rotary_dim", "must be even and at least 2", self.rotary_dim, "pairs turn"
-            )
+        R = self.rotary_dim
+        if R is not None and (not isinstance(R, int) or R < 2 or R % 2):
+            raise ArgumentError("rotary_dim", "must be even and at least 2", repr(R), "pairs turn")
         if self.scaling is not None and not isinstance(self.scaling, RopeScaling):
             raise DtypeError(
                 "scaling",
@@ -74,9 +75,16 @@ class Rope:
             float64).
 
         Raises:
+            ShapeError, DtypeError: x has not 4 dimensions, or positions are no such integers.
             ShapeError: the features that turn are odd in number, or more than D, or not as many
                 as the scaling needs.
         """
+        check_is_tensor("x", x)
+        if x.ndim != 4:
+            raise ShapeError(
+                "x", "must be (B, heads, T, D)", tuple(x.shape), "unsqueeze what is missing"
+            )
+        check_positions(positions, x.shape[0], x.shape[2])
         R = self._turning(x.shape[-1])
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         exponents = torch.arange(0, R, 2, device=x.device, dtype=compute) / R

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyhead.arguments import check_number
 from polyhead.errors import ArgumentError, ShapeError
 
 __all__ = [
@@ -143,6 +144,7 @@ class Llama3Scaling(RopeScaling):
             low_freq_factor=self.low_freq_factor,
             original_context=self.original_context,
         )
+        check_number("high_freq_factor", self.high_freq_factor, "4.0 is Llama's")
         if not self.low_freq_factor < self.high_freq_factor < math.inf:
             raise ArgumentError(
                 "high_freq_factor",
@@ -167,10 +169,11 @@ class Llama3Scaling(RopeScaling):
         return scaled, 1.0
 
 
-def check_positive(**numbers: float | None) -> None:
-    """Every number that is given is positive and finite."""
+def check_positive(**numbers: float) -> None:
+    """Every number is positive and finite."""
     for name, number in numbers.items():
-        if number is not None and not 0.0 < number < math.inf:
+        check_number(name, number, "change the scaling")
+        if not 0.0 < number < math.inf:
             raise ArgumentError(name, "must be positive and finite", number, "change the scaling")
 
 

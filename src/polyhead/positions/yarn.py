@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyhead.arguments import check_number
 from polyhead.errors import ArgumentError
 from polyhead.positions.scaling import RopeScaling, check_positive
 
@@ -60,10 +61,11 @@ class YarnScaling(RopeScaling):
             factor=self.factor,
             original_context=self.original_context,
             beta_slow=self.beta_slow,
-            attention_factor=self.attention_factor,
-            mscale=self.mscale,
-            mscale_all_dim=self.mscale_all_dim,
         )
+        check_number("beta_fast", self.beta_fast, "32.0 is usual")
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
         if not self.beta_slow < self.beta_fast < math.inf:
             raise ArgumentError(
                 "beta_fast",
