@@ -17,6 +17,7 @@ got and the remedy; those that come from arguments carry the four as attributes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 __all__ = [
     "ArgumentError",
@@ -119,4 +120,6 @@ def check_count(
     polyhead.errors.ArgumentError: num_heads must be an integer of at least 1; got 0; count from 1
     """
     if not isinstance(count, int) or isinstance(count, bool) or count < least:
+        if isinstance(count, Integral) and not isinstance(count, int):  # numpy's
+            remedy = "convert it with int()"
         raise error(argument, f"must be an integer of at least {least}", repr(count), remedy)

@@ -256,6 +256,28 @@ def test_and_or_flatten_and_keep_each_part_once():
     assert (~a).conjuncts == (~a,)
 
 
+def test_masks_combine_where_no_value_can_be_read():
+    a, b = torch.tensor([1, 2]), torch.tensor([2, 2])
+    meta = lengths(a.to("meta")) & lengths(b.to("meta"))
+    assert len(meta.conjuncts) == 2
+    assert (meta & meta.conjuncts[1]) == meta
+
+    def allowed(a, b):
+        return (lengths(a) & causal() & lengths(b)).materialize(2, 3)
+
+    want = allowed(a, b)
+    assert torch.equal(torch.compile(allowed, fullgraph=True, backend="eager")(a, b), want)
+    batched = torch.func.vmap(allowed)(a[:, None], b[:, None])
+    assert torch.equal(batched, want[:, None])
+
+
+@pytest.mark.parametrize("far", [2**62, 2**63 - 1, 2**63, 2**70])
+def test_no_size_is_so_large_that_it_overflows(far):
+    ones = torch.ones(5, 3, dtype=torch.bool)
+    for mask in (window(before=far), window(after=far), window(far, far), prefix(far)):
+        assert torch.equal(mask.materialize(5, 3).expand(5, 3), ones)
+
+
 def test_a_mask_combines_with_masks_only():
     with pytest.raises(TypeError, match="unsupported operand"):
         causal() & torch.ones(2, 2, dtype=torch.bool).numpy().tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,37 @@ SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass Non
             lambda: left_padding([[1]]),
             ShapeError,
             "padding must have one entry a batch row, (B,); got (1, 1); flatten it",
+        ),
+        (
+            lambda: window(before=np.int64(3)),
+            ArgumentError,
+            "before must be an integer of at least 0; got np.int64(3); convert it with int()",
+        ),
+        *(
+            (
+                lambda build=build, given=given: build(given),
+                DtypeError,
+                f"{name} must be a tensor or a list of integers; got {given!r}; write [n] for one",
+            )
+            for build, name, given in (
+                (lengths, "lengths", 5),
+                (lengths, "lengths", None),
+                (left_padding, "padding", [[1], [1, 2]]),
+                (documents, "ids", ["a", "b"]),
+                (cu_seqlens, "cu_seqlens", "05"),
+            )
+        ),
+        (
+            lambda: documents([0, 0, 1]).materialize(2, 4),
+            ShapeError,
+            "mask.documents(ids) must name the document of each of the S = 4 keys, the T = 2 "
+            "queries among them; got (3,); give one id a key token, of cached tokens too",
+        ),
+        (
+            lambda: (causal() & dense(torch.ones(3, 4, dtype=torch.bool))).draw(3, 5),
+            ShapeError,
+            "mask.dense(allowed) must broadcast to T = 3 queries by S = 5 keys; got (3, 4); "
+            "ask for its own size",
         ),
         *(
             (

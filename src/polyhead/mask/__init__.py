@@ -33,6 +33,9 @@ from polyhead.mask.primitives import (
     Window,
 )
 
+# Beyond any number of tokens, and far from overflow when a position is added.
+_FARTHEST = 2**40
+
 __all__ = [
     "All",
     "AnyOf",
@@ -118,6 +121,7 @@ def window(before: int | None = None, after: int | None = None, *, align: Align 
         raise ArgumentError(
             "before, after", "must not both be None", "no limit at all", "give one of them"
         )
+    before, after = (None if size is None else min(size, _FARTHEST) for size in (before, after))
     return Window(before, after, _check_align(align))
 
 
@@ -179,7 +183,7 @@ def prefix(n: int) -> Mask:
     [[1, 1, 0, 0, 0]]
     """
     check_count("n", n, 0, "use lengths(...) for one number a batch row")
-    return Prefix(n)
+    return Prefix(min(n, _FARTHEST))
 
 
 def documents(ids: Tensor | Sequence[int]) -> Mask:
@@ -200,7 +204,7 @@ def documents(ids: Tensor | Sequence[int]) -> Mask:
     >>> documents([0, 0, 1]).materialize(3, 3).int().tolist()
     [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     """
-    tensor = _as_tensor(ids)
+    tensor = _as_tensor("ids", ids)
     _check_integers("ids", tensor)
     if tensor.ndim not in (1, 2):
         raise ShapeError(
@@ -309,7 +313,7 @@ def custom(
 
 
 def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
-    tensor = _as_tensor(values)
+    tensor = _as_tensor(name, values)
     _check_integers(name, tensor)
     if tensor.ndim != 1:
         raise ShapeError(
@@ -318,11 +322,16 @@ def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     return tensor
 
 
-def _as_tensor(values: Tensor | Sequence[int]) -> Tensor:
+def _as_tensor(name: str, values: Tensor | Sequence[int]) -> Tensor:
     if isinstance(values, Tensor):
         return values
-    # An empty list would become float32.
-    return torch.tensor(values, dtype=None if len(values) else torch.int64)
+    try:
+        # An empty list would become float32.
+        return torch.tensor(values, dtype=None if len(values) else torch.int64)
+    except (TypeError, ValueError, RuntimeError):
+        raise DtypeError(
+            name, "must be a tensor or a list of integers", repr(values), "write [n] for one"
+        ) from None
 
 
 def _check_integers(name: str, tensor: Tensor) -> None:

@@ -362,8 +362,19 @@ def _values(mask: Mask) -> list[object]:
 
 def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.device == b.device and a.dtype == b.dtype and torch.equal(a, b))
+        return a is b or (a.device == b.device and a.dtype == b.dtype and _equal(a, b))
     return a == b
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether their values are equal, where these can be read: not in torch.compile or vmap, and
+    not on the meta device."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return torch.equal(a, b)
+    except RuntimeError:
+        return False
 
 
 def _static(value: object) -> object:

@@ -137,6 +137,7 @@ class Documents(Mask):
     ids: Tensor
 
     def _block(self, at: Block) -> Tensor:
+        self._check_sizes(at.T, at.S)
         offset = at.S - at.T
         query_ids = self.ids[..., offset + at.start : offset + at.stop]
         key_ids = self.ids[..., at.first : at.last]
@@ -147,18 +148,20 @@ class Documents(Mask):
         return Documents(self.ids[..., start:])
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
-        name = "mask.documents(ids)"
+        self._check_sizes(T, S)
+        if self.ids.ndim == 2:
+            _check_batch("mask.documents(ids)", self.ids, B, device)
+        _check_device("mask.documents(ids)", self.ids, device)
+
+    def _check_sizes(self, T: int, S: int) -> None:
         if self.ids.shape[-1] != S or T > S:
             raise ShapeError(
-                name,
+                "mask.documents(ids)",
                 f"must name the document of each of the S = {S} keys, the T = {T} queries among "
                 "them",
                 tuple(self.ids.shape),
                 "give one id a key token, of cached tokens too",
             )
-        if self.ids.ndim == 2:
-            _check_batch(name, self.ids, B, device)
-        _check_device(name, self.ids, device)
 
     @property
     def _own_size(self) -> tuple[int | None, int | None]:
@@ -175,6 +178,13 @@ class Dense(Mask):
 
     def _block(self, at: Block) -> Tensor:
         allowed = self.allowed
+        if allowed.shape[-2] not in (1, at.T) or allowed.shape[-1] not in (1, at.S):
+            raise ShapeError(
+                "mask.dense(allowed)",
+                f"must broadcast to T = {at.T} queries by S = {at.S} keys",
+                tuple(allowed.shape),
+                "ask for its own size",
+            )
         if allowed.shape[-2] > 1:
             allowed = allowed[..., at.start : at.stop, :]
         return allowed if allowed.shape[-1] == 1 else allowed[..., at.first : at.last]
