@@ -190,6 +190,8 @@ REASONS = [
         {},
         ["needs at least one batch row, query and key; got B = 0, T = 5, S = 7"],
     ),
+    ({}, {"scale": 0.0}, ["needs a scale above 0; got scale = 0.0"]),
+    ({}, {"scale": -0.5}, ["needs a scale above 0; got scale = -0.5"]),
     ({}, {"softcap": 30.0}, ["has no softcap; got softcap = 30.0"]),
     ({}, {"sinks": torch.zeros(6)}, ["has no sinks; got sinks for 6 heads"]),
     (
@@ -370,6 +372,13 @@ def test_what_sdpa_refuses_on_the_cpu_the_kernel_would_refuse(sizes, options):
         pytest.raises(RuntimeError, match="No available kernel"),
     ):
         sdpa.run(call)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_a_scale_that_is_not_positive_would_lift_what_is_forbidden(scale):
+    """So that the reason goes when torch scales before it forbids."""
+    call = build_call(*ones(T=7), scale=scale, mask=ph.mask.causal())
+    assert not torch.isfinite(sdpa.run(call)[0]).all()
 
 
 def test_simplify_drops_what_forbids_nothing():

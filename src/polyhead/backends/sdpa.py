@@ -45,6 +45,9 @@ def why_not(call: AttentionCall) -> list[str]:
     if call.B * call.T * call.S == 0:
         sizes = f"B = {call.B}, T = {call.T}, S = {call.S}"
         reasons.append(f"needs at least one batch row, query and key; got {sizes}")
+    # Its kernels forbid before they scale: -inf times 0 is NaN, and times -1 what wins.
+    if call.scale <= 0.0:
+        reasons.append(f"needs a scale above 0; got scale = {float(call.scale)}")
     if call.softcap is not None:
         reasons.append(f"has no softcap; got softcap = {call.softcap}")
     if call.sinks is not None:
