@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils as theirs
 
 import polyhead as ph
@@ -179,6 +180,24 @@ def test_a_rule_that_changed_its_meaning_is_not_believed(monkeypatch):
         mask_functions._readers.cache_clear()
     assert type(mask) is torch.Tensor
     assert_same(mask, expected)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@pytest.mark.parametrize("asked", [{"use_cache": False}, {}], ids=str)
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_a_model_of_shapes_alone(kind, asked, name, build):
+    if kind == "meta" and asked:
+        pytest.skip("transformers itself looks at the positions")
+    mask_functions._readers.cache_clear()  # they may first be needed here
+    model = build(name, "polyhead")
+    if kind == "meta":
+        model.to("meta")
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake if kind == "fake" else torch.device("meta"):
+        tokens = torch.ones(2, 9, dtype=torch.int64)
+        assert model(tokens, **asked).logits.shape == (2, 9, 31)
+    keys = mask_functions.Keys(9, 0, "cpu")
+    assert mask_functions.recognise(theirs.causal_mask_function, keys) == (ph.mask.causal(),)
 
 
 def test_a_step_that_is_to_be_compiled_gets_a_plain_tensor():

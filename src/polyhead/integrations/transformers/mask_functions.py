@@ -14,11 +14,14 @@ from types import CodeType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 import polyhead.mask
 from polyhead.mask import Causal, Mask, Window
 
-__all__ = ["Keys", "MaskFunction", "Rules", "recognise"]
+__all__ = ["Keys", "MaskFunction", "Rules", "has_numbers", "recognise"]
 
 MaskFunction = Callable[..., Any]
 Rules = tuple[Mask, ...]  # all must allow
@@ -35,6 +38,11 @@ class Keys:
 
 Reader = Callable[[dict[str, Any], Keys, "Readers"], Rules | None]
 Readers = dict[CodeType | None, Reader]
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether it can be looked into: not if it only has a shape."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def recognise(function: MaskFunction, keys: Keys) -> Rules | None:
@@ -92,8 +100,10 @@ def _read_and(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | No
     return rules
 
 
-def _read_packed(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+def _read_packed(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
     sequence = given["packed_sequence_mask"]
+    if not has_numbers(sequence):
+        return None
     if bool((sequence == sequence[:, :1]).all()):  # one sequence a row, as before transformers 5
         return ()
     return (polyhead.mask.documents(sequence),)
@@ -113,6 +123,12 @@ def _read_remapped(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules
 @functools.cache
 def _readers() -> Readers:
     """How to read each mask function of this release of transformers, by its code."""
+    # With numbers, wherever the first mask is asked for: under fake tensors, another device ...
+    with _disable_current_modes(), torch.device("cpu"):
+        return _learn()
+
+
+def _learn() -> Readers:
     from transformers import masking_utils
 
     def made(name: str, *arguments: Any) -> MaskFunction | None:

@@ -12,10 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 import polyhead.mask
-from polyhead.integrations.transformers.mask_functions import Keys, MaskFunction, Rules, recognise
+from polyhead.integrations.transformers.mask_functions import (
+    Keys,
+    MaskFunction,
+    Rules,
+    has_numbers,
+    recognise,
+)
 from polyhead.integrations.transformers.structured import StructuredMask
 from polyhead.mask import Causal, Documents, Mask, Window
 
@@ -125,9 +130,7 @@ def _is_traced(attention_mask: Tensor | None) -> bool:
     """Whether numbers must not be looked at: a graph is being made, or there are none."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return True
-    return attention_mask is not None and (
-        attention_mask.is_meta or isinstance(attention_mask, FakeTensor)
-    )
+    return attention_mask is not None and not has_numbers(attention_mask)
 
 
 def _padding(attention_mask: Tensor | None, keys: Keys) -> Rules:
