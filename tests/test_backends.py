@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 import threading
@@ -238,6 +239,34 @@ def test_use_backend_runs_or_raises_and_ends_with_an_error():
     assert choose(build_call(*tensors(), softcap=2.0)) is BACKENDS[0]
     with pytest.raises(ArgumentError, match="'flashy'"), ph.use_backend("flashy"):
         pytest.fail("entered")
+
+
+def test_use_backend_is_of_its_own_task():
+    chosen = {}
+
+    async def within(name, backend, before, after):
+        await asyncio.sleep(before)
+        with ph.use_backend(backend):
+            await asyncio.sleep(after)
+            chosen[name] = ph.explain(*tensors()).chosen
+        chosen[name, "left"] = ph.explain(*tensors()).chosen
+
+    async def overlapping():  # the first to enter is the first to leave
+        await asyncio.gather(within("a", "reference", 0, 0.02), within("b", "sdpa", 0.01, 0.03))
+
+    usual = ph.explain(*tensors()).chosen
+    asyncio.run(overlapping())
+    assert chosen == {"a": "reference", ("a", "left"): usual, "b": "sdpa", ("b", "left"): usual}
+    assert ph.explain(*tensors()).chosen == usual
+    traced = []
+
+    def recorder(graph, inputs):
+        traced.append(graph.code)
+        return graph.forward
+
+    torch._dynamo.reset()
+    torch.compile(ph.attention, fullgraph=True, backend=recorder)(*tensors())
+    assert "polyhead" in traced[0]
 
 
 def test_use_backend_is_of_its_own_thread():

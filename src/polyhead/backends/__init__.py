@@ -10,8 +10,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from polyhead.backends import cpu, flex, reference, sdpa
@@ -109,13 +111,24 @@ BackendChoice = str | Backend | Sequence[str | Backend]
 
 
 class _Preferred(threading.local):
-    """What "auto" stands for, in each thread. (torch.compile traces this, and no ContextVar.)"""
+    """What "auto" stands for where torch.compile, which traces no ContextVar, asks: in each thread
+    what was entered last of all that was not left."""
 
     def __init__(self) -> None:
         self.backend: BackendChoice = "auto"
+        self.entered: dict[object, BackendChoice] = {}
+
+    def enter(self, key: object, backend: BackendChoice) -> None:
+        self.entered[key] = self.backend = backend
+
+    def leave(self, key: object) -> None:
+        self.entered.pop(key, None)
+        self.backend = next(reversed(self.entered.values()), "auto")
 
 
 _preferred = _Preferred()
+# What it stands for elsewhere: tasks of one thread take turns, and each has its own.
+_preferred_in_task: ContextVar[BackendChoice] = ContextVar("preferred", default="auto")
 
 
 def backends() -> tuple[Backend, ...]:
@@ -133,7 +146,7 @@ def backends() -> tuple[Backend, ...]:
 
 @contextmanager
 def use_backend(backend: BackendChoice) -> Iterator[None]:
-    """Within this context, in this thread, `backend="auto"` stands for `backend`.
+    """Within this context, in this thread and task, `backend="auto"` stands for `backend`.
 
     A call or a module that names its backend keeps it. What is named here runs or raises, as ever.
 
@@ -150,12 +163,22 @@ def use_backend(backend: BackendChoice) -> Iterator[None]:
     'reference'
     """
     _expanded(backend)
-    before = _preferred.backend
-    _preferred.backend = backend
+    if torch.compiler.is_compiling():
+        before = _preferred.backend
+        _preferred.backend = backend
+        try:
+            yield
+        finally:
+            _preferred.backend = before
+        return
+    key = object()
+    token = _preferred_in_task.set(backend)
+    _preferred.enter(key, backend)
     try:
         yield
     finally:
-        _preferred.backend = before
+        _preferred.leave(key)
+        _preferred_in_task.reset(token)
 
 
 def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
@@ -194,8 +217,9 @@ def candidates(backend: BackendChoice) -> tuple[Backend, ...]:
 
 def _preference(backend: BackendChoice) -> BackendChoice:
     # A list may compare with a string in ways of its own.
-    automatic = isinstance(backend, str) and backend == "auto"
-    return _preferred.backend if automatic else backend
+    if not (isinstance(backend, str) and backend == "auto"):
+        return backend
+    return _preferred.backend if torch.compiler.is_compiling() else _preferred_in_task.get()
 
 
 def _expanded(backend: BackendChoice) -> tuple[tuple[Backend, bool], ...]:
