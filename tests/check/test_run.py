@@ -82,3 +82,21 @@ def test_weights_that_names_do_not_tell_can_be_given():
     assert verdict() is ph.check.Outcome.NOT_APPLICABLE
     assert verdict(**names) is ph.check.Outcome.HOLDS
     assert verdict(**(names | {"key": "c", "value": "b"})) is ph.check.Outcome.BROKEN
+
+
+class WithProperty(Book):
+    """Properly cut, but for the scale. Neither word is a rope."""
+
+    @property
+    def composition(self):
+        return self.n_heads
+
+    def forward(self, x):
+        self.dropEach = 0  # a name with "rope" in it, in capitals
+        return super().forward(2 * x)
+
+
+def test_words_that_contain_rope_or_position_give_no_positions():
+    report = ph.check.check_module(WithProperty())
+    assert "positions" not in report.facts
+    assert "output_is_the_definitions" in [failure.law for failure in report.failures]

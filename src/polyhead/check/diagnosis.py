@@ -46,6 +46,16 @@ def _exact(subject: Subject, broken: Broken) -> str | None:
     return cause
 
 
+def _tokens_first(subject: Subject, broken: Broken) -> str | None:
+    alone = torch.eye(subject.T, dtype=torch.bool)
+    if "batch_rows_are_independent" in broken and torch.equal(subject.sees.cpu(), alone):
+        return (
+            "batch rows see each other, and tokens do not: does it take (tokens, batch, features)? "
+            "Then pass call= with x.transpose(0, 1)"
+        )
+    return None
+
+
 def _modes(subject: Subject, broken: Broken) -> str | None:
     modes = broken.get("causal_in_every_mode")
     if modes is not None and modes.evidence.get("modes", 4) < 4:
@@ -105,6 +115,15 @@ def _shrinks_with_what_is_hidden(subject: Subject) -> bool:
     return bool((repeated - expected).abs().max() <= 16 * subject.allowed(subject.input()))
 
 
+def _values(subject: Subject, broken: Broken) -> str | None:
+    laws = {"identical_tokens_agree", "contexts_are_weighted_means"}
+    if subject.claims.positions is None or not laws <= broken.keys():
+        return None
+    if broken.keys() & {"heads_work_alone", "batch_rows_are_independent"}:
+        return None
+    return "values depend on where they stand: are positions applied to the values too?"
+
+
 def _heads(subject: Subject, broken: Broken) -> str | None:
     if "heads_work_alone" in broken and "no_head_is_dead" not in broken:
         return "heads merged, or split, by a view without the transpose that belongs to it"
@@ -145,9 +164,17 @@ def _window(subject: Subject, broken: Broken) -> str | None:
 
 def _polarity(subject: Subject, broken: Broken) -> str | None:
     names = {"hidden_tokens_have_no_influence", "shown_tokens_keep_their_influence"}
-    if not names <= broken.keys() or subject.calling.mask is None:
-        return None
     mask = subject.calling.mask
+    if mask is None:
+        return None
+    if broken.keys() & names == {"hidden_tokens_have_no_influence"}:
+        x, hidden = subject.input(2), torch.zeros(2, subject.T, dtype=torch.bool)
+        hidden[:, subject.T // 2] = True
+        if torch.equal(subject.run(x), subject.run(x, allowed=subject.showing(hidden))):
+            return f"{mask.name} is accepted and not used"
+        return None
+    if not names <= broken.keys():
+        return None
     return f"mask of the wrong polarity: {mask.name} should {mask.true_means} where True"
 
 
@@ -187,6 +214,7 @@ def _fill(subject: Subject, broken: Broken) -> str | None:
 
 _PATTERNS: tuple[Callable[[Subject, Broken], str | None], ...] = (
     _exact,
+    _tokens_first,
     _modes,
     _who_sees_whom,
     _dropout,
@@ -196,6 +224,7 @@ _PATTERNS: tuple[Callable[[Subject, Broken], str | None], ...] = (
     _positions,
     _input,
     _softmax,
+    _values,
     _heads,
     _fill,
 )

@@ -24,7 +24,12 @@ from polyhead.errors import ArgumentError
 
 __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
 
-_POSITIONS = re.compile(r"rope|rotary|alibi|freqs|inv_freq|pos_|position|relative|slopes", re.I)
+# Not in property, properly or composition.
+_POSITIONS = re.compile(
+    r"(?-i:(?<![dpP])rope|Rope|RoPE|(?<!P)ROPE|(?<![msr])position|Position|POSITION)"
+    r"|rotary|alibi|freqs|inv_freq|pos_|relative|slopes",
+    re.I,
+)
 _FEATURES = {
     "sinks": re.compile(r"sink|s_aux|add_zero_attn|^bias_k$|null_k", re.I),
     "softcap": re.compile(r"soft_?cap", re.I),

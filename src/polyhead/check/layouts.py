@@ -131,7 +131,9 @@ def _of_layers(module: nn.Module, num_heads: int) -> tuple[Weights, list[Tensor]
     roles = _roles(_layers(module))
     used: list[Tensor] = [p for layer in roles.values() for p in layer.parameters()]
     if "qkv" in roles:
-        weights = _split(roles["qkv"], ("query", "key", "value"), module, num_heads)
+        out = roles.get("out")
+        size = None if out is None else out.in_features // num_heads
+        weights = _split(roles["qkv"], ("query", "key", "value"), module, num_heads, size)
     elif "query" in roles and "kv" in roles:
         weights = _split(roles["query"], ("query",), module, num_heads)
         weights |= _split(roles["kv"], ("key", "value"), module, num_heads)
@@ -147,13 +149,21 @@ def _of_layers(module: nn.Module, num_heads: int) -> tuple[Weights, list[Tensor]
 
 
 def _split(
-    layer: nn.Linear, names: tuple[str, ...], module: nn.Module, num_heads: int
+    layer: nn.Linear,
+    names: tuple[str, ...],
+    module: nn.Module,
+    num_heads: int,
+    head_size: int | None = None,
 ) -> dict[str, Tensor | None]:
     """The rows of a layer, dealt out to the parts that it holds one after the other."""
     rows = layer.weight.shape[0]
     sizes = [rows // len(names)] * len(names)
-    G = next((getattr(module, n) for n in KV_HEADS if hasattr(module, n)), num_heads)
-    if len(names) == 3 and num_heads != G:
+    G = next((getattr(module, n) for n in KV_HEADS if hasattr(module, n)), None)
+    if G is None and head_size:  # nothing says it, but the rows do
+        G = (rows // head_size - num_heads) // 2
+        if G < 1 or num_heads % G or rows != (num_heads + 2 * G) * head_size:
+            raise NotApplicable(f"its layout is not known: {rows} rows for {', '.join(names)}")
+    if len(names) == 3 and G not in (None, num_heads):
         head = rows // (num_heads + 2 * G)
         sizes = [num_heads * head, G * head, G * head]
     if sum(sizes) != rows:

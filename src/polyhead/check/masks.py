@@ -34,9 +34,15 @@ def claim_mask(subject: Subject, true_means: str | None) -> MaskArgument | None:
     for name in names:
         by_name = _meaning_of(name, subject.module)
         meanings = [m for m in (true_means, by_name) if m][:1] or ["show", "hide", "add"]
+        if meanings == ["show"] and not true_means:
+            meanings.append("add")  # as BERT's attention_mask
         how = "you said so" if true_means else "by its name" if by_name else "found by trying"
         forms = ("keys",) if "padding" in name else tuple(FORMS)
-        tried = [MaskArgument(name, form, m, how) for form in forms for m in meanings]
+        tried = [
+            MaskArgument(name, form, m, "found by trying" if m == "add" else how)
+            for form in forms
+            for m in meanings
+        ]
         runs = [mask for mask in tried if _runs(subject, mask)]
         if chosen := next((m for m in runs if _works(subject, m)), runs[0] if runs else None):
             return chosen
@@ -51,14 +57,20 @@ def _meaning_of(name: str, module: nn.Module) -> str | None:
 
 def _runs(subject: Subject, mask: MaskArgument) -> bool:
     try:
-        _masked(subject, mask, hide=None)
+        shape = _masked(subject, mask, hide=None).shape
     except Exception:  # of unknown code
         return False
-    return True
+    # A mask that broadcasts to more dimensions is folded into the tokens.
+    return shape[:2] == (2, subject.T)
 
 
 def _works(subject: Subject, mask: MaskArgument) -> bool:
     """Whether showing all changes nothing, and the token that is hidden has no influence."""
+    if mask.true_means == "add" and not isinstance(mask, _Raised):
+        # 1 on every score changes nothing; read as a boolean it hides, or shows, all.
+        higher = _Raised(mask.name, mask.form, mask.true_means, mask.how)
+        if not _runs(subject, higher) or not _works(subject, higher):
+            return False
     x, other = subject.input(2), subject.input(2, salt=1)
     shown = _masked(subject, mask, hide=None)
     try:
@@ -90,6 +102,13 @@ def _masked(
     with torch.no_grad():
         calling = replace(subject.calling, mask=mask, supplies=None)
         return calling(subject.exact, x, allowed=allowed).output
+
+
+class _Raised(MaskArgument):
+    """A mask of numbers, each larger by 1."""
+
+    def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Tensor:
+        return super().given(allowed_b1ts, dtype) + 1
 
 
 def _polyhead_mask() -> MaskArgument:

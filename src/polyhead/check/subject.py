@@ -211,9 +211,12 @@ class Subject:
         """(T, T) by how much the output at token t changes when token s is another."""
         return self.influence_in(self.exact, torch.no_grad)
 
-    def influence_in(self, module: nn.Module, grad_mode: Callable[[], Any]) -> Tensor:
-        """`influence` of this copy, called in this mode of torch.no_grad or torch.enable_grad."""
-        x, other = self.input(), self.input(salt=1)
+    def influence_in(
+        self, module: nn.Module, grad_mode: Callable[[], Any], size: float = 1.0
+    ) -> Tensor:
+        """`influence` of this copy, called in this mode of torch.no_grad or torch.enable_grad,
+        with inputs of this size."""
+        x, other = size * self.input(), size * self.input(salt=1)
         with grad_mode():
             before = self.call(module, x).output.detach()
             columns = []
@@ -227,7 +230,14 @@ class Subject:
     @cached_property
     def sees(self) -> Tensor:
         """(T, T) True where the output at token t depends on token s, beyond rounding."""
-        return self.influence > self.allowed(self.input())
+        x = self.input()
+        seen = self.influence > self.allowed(x)
+        ones = torch.ones_like(seen)
+        if torch.equal(seen, ones) or torch.equal(seen, ones.tril()):
+            return seen
+        # Large scores leave all weight to one token: smaller inputs show the others.
+        small = self.influence_in(self.exact, torch.no_grad, 2**-5)
+        return seen | (small > self.allowed(2**-5 * x))
 
     def showing(self, hidden: Tensor) -> Tensor:
         """The mask (B, 1, T, T) that hides these tokens, (B, T) True, from everybody."""

@@ -98,3 +98,12 @@ class PlainList(Stacked):
         nn.Module.__init__(self)
         self.n_heads = n_heads
         self.heads = self.make_heads(d_model, n_heads)
+
+
+class TokensFirst(Plain):
+    """Takes (tokens, batch, features), with nothing that says so."""
+
+    law, cause = "batch_rows_are_independent", "does it take (tokens, batch, features)?"
+
+    def forward(self, query, key, value):
+        return super().forward(query.transpose(0, 1)).transpose(0, 1)

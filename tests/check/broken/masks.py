@@ -259,3 +259,24 @@ class LeaksBehindABlock(Plain):
         if T > 12:
             hidden[8, 9] = False
         return hidden
+
+
+class PaddingIgnored(Padded):
+    law, cause = "hidden_tokens_have_no_influence", "key_padding_mask is accepted and not used"
+
+    def forward(self, x, key_padding_mask=None):
+        return super().forward(x)
+
+
+class AttentionMaskPolarity(Plain):
+    """The name says that True shows; here it hides. It is not taken for a mask that is added."""
+
+    law, cause = "hidden_tokens_have_no_influence", "mask of the wrong polarity"
+    flags = {"causal": False}  # noqa: RUF012
+
+    def forward(self, x, attention_mask=None):
+        q, k, v = (self.split(W(x)) for W in (self.W_query, self.W_key, self.W_value))
+        scores = self.scores(q, k)
+        if attention_mask is not None:
+            scores = scores.masked_fill(attention_mask.bool(), -1e9)
+        return self.out_proj(self.merge(scores.softmax(dim=-1) @ v))

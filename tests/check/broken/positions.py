@@ -48,7 +48,7 @@ class TurnsAlongHeads(Rotary):
 
 
 class TurnsValuesToo(Rotary):
-    law, cause = "identical_tokens_agree", ""
+    law, cause = "identical_tokens_agree", "are positions applied to the values too?"
 
     def attend(self, x):
         weights, v = super().attend(x)

@@ -317,3 +317,61 @@ class Differential(nn.Module):
         one, other = weights.unflatten(1, (-1, 2)).unbind(2)
         contexts = self.after((one - self.share * other) @ v)
         return self.to_out(contexts.transpose(1, 2).flatten(2))
+
+
+class MaskUnsqueezed(_Projected):
+    """As in the Annotated Transformer: whatever mask comes, an axis of heads is put into it."""
+
+    def forward(self, query, key, value, mask=None):
+        q, k, v = self.project(query, key, value)
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if mask is not None:
+            scores = scores.masked_fill(mask.unsqueeze(1) == 0, -1e9)
+        contexts = (scores.softmax(-1) @ v).transpose(1, 2).contiguous()
+        return self.to_out(contexts.view(query.shape[0], -1, query.shape[-1]))
+
+
+class MaskAdded(_Projected):
+    """As BERT: attention_mask is numbers, 0 and -inf, added to the scores."""
+
+    def forward(self, hidden_states, attention_mask=None):
+        q, k, v = self.project(*3 * [hidden_states])
+        scores = q @ k.mT / math.sqrt(q.shape[-1])
+        if attention_mask is not None:
+            scores = scores + attention_mask
+        return self.merge(scores.softmax(-1) @ v)
+
+
+class OneKeyHeadFused(nn.Module):
+    """One key head for all, in one layer with the queries, and no attribute that says so."""
+
+    def __init__(self, dim=24, n_heads=4):
+        super().__init__()
+        self.n_heads, self.head_dim = n_heads, dim // n_heads
+        self.qkv = nn.Linear(dim, dim + 2 * self.head_dim)
+        self.out_proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        sizes = (x.shape[-1], self.head_dim, self.head_dim)
+        q, k, v = self.qkv(x).split(sizes, dim=-1)
+        q = q.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        k, v = (t[:, None].expand_as(q) for t in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class Saturated(nn.Module):
+    """The course's first class: weights from 0 to 1 make scores so large that one token gets all
+    the weight, and others seem unseen."""
+
+    def __init__(self, d_in=48, d_out=48):
+        super().__init__()
+        sizes = (d_in, d_out)
+        self.W_query = nn.Parameter(torch.rand(sizes))
+        self.W_key = nn.Parameter(torch.rand(sizes))
+        self.W_value = nn.Parameter(torch.rand(sizes))
+
+    def forward(self, x):
+        keys, queries = x @ self.W_key, x @ self.W_query
+        weights = torch.softmax(queries @ keys.mT / keys.shape[-1] ** 0.5, dim=-1)
+        return weights @ (x @ self.W_value)
