@@ -135,6 +135,35 @@ def test_mask_sizes_are_those_of_the_keys_that_come(window):
         assert got[0, 0, :, 0].tolist() == list(range(first, first + S))
 
 
+@pytest.mark.parametrize("asked", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_layers_that_read_the_keys_of_others(asked, inputs):
+    transformers = pytest.importorskip("transformers", minversion="5", reason="Gemma 4 came with 5")
+    config = transformers.Gemma4TextConfig(
+        vocab_size=31,
+        hidden_size=24,
+        intermediate_size=29,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=4,
+        head_dim=10,
+        global_head_dim=12,
+        hidden_size_per_layer_input=5,
+        vocab_size_per_layer_input=31,
+        pad_token_id=0,
+        eos_token_id=None,
+        attn_implementation="polyhead",
+    )
+    torch.manual_seed(3)
+    model = transformers.Gemma4ForCausalLM(config).eval()
+    given, _ = inputs("Gemma4Text", "left")
+    expected = generate(model, given, DynamicCache(config=config), **asked)
+    cache = Cache(config, max_tokens=40)
+    assert torch.equal(generate(model, given, cache, **asked), expected)
+
+
 def test_layers_that_keep_something_else_are_refused():
     from transformers import Lfm2Config
 

@@ -64,6 +64,9 @@ class Cache(transformers.Cache):
             max_tokens = getattr(text_config, "max_position_embeddings", None)
         layers: list[Any] = []
         for index, layer in enumerate(theirs):
+            if type(layer).__name__ == "DummyLayer":  # keeps nothing: it reads another's keys
+                layers.append(layer)
+                continue
             window = getattr(layer, "sliding_window", None)
             # transformers 4 makes a layer of keys and values of every kind.
             kind = kinds[index] if index < len(kinds) else "attention"
