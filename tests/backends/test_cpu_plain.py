@@ -140,6 +140,10 @@ def test_surroundings_that_go_the_general_way(tensors, monkeypatch):
         assert run_plain(*half) is not None
         assert run_plain(*(x.bfloat16() for x in tensors(T=2))) is None
         assert run_plain(*tensors(T=2)) is not None
+        # So many heads of one key head are no decoding to the general way.
+        many = tensors(H=33, G=1, T=1, dtype=torch.bfloat16)
+        assert run_plain(*many) is None
+        assert ph.explain(*many).chosen == "sdpa"
     with monkeypatch.context() as patch:
         patch.setattr(cpu_operators, "missing", "was not built")
         assert run_plain(*inputs) is None

@@ -60,11 +60,13 @@ def passed_over(call: AttentionCall) -> list[str]:
     """Why "auto" leaves a call to torch: matrix units that these kernels do not use, exported
     programs, and small examples with dropout, whose digits should be those of the same lines typed
     by hand."""
-    # Not what a cache holds, of which torch would need tensors made; and not decoding: reading
-    # keys is what takes time then, and matrix units read no faster.
-    is_products = call.stored is None and not _is_decoding(call)
-    if is_products and call.dtype == torch.bfloat16 and _has_amx() and not sdpa.why_not(call):
-        return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
+    if call.dtype == torch.bfloat16 and _has_amx():
+        # Not what a cache holds, of which torch would need tensors made; and not decoding: reading
+        # keys is what takes time then, and matrix units read no faster. (torch.compile would make
+        # the question a graph for few queries alone.)
+        is_decoding = not torch.compiler.is_compiling() and _is_decoding(call)
+        if call.stored is None and not is_decoding and not sdpa.why_not(call):
+            return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
     if torch.compiler.is_exporting():
         return ["would tie an exported program to this library; torch's own operators do not"]
     if call.dropout > 0.0:
@@ -197,16 +199,25 @@ def run_plain(
         or not (query.is_cpu and key.is_cpu and value.is_cpu)
         or not (mask is None or _lets_last_see_all(mask, query))
         or not (scale is None or -math.inf < scale < math.inf)
-        or (query.dtype == torch.bfloat16 and _has_amx() and query.shape[2:3] != (1,))
+        or (query.dtype == torch.bfloat16 and _has_amx() and not _decodes(query, key))
         or transform_reasons()
     ):
         return None
-    return torch.ops.polyhead.attention_plain(query, key, value, scale)  # type: ignore[no-any-return]
+    try:
+        return torch.ops.polyhead.attention_plain(query, key, value, scale)  # type: ignore[no-any-return]
+    except NotImplementedError:  # sparse or nested: the general way says so
+        return None
 
 
 def _lets_last_see_all(mask: Mask, query: Tensor) -> bool:
     is_causal = type(mask) is Causal and mask.align == "end"
     return is_causal and query.ndim == 4 and query.shape[2] == 1
+
+
+def _decodes(query: Tensor, key: Tensor) -> bool:
+    """As `_is_decoding`, of one query each head."""
+    is_one = query.ndim == key.ndim == 4 and query.shape[2] == 1
+    return is_one and query.shape[1] <= _MAX_DECODE_ROWS * key.shape[1]
 
 
 @functools.cache
