@@ -26,12 +26,24 @@ BIAS = (
     "give each dimension its full size or 1"
 )
 SINKS = "sinks must be (H,) = (6,), one number a head; got {}; give one for each query head"
+SPARSE = torch.ones(2, 2, 5, 8).to_sparse()
 SCALE = "leave it out for 1 / sqrt(D); multiply the query by a tensor"
 
 CASES = [
     ({"query": [[1.0]]}, DtypeError, "query must be a tensor; got list; torch.as_tensor it"),
     ({"value": None}, DtypeError, "value must be a tensor; got NoneType; torch.as_tensor it"),
     ({"query": torch.ones(6, 5, 8)}, ShapeError, "query " + FOUR.format("(6, 5, 8)")),
+    (
+        {"query": SPARSE, "key": SPARSE, "value": SPARSE},
+        DtypeError,
+        "query must be a dense tensor; got torch.sparse_coo; call .to_dense()",
+    ),
+    (
+        {"value": torch.nested.nested_tensor([torch.ones(2, 7, 8)] * 2, layout=torch.jagged)},
+        DtypeError,
+        "value must be a dense tensor; got a nested tensor; "
+        "pad it with torch.nested.to_padded_tensor, and pass mask.lengths",
+    ),
     ({"key": torch.ones(7, 8)}, ShapeError, "key " + FOUR.format("(7, 8)")),
     (
         {"query": torch.ones(2, 6, 5, 8, dtype=torch.long)},

@@ -235,6 +235,14 @@ def check_softcap(softcap: float | None) -> None:
 def check_is_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise DtypeError(name, "must be a tensor", type(tensor).__name__, "torch.as_tensor it")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        got = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        remedy = (
+            "pad it with torch.nested.to_padded_tensor, and pass mask.lengths"
+            if tensor.is_nested
+            else "call .to_dense()"
+        )
+        raise DtypeError(name, "must be a dense tensor", got, remedy)
 
 
 def check_request(return_aux: AuxRequest | None) -> AuxRequest:
