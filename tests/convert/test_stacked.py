@@ -285,6 +285,16 @@ def test_a_weight_that_hooks_make_is_refused():
         split_to_stacked(split)
 
 
+def test_each_way_takes_its_own_kind():
+    with pytest.raises(ConversionError, match="mha must be a MultiHeadAttention; got MultiHeadAtt"):
+        split_to_stacked(wrapper())
+    split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3)
+    for other in (split, wrapper().heads[0]):
+        message = f"wrapper must be a MultiHeadAttentionWrapper; got {type(other).__name__}; a spl"
+        with pytest.raises(ConversionError, match=message):
+            stacked_to_split(other)
+
+
 def test_adapters_are_refused_by_name():
     plain = "must be a plain nn.Linear to be converted; got Adapted; merge adapters first"
     for name in ("W_query", "W_key", "W_value", "out_proj"):

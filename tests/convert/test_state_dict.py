@@ -10,7 +10,7 @@ import polyhead as ph
 from polyhead.convert import from_transformers, state_dict
 from polyhead.convert.layout import Sizes
 from polyhead.convert.state_dict import LAYOUTS, plan
-from polyhead.errors import ArgumentError, ConversionError
+from polyhead.errors import ArgumentError, ConversionError, DtypeError
 
 H, G, D = 6, 2, 8
 SMALL = {"vocab_size": 31, "num_hidden_layers": 2, "intermediate_size": 23, "pad_token_id": 0}
@@ -250,6 +250,12 @@ def test_what_cannot_be_moved_says_why(options, error, message):
         theirs[f"a.{extra}"] = torch.zeros(2)
     with pytest.raises(error, match=message):
         state_dict(theirs, **options)
+
+
+def test_a_module_is_no_checkpoint():
+    message = r"tensors must be tensors by name; got Linear; pass model\.state_dict\(\)"
+    with pytest.raises(DtypeError, match=message):
+        state_dict(nn.Linear(2, 2), source="llama", target="polyhead")
 
 
 def test_nothing_of_ours_is_left_behind():

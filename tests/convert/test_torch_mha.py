@@ -118,6 +118,14 @@ def test_what_ours_cannot_do(options, message):
         from_torch(theirs_with(**options))
 
 
+def test_only_a_split_becomes_theirs():
+    stacked = ph.MultiHeadAttentionWrapper(6, 2, 11, 0.0, 3)
+    with pytest.raises(
+        ConversionError, match=r"mha must be a MultiHeadAttention; .* by stacked_to"
+    ):
+        to_torch(stacked)
+
+
 def test_what_is_no_multihead_attention():
     with pytest.raises(ConversionError, match=r"got Linear; .*call from_transformers"):
         from_torch(nn.Linear(3, 3))

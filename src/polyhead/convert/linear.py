@@ -13,6 +13,7 @@ from polyhead.modules import MultiHeadAttention
 from polyhead.modules.arguments import is_plain, kind_of
 
 __all__ = [
+    "check_kind",
     "check_plain",
     "copied",
     "filled",
@@ -25,6 +26,13 @@ M = TypeVar("M", bound=nn.Module)
 
 # Plain linear layers under other names, known by them: transformers is not imported.
 _PLAIN = {"Conv1D", "FalconLinear"}
+
+
+def check_kind(argument: str, module: object, kind: type[nn.Module], remedy: str) -> None:
+    if not isinstance(module, kind):
+        raise ConversionError(
+            f"{argument} must be a {kind.__name__}; got {type(module).__name__}; {remedy}"
+        )
 
 
 def check_plain(name: str, projection: nn.Module) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.convert.layout import Layout, Sizes, linear, parameter
-from polyhead.convert.linear import check_plain, copied, filled
+from polyhead.convert.linear import check_kind, check_plain, copied, filled
 from polyhead.errors import ConversionError, ShapeError
 from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
 
@@ -55,6 +55,7 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
     >>> torch.allclose(stacked(x), split(x), atol=1e-6)
     True
     """
+    check_kind("mha", mha, MultiHeadAttention, "stacked heads become a split by stacked_to_split")
     _check_options(mha)
     split = _projections(mha)
     state = _out_state(mha)
@@ -109,6 +110,8 @@ def stacked_to_split(
     >>> torch.allclose(split(x), wrapper(x), atol=1e-6)
     True
     """
+    remedy = "a split becomes stacked heads by split_to_stacked"
+    check_kind("wrapper", wrapper, MultiHeadAttentionWrapper, remedy)
     heads = _heads(wrapper)
     H = wrapper.num_heads
     G = H if num_kv_heads is None else num_kv_heads

@@ -29,7 +29,7 @@ from polyhead.convert import (
     vit,
 )
 from polyhead.convert.layout import Layout, Sizes
-from polyhead.errors import ArgumentError, ConversionError
+from polyhead.errors import ArgumentError, ConversionError, DtypeError
 
 __all__ = ["LAYOUTS", "Move", "plan", "state_dict"]
 
@@ -140,6 +140,7 @@ def state_dict(
 
     Raises:
         ArgumentError: a layout is not known.
+        DtypeError: the tensors are not by name.
         ConversionError: no layer of that layout is found, a number is missing or does not fit, a
             tensor has no place in the target, or two would have one name.
 
@@ -155,6 +156,10 @@ def state_dict(
     >>> all(torch.equal(back[name], sd[name]) for name in sd)
     True
     """
+    if not isinstance(tensors, Mapping):
+        raise DtypeError(
+            "tensors", "must be tensors by name", type(tensors).__name__, "pass model.state_dict()"
+        )
     sizes = Sizes(num_heads, num_kv_heads, nope_head_dim, value_head_dim)
     moves = plan(tensors, source, target, sizes, config)
     move_of = {name: move for move in moves for name in move.inputs}

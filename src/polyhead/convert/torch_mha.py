@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polyhead.convert.config import UNLIMITED
 from polyhead.convert.layout import Layout, Rule, Sizes, linear, parameter, thirds
-from polyhead.convert.linear import check_plain, filled, separate_parameters
+from polyhead.convert.linear import check_kind, check_plain, filled, separate_parameters
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
 
@@ -133,6 +133,7 @@ def to_torch(mha: MultiHeadAttention, *, batch_first: bool = True) -> nn.Multihe
     >>> torch.allclose(ours(x), theirs(x, x, x)[0], atol=1e-6)
     True
     """
+    check_kind("mha", mha, MultiHeadAttention, "stacked heads become one by stacked_to_split")
     _check_options(mha)
     ours = separate_parameters(mha)
     zero_attention = ours.pop("sinks", None) is not None
