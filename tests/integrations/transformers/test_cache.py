@@ -63,6 +63,20 @@ def test_assisted_generation(name, build, inputs):
     assert torch.equal(generate(model, given, cache, **asked), expected)
 
 
+@pytest.mark.parametrize("preallocate", [False, True])
+def test_after_a_reset_it_takes_another_batch(preallocate, build, inputs):
+    """As DynamicCache: the last batch of many is often smaller."""
+    given, _ = inputs("Mistral", "left")
+    model = build("Mistral", "polyhead")
+    cache = Cache(model.config, max_tokens=40, preallocate=preallocate)
+    for rows in (slice(3), slice(1), slice(3)):
+        some = {name: x[rows] for name, x in given.items()}
+        expected = generate(model, some, DynamicCache(config=model.config))
+        assert torch.equal(generate(model, some, cache), expected)
+        cache.reset()
+        assert cache.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("name", ["T5", "Bart"])
 def test_cross_attention(name, build, inputs):
     given, _ = inputs(name, "left")

@@ -148,7 +148,7 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         Of int8 codes no tensor is made: polyhead's attention reads them where they are, and another
         attention gets a tensor when it computes with them.
         """
-        if self._cache is None:
+        if self._cache is None or self._is_of_another_batch(key_states):
             self.lazy_initialization(key_states, value_states)
         assert self._cache is not None
         if autocasts(key_states):  # then a model may rotate its keys in another dtype
@@ -156,6 +156,11 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         key, value = self._cache.append_stored(key_states, value_states)
         return as_tensor(key), as_tensor(value)
+
+    def _is_of_another_batch(self, key_states: Tensor) -> bool:
+        """Whether the cache is empty, as after `reset`, and was made for other rows than these."""
+        assert self._cache is not None
+        return self._cache.length == 0 and self._cache.batch != key_states.shape[0]
 
     def get_seq_length(self) -> int:
         return 0 if self._cache is None else self._cache.length

@@ -119,6 +119,29 @@ def test_compiled(side, build, inputs):
     torch.testing.assert_close(got[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_exported_at_every_length(name, build, inputs):
+    given, real = inputs(name, "left")
+    model = build(name, "polyhead")
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens, real):
+            return self.model(tokens, attention_mask=real, use_cache=False).logits
+
+    length = {1: torch.export.Dim("length", min=2, max=37)}
+    example = given["input_ids"], given["attention_mask"]
+    exported = torch.export.export(Logits(), example, dynamic_shapes=(length, length), strict=False)
+    for T in (9, 5, 30):
+        given, real = inputs(name, "right", T)
+        got = exported.module()(given["input_ids"], given["attention_mask"])
+        expected = model(**given).logits
+        torch.testing.assert_close(got[real.bool()], expected[real.bool()], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_compiled_generation(build, inputs):
     given, _ = inputs("Llama", "left")
