@@ -107,13 +107,12 @@ CASES = [
         {"bias": torch.ones(5, 7, dtype=torch.bool)},
         DtypeError,
         "bias must be torch.float32 (the query's) or float32; got torch.bool; "
-        "wrap a bool tensor in polyhead.mask.dense instead",
+        "wrap it in polyhead.mask.dense instead (True = may attend)",
     ),
     (
         {"bias": torch.ones(5, 7, dtype=torch.float64)},
         DtypeError,
-        "bias must be torch.float32 (the query's) or float32; got torch.float64; "
-        "wrap a bool tensor in polyhead.mask.dense instead",
+        "bias must be torch.float32 (the query's) or float32; got torch.float64; cast it",
     ),
     (
         {"bias": torch.ones(5, 7, device="meta")},

@@ -179,7 +179,9 @@ def _check_bias(bias: Tensor, query: Tensor, S: int) -> None:
             "bias",
             f"must be {query.dtype} (the query's) or float32",
             bias.dtype,
-            "wrap a bool tensor in polyhead.mask.dense instead",
+            "wrap it in polyhead.mask.dense instead (True = may attend)"
+            if bias.dtype == torch.bool
+            else "cast it",
         )
     _check_same_device("bias", bias, query)
 

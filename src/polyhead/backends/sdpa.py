@@ -2,7 +2,8 @@
 
 It is asked only for what its fused kernels do. Where its conventions differ the call is lowered so
 that ours hold: its `is_causal` is upper-left aligned, its masks may leave a query nothing to
-attend to, and it repeats key heads in memory when it falls to its math path.
+attend to, and it repeats key heads in memory when it falls to its math path. One difference is
+left: infinity or NaN in a *key* that a query may not attend to can reach its output.
 """
 
 from __future__ import annotations
