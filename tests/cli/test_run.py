@@ -83,3 +83,11 @@ def test_truncated_model_file(cli, tmp_path):
     assert result.exit_code == 2
     assert "cut.gguf" in result.stderr
     assert "Traceback" not in result.output
+
+
+def test_numbers_are_whole_in_a_narrow_terminal(cli):
+    result = cli("The capital of France is", env={"COLUMNS": "40"})
+    assert result.exit_code == 0, result.output
+    for whole in ("reference", " ms ", "vs stacked", "entropy (nats)"):
+        assert whole in result.stdout
+    assert "…" not in result.stdout

@@ -129,8 +129,14 @@ def test_a_port_that_is_taken_is_named(listening):
     port = listening.getsockname()[1]
     with pytest.raises(ArgumentError, match=f"--port must be free on 127.0.0.1; got {port} "):
         listen("127.0.0.1", port)
-    with pytest.raises(ArgumentError, match=r"--port must be free on no-such-host.invalid"):
-        listen("no-such-host.invalid", port)
+
+
+# A name that nobody has, one that cannot be one, and another machine's address.
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "192.0.2.1"])
+def test_a_host_that_is_not_this_machine_is_named(host):
+    message = f"--host must be a name or an address of this machine; got {host}"
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        listen(host, 0)
 
 
 @pytest.fixture

@@ -109,3 +109,12 @@ def test_heads_without_the_number_show_their_letter(printed, report):
         "layer 0  I  2.0 P 30.0",
         "layer 1  S      L",
     ]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60])
+def test_numbers_and_examples_are_whole_in_a_narrow_terminal(printed, report, width):
+    wide, narrow = (" ".join(printed(report, width=w)) for w in (80, width))
+    assert "…" not in narrow
+    told = re.findall(r"\d\.\d\d?\b", wide.split("for example")[1])
+    assert told
+    assert re.findall(r"\d\.\d\d?\b", narrow.split("for example")[1]) == told

@@ -36,7 +36,11 @@ _TEXT = (
 
 @click.command("look")
 @click.argument("text", required=False)
-@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Read the text from this file.",
+)
 @click.option("--model", help="A folder, a GGUF file or a hub id; default SmolLM2-135M-Instruct.")
 @click.option(
     "--out",
@@ -49,9 +53,7 @@ _TEXT = (
 @click.option(
     "--by",
     type=click.Choice(list(NUMBERS)),
-    default="entropy",
-    show_default=True,
-    help="What gives the heads their colours in the terminal.",
+    help="What gives the heads their colours with --terminal; default entropy.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object; no page unless --out."
@@ -68,7 +70,7 @@ def look_command(
     force: bool,
     open_page: bool,
     terminal: bool,
-    by: str,
+    by: str | None,
     as_json: bool,
     serve: bool,
     port: int | None,
@@ -81,7 +83,7 @@ def look_command(
     which then begins with a text of its own).
     """
     if serve:
-        if out or force or terminal or as_json:
+        if out or force or terminal or as_json or by:
             raise click.UsageError("--serve writes and prints nothing: leave out the others")
         words = _TEXT if text is None and file is None else read_text(text, file)
         _serve(
@@ -90,6 +92,8 @@ def look_command(
         return
     if port is not None or host is not None or max_tokens is not None:
         raise click.UsageError("--port, --host and --max-tokens are for --serve")
+    if by is not None and not terminal:
+        raise click.UsageError("--by is for --terminal")
     if terminal and as_json:
         raise click.UsageError("give either --terminal or --json")
     words = read_text(text, file)
@@ -108,7 +112,7 @@ def look_command(
     if as_json:
         click.echo(json.dumps(as_dict(report)))
     elif terminal:
-        print_report(report, Console(), by)
+        print_report(report, Console(), by or "entropy")
     if path is not None:
         _tell_of_page(path, report, quiet=terminal or as_json)
         if open_page:

@@ -36,10 +36,13 @@ def read_text(text: str | None, file: Path | None) -> str:
     if text is not None and text != "-":
         return text
     name = "standard input" if file is None else str(file)
+    if file is None and sys.stdin is None:
+        raise ArgumentError("TEXT", "must be readable", f"{name}, which is closed", "open it")
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
-        # The newline that ends a text file is not part of what the model should go on from.
-        return data.decode().removesuffix("\n")
+        # The newline that ends a text file is not part of what the model should go on from, and
+        # neither is the mark that some editors begin it with.
+        return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise ArgumentError("TEXT", "must be readable", f"{name}: {error}", "check it") from error
     except UnicodeDecodeError as error:

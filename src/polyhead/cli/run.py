@@ -15,13 +15,20 @@ from rich.text import Text
 from polyhead.cli.options import read_text
 from polyhead.run import HeadRow, RunReport, run
 from polyhead.viewer.colours import coloured
+from polyhead.viewer.tables import print_table
 
 __all__ = ["run_command"]
+
+_LEAST = 78  # columns of the tables of numbers
 
 
 @click.command("run")
 @click.argument("text", required=False)
-@click.option("--file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Read the text from this file.",
+)
 @click.option("--model", help="A folder, a GGUF file or a hub id; default SmolLM2-135M-Instruct.")
 @click.option("--layer", type=int, help="Which attention layer, from 0; default the middle one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -49,10 +56,10 @@ def _print_report(report: RunReport, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    console.print(_mechanism_table(report))
+    print_table(console, _mechanism_table(report), _LEAST)
     if report.compared_tokens < report.tokens:
         console.print(f"Compared on the first {report.compared_tokens} tokens.", highlight=False)
-    console.print(_head_table(report))
+    print_table(console, _head_table(report), _LEAST)
     console.print(_next_token_table(report))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import socket
@@ -117,10 +118,17 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ArgumentError: the port is taken or not allowed, or the host is not this machine's.
     """
+    rule = "must be a name or an address of this machine"
+    remedy = "leave it out to serve on 127.0.0.1"
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    except (OSError, UnicodeError) as error:
+        raise ArgumentError("--host", rule, f"{host} ({error})", remedy) from error
+    try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ArgumentError("--host", rule, host, remedy) from error
         reason = error.strerror or str(error)
         raise ArgumentError(
             "--port",

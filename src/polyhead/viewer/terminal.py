@@ -14,6 +14,7 @@ from rich.text import Text
 from polyhead.look import HeadReport
 from polyhead.look.page.legend import NUMBERS
 from polyhead.viewer.colours import coloured
+from polyhead.viewer.tables import print_table
 from polyhead.viewer.telling import KINDS, Example, TellingHead, telling_heads
 
 __all__ = ["print_report"]
@@ -21,6 +22,7 @@ __all__ = ["print_report"]
 _LETTERS = {kind: kind[0].upper() for kind in KINDS}
 _WIDE, _NARROW = 7, 2  # columns of a cell: with its number, with a digit
 _EXAMPLE_AT = 59  # columns before the example
+_LEAST = _EXAMPLE_AT + 13  # of the table, with room for the words of an example
 _COLUMNS = ("mass_first", "mass_previous", "mass_recent", "mass_induction", "effective_keys")
 
 
@@ -38,10 +40,11 @@ def print_report(report: HeadReport, console: Console, by: str = "entropy") -> N
     for part in (
         _grid(rows, scale, console.width),
         _legend(scale, coloured_too=console.color_system is not None),
-        _telling(report, console.width),
     ):
         console.print()
         console.print(part)
+    console.print()
+    print_table(console, _telling(report, console.width), _LEAST)
 
 
 class _Scale:

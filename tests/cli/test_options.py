@@ -1,0 +1,34 @@
+"""What several commands read in the same way."""
+
+import io
+import sys
+
+import pytest
+
+from polyhead.cli.options import read_text
+from polyhead.errors import ArgumentError
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"one two", b"one two\n", b"one two\r\n", b"\xef\xbb\xbfone two\r\n"],
+    ids=["as it is", "newline", "newline of Windows", "with its mark"],
+)
+def test_a_files_mark_and_last_newline_are_not_read(tmp_path, monkeypatch, data):
+    path = tmp_path / "text.txt"
+    path.write_bytes(data)
+    assert read_text(None, path) == "one two"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert read_text("-", None) == "one two"
+
+
+def test_newlines_within_a_text_are_kept(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one\r\ntwo\n\n")
+    assert read_text(None, path) == "one\r\ntwo\n"
+
+
+def test_a_closed_standard_input_is_told(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(ArgumentError, match="TEXT must be readable; got standard input, which is"):
+        read_text("-", None)
