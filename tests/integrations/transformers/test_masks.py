@@ -186,8 +186,8 @@ def test_a_rule_that_changed_its_meaning_is_not_believed(monkeypatch):
 @pytest.mark.parametrize("asked", [{"use_cache": False}, {}], ids=str)
 @pytest.mark.parametrize("kind", ["fake", "meta"])
 def test_a_model_of_shapes_alone(kind, asked, name, build):
-    if kind == "meta" and asked:
-        pytest.skip("transformers itself looks at the positions")
+    if kind == "meta" and (asked or not SINCE_5):
+        pytest.skip("transformers itself looks at numbers")
     mask_functions._readers.cache_clear()  # they may first be needed here
     model = build(name, "polyhead")
     if kind == "meta":

@@ -67,12 +67,16 @@ def make_mask(
     queries: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
     if cache_position is not None:
         queries = {"cache_position": cache_position}
-        q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
+        # (Not len(), which ties an exported program to one length.)
+        q_length, q_offset = cache_position.shape[0], cache_position[0]
+        device = cache_position.device
     assert q_length is not None
     # A step that transformers means to compile must not go without a mask, and wants a plain
     # tensor; for its one query that is a small one.
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
-    if not (_is_traced(attention_mask) or (q_length == 1 and not may_skip)):
+    if not (
+        _is_traced(attention_mask, cache_position, q_offset) or (q_length == 1 and not may_skip)
+    ):
         keys = Keys(kv_length, int(kv_offset), device)
         rules = recognise(rule, keys)
         if rules is not None:
@@ -126,11 +130,11 @@ def _allows_all(rule: Mask, T: int, first_query: int, S: int) -> bool:
     return False
 
 
-def _is_traced(attention_mask: Tensor | None) -> bool:
+def _is_traced(*given: Any) -> bool:
     """Whether numbers must not be looked at: a graph is being made, or there are none."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return True
-    return attention_mask is not None and not has_numbers(attention_mask)
+    return any(isinstance(x, Tensor) and not has_numbers(x) for x in given)
 
 
 def _padding(attention_mask: Tensor | None, keys: Keys) -> Rules:
