@@ -276,6 +276,8 @@ def test_adapters_are_never_passed_by(latent):
         ({"rope": 100.0}, DtypeError, r"rope must be a polyhead.Rope or None; got 100\.0"),
         ({"rope": ph.Rope(rotary_dim=6)}, ShapeError, "must turn at most .* 4 .*rotary_dim = 6"),
         ({"mask": torch.ones(3, 3, dtype=torch.bool)}, DtypeError, r"mask .*Tensor.*mask\.dense"),
+        ({"norm": torch.nn.RMSNorm(6)}, DtypeError, "norm must make a norm from a size; got RMS"),
+        ({"scale": "1"}, DtypeError, "scale must be a number; got '1'"),
     ],
 )
 def test_constructor_refuses(latent, change, error, message):

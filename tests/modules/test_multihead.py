@@ -195,6 +195,19 @@ def test_fuse_refuses_adapters():
     assert not mha.fused
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"qk_norm": True}, "qk_norm must make a norm from a size; got True; pass nn.RMSNorm"),
+        ({"qk_norm": nn.RMSNorm(2)}, r"qk_norm must make a norm .*; got RMSNorm\(\(2,\)"),
+        ({"position_bias": 0.5}, r"position_bias must be a module .*; got 0\.5; pass polyhead"),
+    ],
+)
+def test_options_of_another_type_are_refused(options, message):
+    with pytest.raises(DtypeError, match=message):
+        ph.MultiHeadAttention(5, 6, 11, 0.0, 3, **options)
+
+
 def test_fuse_refuses_what_it_would_lose():
     mha = ph.MultiHeadAttention(5, 6, 11, 0.0, 3)
     mha.W_value = nn.Linear(5, 6, bias=True)

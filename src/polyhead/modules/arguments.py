@@ -15,6 +15,7 @@ __all__ = [
     "check_dropout",
     "check_input",
     "check_mask",
+    "check_norm",
     "check_rope",
     "check_sizes",
     "head_sizes",
@@ -36,6 +37,14 @@ def check_dropout(dropout: float) -> None:
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError(
             "dropout", "must be a probability in [0, 1)", dropout, "pass 0.0 for none"
+        )
+
+
+def check_norm(name: str, norm: object) -> None:
+    """Whether this makes a norm from a size, and is none itself."""
+    if not callable(norm) or isinstance(norm, nn.Module):
+        raise DtypeError(
+            name, "must make a norm from a size", repr(norm), "pass nn.RMSNorm itself, say"
         )
 
 
@@ -169,9 +178,10 @@ def is_plain(module: nn.Module | None) -> bool:
 
 
 def kind_of(module: nn.Module) -> str:
-    """What a layer is that `is_plain` is false of."""
+    """What a layer is, to say why it is not plain."""
     name = type(module).__name__
-    return f"{name} with hooks that make its weight" if type(module) is nn.Linear else name
+    is_hooked = type(module) is nn.Linear and not is_plain(module)
+    return f"{name} with hooks that make its weight" if is_hooked else name
 
 
 def check_mask(mask: Mask | None) -> None:

@@ -33,7 +33,7 @@ def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
         return mha
     parts = [mha.W_query, mha.W_key, mha.W_value]
     if not all(is_plain(part) for part in parts):
-        kinds = ", ".join("Linear" if is_plain(part) else kind_of(part) for part in parts)
+        kinds = ", ".join(kind_of(part) for part in parts)
         raise ArgumentError(
             "fuse()", "needs plain nn.Linear projections", kinds, "merge adapters first"
         )

@@ -24,6 +24,7 @@ from polyhead.modules.arguments import (
     check_dropout,
     check_input,
     check_mask,
+    check_norm,
     check_rope,
     check_sizes,
     is_plain,
@@ -126,6 +127,7 @@ class MultiHeadLatentAttention(nn.Module):
             check_sizes(query_rank=query_rank)
         check_rope(rope, rope_head_dim, "rope_head_dim")
         check_mask(mask)
+        check_norm("norm", norm)
         check_scale(scale)
         self.d_in = d_in
         self.d_out = d_out

@@ -13,6 +13,7 @@ from polyhead.arguments import check_request, check_scale, check_softcap
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
+from polyhead.errors import DtypeError
 from polyhead.functional import attention
 from polyhead.mask import Mask
 from polyhead.modules.arguments import (
@@ -20,6 +21,7 @@ from polyhead.modules.arguments import (
     check_dropout,
     check_input,
     check_mask,
+    check_norm,
     check_rope,
     check_sizes,
     head_sizes,
@@ -131,6 +133,15 @@ class MultiHeadAttention(nn.Module):
         check_rope(rope, head_dim)
         check_softcap(softcap)
         check_mask(mask)
+        if qk_norm is not None:
+            check_norm("qk_norm", qk_norm)
+        if position_bias is not None and not callable(position_bias):
+            raise DtypeError(
+                "position_bias",
+                "must be a module that gives numbers for (T, S), or None",
+                repr(position_bias),
+                "pass polyhead.positions.RelativeBias(num_heads, bidirectional=False), say",
+            )
         check_scale(scale)
         self.d_in = d_in
         self.d_out = d_out

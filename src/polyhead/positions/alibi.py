@@ -42,8 +42,8 @@ def alibi_slopes(
     torch.Size([4, 3, 3])
     """
     check_count("num_heads", num_heads, 1, "count from 1", ShapeError)
-    if not dtype.is_floating_point:
-        raise DtypeError("dtype", "must be floating point", dtype, "slopes are fractions")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise DtypeError("dtype", "must be floating point", repr(dtype), "slopes are fractions")
     n = 1 << (num_heads.bit_length() - 1)
     steps = torch.cat(
         [
