@@ -168,6 +168,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 def start(options: argparse.Namespace) -> Training:
     """A new training, or the one that the checkpoint holds."""
+    if options.steps < 1:
+        raise UsageError(f"--steps must be at least 1; got {options.steps}")
     path, text = options.checkpoint, options.text.read_text(encoding="utf-8")
     if options.resume and not path:
         raise UsageError("--resume needs --checkpoint, the file to go on from")

@@ -74,6 +74,16 @@ def test_a_counterexample_is_small():
     assert message.startswith("B=1 H=1 G=1 T=1 S=2 D=2 E=1") or "T=1" in message
 
 
+def test_dropout_may_be_a_layer():
+    def annotated(query, key, value, dropout=None):
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
+        return (weights if dropout is None else dropout(weights)) @ value
+
+    assert check_function(annotated).ok
+    ignored = lambda query, key, value, dropout=None: annotated(query, key, value)  # noqa: E731
+    assert not check_function(ignored, only=["dropout_keeps_the_mean"]).ok
+
+
 def test_a_function_of_tokens_first():
     def turned(query, key, value, is_causal=False):
         heads = (t.transpose(1, 2) for t in (query, key, value))

@@ -209,6 +209,7 @@ def test_other_refusals(example, tmp_path, capsys):
     text.write_bytes(b"\xff\xfe caf\xe9" * 9)
     refused(example, capsys, "--text", text)
     assert "No such file" in refused(example, capsys, "--text", tmp_path / "none.txt")
+    assert "--steps must be at least 1; got 0" in refused(example, capsys, "--steps", 0)
     assert "divisible by num_heads = 5" in refused(example, capsys, "--heads", 5)
     assert "no such folder" in refused(example, capsys, "--checkpoint", tmp_path / "no" / "gpt.pt")
     with pytest.raises(SystemExit) as exit_:

@@ -278,7 +278,11 @@ def dropout_keeps_the_mean(subject: FunctionSubject) -> Verdict:
     query, key, _ = case.inputs(subject.dtype)
     ones = torch.ones(case.B, case.G, case.S, case.E, dtype=subject.dtype)
     with seeded(subject.seed, torch.device("cpu")):
-        kept = subject.run(case, (query, key, ones), **{name: 0.3}).double()
+        try:
+            kept = subject.run(case, (query, key, ones), **{name: 0.3}).double()
+        except TypeError:  # where it takes a layer, as the Annotated Transformer does
+            layer = torch.nn.Dropout(0.3)
+            kept = subject.run(case, (query, key, ones), **{name: layer}).double()
     if kept.std() < 1e-6:
         return broken(f"{name}=0.3 is accepted and drops nothing")
     rows = kept.mean(dim=(1, 2, 3))
