@@ -64,10 +64,9 @@ struct Attention {
 struct Output {
   void* output = nullptr;  // (B, H, T, E), contiguous, in the query's dtype
   float* lse = nullptr;    // (B, H, T); nullptr: nothing but the output is asked for
-  // (3, B, H, T), for backward: each row's largest score; the log of the sum of
-  // exp(score - largest), the sink's too; and the inverse of that sum. The first two added up are
-  // an lse that loses digits where scores are large: a row of the lowest float32 would no longer
-  // know how many keys it has.
+  // (3, B, H, T), for backward: each row's largest score; the sum of exp(score - largest) over its
+  // keys; and the inverse of that sum with the sink's added. lse loses digits where scores are
+  // large: of a row of the lowest float32 it would no longer know how many keys it has.
   float* shifts = nullptr;
   float* stats = nullptr;  // (6, B, H, T) in the order of HeadStats; nullptr: not asked for
 };
@@ -83,7 +82,6 @@ struct Weights {
 struct Gradients {
   View grad_output;                 // (B, H, T, E)
   View output;                      // (B, H, T, E), what forward returned
-  const float* lse = nullptr;       // (B, H, T), likewise
   const float* shifts = nullptr;    // (3, B, H, T), likewise
   const float* grad_lse = nullptr;  // (B, H, T); nullptr: lse was not used
   float* query = nullptr;           // (B, H, T, D)

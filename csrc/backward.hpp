@@ -125,13 +125,20 @@ class Backward {
     deltas_[row] = sum(total);
   }
 
+  // The sink's share of a row. (exp(sink - most) would be infinite beside a large sink.)
+  float sink_weight(int64_t row, float sink) const {
+    const float most = g_.shifts[row];
+    if (sink > most) return 1.0F / (1.0F + g_.shifts[rows_ + row] * std::exp(most - sink));
+    return std::exp(sink - most) * g_.shifts[2 * rows_ + row];
+  }
+
   float sink_gradient(int64_t h) const {
     float total = 0.0F;
     for (int64_t b = 0; b < a_.B; ++b) {
       for (int64_t t = 0; t < a_.T; ++t) {
         const int64_t row = (b * a_.H + h) * a_.T + t;
         if (g_.shifts[row] == -kInfinity) continue;
-        total -= deltas_[row] * std::exp(a_.sinks[h] - g_.shifts[row] - g_.shifts[rows_ + row]);
+        total -= deltas_[row] * sink_weight(row, a_.sinks[h]);
       }
     }
     return total;
@@ -227,6 +234,7 @@ class Backward {
     const int64_t at = (q.b * a_.H + q.h) * a_.T + q.t;
     // Weights as forward had them, times one number: so a row's errors in them cancel in dZ too.
     const float most = g_.shifts[at], inverse = g_.shifts[2 * rows_ + at];
+    const float keys_inverse = 1.0F / g_.shifts[rows_ + at];
     const Span span = most == -kInfinity ? Span{0, 0} : block.tiles[row / kTileRows];
     const int64_t begin = block.s + span.begin;
     shape_scores(a_, q, begin, block.s + span.end, weights + span.begin, worker.capped);
@@ -236,14 +244,14 @@ class Backward {
     F32 bias_sum{};
     const F32 cap = all(a_.softcap == 0.0F ? 0.0F : 1.0F / a_.softcap);
     for (int64_t i = span.begin; i < span.end; i += kLanes) {
-      const F32 weight = inverse * exp2_of((load(weights + i) - most) * kLog2E);
+      const F32 power = exp2_of((load(weights + i) - most) * kLog2E);
+      const F32 weight = inverse * power;
       F32 kept = all(1.0F);
       if (a_.dropout > 0.0)
         kept = select(dropout.kept(row_key, block.s + i), all(dropout.factor), F32{});
       F32 score = weight * (kept * load(scores + i) - delta);
       // d lse / d score is exp(score - lse), which is no weight: lse leaves the sink out.
-      if (g_.grad_lse != nullptr)
-        score += g_.grad_lse[at] * exp2_of((load(weights + i) - g_.lse[at]) * kLog2E);
+      if (g_.grad_lse != nullptr) score += g_.grad_lse[at] * keys_inverse * power;
       store(to_weights + i, kept * weight);
       bias_sum += score;
       if (worker.bias != nullptr && g_.bias_stride[3] != 0)

@@ -120,10 +120,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_stored(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& output,
-    const Tensor& lse, const Tensor& details, const Tensor& query, const Tensor& key,
-    const Tensor& value, const OptionalTensor& bias, const OptionalTensor& allowed,
-    const OptionalTensor& lengths, const OptionalTensor& padding, const OptionalTensor& documents,
-    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+    const Tensor& details, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
+    const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool bias_grad,
     bool sinks_grad) {
   const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
@@ -142,7 +142,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   Gradients g;
   g.grad_output = rows_of(grad_output, "grad_output", {a.B, a.H, a.T, a.E});
   g.output = rows_of(output, "output", {a.B, a.H, a.T, a.E});
-  g.lse = floats_of(lse, "lse", rows);
   g.shifts = shifts_of(details, rows);
   g.grad_lse = floats_of(grad_lse, "grad_lse", rows);
   g.query = data_of(query_grad);
@@ -154,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     broadcast_strides(bias_gradient, "bias", {a.B, a.H, a.T, a.S}, g.bias_stride);
   }
   if (sinks_grad) g.sinks = data_of(sinks_gradient);
-  if (lse.numel() > 0) run_with_team(a.threads, [&] { kernels().backward(a, g); });
+  if (rows > 0) run_with_team(a.threads, [&] { kernels().backward(a, g); });
   return {query_grad, key_grad, value_grad, bias_gradient, sinks_gradient};
 }
 
@@ -204,7 +203,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   // with scales, in blocks (the first dimension) found through a table, or both.
   m.def(forward_schema("attention_stored", kStoredKeys).c_str());
   m.def(
-      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, Tensor lse, "
+      "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, "
       "Tensor details, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
       "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, "
       "Tensor? seed, SymInt[] band, float scale, float softcap, float dropout, bool bias_grad, "

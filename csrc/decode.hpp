@@ -148,13 +148,22 @@ class Decode {
         clear(to, query_stride());
         std::memcpy(to, row_of<BFloat16>(a_.query, q.b, q.h, q.t),
                     static_cast<size_t>(a_.D) * sizeof *to);
+      } else if constexpr (kSplits<Element>) {
+        const auto* from = row_of<BFloat16>(a_.query, q.b, q.h, q.t);
+        for (int64_t d = 0; d < a_.D; d += kRowStep<Element>) {
+          const U32 pairs = a_.D - d < kRowStep<Element> ? load_some<U32>(from + d, a_.D - d)
+                                                         : load_as<U32>(from + d);
+          store(to + d, even_of(pairs));
+          store(to + d + kLanes, odd_of(pairs));
+        }
       } else {
         widen_rows(a_.query, q.b, q.h, q.t, q.t + 1, a_.D, to, 0);
       }
     });
   }
 
-  // The rows of tokens [begin, end); past the end the last one stands in.
+  // The rows of tokens [begin, end); past the end stand rows of zeros, as 0 times the last one were
+  // NaN if that is infinite.
   void locate(const View& view, int64_t head, int64_t begin, int64_t end, Rows& rows) const {
     rows.ahead = view.table == nullptr ? block_keys_ * view.stride[2] : 0;
     int64_t i = 0;
@@ -170,8 +179,9 @@ class Decode {
         if constexpr (kHasScales) rows.scale[i] = *scale, scale += view.scale_stride[2];
       }
     }
+    alignas(64) static constexpr Element kZeros[kMaxHeadSize] = {};
     for (; i < block_keys_; ++i) {
-      rows.row[i] = rows.row[i - 1];
+      rows.row[i] = kZeros;
       if constexpr (kHasScales) rows.scale[i] = 0.0F;
     }
   }
@@ -231,7 +241,7 @@ class Decode {
 
   // weighted += weights @ value, a tile of rows and columns at a time.
   void add_values(int64_t count, const float* weights, const Block& block, float* weighted) const {
-    constexpr int kFew = kInPairs<Element> ? 2 : 1;
+    constexpr int kFew = kRowStep<Element> / kLanes;
     const int64_t even = round_up(count, 2);
     for (int64_t row = 0; row < rows_; row += kTileRows) {
       const auto columns = [&]<int Rows, int Vectors, bool Whole>(int64_t e) {

@@ -69,7 +69,7 @@ inline void write_row(const Attention& a, const Output& out, const Query& q, con
   if (out.lse == nullptr) return;
   out.lse[at] = result.lse;
   out.shifts[at] = row.most;
-  out.shifts[rows + at] = result.log_total;
+  out.shifts[rows + at] = row.sum;
   out.shifts[2 * rows + at] = result.inverse;
   if (out.stats != nullptr) write_stats(a, q.h, row, out.stats + at, a.B * a.H * a.T);
 }

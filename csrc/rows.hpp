@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <type_traits>
+#include <utility>
 
 #include "pack.hpp"
 
@@ -14,13 +15,21 @@ namespace polyhead::POLYHEAD_ISA {
 template <class Element>
 constexpr bool kInPairs = kHasPairs && std::is_same_v<Element, BFloat16>;
 
+// Whether rows are read as pairs all the same, and their even and odd numbers widened apart: a
+// shift and a mask for two vectors, where widening neighbours takes two instructions for each.
+template <class Element>
+constexpr bool kSplits = !kHasPairs && std::is_same_v<Element, BFloat16>;
+
+inline F32 even_of(U32 pairs) { return reinterpret_cast<F32>(pairs << 16); }
+inline F32 odd_of(U32 pairs) { return reinterpret_cast<F32>(pairs & (U32{} + 0xFFFF0000U)); }
+
 // What the left operand is held in.
 template <class Element>
 using Left = std::conditional_t<kInPairs<Element>, BFloat16, float>;
 
 // Numbers of a row that one step of a dot product takes, and what is padded for it.
 template <class Element>
-constexpr int64_t kRowStep = kInPairs<Element> ? 2 * kLanes : kLanes;
+constexpr int64_t kRowStep = std::is_same_v<Element, BFloat16> ? 2 * kLanes : kLanes;
 
 // Twice as many as a vector has numbers of a row of BFloat16 in pairs.
 using U16x2 [[gnu::vector_size(kVectorBytes)]] = uint16_t;
@@ -42,15 +51,21 @@ inline void touch(const Element* row, int64_t size, int64_t ahead) {
   // A number, not a pointer: it may lead beyond the tensor, where nothing is read.
   const uintptr_t next =
       reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(ahead) * sizeof *row;
-  for (int64_t i = 0; i < size * static_cast<int64_t>(sizeof(Element)); i += 64) {
+  const auto line = [&](int64_t i) {
     bytes[i];
     if constexpr (kPrefetches)
       __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(i)), 0, 2);
-  }
+  };
+  // Two lines a turn: of one the loop itself would take most of the time.
+  const int64_t end = size * static_cast<int64_t>(sizeof(Element));
+  int64_t i = 0;
+  for (; i + 64 < end; i += 128) line(i), line(i + 64);
+  if (i < end) line(i);
 }
 
 // dots[i * dots_stride + k] = left row i . row k, for Count left rows and Keys rows. Left rows are
-// padded with zeros to whole steps. For `ahead` see touch.
+// padded with zeros to whole steps, and where rows are split, of each step first the even numbers.
+// For `ahead` see touch.
 template <int Count, int Keys, class Element>
 [[gnu::always_inline]] inline void dot_rows(const Left<Element>* left, int64_t left_stride,
                                             const Element* const* rows, int64_t size, int64_t ahead,
@@ -63,19 +78,18 @@ template <int Count, int Keys, class Element>
   F32 sums[kSums];
 #pragma GCC unroll 16
   for (F32& sum : sums) sum = F32{};
-#pragma GCC unroll 16
-  for (int first = 0; first < Keys; first += kShare) {
-    const auto add = [&](int64_t d, auto&& load_row) {
+  const auto share = [&]<int kFirst>() {
+    const auto add = [&](int64_t at, int64_t d, auto&& load_row) {
       decltype(load_row(rows[0])) row[kShare];
 #pragma GCC unroll 4
-      for (int k = 0; k < kShare; ++k) row[k] = load_row(rows[first + k] + d);
+      for (int k = 0; k < kShare; ++k) row[k] = load_row(rows[kFirst + k] + d);
 #pragma GCC unroll 4
       for (int i = 0; i < Count; ++i) {
-        auto number = load_as<decltype(load_row(rows[0]))>(left + i * left_stride + d);
+        auto number = load_as<decltype(load_row(rows[0]))>(left + i * left_stride + at);
         if constexpr (kShare > 1) hold(number);
 #pragma GCC unroll 4
         for (int k = 0; k < kShare; ++k) {
-          F32& sum = sums[i * Keys + first + k];
+          F32& sum = sums[i * Keys + kFirst + k];
           if constexpr (kInPairs<Element>) {
             sum = Step<Pair>::add(sum, number, row[k]);
           } else {
@@ -85,17 +99,31 @@ template <int Count, int Keys, class Element>
       }
     };
     if constexpr (kShare > 1 || kPrefetches)
-      for (int k = 0; k < kShare; ++k) touch(rows[first + k], size, ahead);
+      for (int k = 0; k < kShare; ++k) touch(rows[kFirst + k], size, ahead);
     int64_t d = 0;
     if constexpr (kInPairs<Element>) {
       for (; d + kStep <= size; d += kStep)
-        add(d, [](const Element* from) { return load_as<U32>(from); });
-      if (d < size) add(d, [&](const Element* from) { return load_some<U32>(from, size - d); });
+        add(d, d, [](const Element* from) { return load_as<U32>(from); });
+      if (d < size) add(d, d, [&](const Element* from) { return load_some<U32>(from, size - d); });
+    } else if constexpr (kSplits<Element>) {
+      const auto add_both = [&](auto&& load_pairs) {
+        add(d, d, [&](const Element* from) { return even_of(load_pairs(from)); });
+        add(d + kLanes, d, [&](const Element* from) { return odd_of(load_pairs(from)); });
+      };
+      for (; d + kStep <= size; d += kStep)
+        add_both([](const Element* from) { return load_as<U32>(from); });
+      if (d < size) add_both([&](const Element* from) { return load_some<U32>(from, size - d); });
     } else {
-      for (; d + kStep <= size; d += kStep) add(d, [](const Element* from) { return load(from); });
-      if (d < size) add(d, [&](const Element* from) { return load_first(from, size - d); });
+      for (; d + kStep <= size; d += kStep)
+        add(d, d, [](const Element* from) { return load(from); });
+      if (d < size) add(d, d, [&](const Element* from) { return load_first(from, size - d); });
     }
-  }
+  };
+  // Written out, not a loop: the compiler keeps sums in registers only where it knows which they
+  // are.
+  [&]<int... kShares>(std::integer_sequence<int, kShares...>) {
+    (share.template operator()<kShares * kShare>(), ...);
+  }(std::make_integer_sequence<int, Keys / kShare>());
   float totals[kSums];
   sum_each(sums, totals);
 #pragma GCC unroll 4
@@ -113,6 +141,15 @@ inline void pair_up(U16x2 a, U16x2 b, U32& lower, U32& upper) {
   }
   lower = reinterpret_cast<U32>(__builtin_shuffle(a, b, from_lower));
   upper = reinterpret_cast<U32>(__builtin_shuffle(a, b, from_upper));
+}
+
+// From even and odd numbers to all in their order.
+inline void interleave(F32& even, F32& odd) {
+  const I32 lanes = lane_numbers();
+  const I32 lower = (lanes >> 1) + (lanes & 1) * kLanes;
+  const F32 first = __builtin_shuffle(even, odd, lower);
+  odd = __builtin_shuffle(even, odd, lower + kLanes / 2);
+  even = first;
 }
 
 // sums[i * sums_stride + e] += the sum over rows of weights[i * weights_stride + row] * row[e], for
@@ -150,16 +187,33 @@ template <int Count, int Vectors, bool Whole, class Element>
       }
     } else {
       F32 columns[Vectors];
+      if constexpr (kSplits<Element>) {
+        static_assert(Vectors % 2 == 0);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v)
-        columns[v] =
-            Whole ? load(rows[s] + begin + v * kLanes) : load_first(rows[s] + begin, size - begin);
+        for (int v = 0; v < Vectors; v += 2) {
+          const Element* from = rows[s] + begin + v * kLanes;
+          const U32 pairs = Whole ? load_as<U32>(from) : load_some<U32>(from, size - begin);
+          columns[v] = even_of(pairs);
+          columns[v + 1] = odd_of(pairs);
+        }
+      } else {
+#pragma GCC unroll 8
+        for (int v = 0; v < Vectors; ++v)
+          columns[v] = Whole ? load(rows[s] + begin + v * kLanes)
+                             : load_first(rows[s] + begin, size - begin);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < Count; ++i)
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v)
           products[i][v] += weights[i * weights_stride + s] * columns[v];
     }
+  }
+  if constexpr (kSplits<Element>) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Count; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; v += 2) interleave(products[i][v], products[i][v + 1]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Count; ++i)

@@ -115,7 +115,8 @@ struct RowSums {
   float move_to(float new_most) {
     if (new_most == most) return 1.0F;
     const float factor = exp2_of(all((most - new_most) * kLog2E))[0];
-    if (sum != 0.0F) scores = factor * (scores + sum * (most - new_most));
+    // (Between the lowest float32 and any other score the sum overflows: 0 * infinity were NaN.)
+    scores = factor == 0.0F ? 0.0F : factor * (scores + sum * (most - new_most));
     sum *= factor;
     distance *= factor;
     most = new_most;
@@ -207,10 +208,9 @@ inline float online_softmax(const Attention& a, const Query& q, int64_t begin, i
 
 // What remains to be done with the sum of exp(score - most) * value, once every key was seen.
 struct RowResult {
-  float factor;     // for that sum, to be the output
-  float lse;        // without the sink
-  float log_total;  // log of the sum of exp(score - most), with the sink
-  float inverse;    // of that sum
+  float factor;   // for that sum, to be the output
+  float lse;      // without the sink
+  float inverse;  // of the sum of exp(score - most), with the sink
 };
 
 // The sum of exp(score - most) over a row's keys and its sink, as its inverse and its logarithm.
@@ -229,17 +229,17 @@ inline Total total_of(const Attention& a, int64_t h, const RowSums& row) {
 }
 
 inline RowResult finish_row(const Attention& a, int64_t h, const RowSums& row) {
-  if (row.most == -kInfinity) return {0.0F, -kInfinity, 0.0F, 0.0F};
+  if (row.most == -kInfinity) return {0.0F, -kInfinity, 0.0F};
   const Total total = total_of(a, h, row);
-  return {total.inverse * Dropout(a).factor, row.most + std::log(row.sum), total.log,
-          total.inverse};
+  return {total.inverse * Dropout(a).factor, row.most + std::log(row.sum), total.inverse};
 }
 
 // The six numbers of HeadStats for one query; `stride` from one to the next.
 inline void write_stats(const Attention& a, int64_t h, const RowSums& row, float* to,
                         int64_t stride) {
   for (int64_t i = 0; i < 6; ++i) to[i * stride] = 0.0F;
-  to[5 * stride] = row.most;
+  // A comparison skips NaN, and the sum does not.
+  to[5 * stride] = std::isnan(row.sum) && row.most < kInfinity ? kNaN : row.most;
   if (row.most == -kInfinity) return;
   const Total total = total_of(a, h, row);
   const auto mass = [&](float score) { return std::exp(score - row.most) * total.inverse; };

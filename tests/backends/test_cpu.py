@@ -142,6 +142,43 @@ def test_nan_and_infinity_reach_who_attends_to_them(tensors, isa, poison, where,
     assert torch.equal(output.isnan(), want.isnan())
 
 
+@pytest.mark.parametrize("T", [1, 3])
+def test_infinity_in_the_last_value_is_no_nan(tensors, isa, T):
+    """A block of keys that ends early was filled up with the last row, of weight 0."""
+    query, key, value = tensors(T=T, S=31)
+    value[:, :, -1] = -math.inf
+    output = ph.attention(query, key, value, backend="cpu")
+    assert output.eq(-math.inf).all()
+
+
+@pytest.mark.parametrize("T", [1, 20, 64])
+def test_statistics_beside_a_block_of_the_lowest_number(tensors, isa, T):
+    """As masks of finfo.min are written: between it and a score there is no finite number."""
+    inputs = tensors(B=1, T=T, S=700)
+    bias = torch.zeros(T, 700)
+    bias[:, :520] = torch.finfo(torch.float32).min
+    request = ph.AuxRequest(stats=True)
+    got, want = (
+        ph.attention(*inputs, bias=bias, backend=backend, return_aux=request)[1].stats
+        for backend in ("cpu", "reference")
+    )
+    for name, x in vars(want).items():
+        torch.testing.assert_close(getattr(got, name), x, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("T", [1, 40])
+def test_the_largest_score_of_a_row_with_nan_is_nan(tensors, isa, T):
+    query, key, value = tensors(T=T)
+    query[0, 1, 0], key[1, 0, 3] = math.nan, math.nan
+    request = ph.AuxRequest(stats=True)
+    got, want = (
+        ph.attention(query, key, value, backend=backend, return_aux=request)[1].stats.max_logit
+        for backend in ("cpu", "reference")
+    )
+    assert want.isnan().any()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
 def test_nan_in_a_forbidden_key_is_not_heard_of(tensors, isa):
     query, key, value = tensors(T=50, S=60)
     clean = ph.attention(query, key, value, mask=ph.mask.lengths([50, 55]), backend="cpu")

@@ -77,6 +77,27 @@ def test_a_row_of_the_lowest_number_has_the_gradient_of_an_average(tensors):
     torch.testing.assert_close(grad, torch.full_like(grad, 17 / 20))
 
 
+@pytest.mark.parametrize("T", [2, 20])
+def test_lse_of_a_row_of_the_lowest_number_has_the_gradient_of_an_average(tensors, T):
+    query, key, value = tensors(B=1, H=2, G=2, T=T, S=30)
+    bias = torch.full((T, 30), torch.finfo(torch.float32).min).requires_grad_()
+    request = ph.AuxRequest(lse=True)
+    _, aux = ph.attention(query, key, value, bias=bias, backend="cpu", return_aux=request)
+    (grad,) = torch.autograd.grad(aux.lse.sum(), bias)
+    torch.testing.assert_close(grad, torch.full_like(grad, 2 / 30))
+
+
+@pytest.mark.parametrize("sink", [-200.0, 0.0, 200.0, 3e38])
+def test_a_sink_far_from_the_scores_has_its_gradient(tensors, sink):
+    inputs = tensors(B=1, H=2, G=2, T=3, S=5)
+    sinks = torch.tensor([sink, 0.5], requires_grad=True)
+    got, want = (
+        torch.autograd.grad(ph.attention(*inputs, sinks=sinks, backend=backend).sum(), sinks)[0]
+        for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 def test_the_operator_alone_has_no_second_derivative(tensors):
     """So that it cannot be wrong in silence; `attention` takes the definition's."""
     inputs = [x.requires_grad_() for x in tensors()]

@@ -193,7 +193,7 @@ int Case::check() const {
   Gradients g;
   g.grad_output = grad_output->view;
   g.output = {output.data(), dtype, {a.H * a.T * a.E, a.T * a.E, a.E, 1}};
-  g.lse = floats(lse), g.shifts = floats(shifts);
+  g.shifts = floats(shifts);
   g.grad_lse = grad_lse.empty() ? nullptr : grad_lse.data();
   g.query = floats(query_grad), g.key = floats(key_grad), g.value = floats(value_grad);
   Sizes bias_stride{};
@@ -245,15 +245,16 @@ int Case::check() const {
                             2.0 * code_loss * largest_terms;
     double keys_total = 0.0;
     for (double x : scores) keys_total += std::exp(x - most);
-    const double total =
-        keys_total + (a.sinks == nullptr ? 0.0 : std::exp(double{sinks[h]} - most));
+    // Shifted by the larger: beside a large sink exp(sink - most) would be infinite.
+    const double sink = a.sinks == nullptr ? -INFINITY : sinks[h], shift = std::max(most, sink);
+    const double total = keys_total * std::exp(most - shift) + std::exp(sink - shift);
     lses.add(row, most + std::log(keys_total), rounding);
     Numbers row_stats(6), row_terms(6), o(a.E), o_terms(a.E);
     row_stats[5] = most, row_terms[5] = 1.0;
     for (int64_t s = 0; s < a.S; ++s) {
       if (scores[s] == -INFINITY) continue;
-      const double weight = std::exp(scores[s] - most) / total;
-      const double log_weight = scores[s] - most - std::log(total);
+      const double weight = std::exp(scores[s] - shift) / total;
+      const double log_weight = scores[s] - shift - std::log(total);
       const double share = is_mean ? weight / static_cast<double>(a.H) : weight;
       all_weights.add((is_mean ? b * a.T + t : row) * a.S + s, share, rounding * share);
       const int64_t ahead = s - a.position(t);
@@ -281,12 +282,12 @@ int Case::check() const {
     }
     const double delta_loss = loss * delta_terms;
     if (a.sinks != nullptr) {
-      const double sink = std::exp(double{sinks[h]} - most) / total;
-      to_sinks.add(h, -sink * delta, sink * (rounding * delta_terms + delta_loss));
+      const double weight = std::exp(sink - shift) / total;
+      to_sinks.add(h, -weight * delta, weight * (rounding * delta_terms + delta_loss));
     }
     for (int64_t s = 0; s < a.S; ++s) {
       if (scores[s] == -INFINITY) continue;
-      const double weight = std::exp(scores[s] - most) / total;
+      const double weight = std::exp(scores[s] - shift) / total;
       double dP = 0.0, dP_terms = 0.0;
       for (int64_t e = 0; e < a.E; ++e) {
         const double grad = (*grad_output)(b, h, t, e), x = kept[s] * (*value)(b, group, s, e);

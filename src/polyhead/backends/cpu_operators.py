@@ -97,7 +97,6 @@ def _backward_shapes(
     grad_output: Tensor,
     grad_lse: Tensor | None,
     output: Tensor,
-    lse: Tensor,
     details: Tensor,
     query: Tensor,
     key: Tensor,
@@ -123,15 +122,15 @@ def _weights_shape(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    result, lse, details = output
+    result, _, details = output
     ctx.mark_non_differentiable(details)
     ctx.set_materialize_grads(False)
     tensors, ctx.options = inputs[:11], inputs[11:15]
-    ctx.save_for_backward(result, lse, details, *tensors)
+    ctx.save_for_backward(result, details, *tensors)
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> Any:
-    result, lse, details, *tensors = ctx.saved_tensors
+    result, details, *tensors = ctx.saved_tensors
     query, bias, sinks = tensors[0], tensors[3], tensors[8]
     if grad_output is None:
         grad_output = torch.zeros_like(result)
@@ -140,7 +139,6 @@ def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_
         side_by_side(grad_output),
         None if grad_lse is None else grad_lse.contiguous(),
         result,
-        lse,
         details,
         *tensors,
         *ctx.options,
