@@ -16,6 +16,7 @@ __all__ = [
     "check_input",
     "check_mask",
     "check_norm",
+    "check_position_bias",
     "check_rope",
     "check_sizes",
     "head_sizes",
@@ -45,6 +46,16 @@ def check_norm(name: str, norm: object) -> None:
     if not callable(norm) or isinstance(norm, nn.Module):
         raise DtypeError(
             name, "must make a norm from a size", repr(norm), "pass nn.RMSNorm itself, say"
+        )
+
+
+def check_position_bias(position_bias: object) -> None:
+    if position_bias is not None and not callable(position_bias):
+        raise DtypeError(
+            "position_bias",
+            "must be a module that gives numbers for (T, S), or None",
+            repr(position_bias),
+            "pass polyhead.positions.RelativeBias(num_heads, bidirectional=False), say",
         )
 
 

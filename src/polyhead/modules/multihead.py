@@ -13,7 +13,6 @@ from polyhead.arguments import check_request, check_scale, check_softcap
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
-from polyhead.errors import DtypeError
 from polyhead.functional import attention
 from polyhead.mask import Mask
 from polyhead.modules.arguments import (
@@ -22,6 +21,7 @@ from polyhead.modules.arguments import (
     check_input,
     check_mask,
     check_norm,
+    check_position_bias,
     check_rope,
     check_sizes,
     head_sizes,
@@ -133,15 +133,9 @@ class MultiHeadAttention(nn.Module):
         check_rope(rope, head_dim)
         check_softcap(softcap)
         check_mask(mask)
+        check_position_bias(position_bias)
         if qk_norm is not None:
             check_norm("qk_norm", qk_norm)
-        if position_bias is not None and not callable(position_bias):
-            raise DtypeError(
-                "position_bias",
-                "must be a module that gives numbers for (T, S), or None",
-                repr(position_bias),
-                "pass polyhead.positions.RelativeBias(num_heads, bidirectional=False), say",
-            )
         check_scale(scale)
         self.d_in = d_in
         self.d_out = d_out
