@@ -56,11 +56,13 @@ class Decode {
   // Some rows of keys or of values, and of codes the scales: 0 where another row stands in.
   struct Rows {
     const Element* row[kMaxBlockKeys];
-    int64_t ahead;  // from a row to the one in its place in the next block; 0: who knows
     float scale[kHasScales ? kMaxBlockKeys : 1];
   };
+  // Keys [begin, end) of one head.
   struct Block {
+    int64_t head, begin, end;
     Rows keys, values;
+    int64_t count() const { return end - begin; }
   };
 
   int64_t query_stride() const { return round_up(a_.D, kRowStep<Element>); }
@@ -117,28 +119,36 @@ class Decode {
       std::fill_n(weighted_ + part * rows_ * output_stride(), rows_ * output_stride(), 0.0F);
     }
     const Span keys = part_of(keys_of(a_, first / a_.G, 0, a_.T), block_keys_, split, splits_);
-    for (int64_t s = keys.begin; s < keys.end; s += block_keys_)
-      for (int64_t i = 0; i < heads_; ++i)
-        attend_block(first + i, (first + i) * splits_ + split, s,
-                     smaller(s + block_keys_, keys.end), queries + i * rows_ * query_stride(),
-                     scores);
+    Block blocks[2];
+    if (!keys.empty()) locate(first, keys.begin, keys.end, blocks[0]);
+    int64_t i = 0, s = keys.begin;
+    for (int now = 0; s < keys.end; now = 1 - now) {
+      const Block& block = blocks[now];
+      Block& next = blocks[1 - now];
+      const int64_t part = block.head * splits_ + split;
+      const Left<Element>* own = queries + i * rows_ * query_stride();
+      if (++i == heads_) i = 0, s += block_keys_;
+      Ahead<Element> ahead;
+      if (s < keys.end) {
+        locate(first + i, s, keys.end, next);
+        ahead = {next.keys.row, next.values.row, next.count(), longer_row()};
+      }
+      attend_block(block, part, own, scores, ahead);
+    }
   }
 
-  // The queries of one head against keys [begin, end), added to one part of its sums.
-  void attend_block(int64_t head, int64_t part, int64_t begin, int64_t end,
-                    const Left<Element>* queries, float* scores) const {
+  // The queries of a head against a block of its keys, added to one part of its sums.
+  void attend_block(const Block& block, int64_t part, const Left<Element>* queries, float* scores,
+                    Ahead<Element>& ahead) const {
     float* weighted = weighted_ + part * rows_ * output_stride();
     RowSums* sums = sums_ + part * rows_;
-    Block block;
-    locate(a_.key, head, begin, end, block.keys);
-    locate(a_.value, head, begin, end, block.values);
-    score_keys(end - begin, queries, block, scores);
+    score_keys(block, queries, scores, ahead);
     if (out_.stats != nullptr) {
-      weigh_keys<true>(head, begin, end, block, scores, weighted, sums);
+      weigh_keys<true>(block, scores, weighted, sums);
     } else {
-      weigh_keys<false>(head, begin, end, block, scores, weighted, sums);
+      weigh_keys<false>(block, scores, weighted, sums);
     }
-    add_values(end - begin, scores, block, weighted);
+    add_values(block, scores, weighted, ahead);
   }
 
   void load_queries(int64_t head, Left<Element>* queries) const {
@@ -162,18 +172,26 @@ class Decode {
     });
   }
 
-  // The rows of tokens [begin, end); past the end stand rows of zeros, as 0 times the last one were
+  // Sets the block of a head's keys that starts at `begin`.
+  void locate(int64_t head, int64_t begin, int64_t end, Block& block) const {
+    block.head = head;
+    block.begin = begin;
+    block.end = smaller(begin + block_keys_, end);
+    locate(a_.key, block, block.keys);
+    locate(a_.value, block, block.values);
+  }
+
+  // The rows of a block's tokens; past the end stand rows of zeros, as 0 times the last one were
   // NaN if that is infinite.
-  void locate(const View& view, int64_t head, int64_t begin, int64_t end, Rows& rows) const {
-    rows.ahead = view.table == nullptr ? block_keys_ * view.stride[2] : 0;
+  void locate(const View& view, const Block& block, Rows& rows) const {
     int64_t i = 0;
-    while (begin + i < end) {
+    while (i < block.count()) {
       // A run of tokens that lie at one distance.
-      const Place place(view, head / a_.G, begin + i);
-      int64_t run = end - begin - i;
+      const Place place(view, block.head / a_.G, block.begin + i);
+      int64_t run = block.count() - i;
       if (view.table != nullptr) run = smaller(run, view.block_size - place.second);
-      const Element* row = place.row<Element>(view, head % a_.G);
-      const float* scale = kHasScales ? place.scale(view, head % a_.G) : nullptr;
+      const Element* row = place.row<Element>(view, block.head % a_.G);
+      const float* scale = kHasScales ? place.scale(view, block.head % a_.G) : nullptr;
       for (; run > 0; --run, ++i, row += view.stride[2]) {
         rows.row[i] = row;
         if constexpr (kHasScales) rows.scale[i] = *scale, scale += view.scale_stride[2];
@@ -186,16 +204,18 @@ class Decode {
     }
   }
 
+  int64_t longer_row() const { return greater(a_.D, a_.E) * static_cast<int64_t>(sizeof(Element)); }
+
   // The products of all queries with a block of keys, a few keys at a time.
-  void score_keys(int64_t count, const Left<Element>* queries, const Block& block,
-                  float* scores) const {
-    for (int64_t s = 0; s < count; s += kLanes) {
+  void score_keys(const Block& block, const Left<Element>* queries, float* scores,
+                  Ahead<Element>& ahead) const {
+    for (int64_t s = 0; s < block.count(); s += kLanes) {
       const auto some = [&]<int Rows>(int64_t row) {
         constexpr int kKeys = smaller(kDots / sums_for(Rows), kLanes);
 #pragma GCC unroll 1
         for (int64_t k = s; k < s + kLanes; k += kKeys)
           dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys.row + k,
-                                a_.D, block.keys.ahead, scores + row * block_keys_ + k,
+                                a_.D, row == 0 ? &ahead : nullptr, scores + row * block_keys_ + k,
                                 block_keys_);
       };
       int64_t row = 0;
@@ -210,11 +230,10 @@ class Decode {
   }
 
   template <bool kStats>
-  void weigh_keys(int64_t head, int64_t begin, int64_t end, const Block& block, float* scores,
-                  float* weighted, RowSums* sums) const {
+  void weigh_keys(const Block& block, float* scores, float* weighted, RowSums* sums) const {
     using Operand = std::conditional_t<kInPairs<Element>, Pair, float>;
-    const int64_t padded_end = begin + round_up(end - begin, kLanes);
-    each_query(head, [&](int64_t row, const Query& q) {
+    const int64_t begin = block.begin, padded_end = begin + round_up(block.count(), kLanes);
+    each_query(block.head, [&](int64_t row, const Query& q) {
       float* z = scores + row * block_keys_;
       for (int64_t i = 0; i < padded_end - begin; i += kLanes) {
         F32 scale = all(a_.scale);
@@ -240,13 +259,14 @@ class Decode {
   }
 
   // weighted += weights @ value, a tile of rows and columns at a time.
-  void add_values(int64_t count, const float* weights, const Block& block, float* weighted) const {
+  void add_values(const Block& block, const float* weights, float* weighted,
+                  Ahead<Element>& ahead) const {
     constexpr int kFew = kRowStep<Element> / kLanes;
-    const int64_t even = round_up(count, 2);
+    const int64_t even = round_up(block.count(), 2);
     for (int64_t row = 0; row < rows_; row += kTileRows) {
       const auto columns = [&]<int Rows, int Vectors, bool Whole>(int64_t e) {
         weigh_rows<Rows, Vectors, Whole>(weights + row * block_keys_, block_keys_, block.values.row,
-                                         even, e, a_.E, block.values.ahead,
+                                         even, e, a_.E, row == 0 ? &ahead : nullptr,
                                          weighted + row * output_stride() + e, output_stride());
       };
       const auto tiles = [&]<int Rows>() {

@@ -39,40 +39,61 @@ constexpr int kDots = kTileVectors == 4 ? 16 : 8;  // sums of dot products that 
 // Of so many left rows with one row: sums of lanes are added up by powers of two.
 constexpr int sums_for(unsigned count) { return static_cast<int>(std::bit_ceil(count)); }
 
-// Where arithmetic takes as long as reading, lines are asked for a block before they are needed.
-constexpr bool kPrefetches = kTileVectors != 4;
+// Where arithmetic takes as long as reading, lines are asked for a block before they are needed;
+// elsewhere the processor sees far enough by itself, if rows are touched.
+constexpr bool kAsksAhead = kTileVectors != 4;
 
 // Reads a row's lines in the order of their addresses, before they are multiplied in another one:
-// only so does the processor see a stream and fetch ahead. (Prefetches alone hide the stream from
-// it, and were slower.) `ahead` leads to the row of the next block that is in the same place.
+// only so does the processor see a stream and fetch ahead.
 template <class Element>
-inline void touch(const Element* row, int64_t size, int64_t ahead) {
+inline void touch(const Element* row, int64_t size) {
   const auto* bytes = reinterpret_cast<const volatile char*>(row);
-  // A number, not a pointer: it may lead beyond the tensor, where nothing is read.
-  const uintptr_t next =
-      reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>(ahead) * sizeof *row;
-  const auto line = [&](int64_t i) {
-    bytes[i];
-    if constexpr (kPrefetches)
-      __builtin_prefetch(reinterpret_cast<const void*>(next + static_cast<uintptr_t>(i)), 0, 2);
-  };
   // Two lines a turn: of one the loop itself would take most of the time.
   const int64_t end = size * static_cast<int64_t>(sizeof(Element));
   int64_t i = 0;
-  for (; i + 64 < end; i += 128) line(i), line(i + 64);
-  if (i < end) line(i);
+  for (; i + 64 < end; i += 128) bytes[i], bytes[i + 64];
+  if (i < end) bytes[i];
 }
+
+// The rows of the next block of keys and of values, whose lines are asked for while this block is
+// worked on: evenly, as a burst of them would be waited for, and keys and values in turn, as two
+// streams are read faster than one.
+template <class Element>
+struct Ahead {
+  const Element* const* keys = nullptr;
+  const Element* const* values = nullptr;
+  int64_t count = 0;  // of rows
+  int64_t bytes = 0;  // of the longer row
+  int64_t row = 0, at = 0;
+
+  // Asks for as many bytes as were just worked on.
+  void ask(int64_t worked_on) {
+    if (row == count) return;
+    for (int64_t i = 0; i < worked_on; i += 2 * kLine) {
+      __builtin_prefetch(reinterpret_cast<const char*>(keys[row]) + at, 0, 2);
+      __builtin_prefetch(reinterpret_cast<const char*>(values[row]) + at, 0, 2);
+      at += kLine;
+      if (at < bytes) continue;
+      at = 0;
+      if (++row == count) return;
+    }
+  }
+
+  static constexpr int64_t kLine = 64;
+};
 
 // dots[i * dots_stride + k] = left row i . row k, for Count left rows and Keys rows. Left rows are
 // padded with zeros to whole steps, and where rows are split, of each step first the even numbers.
-// For `ahead` see touch.
+// `ahead` is nullptr where these rows were worked on before.
 template <int Count, int Keys, class Element>
 [[gnu::always_inline]] inline void dot_rows(const Left<Element>* left, int64_t left_stride,
-                                            const Element* const* rows, int64_t size, int64_t ahead,
-                                            float* dots, int64_t dots_stride) {
+                                            const Element* const* rows, int64_t size,
+                                            Ahead<Element>* ahead, float* dots,
+                                            int64_t dots_stride) {
   constexpr int64_t kStep = kRowStep<Element>;
-  // Rows that share each load of a left row. Float32's are long: four were no stream any more.
-  constexpr int kShare = sizeof(Element) == 4 ? 1 : smaller(Keys, 4);
+  // Rows that share each load of a left row. Where rows are touched, float32's are too long for it:
+  // four were no stream any more.
+  constexpr int kShare = sizeof(Element) == 4 && !kAsksAhead ? 1 : smaller(Keys, 4);
   // (An initializer would write zeros to memory, by a slow instruction, before every product.)
   constexpr int kSums = sums_for(Count) * Keys;
   F32 sums[kSums];
@@ -98,8 +119,11 @@ template <int Count, int Keys, class Element>
         }
       }
     };
-    if constexpr (kShare > 1 || kPrefetches)
-      for (int k = 0; k < kShare; ++k) touch(rows[kFirst + k], size, ahead);
+    if constexpr (kAsksAhead) {
+      if (ahead != nullptr) ahead->ask(kShare * size * static_cast<int64_t>(sizeof(Element)));
+    } else if constexpr (kShare > 1) {
+      for (int k = 0; k < kShare; ++k) touch(rows[kFirst + k], size);
+    }
     int64_t d = 0;
     if constexpr (kInPairs<Element>) {
       for (; d + kStep <= size; d += kStep)
@@ -119,8 +143,7 @@ template <int Count, int Keys, class Element>
       if (d < size) add(d, d, [&](const Element* from) { return load_first(from, size - d); });
     }
   };
-  // Written out, not a loop: the compiler keeps sums in registers only where it knows which they
-  // are.
+  // Not a loop: the compiler keeps sums in registers only where it knows which they are.
   [&]<int... kShares>(std::integer_sequence<int, kShares...>) {
     (share.template operator()<kShares * kShare>(), ...);
   }(std::make_integer_sequence<int, Keys / kShare>());
@@ -154,17 +177,21 @@ inline void interleave(F32& even, F32& odd) {
 
 // sums[i * sums_stride + e] += the sum over rows of weights[i * weights_stride + row] * row[e], for
 // Count left rows and the Vectors * kLanes columns from `begin` on, of which those before `size`
-// may be read where not Whole. The number of rows is even.
+// may be read where not Whole. The number of rows is even. For `ahead` see dot_rows.
 template <int Count, int Vectors, bool Whole, class Element>
 [[gnu::always_inline]] inline void weigh_rows(const float* weights, int64_t weights_stride,
                                               const Element* const* rows, int64_t count,
-                                              int64_t begin, int64_t size, int64_t ahead,
+                                              int64_t begin, int64_t size, Ahead<Element>* ahead,
                                               float* sums, int64_t sums_stride) {
+  constexpr int64_t kBytes = Vectors * kLanes * static_cast<int64_t>(sizeof(Element));
+  constexpr int64_t kTurns = greater(1, 2 * Ahead<Element>::kLine / kBytes);
   F32 products[Count][Vectors] = {};
   for (int64_t s = 0; s < count; s += kInPairs<Element> ? 2 : 1) {
-    if (begin == 0) {
-      touch(rows[s], size, ahead);
-      if constexpr (kInPairs<Element>) touch(rows[s + 1], size, ahead);
+    if constexpr (kAsksAhead) {
+      if (ahead != nullptr && s % kTurns == 0) ahead->ask(kBytes);
+    } else if (begin == 0) {
+      touch(rows[s], size);
+      if constexpr (kInPairs<Element>) touch(rows[s + 1], size);
     }
     if constexpr (kInPairs<Element>) {
       static_assert(Vectors % 2 == 0);
