@@ -103,6 +103,10 @@ def _cpu_reasons(call: AttentionCall) -> list[str]:
     # torch.compile cannot trace the question.
     if not torch.compiler.is_compiling() and not torch.cpu._is_avx2_supported():
         reasons.append("needs a cpu with AVX2")
+    if 0 < call.S < flex_mask.BLOCK and call.S % 8 == 0:
+        # Seen for 8, 24, 40, 56 and 72 keys with heads of 8 and 16; how many depends on the cpu.
+        sizes = f"some multiples of 8 keys below {flex_mask.BLOCK}"
+        reasons.append(f"is wrong for {sizes} on cpu; got S = {call.S}")
     if call.sinks is not None:
         reasons.append(f"gives no lse on cpu, which sinks need; got sinks for {call.H} heads")
     if call.needs_grad:
