@@ -371,6 +371,12 @@ def test_compiled_it_is_the_definition_everywhere(
     assert_is_the_definition(actual, *inputs, **options)
 
 
+def test_inside_torch_compile_it_refuses_the_same_key_counts():
+    attend = torch.compile(lambda *inputs: ph.attention(*inputs, backend=FLEX), fullgraph=True)
+    with pytest.raises(Exception, match="is wrong for some multiples of 8 keys below 128 on cpu"):
+        attend(*tensors(S=40))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mask", ["causal", "lengths", "documents", "custom"])
 def test_inside_torch_compile(mask, assert_is_the_definition):
