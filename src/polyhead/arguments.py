@@ -51,7 +51,9 @@ def build_call(
     stored = None
     if isinstance(key, Stored) or isinstance(value, Stored):
         stored = _both_stored(key, value)
-        key, value = stored[0].placeholder(), stored[1].placeholder()
+        key = value = stored[0].placeholder()
+        if stored[1].shape != stored[0].shape or stored[1].dtype != stored[0].dtype:
+            value = stored[1].placeholder()
     _check_tensors(query, key, value)
     _check_shapes(query, key, value)
     S, D = key.shape[2:]
