@@ -120,12 +120,15 @@ def test_a_step_that_sees_every_key_needs_no_mask(rule):
     assert expected.all()
 
 
-def packed(inner, position):
-    """The rule of a model called with these positions, in this release of transformers."""
+def packed(inner, position, turned):
+    """The rule of a model called with these positions, in this release of transformers, or with
+    its two parts in the other order, as since 5.24."""
     sequence = theirs.find_packed_sequence_indices(position)
+    rule = RULES[inner]
     if SINCE_5:
-        return theirs.packed_sequence_compatibility_function(RULES[inner], position, sequence)
-    return theirs.and_masks(RULES[inner], theirs.packed_sequence_mask_function(sequence))
+        rule = theirs.remap_positions_for_packed_sequence(rule, position)
+    parts = (rule, theirs.packed_sequence_mask_function(sequence))
+    return theirs.and_masks(*(parts[::-1] if turned else parts))
 
 
 def test_one_sequence_a_row_is_no_packing():
@@ -135,10 +138,11 @@ def test_one_sequence_a_row_is_no_packing():
     assert_same(mask, expected)
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("inner", ["causal", "window"])
-def test_packed_sequences(inner):
+def test_packed_sequences(inner, turned):
     position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8], [0] * 9])
-    mask, expected = both(9, 9, mask_function=packed(inner, position))
+    mask, expected = both(9, 9, mask_function=packed(inner, position, turned))
     assert "documents(3x9)" in repr(mask.rule)
     assert_same(mask, expected)
 
