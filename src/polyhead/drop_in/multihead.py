@@ -124,7 +124,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         check_inputs(self, query, key, value)
         batch_dim = 0 if self.batch_first else 1
         is_batched = query.ndim == 3
-        with projecting(query):
+        with projecting(query, self):
             heads = self._project(query, key, value)
         if not is_batched:
             heads = tuple(x.unsqueeze(batch_dim) for x in heads)
@@ -149,7 +149,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ),
         )
         y = self._merge(contexts_bhtd)
-        with projecting(y):
+        with projecting(y, self):
             y = self.out_proj(y)
         weights = aux.mean_weights if average_attn_weights else aux.weights
         if weights is not None and extra:

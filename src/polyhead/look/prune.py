@@ -14,10 +14,10 @@ from polyhead.modules.pruning import (
     KeptHeads,
     check_can_be_pruned,
     kept_heads,
-    parameter_like,
     without_columns,
     without_rows,
 )
+from polyhead.modules.weights import make_parameter
 
 __all__ = ["prune"]
 
@@ -106,7 +106,7 @@ def _prune_theirs(module: Any, kept: KeptHeads) -> None:
     module.v_proj = without_rows(module.v_proj, kept.keys, size)
     module.o_proj = without_columns(module.o_proj, kept.queries, size)
     if isinstance(sinks := getattr(module, "sinks", None), nn.Parameter):
-        module.sinks = parameter_like(sinks.detach()[kept.queries], sinks)
+        module.sinks = make_parameter(sinks.detach()[kept.queries], sinks)
     # The config, which all layers share, still has the old numbers: these are read first.
     module.num_heads = len(kept.queries)
     module.num_key_value_heads = len(kept.keys)

@@ -8,6 +8,7 @@ from polyhead.arguments import autocasts, check_is_tensor, check_number
 from polyhead.cache import Cache
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
 from polyhead.mask import Mask, Window
+from polyhead.modules.weights import takes_what_it_holds
 from polyhead.positions import Rope
 
 __all__ = [
@@ -20,8 +21,6 @@ __all__ = [
     "check_rope",
     "check_sizes",
     "head_sizes",
-    "is_plain",
-    "kind_of",
     "kv_heads",
 ]
 
@@ -179,22 +178,6 @@ def _within(rule: Mask | None, window: int) -> bool:
     )
 
 
-def is_plain(module: nn.Module | None) -> bool:
-    """Whether this is an nn.Linear and all that it computes follows from its weight and bias.
-
-    Hooks of torch.nn.utils (weight_norm, prune) make the weight anew at each call, of parameters
-    that have other names.
-    """
-    return type(module) is nn.Linear and "weight" in module._parameters
-
-
-def kind_of(module: nn.Module) -> str:
-    """What a layer is, to say why it is not plain."""
-    name = type(module).__name__
-    is_hooked = type(module) is nn.Linear and not is_plain(module)
-    return f"{name} with hooks that make its weight" if is_hooked else name
-
-
 def check_mask(mask: Mask | None) -> None:
     if mask is not None and not isinstance(mask, Mask):
         raise DtypeError(
@@ -232,17 +215,32 @@ def check_input(
             x.shape[1],
             "shorten it, or build the module with a larger context_length",
         )
-    weight = getattr(projection, "weight", None)
-    if not isinstance(weight, Tensor):
-        return  # an adapter or a quantised layer knows itself what it takes
+    if not takes_what_it_holds(projection):
+        _check_not_sharded(name, x, projection)
+        return
+    weight: Tensor = projection.weight  # type: ignore[assignment]
     if x.device != weight.device:
         raise DeviceError(
             name, f"must be on the module's device, {weight.device}", x.device, "move one"
         )
-    if x.dtype != weight.dtype and weight.is_floating_point() and not autocasts(x):
+    if x.dtype != weight.dtype and not autocasts(x):
         raise DtypeError(
             name,
             f"must have the module's dtype, {weight.dtype}",
             x.dtype,
             "cast one: nothing is cast silently",
+        )
+
+
+def _check_not_sharded(name: str, x: Tensor, projection: nn.Module) -> None:
+    """A sharded weight without hooks takes no plain tensor."""
+    weight = projection._parameters.get("weight")
+    is_sharded = type(weight).__name__ == "DTensor" and type(x).__name__ != "DTensor"
+    if is_sharded and not projection._forward_pre_hooks:
+        raise DtypeError(
+            name,
+            "must be a DTensor for a module whose weights are sharded over ranks (DTensor)",
+            type(x).__name__,
+            "shard the module by torch.distributed.tensor.parallel or fully_shard, whose hooks "
+            "convert inputs, or gather its weights with DTensor.full_tensor()",
         )

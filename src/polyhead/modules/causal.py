@@ -21,6 +21,7 @@ from polyhead.modules.arguments import (
     check_sizes,
 )
 from polyhead.modules.checkpoint import accept_lecture_mask
+from polyhead.modules.projecting import projecting
 from polyhead.positions import Rope
 
 __all__ = ["CausalAttention"]
@@ -136,7 +137,8 @@ class CausalAttention(nn.Module):
         if memory is not None:
             check_input("memory", memory, self.W_query, self.d_in)
         source = x if memory is None else memory
-        query, key, value = self.W_query(x), self.W_key(source), self.W_value(source)
+        with projecting(x, self):
+            query, key, value = self.W_query(x), self.W_key(source), self.W_value(source)
         query_bhtd, key_bgsd, value_bgse = query[:, None], key[:, None], value[:, None]
         if self.rope is not None:
             query_bhtd, key_bgsd = turn(self.rope, query_bhtd, key_bgsd, positions, memory)

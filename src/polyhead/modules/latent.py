@@ -27,11 +27,11 @@ from polyhead.modules.arguments import (
     check_norm,
     check_rope,
     check_sizes,
-    is_plain,
-    kind_of,
 )
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
+from polyhead.modules.projecting import projecting
+from polyhead.modules.weights import describe_layer, takes_what_it_holds
 from polyhead.positions import Rope
 from polyhead.stored import Stored
 
@@ -227,7 +227,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             check_cache(cache, rule, x, None, self.num_heads, self.context_length)
             first = cache.length
-        q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions, first)
+        with projecting(x, self):
+            q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions, first)
         latent_b1sd: Tensor | Stored = new_b1td
         if cache is not None:
             latent_b1sd, _ = cache.append_stored(new_b1td, new_b1td[..., :0])
@@ -236,7 +237,8 @@ class MultiHeadLatentAttention(nn.Module):
             absorb = self._absorbing_is_less(x.shape[1], latent_b1sd.shape[2])
         form: Callable[..., tuple[Tensor, Tensor | Stored, Tensor | Stored]]
         form = self._absorbed if absorb else self._expanded
-        query, key, value = form(q_nope_bhtn, q_rope_bhtr, latent_b1sd)
+        with projecting(q_nope_bhtn, self):
+            query, key, value = form(q_nope_bhtn, q_rope_bhtr, latent_b1sd)
         contexts_bhte, aux = attention(
             query,
             key,
@@ -249,7 +251,9 @@ class MultiHeadLatentAttention(nn.Module):
         )
         if absorb:
             contexts_bhte = self._values_of(contexts_bhte)
-        y = self.out_proj(contexts_bhte.transpose(1, 2).flatten(2))
+        y = contexts_bhte.transpose(1, 2).flatten(2)
+        with projecting(y, self):
+            y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
     def make_cache(self, batch: int, max_tokens: int | None = None, **options: Any) -> KVCache:
@@ -339,7 +343,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def _plain(self) -> bool:
-        return is_plain(self.W_key) and is_plain(self.W_value)
+        return takes_what_it_holds(self.W_key) and takes_what_it_holds(self.W_value)
 
     def _check_absorb(self, absorb: bool | None) -> None:
         if absorb is not None and not isinstance(absorb, bool):
@@ -347,12 +351,12 @@ class MultiHeadLatentAttention(nn.Module):
                 "absorb", "must be True, False or None", repr(absorb), "leave it out to have chosen"
             )
         if absorb and not self._plain:
-            kinds = f"{kind_of(self.W_key)}, {kind_of(self.W_value)}"
+            kinds = f"{describe_layer(self.W_key)}, {describe_layer(self.W_value)}"
             raise ArgumentError(
                 "absorb",
-                "needs plain nn.Linear W_key and W_value",
+                "needs plain nn.Linear W_key and W_value, without hooks",
                 kinds,
-                "merge adapters first, or leave absorb out",
+                "leave absorb out, or merge adapters and remove hooks first",
             )
 
     def extra_repr(self) -> str:

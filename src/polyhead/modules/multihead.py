@@ -232,7 +232,7 @@ class MultiHeadAttention(nn.Module):
         contexts_bhte, aux = self._attend(x, memory, mask, cache, positions, request)
         y = contexts_bhte.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
-            with projecting(y):
+            with projecting(y, self):
                 y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
@@ -275,7 +275,7 @@ class MultiHeadAttention(nn.Module):
         check_input("x", x, projection, self.d_in, self.context_length)
         if memory is not None:
             check_input("memory", memory, projection, self.d_in)
-        with projecting(x):
+        with projecting(x, self):
             query, key, value = self._project(x, memory)
         query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
         key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
@@ -376,7 +376,8 @@ class MultiHeadAttention(nn.Module):
             return_aux=request,
         )
         if self.W_gate is not None:
-            gate = torch.sigmoid(self.W_gate(x)).unflatten(2, (self.num_heads, -1))
+            with projecting(x, self):
+                gate = torch.sigmoid(self.W_gate(x)).unflatten(2, (self.num_heads, -1))
             contexts_bhte = contexts_bhte * gate.transpose(1, 2)
         return contexts_bhte, aux
 

@@ -17,6 +17,7 @@ from polyhead.mask import Mask
 from polyhead.modules.arguments import check_sizes
 from polyhead.modules.causal import CausalAttention
 from polyhead.modules.contributions import split_by_head
+from polyhead.modules.projecting import projecting
 from polyhead.positions import Rope
 
 __all__ = ["MultiHeadAttentionWrapper"]
@@ -152,7 +153,8 @@ class MultiHeadAttentionWrapper(nn.Module):
         ]
         y = torch.cat([output for output, _ in runs], dim=-1)
         if self.out_proj is not None:
-            y = self.out_proj(y)
+            with projecting(y, self):
+                y = self.out_proj(y)
         return y if return_aux is None else (y, _side_by_side([aux for _, aux in runs]))
 
     def head_contexts(
