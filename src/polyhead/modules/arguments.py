@@ -145,7 +145,7 @@ def check_cache(
             "cache",
             "must be None with memory, whose keys do not grow",
             "both",
-            "project memory once with project_heads, and call polyhead.attention",
+            "project memory once with project_qkv, and call polyhead.attention",
         )
     check_is_tensor("x", x)
     T = x.shape[1] if x.ndim == 3 else 0

@@ -41,10 +41,10 @@ __all__ = ["MultiHeadAttention"]
 
 
 class MultiHeadAttention(nn.Module):
-    """Weight-split heads (lecture section 3.6.2): one projection, split into heads by a view.
+    """Weight-split heads (lecture section 3.6.2): one projection for all, split into heads.
 
-        q, k, v = split(x W_query), split(x W_key), split(x W_value)
-        y = merge(softmax(q k^T / sqrt(head_dim)) v) W_out + b_out
+        q, k, v = split(x W_query), split(x W_key), split(x W_value)    view, then transpose
+        y = merge(softmax(q k^T / sqrt(head_dim)) v) W_out + b_out      transpose, contiguous, view
 
     **`d_out` is the size of all heads together**: each head has d_out / num_heads features. (In
     `MultiHeadAttentionWrapper` it is the size of one.) The signature, attribute names and
@@ -248,7 +248,7 @@ class MultiHeadAttention(nn.Module):
         sizes = (self.num_kv_heads, self.head_dim, self.value_head_dim)
         return fitting_cache(self, batch, most, *sizes, options)
 
-    def project_heads(
+    def project_qkv(
         self,
         x: Tensor,
         memory: Tensor | None = None,
@@ -267,7 +267,7 @@ class MultiHeadAttention(nn.Module):
             views where nothing turns or norms them.
 
         >>> mha = MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2)
-        >>> query, key, value = mha.project_heads(torch.randn(1, 4, 8))
+        >>> query, key, value = mha.project_qkv(torch.randn(1, 4, 8))
         >>> query.shape
         torch.Size([1, 2, 4, 4])
         """
@@ -356,7 +356,7 @@ class MultiHeadAttention(nn.Module):
             first = cache.length
         key: Tensor | Stored
         value: Tensor | Stored
-        query, *new = self.project_heads(x, memory, positions=positions, first_position=first)
+        query, *new = self.project_qkv(x, memory, positions=positions, first_position=first)
         key, value = new if cache is None else cache.append_stored(*new)
         if cache is not None:
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)

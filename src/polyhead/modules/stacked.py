@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -156,6 +156,20 @@ class MultiHeadAttentionWrapper(nn.Module):
             with projecting(y, self):
                 y = self.out_proj(y)
         return y if return_aux is None else (y, _side_by_side([aux for _, aux in runs]))
+
+    def project_qkv(
+        self, x: Tensor, memory: Tensor | None = None, *, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, T, d_out), key and value (B, H, S, d_out) of all heads, each as its own
+        W_query, W_key and W_value give them.
+
+        Args:
+            x, memory, positions: as in `forward`.
+        """
+        heads: Any = self.heads
+        parts = [head.project_qkv(x, memory, positions=positions) for head in heads]
+        query, key, value = (torch.cat(of_heads, dim=1) for of_heads in zip(*parts, strict=True))
+        return query, key, value
 
     def head_contexts(
         self,
