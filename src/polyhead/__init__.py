@@ -27,6 +27,7 @@ from polyhead.positions import (
     YarnScaling,
     alibi_slopes,
 )
+from polyhead.trace import Trace, trace
 
 __all__ = [
     "AttentionCall",
@@ -48,6 +49,7 @@ __all__ = [
     "PagedKVCache",
     "Rope",
     "RopeScaling",
+    "Trace",
     "YarnScaling",
     "alibi_slopes",
     "attention",
@@ -60,6 +62,7 @@ __all__ = [
     "integrations",
     "look",
     "mask",
+    "trace",
     "use_backend",
 ]
 
