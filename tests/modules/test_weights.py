@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import polyhead as ph
-from polyhead.errors import ArgumentError, ConversionError, DeviceError, DtypeError
+from polyhead.errors import ArgumentError, ConversionError, DeviceError, DtypeError, ShapeError
 from polyhead.modules import weights
 
 accelerate = pytest.importorskip("accelerate")
@@ -234,7 +234,7 @@ NOT_PLAIN = {
     "adapter": (adapted, "lora.*an adapter.*merge_and_unload"),
     "casting hook": (cast_by_hook, "LayerwiseCastingHook|accelerate's hooks"),
     "own forward": (with_own_forward, "a forward of its own"),
-    "hook": (with_hook, "a forward hook, with_hook"),
+    "hook": (with_hook, "a forward hook, with_hook.*which may change it; remove"),
     "float8": (quantized, "of torch.float8_e4m3fn, whose scales are kept elsewhere; dequantize"),
     "int8": (of_int8, "of torch.int8, whose scales"),
     "tensor subclass": (packed, "a (Packed|Parameter)"),
@@ -346,3 +346,11 @@ def test_cache_of_quantized_weights_needs_a_dtype():
     ):
         mha.make_cache(batch=1)
     assert mha.make_cache(batch=1, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("build", [module, latent])
+def test_projection_of_some_heads_is_refused(build):
+    mha = build()
+    mha.W_query = nn.Linear(mha.W_query.in_features, 12, bias=False)
+    with pytest.raises(ShapeError, match=r"W_query must give \d+ features, 3 heads of \d; got 12"):
+        mha(x())

@@ -22,6 +22,7 @@ __all__ = [
     "check_sizes",
     "head_sizes",
     "kv_heads",
+    "split_heads",
 ]
 
 
@@ -178,6 +179,23 @@ def _within(rule: Mask | None, window: int) -> bool:
     )
 
 
+def split_heads(name: str, projected: Tensor, num_heads: int, size: int) -> Tensor:
+    """(B, T, num_heads * size) as (B, num_heads, T, size), a view.
+
+    Raises:
+        ShapeError: there are other features, as on one rank of a projection split over several.
+    """
+    if projected.shape[-1] != num_heads * size:
+        raise ShapeError(
+            name,
+            f"must give {num_heads * size} features, {num_heads} heads of {size}",
+            projected.shape[-1],
+            "give every rank whole projections: leave attention out of the tensor-parallel plan",
+        )
+    heads: Tensor = projected.unflatten(2, (num_heads, size))
+    return heads.transpose(1, 2)
+
+
 def check_mask(mask: Mask | None) -> None:
     if mask is not None and not isinstance(mask, Mask):
         raise DtypeError(
@@ -241,6 +259,6 @@ def _check_not_sharded(name: str, x: Tensor, projection: nn.Module) -> None:
             name,
             "must be a DTensor for a module whose weights are sharded over ranks (DTensor)",
             type(x).__name__,
-            "shard the module by torch.distributed.tensor.parallel or fully_shard, whose hooks "
-            "convert inputs, or gather its weights with DTensor.full_tensor()",
+            "shard the module with fully_shard, whose hooks gather weights, or gather them with "
+            "DTensor.full_tensor()",
         )

@@ -27,6 +27,7 @@ from polyhead.modules.arguments import (
     check_norm,
     check_rope,
     check_sizes,
+    split_heads,
 )
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
@@ -279,7 +280,7 @@ class MultiHeadLatentAttention(nn.Module):
         if self.W_query_down is not None and self.q_norm is not None:
             source = self.q_norm(self.W_query_down(x))
         q_sizes = (self.nope_head_dim, self.rope_head_dim)
-        query_bhtd = self._heads(self.W_query(source), sum(q_sizes))
+        query_bhtd = split_heads("W_query", self.W_query(source), self.num_heads, sum(q_sizes))
         q_nope_bhtn, q_rope_bhtr = query_bhtd.split(q_sizes, dim=-1)
         down_b1td = self.W_kv_down(x)[:, None]
         c_b1tc, k_rope_b1tr = down_b1td.split((self.kv_rank, self.rope_head_dim), dim=-1)
@@ -299,8 +300,10 @@ class MultiHeadLatentAttention(nn.Module):
             latent_b1sd = latent_b1sd.gather()
         c_bsc = latent_b1sd[:, 0, :, : self.kv_rank]
         k_rope_bhsr = latent_b1sd[..., self.kv_rank :].expand(-1, self.num_heads, -1, -1)
-        k_nope_bhsn = self._heads(self.W_key(c_bsc), self.nope_head_dim)
-        value_bhse = self._heads(self.W_value(c_bsc), self.value_head_dim)
+        k_nope_bhsn = split_heads("W_key", self.W_key(c_bsc), self.num_heads, self.nope_head_dim)
+        value_bhse = split_heads(
+            "W_value", self.W_value(c_bsc), self.num_heads, self.value_head_dim
+        )
         query_bhtd = torch.cat((q_nope_bhtn, q_rope_bhtr), dim=-1)
         return query_bhtd, torch.cat((k_nope_bhsn, k_rope_bhsr), dim=-1), value_bhse
 
@@ -321,10 +324,6 @@ class MultiHeadLatentAttention(nn.Module):
         """W_value on each head's weighted sum of latents, (B, H, T, value_head_dim)."""
         W_value_hec = self.W_value.weight.unflatten(0, (self.num_heads, self.value_head_dim))
         return torch.einsum("bhtc,hec->bhte", contexts_bhtc, W_value_hec)
-
-    def _heads(self, features: Tensor, size: int) -> Tensor:
-        by_head: Tensor = features.unflatten(2, (self.num_heads, size))
-        return by_head.transpose(1, 2)
 
     def _absorbing_is_less(self, T: int, S: int) -> bool:
         """Whether the absorbed form takes fewer multiplications for T queries against S keys.

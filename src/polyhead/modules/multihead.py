@@ -26,6 +26,7 @@ from polyhead.modules.arguments import (
     check_sizes,
     head_sizes,
     kv_heads,
+    split_heads,
 )
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
@@ -277,9 +278,9 @@ class MultiHeadAttention(nn.Module):
             check_input("memory", memory, projection, self.d_in)
         with projecting(x, self):
             query, key, value = self._project(x, memory)
-        query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-        key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        value_bgse = value.unflatten(2, (self.num_kv_heads, self.value_head_dim)).transpose(1, 2)
+        query_bhtd = split_heads("W_query", query, self.num_heads, self.head_dim)
+        key_bgsd = split_heads("W_key", key, self.num_kv_heads, self.head_dim)
+        value_bgse = split_heads("W_value", value, self.num_kv_heads, self.value_head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query_bhtd, key_bgsd = self.q_norm(query_bhtd), self.k_norm(key_bgsd)
         if self.rope is not None:

@@ -37,6 +37,11 @@ _PLAIN_TENSORS = {"Tensor", "Parameter", "FakeTensor", "FunctionalTensor"}
 # accelerate's hooks that move weights and inputs, and change no value.
 _MOVING_HOOKS = {"AlignDevicesHook", "CpuOffload"}
 
+_GATHER = (
+    "gather the weights first, on every rank: DTensor.full_tensor(), or the full state dict of "
+    "torch.distributed.checkpoint, loaded into an unsharded module"
+)
+
 
 @dataclass(frozen=True)
 class Unreadable:
@@ -94,14 +99,10 @@ def why_unreadable(layer: nn.Module, *, ignore_hooks: bool = False) -> Unreadabl
             f"{kind} with a parametrization of its {name}",
             f'call torch.nn.utils.parametrize.remove_parametrizations(layer, "{name}")',
         )
-    if not ignore_hooks and (hook := _foreign_hook(layer)):
-        return Unreadable(
-            f"{kind} with {hook}, which may change its output", "remove it and call again"
-        )
     for name, parameter in layer._parameters.items():
         if parameter is not None and (reason := _why_no_values(layer, name, parameter)):
             return Unreadable(f"{kind} with {name} {reason.kind}", reason.remedy)
-    return None
+    return None if ignore_hooks else _foreign_hook(layer)
 
 
 def read_parameter(layer: nn.Module, name: str) -> Tensor | None:
@@ -217,18 +218,24 @@ def _how_to_keep(layer: nn.Module, name: str) -> str:
     return f"make {name} a parameter of the layer"
 
 
-def _foreign_hook(layer: nn.Module) -> str | None:
-    """A hook of others on a layer's forward, by name. Those of accelerate that move are no such."""
+def _foreign_hook(layer: nn.Module) -> Unreadable | None:
+    """A hook of others around a layer's forward. Those of accelerate that move are no such."""
+    kind, remedy = type(layer).__name__, "remove it and call again"
     for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
-        if not str(getattr(hook, "__module__", None)).startswith("polyhead."):
-            return f"a forward hook, {getattr(hook, '__qualname__', type(hook).__name__)}"
+        origin = str(getattr(hook, "__module__", None))
+        if origin.startswith("torch.distributed."):
+            return Unreadable(f"{kind} sharded by torch.distributed", _GATHER)
+        if not origin.startswith("polyhead."):
+            name = getattr(hook, "__qualname__", type(hook).__name__)
+            return Unreadable(f"{kind} with a forward hook, {name}, which may change it", remedy)
     for hook in _hooks_of_accelerate(layer):
-        if type(hook).__name__ not in _MOVING_HOOKS:
-            return f"the hook {type(hook).__name__}"
+        name = type(hook).__name__
+        if name not in _MOVING_HOOKS:
+            return Unreadable(f"{kind} with the hook {name}, which may change it", remedy)
     forward = vars(layer).get("forward")
     if forward is None or hasattr(layer, "_hf_hook") or _is_own_forward(layer, forward):
         return None
-    return "a forward of its own, set on the instance"
+    return Unreadable(f"{kind} with a forward of its own, set on the instance", "delete it")
 
 
 def _is_own_forward(layer: nn.Module, forward: object) -> bool:
@@ -261,11 +268,7 @@ def _offloaded(layer: nn.Module, name: str) -> Tensor | None:
 def _why_no_values(layer: nn.Module, name: str, parameter: Tensor) -> Unreadable | None:
     kind = type(parameter).__name__
     if kind == "DTensor":
-        return Unreadable(
-            "sharded over ranks (DTensor)",
-            "gather it first, on every rank: DTensor.full_tensor(), or the full state dict of "
-            "torch.distributed.checkpoint",
-        )
+        return Unreadable("sharded over ranks (DTensor)", _GATHER)
     if kind not in _PLAIN_TENSORS:
         return Unreadable(f"that is a {kind}", "dequantize or unwrap the layer first")
     values = parameter
