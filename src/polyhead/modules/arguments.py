@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from polyhead.arguments import autocasts, check_is_tensor, check_number
 from polyhead.cache import Cache
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
-from polyhead.mask import Mask, Window
+from polyhead.mask import AnyOf, Mask, Not, Prefix, Window
 from polyhead.modules.weights import takes_what_it_holds
 from polyhead.positions import Rope
 
@@ -163,10 +163,18 @@ def check_cache(
             "cache",
             f"with window = {window} needs a mask that looks no further back",
             repr(rule),
-            f"add & polyhead.mask.window(before={window}) to it, or use a cache without a window",
+            _window_remedy(rule, window),
         )
     if rule is not None:
         rule.check(x.shape[0], num_heads, T, cache.length + T, x.device)
+
+
+def _window_remedy(rule: Mask | None, window: int) -> str:
+    """A window may be added to rules that only forbid; it would drop what another rule allows."""
+    parts = () if rule is None else rule.conjuncts
+    if any(isinstance(part, (AnyOf, Not, Prefix)) for part in parts):
+        return "use a cache without a window: its mask allows keys that a window forgets"
+    return f"add & polyhead.mask.window(before={window}) to it, or use a cache without a window"
 
 
 def _within(rule: Mask | None, window: int) -> bool:
