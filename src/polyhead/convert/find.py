@@ -1,8 +1,8 @@
 """Attention layers found in a checkpoint by their names: each whole, with nothing left over.
 
-    transformer.h.0.attn.c_attn.weight
-    +------------------+ +-----------+
-          prefix             below
+transformer.h.0.attn.c_attn.weight
++------------------+ +-----------+
+      prefix             below
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from polyhead.errors import ConversionError
 __all__ = ["OURS", "Found", "check_count_of_layers", "check_whole", "find", "leftovers"]
 
 # Every module of ours has these, and by them it is found.
-OURS = frozenset({"W_query.weight", "W_key.weight", "W_value.weight"})
+OURS = {"W_query.weight", "W_key.weight", "W_value.weight"}
 _OUR_ROOTS = frozenset({"W_query", "W_key", "W_value", "W_query_down", "W_kv_down"})
 _OUR_PARTS = _OUR_ROOTS | {"W_qkv", "W_gate", "out_proj", "q_norm", "k_norm", "kv_norm"}
 _HEAD = re.compile(r"heads\.\d+\.")
@@ -55,7 +55,10 @@ def _by_numbers(prefix: str) -> list[tuple[bool, int, str]]:
 
 
 def leftovers(
-    tensors: Mapping[str, Tensor], prefixes: Iterable[str], layouts: Sequence[Layout], owned: set[str]
+    tensors: Mapping[str, Tensor],
+    prefixes: Iterable[str],
+    layouts: Sequence[Layout],
+    owned: set[str],
 ) -> dict[str, Found]:
     """For every prefix the names that are the layer's, after checking that it owns all of them.
 
@@ -152,8 +155,10 @@ def check_whole(
 def _check_parts(names: list[str], found: set[str], layouts: Sequence[Layout]) -> None:
     """No name below a projection of queries, keys or values is outside of a whole layer."""
     patterns = {_NUMBER.sub("*", prefix) for prefix in found}
-    roots = _OUR_ROOTS.union(*(layout.roots for layout in layouts)) if not layouts else frozenset(
-        root for layout in layouts for root in layout.roots
+    roots = (
+        _OUR_ROOTS.union(*(layout.roots for layout in layouts))
+        if not layouts
+        else frozenset(root for layout in layouts for root in layout.roots)
     )
     # An output projection's name may be that of another layer, where no layer of attention is.
     parts = roots.union(*(layout.projections for layout in layouts)) if layouts else _OUR_PARTS
@@ -202,15 +207,15 @@ def _check_numbers(names: Sequence[str], prefixes: Sequence[str]) -> None:
     stacks: dict[tuple[str, str], set[int]] = {}
     for prefix in prefixes:
         for start in starts(prefix):
-            number, _, rest = prefix[start:].partition(".")
-            if number.isdecimal():
-                stacks.setdefault((prefix[:start], rest), set()).add(int(number))
+            index, _, rest = prefix[start:].partition(".")
+            if index.isdecimal():
+                stacks.setdefault((prefix[:start], rest), set()).add(int(index))
     held: dict[str, dict[int, set[str]]] = {stem: {} for stem, _ in stacks}
     for name in names:
         for start in starts(name):
-            number, _, rest = name[start:].partition(".")
-            if name[:start] in held and number.isdecimal():
-                held[name[:start]].setdefault(int(number), set()).add(rest)
+            index, _, rest = name[start:].partition(".")
+            if name[:start] in held and index.isdecimal():
+                held[name[:start]].setdefault(int(index), set()).add(rest)
     for (stem, rest), numbers in stacks.items():
         layers = held[stem]
         for number in range(max([*numbers, *layers]) + 1):

@@ -96,10 +96,10 @@ def is_old_buffer_of_a_model(name: str) -> bool:
 
 
 def check_mask(name: str, mask: Tensor) -> None:
-    """A mask that is dropped must be the causal one: another would be lost.
+    """A mask that is dropped must be the causal one, or forbid nothing: another would be lost.
 
     Raises:
-        ConversionError: it lets a token see another set than itself and all before it.
+        ConversionError: it is a window, say.
 
     >>> check_mask("attn.bias", torch.ones(1, 1, 3, 3).tril())
     >>> check_mask("attn.bias", torch.ones(3, 3).tril().triu(-1))
@@ -113,7 +113,7 @@ place; got another (3, 3) mask; build the modules with that mask, and delete thi
     allowed = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     ones = square.bool()
     # 1 allows (GPT-2), or 1 forbids (the lecture).
-    if not any(bool((ones == causal).all()) for causal in (allowed, ~allowed)):
+    if not any(bool((ones == known).all()) for known in (allowed, ~allowed, allowed | True)):
         raise ConversionError(
             f"{name} must be causal to be dropped, as a rule takes its place; got another "
             f"{tuple(mask.shape)} mask; build the modules with that mask, and delete this entry "

@@ -34,7 +34,7 @@ from polyhead.convert.find import (
     find,
     leftovers,
 )
-from polyhead.convert.layer import check_shapes, check_tensors
+from polyhead.convert.layer import check_tensors, read, write
 from polyhead.convert.layout import Layout, Sizes
 from polyhead.convert.leftovers import check_mask, is_mask, is_old_buffer_of_a_model
 from polyhead.errors import ArgumentError, ConversionError, DtypeError
@@ -116,17 +116,10 @@ class Move:
         layer = {name: tensors[self.prefix + name] for name in self.names}
         try:
             sizes = check_tensors(layer, self.source, self.sizes)
-            if self.source is not None:
-                theirs, layer = layer, self.source.to_ours(layer, sizes)
-                check_shapes(layer, theirs, self.source, sizes)
-            else:
-                check_shapes(layer, layer, None, Sizes())  # the target knows its heads
+            layer = read(layer, self.source, sizes)
             if self.targets:
                 fitting = (to for to in self.targets if to.our_marks <= layer.keys())
-                target = next(fitting, self.targets[0])
-                theirs = target.to_theirs(layer, sizes)
-                check_shapes(layer, layer, target, sizes)
-                layer = theirs
+                layer = write(layer, next(fitting, self.targets[0]), sizes)
         except ConversionError as error:
             raise ConversionError(f"{self.prefix or 'the layer'}: {error}") from None
         return {self.prefix + name: tensor for name, tensor in layer.items()}
@@ -290,7 +283,7 @@ def plan(
 def _count_of_layers(config: Mapping[str, Any]) -> int | None:
     """How many layers with attention there are, where a family that is known says it."""
     said = config.get("text_config") or config
-    if _MODEL_TYPES.get(said.get("model_type"), said.get("model_type")) not in _THEIRS:
+    if _family(said) is None:
         return None
     names = ("num_hidden_layers", "n_layer", "num_layers")
     return next((said[name] for name in names if isinstance(said.get(name), int)), None)
@@ -308,14 +301,19 @@ def _with_config(sizes: Sizes, layout: Layout, config: Mapping[str, Any]) -> Siz
 def source_of(names: Iterable[str], config: Mapping[str, Any] | None) -> str:
     """The layout of a checkpoint, by the family that its config names."""
     said = (config or {}).get("text_config") or config or {}
-    family = said.get("model_type")
-    source = _MODEL_TYPES.get(family, family) if isinstance(family, str) else None
-    if source in _THEIRS:
+    if (source := _family(said)) is not None:
         return source
     raise ConversionError(
         "source must be given (--from) where no config.json names a family that is known; got "
-        f"model_type {family!r}; {_what_is_there(list(names))}"
+        f"model_type {said.get('model_type')!r}; {_what_is_there(list(names))}"
     )
+
+
+def _family(config: Mapping[str, Any]) -> str | None:
+    """The layout of the family that a config names, if it is known."""
+    family = config.get("model_type")
+    source = _MODEL_TYPES.get(family, family) if isinstance(family, str) else None
+    return source if source in _THEIRS else None
 
 
 def _none_found(names: list[str], source: str) -> str:
