@@ -137,16 +137,16 @@ def check_whole(
     """
     names = list(names)
     found = set(prefixes)
-    if found:
-        for name, other in others.items():
-            for prefix in find(names, other):
-                if not any(prefix.startswith(start) for start in found):
-                    shown = prefix or "the whole"
-                    raise ConversionError(
-                        f"{shown} is a layer of layout {name}, and would stay as it is beside the "
-                        f"{len(found)} that move; pass the tensors of one kind alone, or convert "
-                        "that kind first"
-                    )
+    for name, other in others.items() if found else ():
+        if any(kind.their_marks < mine.their_marks for kind in other for mine in layouts):
+            continue  # such a layer is one of ours that lacks a tensor
+        for prefix in find(names, other):
+            if not any(prefix.startswith(start) for start in found):
+                raise ConversionError(
+                    f"{prefix or 'the whole'} is a layer of layout {name}, and would stay as it is "
+                    f"beside the {len(found)} that move; pass the tensors of one kind alone, or "
+                    "convert that kind first"
+                )
     _check_parts(names, found, layouts)
     if layouts and layouts[0].is_family:
         _check_numbers(names, prefixes)
