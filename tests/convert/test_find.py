@@ -42,12 +42,25 @@ def test_one_tensor_missing_anywhere_is_refused(family):
     assert len([name for name in move(model(family), family) if "W_key.weight" in name]) == 3
     for layer in range(3):
         for name in FAMILIES[family]:
-            if name.endswith("bias"):
-                continue
             tensors = model(family)
             del tensors[f"h.{layer}.attn.{name}"]
             with pytest.raises(ConversionError, match=rf"h\.{layer}\.attn\..*{name}"):
                 move(tensors, family)
+
+
+@pytest.mark.parametrize("missing", ["q_proj.bias", "k_proj.bias", "v_proj.bias"])
+def test_a_bias_that_one_of_three_lacks_is_refused(missing):
+    tensors = {f"l.{x}_proj.weight": torch.randn(D, D) for x in "qkvo"}
+    tensors |= {f"l.{x}_proj.bias": torch.randn(D) for x in "qkv"}
+    assert len(move(tensors, "llama")) == 7
+    weight = tensors.pop(f"l.{missing}")
+    with pytest.raises(ConversionError, match=r"one of them is missing; .*zeros where the model"):
+        move(tensors, "llama")
+    move({**tensors, f"l.{missing}": torch.zeros_like(weight)}, "llama")  # the remedy works
+    ours = {f"l.W_{x}.weight": torch.randn(D, D) for x in ("query", "key", "value")}
+    ours |= {"l.out_proj.weight": torch.randn(D, D), "l.W_key.bias": torch.randn(D)}
+    with pytest.raises(ConversionError, match=r"l\.: W_key\.bias must come with"):
+        state_dict(ours, source="polyhead", target="llama")
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "torch"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -83,7 +84,31 @@ def leftovers(
                 unknown.setdefault(prefix, []).append(below)
     for prefix, names in unknown.items():
         _refuse_unknown(prefix, names, layouts)
+    if layouts and layouts[0].is_family:
+        _check_alike(layers, layouts)
     return layers
+
+
+def _check_alike(layers: Mapping[str, Found], layouts: Sequence[Layout]) -> None:
+    """The numbered layers of a model have the same tensors; of T5's, the first alone the table."""
+    alone = {
+        rule.theirs
+        for layout in layouts
+        for rule in layout.rules
+        if rule.ours == ("position_bias.weight",)
+    }
+    stacks: dict[str, dict[str, str]] = {}
+    for prefix, layer in layers.items():
+        stack = stacks.setdefault(_NUMBER.sub("*", prefix), {})
+        for name in layer.names:
+            stack.setdefault(name, prefix)
+    for prefix, layer in layers.items():
+        for name, other in stacks[_NUMBER.sub("*", prefix)].items():
+            if name not in layer.names and name not in alone:
+                raise ConversionError(
+                    f"{prefix}{name} must be there, as {other}{name} is; it cannot be found; give "
+                    "the whole checkpoint (all its shards)"
+                )
 
 
 def starts(name: str) -> list[int]:
@@ -218,12 +243,15 @@ def _check_numbers(names: Sequence[str], prefixes: Sequence[str]) -> None:
                 held[name[:start]].setdefault(int(index), set()).add(rest)
     for (stem, rest), numbers in stacks.items():
         layers = held[stem]
-        for number in range(max([*numbers, *layers]) + 1):
-            if number in numbers:
-                continue
-            of_it = layers.get(number)
-            absent = of_it is None and min(numbers) < number < max(numbers)
-            if absent or (of_it and any(of_it <= layers[other] for other in numbers)):
+        there = sorted(layers)
+        gaps = [low + 1 for low, high in pairwise(there) if high > low + 1]
+        hollow = [
+            number
+            for number in there
+            if number not in numbers and any(layers[number] <= layers[other] for other in numbers)
+        ]
+        for number in sorted({*hollow, *gaps}):
+            if number in hollow or min(numbers) < number < max(numbers):
                 _refuse_number(stem, number, rest, min(numbers))
 
 

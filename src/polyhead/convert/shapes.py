@@ -25,6 +25,7 @@ __all__ = ["Shapes"]
 
 _CHECK = "get the checkpoint anew, or choose the layout of its family"
 _CHECK_HEADS = "check num_heads, num_kv_heads and the config"
+_QKV = ("W_query", "W_key", "W_value")
 
 
 class Shapes:
@@ -86,6 +87,12 @@ class Shapes:
             if tensor.shape[0] != self._outputs(projection):
                 rows = self._outputs(projection)
                 self._refuse(name, f"hold one number an output of {self._with(projection)}, {rows}")
+        without = [name for name in _QKV if f"{name}.bias" not in self._ours]
+        if without and len(without) < len(_QKV) and "W_kv_down.weight" not in self._ours:
+            there = next(name for name in _QKV if name not in without)
+            rule = "come with the bias of queries, keys and values alike; one of them is missing"
+            remedy = "give the whole checkpoint, or zeros where the model has no bias (Whisper)"
+            self._refuse(f"{there}.bias", rule, remedy)
         for name, tensor in self._ours.items():
             if 0 in tensor.shape:
                 self._refuse(name, "hold numbers")
