@@ -351,3 +351,20 @@ def test_fewer_key_heads_have_no_place_in_families_without(target):
     mha = ph.MultiHeadAttention(12, 12, 4, 0.0, 4, num_kv_heads=2)
     with pytest.raises(ConversionError, match=r"W_key\.weight"):
         state_dict(mha.state_dict(), source="polyhead", target=target, num_heads=4)
+
+
+@pytest.mark.parametrize("pair", [("gemma3", "qwen3"), ("qwen3", "gemma3")])
+def test_norms_of_another_kind_do_not_move(pair):
+    """Gemma multiplies by 1 + weight: the same numbers are another norm."""
+    source, target = pair
+    with pytest.raises(ConversionError, match=rf"of one kind to move from {source} to {target}; "):
+        state_dict(layer(source), source=source, target=target)
+    ours = state_dict(layer(source), source=source, target="fused", **SIZES)
+    assert "a.0.attn.k_norm.weight" in ours
+
+
+def test_names_that_are_no_text_are_refused():
+    with pytest.raises(
+        TypeError, match="tensors must be tensors by name; got a name 3; pass model"
+    ):
+        state_dict({3: torch.zeros(2)}, source="llama", target="polyhead")

@@ -253,7 +253,11 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             "by itself, or as safetensors"
         ) from error
     odd = (
-        [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+        [
+            name
+            for name, value in tensors.items()
+            if not isinstance(value, Tensor) or not isinstance(name, str)
+        ]
         if isinstance(tensors, Mapping)
         else [type(tensors).__name__]
     )

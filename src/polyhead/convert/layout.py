@@ -186,6 +186,7 @@ class Layout:
         unmovable: those that have no counterpart here: layers with them are refused.
         num_kv_heads: reads G from a config; None: it is num_key_value_heads there, or H.
         grouped: whether there may be fewer key heads than query heads.
+        offset_norms: whether its norms multiply by 1 + weight, as Gemma's do.
     """
 
     def __init__(
@@ -196,9 +197,11 @@ class Layout:
         unmovable: Iterable[str] = (),
         num_kv_heads: Callable[[Mapping[str, Any]], int | None] | None = None,
         grouped: bool = True,
+        offset_norms: bool = False,
     ) -> None:
         self.name = name
         self.grouped = grouped
+        self.offset_norms = offset_norms
         self.staying = frozenset(staying)
         self._unmovable = frozenset(unmovable)
         self._num_kv_heads = num_kv_heads

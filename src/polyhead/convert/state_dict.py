@@ -196,6 +196,10 @@ def state_dict(
 
 def _check_here(tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
+        if not isinstance(name, str):
+            raise DtypeError(
+                "tensors", "must be tensors by name", f"a name {name!r}", "pass model.state_dict()"
+            )
         if isinstance(tensor, Mapping):
             raise DtypeError(
                 "tensors",
@@ -259,6 +263,13 @@ def plan(
         raise ArgumentError(
             "target", f"must be another layout than source = {source!r}", repr(target), "choose one"
         )
+    norms = {side[0].offset_norms for side in (froms, tos) if _has_family_norms(side)}
+    if len(norms) > 1:
+        raise ConversionError(
+            f"norms must be of one kind to move from {source} to {target}; got one of Gemma's, "
+            "whose weights are 1 less than others'; move to polyhead, add or take away the 1 in "
+            "q_norm and k_norm, and move on"
+        )
     if config is not None:
         sizes = _with_config(sizes, (froms or tos)[0], config)
     names = list(tensors)
@@ -278,6 +289,10 @@ def plan(
         move = Move(prefix, tuple(layer.names), known, tos, sizes, tuple(layer.buffers))
         moves.append(move)
     return moves
+
+
+def _has_family_norms(layouts: tuple[Layout, ...]) -> bool:
+    return any(layout.is_family and "q_norm.weight" in layout.ours for layout in layouts)
 
 
 def _count_of_layers(config: Mapping[str, Any]) -> int | None:
