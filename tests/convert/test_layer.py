@@ -368,3 +368,26 @@ def test_names_that_are_no_text_are_refused():
         TypeError, match="tensors must be tensors by name; got a name 3; pass model"
     ):
         state_dict({3: torch.zeros(2)}, source="llama", target="polyhead")
+
+
+@pytest.mark.parametrize("sizes", [{"nope_head_dim": 10, "value_head_dim": 14}, {"num_heads": 3}])
+def test_latent_heads_of_other_sizes_are_refused(sizes):
+    sizes = SIZES | sizes
+    with pytest.raises(ConversionError, match=r"^a\.0\.attn\.: kv_b_proj\.weight must "):
+        state_dict(layer("deepseek"), source="deepseek", target="polyhead", **sizes)
+    ours = moved("deepseek", layer("deepseek"))
+    with pytest.raises(ConversionError, match=r"^a\.0\.attn\.: "):
+        state_dict(ours, source="polyhead", target="deepseek", **sizes)
+
+
+@pytest.mark.parametrize("odd", [None, [1.0], torch.zeros(48, 42).numpy()])
+def test_values_that_are_no_tensors_are_refused(odd):
+    theirs = layer("llama") | {"a.0.attn.q_proj.weight": odd}
+    with pytest.raises(ConversionError, match=r"q_proj\.weight must be a tensor; got a \w+; pass"):
+        moved("llama", theirs)
+
+
+def test_the_layout_that_is_there_is_named():
+    for source in ("opt", "qwen3", "phi3"):
+        with pytest.raises(ConversionError, match=r"those of llama, mistral, .* are there"):
+            state_dict(layer("llama"), source=source, target="polyhead")

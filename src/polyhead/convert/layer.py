@@ -146,12 +146,15 @@ def _rank(ours: str) -> int:
     return 1 if ours.endswith("bias") or ours == "sinks" or is_norm else 2
 
 
-def check_numbers(name: str, tensor: Tensor) -> None:
+def check_numbers(name: str, tensor: object) -> None:
     """A tensor that moves is dense numbers of 16 bits or more.
 
     Raises:
         ConversionError: it holds codes of a quantizer, or is of a class of its own.
     """
+    if not isinstance(tensor, Tensor):
+        kind = type(tensor).__name__
+        raise ConversionError(f"{name} must be a tensor; got a {kind}; pass torch's tensors alone")
     if type(tensor) not in (Tensor, nn.Parameter):
         kind = type(tensor).__name__
         remedy = "gather it first (tensor.full_tensor())" if kind == "DTensor" else _DEQUANTIZE

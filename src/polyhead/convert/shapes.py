@@ -24,6 +24,7 @@ from polyhead.errors import ConversionError
 __all__ = ["Shapes"]
 
 _CHECK = "get the checkpoint anew, or choose the layout of its family"
+_CHECK_SIZES = "check num_heads, nope_head_dim, value_head_dim and the config"
 _CHECK_HEADS = "check num_heads, num_kv_heads and the config"
 _QKV = ("W_query", "W_key", "W_value")
 
@@ -76,6 +77,10 @@ class Shapes:
 
     def _with(self, name: str) -> str:
         return " ".join(self._named(f"{name}.weight"))
+
+    def _sources(self) -> str:
+        """The tensors that queries and values come from, which a fused layout has in one."""
+        return " and ".join(dict.fromkeys((self._with("W_query"), self._with("W_value"))))
 
     def _biases(self) -> None:
         for name, tensor in self._ours.items():
@@ -131,8 +136,7 @@ class Shapes:
         if "out_proj.weight" in self._ours and self._takes("out_proj") != merged:
             self._refuse(
                 "out_proj.weight",
-                f"take the {merged} features that the heads of {self._with('W_query')} and "
-                f"{self._with('W_value')} give",
+                f"take the {merged} features that the heads of {self._sources()} give",
             )
         if "W_gate.weight" in self._ours and self._outputs("W_gate") != merged:
             self._refuse("W_gate.weight", f"give the heads' {merged} features")
@@ -235,6 +239,10 @@ class Shapes:
         if "out_proj.weight" in self._ours and self._takes("out_proj") != values:
             self._refuse("out_proj.weight", f"take the {values} features that the heads give")
         H = sizes.num_heads
+        for name, size in (("W_key", sizes.nope_head_dim), ("W_value", sizes.value_head_dim)):
+            if H is not None and size is not None and self._outputs(name) != H * size:
+                rule = f"give {H} heads of {size} features, {H * size}"
+                self._refuse(f"{name}.weight", rule, _CHECK_SIZES)
         if H is None and R:
             H = (queries - keys) // R
         if H is None:

@@ -278,7 +278,8 @@ def plan(
         name: layouts for name, layouts in {"polyhead": (), **_THEIRS}.items() if layouts != froms
     }
     layers = leftovers(tensors, prefixes, froms, _OUR_NAMES)
-    check_whole(names, prefixes, froms, others)
+    if prefixes or not any(find(names, layouts) for layouts in others.values()):
+        check_whole(names, prefixes, froms, others)
     if not layers:
         raise ConversionError(_none_found(names, source))
     if froms and froms[0].is_family and config is not None:
