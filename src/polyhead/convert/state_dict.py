@@ -139,8 +139,11 @@ def state_dict(
 ) -> dict[str, Tensor]:
     """A checkpoint with its attention in another layout; every other tensor as it is.
 
-    Only names and rows move. What a layer does with them (rope, its mask, its scale) is not in a
-    checkpoint: build the modules with the options that `from_transformers` would read.
+    Every attention layer moves, or none does: its tensors are held against one another, and each
+    name below it is one of them, or a buffer of older code, which is dropped (masks, rotary
+    frequencies), or refused (adapters, codes of quantizers). Only names and rows move. What a
+    layer does with them (rope, its mask, its scale) is not in a checkpoint: build the modules with
+    the options that `from_transformers` would read.
 
     Args:
         tensors: by name, as `model.state_dict()`. It is left as it is.
@@ -158,8 +161,9 @@ def state_dict(
     Raises:
         ArgumentError: a layout is not known.
         DtypeError: the tensors are not by name.
-        ConversionError: no layer of that layout is found, a number is missing or does not fit, a
-            tensor has no place in the target, or two would have one name.
+        ConversionError: no layer of that layout is found, one is not whole, its tensors do not fit
+            together or to the numbers, one is no plain floating point tensor of 16 bits or more, a
+            name has no place, another layer would stay, or two would have one name.
 
     >>> sd = {"h.0.attn.c_attn.weight": torch.arange(12.0).view(2, 6), "h.0.ln.bias": torch.ones(2),
     ...     "h.0.attn.c_proj.weight": torch.eye(2)}
