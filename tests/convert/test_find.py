@@ -48,6 +48,34 @@ def test_one_tensor_missing_anywhere_is_refused(family):
                 move(tensors, family)
 
 
+@pytest.mark.parametrize("source", ["polyhead", "stacked", "fused"])
+def test_one_tensor_of_ours_missing_is_refused(source):
+    split = ph.MultiHeadAttention(D, D, 7, 0.0, 3, True).state_dict()
+    split = {f"b.{i}.{name}": tensor for i in range(2) for name, tensor in split.items()}
+    sizes = {"num_heads": 3, "num_kv_heads": 3}
+    if source != "polyhead":
+        split = state_dict(split, source="polyhead", target=source, **sizes)
+    target = "llama" if source == "polyhead" else "polyhead"
+    state_dict(split, source=source, target=target, **sizes)
+    for missing in [name for name in split if name.startswith("b.1.")]:
+        tensors = {name: tensor for name, tensor in split.items() if name != missing}
+        with pytest.raises(ConversionError, match=missing.removeprefix("b.1.")):
+            state_dict(tensors, source=source, target=target, **sizes)
+
+
+@pytest.mark.parametrize("missing", ["in_proj_bias", "out_proj.bias"])
+def test_torch_s_biases_come_together(missing):
+    theirs = torch.nn.MultiheadAttention(D, 3).state_dict()
+    ours = move(theirs, "torch")
+    del theirs[missing]
+    with pytest.raises(ConversionError, match=r"must come with the other bias of torch's layer"):
+        move(theirs, "torch")
+    for name in ("W_query", "W_key", "W_value") if missing == "in_proj_bias" else ("out_proj",):
+        del ours[f"{name}.bias"]
+    with pytest.raises(ConversionError, match=r"or zeros where the layer has no bias"):
+        state_dict(ours, source="polyhead", target="torch")
+
+
 @pytest.mark.parametrize("missing", ["q_proj.bias", "k_proj.bias", "v_proj.bias"])
 def test_a_bias_that_one_of_three_lacks_is_refused(missing):
     tensors = {f"l.{x}_proj.weight": torch.randn(D, D) for x in "qkvo"}

@@ -191,8 +191,11 @@ def _checkpoint(
 def _is_pickled(path: Path) -> bool:
     if path.suffix == ".safetensors":
         return False
-    with path.open("rb") as file:
-        head = file.read(4)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error}); check its permissions") from error
     if head == b"GGUF":
         raise ModelError(
             f"{path} must be safetensors or tensors that torch saved; got a GGUF file; convert the "

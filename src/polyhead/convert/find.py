@@ -84,14 +84,13 @@ def leftovers(
                 unknown.setdefault(prefix, []).append(below)
     for prefix, names in unknown.items():
         _refuse_unknown(prefix, names, layouts)
-    if layouts and layouts[0].is_family:
-        _check_alike(layers, layouts)
+    _check_alike(layers, layouts)
     return layers
 
 
 def _check_alike(layers: Mapping[str, Found], layouts: Sequence[Layout]) -> None:
     """The numbered layers of a model have the same tensors; of T5's, the first alone the table."""
-    alone = {
+    alone = {"position_bias.weight"} | {
         rule.theirs
         for layout in layouts
         for rule in layout.rules
@@ -107,7 +106,7 @@ def _check_alike(layers: Mapping[str, Found], layouts: Sequence[Layout]) -> None
             if name not in layer.names and name not in alone:
                 raise ConversionError(
                     f"{prefix}{name} must be there, as {other}{name} is; it cannot be found; give "
-                    "the whole checkpoint (all its shards)"
+                    "the whole checkpoint (all its shards), or layers that differ one by one"
                 )
 
 
@@ -166,7 +165,8 @@ def check_whole(
         if any(kind.their_marks < mine.their_marks for kind in other for mine in layouts):
             continue  # such a layer is one of ours that lacks a tensor
         for prefix in find(names, other):
-            if not any(prefix.startswith(start) for start in found):
+            is_head = bool(layouts) and layouts[0].name == "stacked" and _is_head(prefix)
+            if not is_head and not any(prefix.startswith(start) for start in found):
                 raise ConversionError(
                     f"{prefix or 'the whole'} is a layer of layout {name}, and would stay as it is "
                     f"beside the {len(found)} that move; pass the tensors of one kind alone, or "
@@ -175,6 +175,11 @@ def check_whole(
     _check_parts(names, found, layouts)
     if layouts and layouts[0].is_family:
         _check_numbers(names, prefixes)
+
+
+def _is_head(prefix: str) -> bool:
+    """Whether a prefix ends with one of stacked heads, whose layer is a step above."""
+    return any(_HEAD.fullmatch(prefix[start:]) for start in starts(prefix))
 
 
 def _check_parts(names: list[str], found: set[str], layouts: Sequence[Layout]) -> None:

@@ -60,6 +60,8 @@ class Shapes:
             # torch's keys and values may be made of features of their own (kdim, vdim).
             self._inputs(layout is not None and layout.name == "torch_unpacked")
             self._heads(sizes, family=is_family, grouped=layout is None or layout.grouped)
+        if layout is not None and layout.name.startswith("torch"):
+            self._both_biases()
         if layout is not None and layout.one_width:
             is_turned = any(rule.transposed for rule in layout.rules)
             self._width(sizes, is_checked=is_read or is_turned)
@@ -101,6 +103,17 @@ class Shapes:
         for name, tensor in self._ours.items():
             if 0 in tensor.shape:
                 self._refuse(name, "hold numbers")
+
+    def _both_biases(self) -> None:
+        """torch's layer has a bias before the heads and behind them, or none."""
+        pair = ("W_query.bias", "out_proj.bias")
+        there = [name for name in pair if name in self._ours]
+        if len(there) == 1:
+            self._refuse(
+                there[0],
+                "come with the other bias of torch's layer, in_proj_bias and out_proj.bias",
+                "give the whole checkpoint, or zeros where the layer has no bias, as to_torch does",
+            )
 
     def _dtypes(self) -> None:
         """A norm or sinks may be kept in float32; what is multiplied and added is of one dtype."""
