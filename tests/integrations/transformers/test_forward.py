@@ -67,7 +67,9 @@ def test_a_structured_mask_of_another_size_is_refused(qkv):
 
 def test_a_mask_of_heads_is_refused(qkv):
     """ViT of transformers 4 hands one on where the mask belongs; it is to be multiplied."""
-    with pytest.raises(ShapeError, match=r"attention_mask must be .*got \(1, 6, 1, 1\); .*look.ablate"):
+    with pytest.raises(
+        ShapeError, match=r"attention_mask must be .*got \(1, 6, 1, 1\); .*look.ablate"
+    ):
         run(qkv, torch.ones(1, H, 1, 1))
 
 

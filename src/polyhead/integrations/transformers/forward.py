@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -17,7 +18,7 @@ from polyhead.integrations.transformers.held import as_stored
 from polyhead.integrations.transformers.packing import PACKING
 from polyhead.stored import Stored
 
-__all__ = ["attention_forward"]
+__all__ = ["KNOWN_ARGUMENTS", "attention_forward"]
 
 _WEIGHTS, _NOTHING = AuxRequest(weights=True), AuxRequest()
 
@@ -159,3 +160,6 @@ def _check_options(options: dict[str, Any]) -> None:
             ", ".join(type(value).__name__ for value in unknown.values()),
             "; ".join(dict.fromkeys(_REMEDIES.get(name, _EAGER) for name in unknown)),
         )
+
+
+KNOWN_ARGUMENTS = _HARMLESS.union(PACKING, inspect.signature(attention_forward).parameters)
