@@ -121,6 +121,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             has_mask = attn_mask is not None or key_padding_mask is not None
             options = {"has_mask": has_mask, "need_weights": need_weights, "is_causal": is_causal}
             return attend_nested(self, query, key, value, **options), None
+        # torch.onnx's traced export makes tensors of them.
+        need_weights, average_attn_weights = bool(need_weights), bool(average_attn_weights)
         check_inputs(self, query, key, value)
         batch_dim = 0 if self.batch_first else 1
         is_batched = query.ndim == 3

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from polyhead.arguments import autocasts
+from polyhead.backends.recording import is_recorded
 from polyhead.backends.refusals import transform_reasons
 from polyhead.errors import DeviceError
 from polyhead.modules.weights import takes_what_it_holds
@@ -43,7 +44,7 @@ def projecting(x: Tensor, module: nn.Module) -> AbstractContextManager[object]:
         DeviceError: a projection's weight has no values: at once where the layer has no hooks that
             could load it, or when they have not.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_recorded():
         return nullcontext()
     if not x.is_meta and (on_meta := _on_meta(module)):
         for name, layer in on_meta.items():

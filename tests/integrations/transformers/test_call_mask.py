@@ -99,8 +99,8 @@ def test_documents_hold_beside_mask_and_window():
 
 def test_positions_that_restart_are_read_without_a_mask():
     positions = torch.tensor([[0, 1, 2, 0, 1]])
-    expected = ph.mask.causal() & ph.mask.documents([0, 0, 0, 1, 1])
-    assert same(read(5, 5, position_ids=positions), ph.mask.documents([[0, 0, 0, 1, 1]] * 2) & expected, 5, 5)  # fmt: skip
+    expected = ph.mask.causal() & ph.mask.documents(torch.tensor([[0, 0, 0, 1, 1]] * B))
+    assert same(read(5, 5, position_ids=positions), expected, 5, 5)
     mask = StructuredMask(ph.mask.causal(), batch=B, T=5, S=5, device="cpu")
     assert read(5, 5, mask, position_ids=positions) == ph.mask.causal()
     assert read(5, 5, layer=carrying(), position_ids=positions) is None

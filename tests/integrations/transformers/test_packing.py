@@ -43,15 +43,24 @@ def test_packed_documents_nothing_named_is_no_mask():
         ({"cu_seq_lens_q": BOUNDS[:-1]}, r"cu_seq_lens_q must begin with 0, never fall, and end"),
         ({"cu_seq_lens_k": BOUNDS[1:]}, r"cu_seq_lens_k must begin with 0"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 3, 6, 12])}, r"B \* T = 2 \* 6 = 12; got \[0, 4, 3"),
-        ({"cu_seq_lens_q": torch.tensor([0, 4, 9, 12])}, r"begin a document where a row begins, at 6"),
-        ({"cu_seq_lens_q": BOUNDS, "max_length_q": 3}, r"max_length_q must be at least .* 4 tokens"),
+        (
+            {"cu_seq_lens_q": torch.tensor([0, 4, 9, 12])},
+            r"begin a document where a row begins, at 6",
+        ),
+        (
+            {"cu_seq_lens_q": BOUNDS, "max_length_q": 3},
+            r"max_length_q must be at least .* 4 tokens",
+        ),
         ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": torch.tensor([0, 6, 12])}, r"_k must name the"),
         ({"cu_seq_lens_q": BOUNDS, "seq_idx": torch.zeros(1, S, dtype=int)}, r"seq_idx must name"),
         ({"cu_seq_lens_q": BOUNDS[None]}, r"must be integers of shape \(documents \+ 1,\); got"),
         ({"seq_idx": IDS[:, :5]}, r"seq_idx must be \(B, T\) = \(2, 6\); got \(2, 5\)"),
-        ({"cu_seq_lens_q": BOUNDS, "T": 1}, r"as many keys as queries: got T = 1, S = 6.*use_cache"),
+        (
+            {"cu_seq_lens_q": BOUNDS, "T": 1},
+            r"as many keys as queries: got T = 1, S = 6.*use_cache",
+        ),
     ],
-)  # fmt: skip
+)
 def test_packed_documents_that_do_not_fit_are_refused(given, text):
     with pytest.raises(ArgumentError, match=text):
         read(**given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def _ids(
 
 
 def _check_bounds(name: str, bounds: list[int], B: int, S: int) -> None:
-    falls = any(stop < start for start, stop in zip(bounds, bounds[1:], strict=False))
+    falls = any(stop < start for start, stop in itertools.pairwise(bounds))
     if bounds[0] != 0 or falls or bounds[-1] != B * S:
         raise ArgumentError(
             name,

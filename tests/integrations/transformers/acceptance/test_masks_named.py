@@ -1,5 +1,7 @@
 """A mask is never guessed: what models and their callers name instead of one is used or refused."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,9 +24,9 @@ SPARSE = SIZES | {
 GEMMA_4 = SIZES | {
     **{"num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2},
     **{"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    **{"sliding_window": 4, "head_dim": 10, "global_head_dim": 12, "hidden_size_per_layer_input": 5},
-    "vocab_size_per_layer_input": 31,
-}  # fmt: skip
+    **{"sliding_window": 4, "head_dim": 10, "global_head_dim": 12},
+    **{"hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": 31},
+}
 BOUNDS = torch.tensor([0, 3, 8, 12], dtype=torch.int32)
 PACKED = {"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": BOUNDS, "max_length_q": 5, "max_length_k": 5}
 
@@ -101,7 +103,7 @@ def test_packed_rows_named_by_cu_seq_lens(name, compiled, asked, build, tokens):
     model = build(name, "polyhead").train()
     alone = [
         model(tokens[:, start:stop], use_cache=False).logits
-        for start, stop in zip(BOUNDS[:-1], BOUNDS[1:], strict=True)
+        for start, stop in itertools.pairwise(BOUNDS)
     ]
     run = torch.compile(model, backend="eager") if compiled else model
     packed = run(tokens, **(PACKED | {"use_cache": False} | asked)).logits
@@ -116,8 +118,11 @@ def test_packed_rows_that_are_not_these_are_refused(build, tokens):
 
 @pytest.mark.parametrize(
     "name",
-    ["DeepseekV32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("GlmMoeDsa", "HYV4", "AXK2"))],
-)  # fmt: skip
+    [
+        "DeepseekV32",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("GlmMoeDsa", "HYV4", "AXK2")),
+    ],
+)
 def test_sparse_attention_sees_the_chosen_keys(name, tokens):
     """Their layers write a mask for "eager" and "sdpa", and pass the keys' numbers to others."""
     cls = getattr(transformers, f"{name}ForCausalLM", None)
