@@ -78,9 +78,7 @@ def modules():
     }
 
 
-@pytest.fixture(
-    params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["no_grad", "grad"]
-)
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["no_grad", "grad"])
 def gradients(request):
     with torch.set_grad_enabled(request.param):
         yield request.param

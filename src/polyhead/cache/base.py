@@ -217,7 +217,8 @@ class Cache(ABC):
                 "rewind or reset the cache, or make one with more max_tokens",
             )
 
-    def _check_rewind(self, n: int) -> None:
+    def check_rewind(self, n: int) -> None:
+        """Raise what `rewind(n)` would raise, and change nothing."""
         check_count("n", n, 0)
         if n > self.length:
             raise ArgumentError(
