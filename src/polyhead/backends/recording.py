@@ -16,4 +16,4 @@ def is_traced() -> bool:
     """By `torch.jit.trace`, which knows neither all types of operators' arguments nor autograd
     functions."""
     # torch.compile cannot trace the question.
-    return not torch.compiler.is_compiling() and bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+    return not torch.compiler.is_compiling() and bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call, attr-defined]
