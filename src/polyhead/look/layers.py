@@ -24,6 +24,7 @@ __all__ = [
     "attention_layers",
     "check_heads",
     "check_not_compiled",
+    "input_embeddings",
     "unneeded",
 ]
 
@@ -171,6 +172,14 @@ def unneeded(model: nn.Module) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     spared = {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in spared.items() if name in known}
+
+
+def input_embeddings(model: nn.Module) -> Any:
+    """The embeddings of a model of transformers; None where it has, or names, none."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # raised by models of images and sounds
+        return None
 
 
 def _inside(name: str, other: str) -> bool:

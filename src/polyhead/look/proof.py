@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from polyhead.errors import ArgumentError, PolyheadError
 from polyhead.look.ablate import ablate
-from polyhead.look.layers import AttentionLayer, Head, attention_layers, unneeded
+from polyhead.look.layers import (
+    AttentionLayer,
+    Head,
+    attention_layers,
+    input_embeddings,
+    unneeded,
+)
 from polyhead.modules import MultiHeadAttention
 
 __all__ = ["Proof"]
@@ -106,8 +112,9 @@ class Proof:
         self, layers: Sequence[AttentionLayer], inputs: Mapping[str, Any] | None
     ) -> Callable[[], Any]:
         model = self.model
-        if inputs is None and all(type(layer.module) is MultiHeadAttention for layer in layers):
-            given = [(layer.module, _features(layer.module)) for layer in layers]
+        ours = [m for layer in layers if type(m := layer.module) is MultiHeadAttention]
+        if inputs is None and len(ours) == len(layers):
+            given = [(module, _features(module)) for module in ours]
             return lambda: [module(x) for module, x in given]
         given_inputs = dict(inputs) if inputs is not None else _text(model)
         if given_inputs is None:
@@ -132,7 +139,7 @@ class Proof:
         with ExitStack() as stack:
             for layer in layers:
                 assert layer.projection is not None
-                see = _seeing(seen[layer.index], forced and forced[layer.index])
+                see = _seeing(seen[layer.index], forced[layer.index] if forced else None)
                 stack.callback(layer.projection.register_forward_hook(see).remove)
                 for name in _INPUTS if round_inputs else ():
                     if isinstance(part := getattr(layer.module, name, None), nn.Module):
@@ -183,7 +190,7 @@ def _features(module: MultiHeadAttention) -> Tensor:
 def _text(model: nn.Module) -> dict[str, Any] | None:
     """Some token ids for a model of transformers, none of them with a role of its own."""
     config: Any = getattr(model, "config", None)
-    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    embeddings = input_embeddings(model)
     count = getattr(embeddings, "num_embeddings", None)
     if config is None or count is None:
         return None

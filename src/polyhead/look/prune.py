@@ -156,15 +156,15 @@ def _shape_of(norm: Any) -> tuple[int, ...] | None:
 
 def _check_no_other_parts(layer: AttentionLayer) -> None:
     """Raise where a parameter is none of those that pruning cuts, or leaves rightly as it is."""
-    size = layer.module.head_dim
+    size: Any = layer.module.head_dim
     known = {f"{name}.{part}" for name in _THEIRS for part in ("weight", "bias")}
     known |= {f"{name}.weight" for name in _NORMS}
     others = [
         f"{name} {tuple(parameter.shape)}"
         for name, parameter in layer.module.named_parameters(remove_duplicate=False)
         if name not in known
-        and not (name == "sinks" and parameter.shape == (layer.num_heads,))
-        and not (name in {f"{norm}.bias" for norm in _NORMS} and parameter.shape == (size,))
+        and not (name == "sinks" and tuple(parameter.shape) == (layer.num_heads,))
+        and not (name in {f"{norm}.bias" for norm in _NORMS} and tuple(parameter.shape) == (size,))
     ]
     if others:
         raise ArgumentError(
