@@ -116,11 +116,11 @@ class Proof:
         if inputs is None and len(ours) == len(layers):
             given = [(module, _features(module)) for module in ours]
             return lambda: [module(x) for module, x in given]
-        given_inputs = dict(inputs) if inputs is not None else _text(model)
+        given_inputs = dict(inputs) if inputs is not None else _text(model) or _image(model)
         if given_inputs is None:
             raise ArgumentError(
                 "inputs",
-                "must be given, to prove the pruning, for a model that reads no input_ids",
+                "must be given, to prove the pruning, where they are no input_ids or pixel_values",
                 type(model).__name__,
                 "pass inputs=dict(...), as the model is called",
             )
@@ -144,6 +144,7 @@ class Proof:
                 for name in _INPUTS if round_inputs else ():
                     if isinstance(part := getattr(layer.module, name, None), nn.Module):
                         stack.callback(part.register_forward_hook(_rounded).remove)
+            torch.manual_seed(0)  # some layers draw random numbers in evaluation too
             result = self.forward()
         return dict(seen), [x.detach().clone() for x in _tensors(result)]
 
@@ -159,8 +160,9 @@ def _seeing(seen: list[Tensor], forced: Sequence[Tensor] | None) -> Callable[...
 
 
 def _rounded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    signs = torch.randn_like(output).sign()
-    return output + signs * torch.finfo(output.dtype).eps * output.abs().amax()
+    generator = torch.Generator(output.device).manual_seed(1)  # the model's own goes on as it was
+    signs = torch.randn(output.shape, generator=generator, device=output.device).sign()
+    return output + signs.to(output.dtype) * torch.finfo(output.dtype).eps * output.abs().amax()
 
 
 @contextmanager
@@ -170,7 +172,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
     try:
         with torch.no_grad(), torch.random.fork_rng(list(devices)):
-            torch.manual_seed(0)
             for module, _ in modes:
                 module.training = False
             yield
@@ -204,6 +205,20 @@ def _text(model: nn.Module) -> dict[str, Any] | None:
     if getattr(config, "is_encoder_decoder", False):
         found["decoder_input_ids"] = ids_bt.flip(1)
     return found
+
+
+def _image(model: nn.Module) -> dict[str, Any] | None:
+    """Random pixels for a model of transformers that reads images of one size."""
+    config: Any = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    names = inspect.signature(model.forward).parameters
+    if "pixel_values" not in names or not isinstance(size, (int, list, tuple)):
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = (1, getattr(config, "num_channels", 3), height, width)
+    noise = torch.randn(pixels, generator=torch.Generator().manual_seed(0))
+    weight = next((x for x in model.parameters() if x.is_floating_point()), noise)
+    return {"pixel_values": noise.to(weight)}
 
 
 def _special_ids(config: Any) -> Iterator[int]:

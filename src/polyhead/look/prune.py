@@ -17,7 +17,6 @@ from polyhead.look.layers import (
 )
 from polyhead.look.proof import Proof
 from polyhead.modules import MultiHeadAttention
-from polyhead.modules.arguments import is_plain
 from polyhead.modules.pruning import (
     KeptHeads,
     check_can_be_pruned,
@@ -25,7 +24,7 @@ from polyhead.modules.pruning import (
     without_columns,
     without_rows,
 )
-from polyhead.modules.weights import make_parameter
+from polyhead.modules.weights import make_parameter, why_not_in_place
 
 __all__ = ["prune"]
 
@@ -118,16 +117,25 @@ def _plans(
 def _num_kv_heads(layer: AttentionLayer) -> int:
     module: Any = layer.module
     size: int | None = getattr(module, "head_dim", None)
-    plain = all(is_plain(getattr(module, name, None)) for name in _THEIRS)
+    parts: dict[str, Any] = {name: getattr(module, name, None) for name in _THEIRS}
+    has_all = all(isinstance(part, nn.Module) for part in parts.values())
+    for name, part in parts.items() if has_all else ():
+        if unreadable := why_not_in_place(part):
+            raise ArgumentError(
+                "model",
+                f"must have layers with plain nn.Linear {', '.join(_THEIRS)}, in place",
+                f"{type(module).__name__} ({layer.name}) with {name}: {unreadable.kind}",
+                f"use polyhead.look.ablate, or: {unreadable.remedy}",
+            )
     # A norm over all heads together would change with their number.
     norms = [getattr(module, name, None) for name in _NORMS]
     by_head = all(norm is None or _shape_of(norm) in (None, (size,)) for norm in norms)
-    if size is None or not plain or not by_head:
+    if size is None or not has_all or not by_head:
         raise ArgumentError(
             "model",
             f"must have layers with plain nn.Linear {', '.join(_THEIRS)}, each head normed alone",
             f"{type(module).__name__} ({layer.name})",
-            "use polyhead.look.ablate, or merge adapters first",
+            "use polyhead.look.ablate",
         )
     _check_no_other_parts(layer)
     keys: int = module.k_proj.out_features
@@ -157,14 +165,13 @@ def _shape_of(norm: Any) -> tuple[int, ...] | None:
 def _check_no_other_parts(layer: AttentionLayer) -> None:
     """Raise where a parameter is none of those that pruning cuts, or leaves rightly as it is."""
     size: Any = layer.module.head_dim
-    known = {f"{name}.{part}" for name in _THEIRS for part in ("weight", "bias")}
-    known |= {f"{name}.weight" for name in _NORMS}
+    known: dict[str, tuple[int, ...] | None] = {"sinks": (layer.num_heads,)}
+    known |= {f"{name}.{part}": None for name in _THEIRS for part in ("weight", "bias")}
+    known |= {f"{name}.{part}": (size,) for name in _NORMS for part in ("weight", "bias")}
     others = [
-        f"{name} {tuple(parameter.shape)}"
+        f"{name} {tuple(parameter.shape)}" + (" on the meta device" if parameter.is_meta else "")
         for name, parameter in layer.module.named_parameters(remove_duplicate=False)
-        if name not in known
-        and not (name == "sinks" and tuple(parameter.shape) == (layer.num_heads,))
-        and not (name in {f"{norm}.bias" for norm in _NORMS} and tuple(parameter.shape) == (size,))
+        if parameter.is_meta or known.get(name, ()) not in (None, tuple(parameter.shape))
     ]
     if others:
         raise ArgumentError(
