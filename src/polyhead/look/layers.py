@@ -25,6 +25,7 @@ __all__ = [
     "check_heads",
     "check_not_compiled",
     "input_embeddings",
+    "is_ours",
     "unneeded",
 ]
 
@@ -172,6 +173,11 @@ def unneeded(model: nn.Module) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     spared = {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in spared.items() if name in known}
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a layer is one of polyhead's modules."""
+    return isinstance(module, _OURS)
 
 
 def input_embeddings(model: nn.Module) -> Any:
