@@ -22,6 +22,7 @@ __all__ = [
     "AttentionLayer",
     "Head",
     "attention_layers",
+    "bound_arguments",
     "check_heads",
     "check_not_compiled",
     "input_embeddings",
@@ -173,6 +174,19 @@ def unneeded(model: nn.Module) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     spared = {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in spared.items() if name in known}
+
+
+def bound_arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of a module by name; those of **kwargs among them."""
+    signature = inspect.signature(module.forward)
+    try:
+        bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    except TypeError:  # its call will raise, in its own words
+        return dict(kwargs)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
 
 
 def is_ours(module: nn.Module) -> bool:

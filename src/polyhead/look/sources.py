@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from polyhead.call import AttentionCall
 from polyhead.functional import observe
-from polyhead.look.layers import AttentionLayer, input_embeddings, is_ours
+from polyhead.look.layers import AttentionLayer, bound_arguments, input_embeddings, is_ours
 
 __all__ = ["Sources", "find_sources"]
 
@@ -235,9 +235,9 @@ class _Probe:
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             seen.enter_context(observe(see))
-            if is_ours(layer.module) and kwargs.get("cache") is None:
-                memory = kwargs.get("memory", args[1] if len(args) > 1 else None)
-                self.takes_no_memory[layer.index] = memory is None
+            arguments = bound_arguments(module, args, kwargs) if is_ours(module) else {}
+            if arguments and arguments.get("cache") is None:
+                self.takes_no_memory[layer.index] = arguments.get("memory") is None
             return _with_first_changed(args, kwargs) if local else None
 
         def leave(*_: Any) -> None:
