@@ -131,3 +131,24 @@ def test_head_masks_remedy_is_one_that_works(qkv, name):
 def test_what_says_nothing_about_attention_is_taken(qkv):
     given = {"cache_position": torch.arange(T), "use_cache": True, "head_mask": None}
     assert torch.equal(run(qkv, None, **given)[0], run(qkv, None)[0])
+
+
+def test_weights_have_gradients_with_the_reference():
+    """The output is made of them there; elsewhere they are computed beside it."""
+    transformers = pytest.importorskip("transformers")
+    ph.integrations.transformers.register()
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=6, num_key_value_heads=2, attn_implementation="polyhead"
+    )
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(31, (1, 9))
+
+    def gradients():
+        answer = model(ids, labels=ids, output_attentions=True)
+        return torch.autograd.grad(answer.loss, answer.attentions, allow_unused=True)
+
+    assert gradients() == (None, None)
+    with ph.use_backend("reference"):
+        got = gradients()
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(got, gradients(), rtol=1e-4, atol=1e-6)
