@@ -52,6 +52,8 @@ def capture(
     """One forward, and what each head did in it: statistics, map, most attended keys, contribution.
 
     A layer is looked at when it is reached, so no more than one layer's queries and keys are held.
+    Before that, three or four forwards establish which tokens each layer reads: with its own heads
+    off, and some tokens changed. Hooks of others see these forwards too.
 
     Args:
         model: built of polyhead's modules, or of transformers: then

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ from polyhead.call import AttentionCall
 from polyhead.functional import observe
 from polyhead.look.layers import AttentionLayer, bound_arguments, input_embeddings, is_ours
 
-__all__ = ["Sources", "find_sources"]
+__all__ = ["Sources", "find_sources", "is_probing"]
+
+_probing = ContextVar("_probing", default=False)
 
 _FEATURES = 8  # of the random projection by which queries and keys are compared
 _MOST_TEXTS = 6
@@ -83,6 +86,11 @@ def find_sources(
             T, S = len(calls[0][0]), len(calls[0][1])
             found[layer.index] = _judge(is_self, about, first, T, S)
     return found
+
+
+def is_probing() -> bool:
+    """Whether the forward that runs is one to find sources, and not the one that is looked at."""
+    return _probing.get()
 
 
 def _judge(
@@ -199,6 +207,8 @@ class _Probe:
             devices = [x.device for x in self.model.parameters() if x.device.type == "cuda"]
             stack.enter_context(torch.random.fork_rng(list(set(devices))))
             torch.manual_seed(0)  # dropout, in training, is the same each time
+            token = _probing.set(True)
+            stack.callback(_probing.reset, token)
             self.call(self.first if first is None else first)
         return marks
 
