@@ -1,0 +1,203 @@
+"""Configurations: what a constructor takes as `config`, made with guessed sizes.
+
+The class is the one that the constructor's annotation names, or else the one of its module; where
+there is neither, a stand-in has the usual names for sizes, as attributes and as keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from polyhead.check.names import (
+    DROPOUT,
+    HEAD_SIZE,
+    HEADS,
+    KV_HEADS,
+    LENGTH,
+    WIDTH,
+    WIDTH_OUT,
+    WINDOW,
+)
+from polyhead.errors import ArgumentError, PolyheadError
+
+__all__ = ["GUESSES", "SIZES_OF_TRANSFORMERS", "Config", "configurations", "fill_parameters", "is_configuration"]
+
+# Sizes for constructors whose caller gave none. No two that could be swapped are equal.
+GUESSES: dict[str, Any] = {
+    name: value
+    for names, value in (
+        (WIDTH + WIDTH_OUT, 48),
+        (HEADS, 4),
+        (KV_HEADS, 2),
+        ((*LENGTH, "max_position_embeddings"), 64),
+        (DROPOUT, 0.1),
+        (HEAD_SIZE, 12),
+        (WINDOW, 4),
+        (("bias", "qkv_bias", "attention_bias"), True),
+        (("layer_idx", "layer_id", "layer_index", "layer_number"), 0),
+    )
+    for name in names
+}
+# Of transformers' configurations: rotary parts of a half and of a quarter of a head are even.
+SIZES_OF_TRANSFORMERS: dict[str, int] = {
+    name: value
+    for names, value in (
+        (WIDTH, 64),
+        ((*HEADS, "encoder_attention_heads", "decoder_attention_heads"), 4),
+        (KV_HEADS, 2),
+        ((*HEAD_SIZE, "d_kv", "kv_channels"), 16),
+        ((*WINDOW, "attention_chunk_size", "local_radius", "global_block_size"), 4),
+        (("rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "local_attention"), 8),
+        (("v_head_dim",), 12),
+        (("kv_lora_rank",), 20),
+        (("q_lora_rank",), 24),
+        (("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
+    )
+    for name in names
+}
+_PARAMETER = re.compile(r"(.*_)?(config|configuration|cfg|conf|args|hparams)")
+_CLASS = re.compile(r"(Config|Configuration|Cfg|Args|Arguments|HParams|Hyperparameters)$")
+
+
+class Config(types.SimpleNamespace):
+    """Stands in for a configuration, object or dict, with the usual names for sizes."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**(GUESSES | given))
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self)[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in vars(self)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return vars(self).get(name, default)
+
+
+def is_configuration(name: str) -> bool:
+    """Whether a parameter of this name is a configuration."""
+    return _PARAMETER.fullmatch(name) is not None
+
+
+def configurations(
+    found: Any, parameter: inspect.Parameter, given: Mapping[str, Any]
+) -> Iterator[tuple[Any, str]]:
+    """Configurations for one parameter of a constructor, the likeliest first, and their words.
+
+    Args:
+        found: the class or function that takes one.
+        parameter: its parameter.
+        given: values of the configuration that the user gave, by name.
+
+    Raises:
+        ArgumentError: transformers' configuration has no such name.
+    """
+    for kind in _kinds(found, parameter):
+        make = _of_transformers if _is_transformers(kind) else _of_a_class
+        # One that needs what cannot be guessed is passed over.
+        try:
+            made = make(kind, given)
+        except PolyheadError:
+            raise
+        except Exception:  # of unknown code
+            continue
+        if made is not None:
+            yield made
+    yield Config(**given), "an object with the usual names for sizes"
+
+
+def fill_parameters(module: Any, config: Any) -> None:
+    """Fill the parameters of a layer of transformers that its constructor leaves to its model.
+
+    They are NaN: see `polyhead.check.target.build`.
+    """
+    parts = [p for p in module.modules() if any(t.isnan().any() for t in p.parameters(False))]
+    source = sys.modules[type(module).__module__]
+    models = [k for k in vars(source).values() if hasattr(k, "_init_weights")]
+    # Not the base of all models, which has no rule for this layer.
+    own = next((k for k in models if k.__module__ == source.__name__), None)
+    if not parts or own is None:
+        return
+    model = own.__new__(own)  # its constructor would make the whole model
+    model.config = config
+    for part in parts:
+        model._init_weights(part)
+
+
+def _kinds(found: Any, parameter: inspect.Parameter) -> list[type]:
+    """The classes that a configuration may be of."""
+    annotation = parameter.annotation
+    source = vars(sys.modules.get(getattr(found, "__module__", ""), types.SimpleNamespace()))
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, dict(source))
+        except Exception:  # of unknown code: names for type checkers only
+            annotation = parameter.empty
+    named = [annotation, *typing.get_args(annotation)]
+    kinds = [k for k in named if isinstance(k, type) and _CLASS.search(k.__name__)]
+    kinds = [k for k in kinds if not _is_base(k)]
+    if not kinds:
+        own = [getattr(value, "config_class", None) for value in source.values()]
+        own += [v for k, v in source.items() if isinstance(v, type) and _CLASS.search(v.__name__)]
+        kinds = [k for k in own if isinstance(k, type) and not _is_base(k)]
+    return list(dict.fromkeys(kinds))
+
+
+def _is_base(kind: type) -> bool:
+    return kind.__name__.lower() == "pretrainedconfig"
+
+
+def _is_transformers(kind: type) -> bool:
+    return hasattr(kind, "attribute_map") and hasattr(kind, "to_dict")
+
+
+def _of_transformers(kind: Any, given: Mapping[str, Any]) -> tuple[Any, str] | None:
+    default = kind()
+    for name in given:
+        if not hasattr(default, name):
+            raise ArgumentError(
+                f"config.{name}",
+                f"must be an attribute of {kind.__name__}",
+                name,
+                f"see {kind.__name__} for its names",
+            )
+    parameters = inspect.signature(kind).parameters
+    sizes = {
+        name: value
+        for name, value in SIZES_OF_TRANSFORMERS.items()
+        if name in parameters
+        and (type(getattr(default, name, None)) is int or name in KV_HEADS)
+    }
+    heads, kv_heads = (next((n for n in names if n in sizes), None) for names in (HEADS, KV_HEADS))
+    if heads and kv_heads and parameters[kv_heads].default == parameters[heads].default:
+        sizes[kv_heads] = sizes[heads]  # it does not group its heads
+    given = {"_attn_implementation": "eager"} | given  # which gives weights
+    fields = {n: v for n, v in given.items() if not n.startswith("_")}
+    config = kind(**(sizes | fields))
+    for name in given.keys() - fields.keys():
+        setattr(config, name, given[name])
+    return config, _words(kind, sizes | fields)
+
+
+def _of_a_class(kind: Any, given: Mapping[str, Any]) -> tuple[Any, str] | None:
+    values = dict(given)
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        needed = parameter.default is parameter.empty
+        if name in GUESSES and (needed or type(parameter.default) is int):
+            values[name] = GUESSES[name]
+        elif needed:
+            return None
+    return kind(**values), _words(kind, values)
+
+
+def _words(kind: Any, values: Mapping[str, Any]) -> str:
+    return f"{kind.__name__}({', '.join(f'{n}={v}' for n, v in values.items())})"
