@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from polyhead.check.calling import Calling
 from polyhead.check.law import first_line
 from polyhead.check.names import HEADS, LENGTH, WIDTH, WINDOW
-from polyhead.check.signature import causal_argument, with_a_mask
+from polyhead.check.signature import causal_argument, no_call, with_a_mask
 from polyhead.check.subject import Claims, Subject, copied
-from polyhead.errors import ArgumentError
 
 __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
 
@@ -259,12 +258,7 @@ def _find_call(
                     if claims.lengths()[0] != T:
                         claims.how["tokens"] = next(iter(errors))
                     return size, how, way
-    raise ArgumentError(
-        "d_in",
-        "must be given, as no size found in the module can be called",
-        "; ".join(list(errors)[:2]) or "a module without parameters",
-        "pass d_in=, or call=lambda module, x: ... if it is called in another way",
-    )
+    raise no_call(list(errors))
 
 
 def _sizes(module: nn.Module) -> dict[int, str]:

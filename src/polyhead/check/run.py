@@ -18,7 +18,7 @@ from polyhead.check.facts import band, claim_causal, read_claims
 from polyhead.check.inside import look_inside
 from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
 from polyhead.check.masks import claim_mask
-from polyhead.check.report import LawResult, Report
+from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Narrowest
 from polyhead.errors import ArgumentError, DtypeError
@@ -194,7 +194,7 @@ def run_laws(
                     progress(law.name, i / len(laws))
                 verdict = law.judge(subject)
             except KeyboardInterrupt as reason:  # which an alarm gives, and Ctrl-C does not
-                stopped = str(reason) or "stopped by the user"
+                stopped = str(reason) or STOPPED
                 verdict = Verdict(Outcome.NOT_RUN, stopped)
         results.append(LawResult(law.name, law.required, verdict, time.monotonic() - start))
     return results, stopped

@@ -24,7 +24,7 @@ from polyhead.check.calling import FORMS, Calling, MaskArgument
 from polyhead.check.layers import calling_of_transformers
 from polyhead.errors import ArgumentError
 
-__all__ = ["causal_argument", "find_calling", "from_function", "mask_names", "with_a_mask"]
+__all__ = ["causal_argument", "find_calling", "from_function", "mask_names", "no_call", "with_a_mask"]
 
 _MASK_NAMES = (
     "key_padding_mask",
@@ -49,6 +49,12 @@ _WEIGHT_NAMES = (
 _FUNCTIONAL_CACHES = ("kv_cache", "cache", "past_kv", "layer_past", "past_key_value", "past")
 # Arguments that are often required and may be None.
 _MAY_BE_NONE = (*_MASK_NAMES, *_FUNCTIONAL_CACHES, "alibi", "head_mask", "position_ids")
+# Errors about sizes that do not fit, after the number of tokens and features.
+_OF_SIZES = re.compile(
+    r"(Runtime|Value|Assertion|Index|Shape)Error: .*"
+    r"\b(shapes?|sizes?|dim(ension)?s?|broadcast\w*|view|reshape|divisible)\b",
+    re.I,
+)
 _ROLE = re.compile(r"_?(x_?|in_?)?(q|k|v|kv|query|key|value|queries|keys|values)(_?in|_?input)?")
 
 
@@ -103,6 +109,29 @@ def with_a_mask(calling: Calling) -> Iterator[Calling]:
                 mask = MaskArgument(name, form, meaning, "it must be given")
                 shows_all = lambda T: torch.ones(T, T, dtype=torch.bool)  # noqa: E731
                 yield replace(calling, always=always, mask=mask, supplies=shows_all)
+
+
+def no_call(errors: list[str]) -> ArgumentError:
+    """The error where no call came back.
+
+    Args:
+        errors: what each call raised, "7 tokens of 48: RuntimeError: ...".
+    """
+    got = "; ".join(errors[:2]) or "a module without parameters"
+    if all(_OF_SIZES.search(error) for error in errors):
+        return ArgumentError(
+            "d_in",
+            "must be given, as no size found in the module can be called",
+            got,
+            "pass d_in=, or call=lambda module, x: ... if it is called in another way",
+        )
+    return ArgumentError(
+        "forward",
+        "must give an output for tokens of some size, and raised for each that was tried",
+        got,
+        "call it in python to see where it raises; pass call=lambda module, x: ... if it is "
+        "called in another way",
+    )
 
 
 def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:

@@ -64,8 +64,8 @@ def load(target: str) -> Any:
         raise ArgumentError(
             "TARGET",
             "must be importable",
-            f"{place}: {type(error).__name__}: {error}",
-            "run it alone",
+            f"{place}: {type(error).__name__}: {first_line(error)}",
+            _remedy(error, path, name),
         ) from error
     found: Any = module
     for part in name.split("."):
@@ -154,6 +154,18 @@ def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
     if type(module).__module__.startswith("transformers."):
         fill_parameters(module, next((arguments[n] for n in arguments if is_configuration(n)), None))
     return module
+
+
+def _remedy(error: BaseException, path: Path, name: str) -> str:
+    """What helps a file or package whose import raised."""
+    if "relative import" in str(error) and path.suffix == ".py":
+        folder, parts = path.resolve().parent, [path.stem]
+        while (folder / "__init__.py").exists() or len(parts) == 1:
+            folder, parts = folder.parent, [folder.name, *parts]
+        return f"name it in its package: polyhead check {'.'.join(parts)}:{name}, run in {folder}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"install {error.name}, or run where it can be imported"
+    return "import it with python, which shows where it raises"
 
 
 def takes_query_key_value(function: Any) -> bool:
