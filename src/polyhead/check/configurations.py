@@ -119,10 +119,10 @@ def fill_parameters(module: Any, config: Any) -> None:
     They are NaN: see `polyhead.check.target.build`.
     """
     parts = [p for p in module.modules() if any(t.isnan().any() for t in p.parameters(False))]
-    source = sys.modules[type(module).__module__]
-    models = [k for k in vars(source).values() if hasattr(k, "_init_weights")]
+    files = [kind.__module__ for kind in type(module).__mro__]
+    models = [k for f in files for k in vars(sys.modules[f]).values() if hasattr(k, "_init_weights")]
     # Not the base of all models, which has no rule for this layer.
-    own = next((k for k in models if k.__module__ == source.__name__), None)
+    own = next((k for k in models if k.__module__ in files), None)
     if not parts or own is None:
         return
     model = own.__new__(own)  # its constructor would make the whole model

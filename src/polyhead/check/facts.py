@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from polyhead.check.calling import Calling
 from polyhead.check.law import first_line
+from polyhead.check.layers import causal_by_its_model
 from polyhead.check.names import HEADS, LENGTH, WIDTH, WINDOW
-from polyhead.check.signature import causal_argument, no_call, with_a_mask
+from polyhead.check.signature import causal_argument, no_call, other_ways
 from polyhead.check.subject import Claims, Subject, copied
 
 __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
@@ -109,6 +110,9 @@ def claim_causal(subject: Subject, causal: bool | None) -> None:
     if attribute is not None:
         claims.causal = getattr(module, attribute)
         claims.how["causal"] = f"attribute {attribute}"
+        return
+    if subject.calling.style == "transformers" and causal_by_its_model(module):
+        claims.causal, claims.how["causal"] = True, "its model makes causal masks"
         return
     sees = subject.sees
     future = sees & ~band(sees.shape[0], True, None)
@@ -240,7 +244,7 @@ def _find_call(
     module = copied(module).eval()
     like = next(module.parameters(), torch.zeros(1))
     errors: dict[str, None] = {}
-    for way in (calling, *with_a_mask(calling)):
+    for way in (calling, *other_ways(module, calling)):
         for size, how in sizes.items():
             for T in claims.lengths():
                 x = torch.randn(1, T, size, dtype=like.dtype).to(like.device)

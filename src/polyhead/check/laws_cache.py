@@ -91,8 +91,9 @@ def _of_transformers(subject: Subject, module: nn.Module) -> Step:
         allowed = distance >= 0
         if subject.claims.window is not None:
             allowed &= distance < subject.claims.window
-        filled = torch.zeros(x.shape[0], 1, n, first + n, dtype=x.dtype, device=x.device)
-        more["attention_mask"] = filled.masked_fill(~allowed, float("-inf"))
+        if calling.mask is not None:
+            allowed = allowed.expand(x.shape[0], 1, -1, -1)
+            more[calling.mask.name] = calling.mask.given(allowed, x.dtype)
         return calling(module, x.contiguous(), **more).output
 
     return step

@@ -16,7 +16,7 @@ from polyhead.check import signature
 from polyhead.check.diagnosis import diagnose
 from polyhead.check.facts import band, claim_causal, read_claims
 from polyhead.check.inside import look_inside
-from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
+from polyhead.check.law import MODULE_LAWS, Law, NotApplicable, Outcome, Verdict
 from polyhead.check.masks import claim_mask
 from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject
@@ -156,7 +156,11 @@ def find_subject(
         raise ArgumentError("mask_true", 'must be "show" or "hide"', repr(mask_true), "name one")
     calling = signature.from_function(call) if call else signature.find_calling(module)
     claims, calling = read_claims(module, calling, given)
+    if calling.positions and claims.positions is None:
+        claims.positions = calling.positions
+        claims.how["positions"] = f"the check passes {calling.positions}="
     subject = Subject(module, calling, claims, **options)
+    _fix_length(subject)
     if not _runs_in_float64(subject):
         claims.how["dtype"] = "float32, as it does not run in float64"
         subject.runs_in_float64 = False
@@ -200,6 +204,25 @@ def run_laws(
     return results, stopped
 
 
+def _fix_length(subject: Subject) -> None:
+    """Where no number of tokens but one is taken, no law is held to another: windows of images are
+    of one size."""
+    T = subject.T
+    if "tokens" not in subject.claims.how or any(subject.takes(n) for n in (1, T - 1, T + 1, 2 * T)):
+        return
+    run = subject.calling.run
+
+    def only(module: nn.Module, x: Tensor, keywords: dict[str, Any]) -> Any:
+        tokens = x.shape[1 if subject.calling.batch_first else 0]
+        if tokens != T:
+            raise NotApplicable(f"it takes {T} tokens and no other number")
+        return run(module, x, keywords)
+
+    subject.calling = replace(subject.calling, run=only)
+    subject.claims.window = None
+    subject.claims.how["tokens"] = f"{T} and no other number ({subject.claims.how['tokens']})"
+
+
 def _runs_in_float64(subject: Subject) -> bool:
     x = subject.input().double()
     try:
@@ -211,33 +234,37 @@ def _runs_in_float64(subject: Subject) -> bool:
 
 
 def _supply_mask(subject: Subject, causal: bool | None) -> None:
-    """Pass the causal mask, where the module leaves it to its caller: so do models of
+    """Pass the mask of the claims, where the module leaves it to its caller: so do models of
     transformers, and so does whoever says causal=True of a module that has a mask argument."""
     claims, mask = subject.claims, subject.calling.mask
-    if not claims.causal or mask is None or mask.form == "keys":
+    if mask is None or mask.form not in ("full", "square", "batch"):
         return
     theirs = subject.calling.style == "transformers"
-    if theirs or (causal and bool(subject.sees.all())):
-        supplies = lambda T: band(T, True, claims.window)  # noqa: E731
+    sees_all = bool(subject.sees.all())
+    wanted = theirs and claims.window is not None and sees_all
+    if claims.causal:
+        wanted = theirs or (sees_all and (causal or subject.calling.style == "yours"))
+    if wanted:
+        supplies = lambda T: band(T, claims.causal, claims.window)  # noqa: E731
         subject.calling = replace(subject.calling, supplies=supplies)
         subject.forget()
-        claims.how["causal"] += f"; the check passes the mask as {mask.name}="
+        told = f"; the check passes the mask as {mask.name}="
+        key = "causal" if claims.causal else "window"
+        claims.how[key] = claims.how.get(key, "") + told
 
 
 def _facts(subject: Subject) -> dict[str, str]:
     """What the report's head says: every claim, and how it was found."""
     claims, calling = subject.claims, subject.calling
     values = {
-        "called as": calling.style,
+        "called as": " ".join(filter(None, (calling.style, calling.told))),
         "d_in": claims.d_in,
         "causal": "yes" if claims.causal else "no",
         "window": claims.window,
         "num_heads": claims.num_heads,
         "positions": claims.positions,
         "max_tokens": claims.max_tokens,
-        "mask": None
-        if calling.mask is None
-        else f"{calling.mask.name}, form {calling.mask.form}, True {calling.mask.true_means}s",
+        "mask": calling.mask,
         "cache": calling.cache,
     }
     how = dict(claims.how)
@@ -248,5 +275,5 @@ def _facts(subject: Subject) -> dict[str, str]:
         for name, value in values.items()
         if value is not None
     }
-    facts |= {name: how[name] for name in ("dtype", "precision") if name in how}
+    facts |= {name: how[name] for name in ("tokens", "dtype", "precision") if name in how}
     return facts

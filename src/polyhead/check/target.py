@@ -27,6 +27,7 @@ from polyhead.check.configurations import (
     is_configuration,
 )
 from polyhead.check.law import first_line
+from polyhead.check.layers import is_of_transformers
 from polyhead.errors import ArgumentError
 
 __all__ = ["build", "load", "parse_arguments"]
@@ -151,7 +152,7 @@ def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
         module: nn.Module = found(**arguments)
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-    if type(module).__module__.startswith("transformers."):
+    if is_of_transformers(module):
         fill_parameters(module, next((arguments[n] for n in arguments if is_configuration(n)), None))
     return module
 
@@ -202,7 +203,7 @@ def _arguments(
     arguments = {name: value for name, value in given.items() if "." not in name}
     guessed: dict[str, Any] = {}
     parameters = _signature(found)
-    theirs = getattr(found, "__module__", "").startswith("transformers.")
+    theirs = is_of_transformers(found)
     guesses = GUESSES | SIZES_OF_TRANSFORMERS if theirs else GUESSES
     wanted: inspect.Parameter | None = None
     for name, parameter in parameters.items():
