@@ -80,9 +80,12 @@ class Calling:
         supplies: makes a mask (T, T) that the check passes, as a model would; or None.
         weights: the keywords that ask for attention weights.
         always: keywords of every call.
-        cache: what kind of cache it takes: "polyhead", "transformers", "functional", "stateful".
+        cache: what kind of cache it takes: "polyhead", "transformers", "functional", "stateful", or
+            another of `polyhead.check.caches.STARTS`.
         cache_name: the argument for it.
         cache_options: keywords that come with it.
+        placed: arguments that place tokens behind those in the cache, and how they are given:
+            "count" (a number), "row" (T) or "rows" (1, T).
         batch_first: False where tensors are (T, B, features).
         weights_come: whether what looks like weights among the results is weights.
         told: what the report adds to the style.
@@ -98,6 +101,7 @@ class Calling:
     cache: str | None = None
     cache_name: str = ""
     cache_options: Mapping[str, Any] = field(default_factory=dict)
+    placed: Mapping[str, str] = field(default_factory=dict)
     batch_first: bool = True
     weights_come: bool = True
     told: str = ""

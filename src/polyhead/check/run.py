@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.check import signature
+from polyhead.check.caches import claim_cache
 from polyhead.check.diagnosis import diagnose
 from polyhead.check.facts import band, claim_causal, read_claims
 from polyhead.check.inside import look_inside
-from polyhead.check.law import MODULE_LAWS, Law, NotApplicable, Outcome, Verdict
+from polyhead.check.law import MODULE_LAWS, Law, NotApplicable, Outcome, Verdict, first_line
 from polyhead.check.masks import claim_mask
 from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject
@@ -161,6 +162,7 @@ def find_subject(
         claims.how["positions"] = f"the check passes {calling.positions}="
     subject = Subject(module, calling, claims, **options)
     _fix_length(subject)
+    _need_rows(subject)
     if not _runs_in_float64(subject):
         claims.how["dtype"] = "float32, as it does not run in float64"
         subject.runs_in_float64 = False
@@ -178,6 +180,7 @@ def find_subject(
     subject.calling = replace(subject.calling, mask=claim_mask(subject, mask_true))
     subject.forget()
     _supply_mask(subject, causal)
+    claim_cache(subject)
     return subject
 
 
@@ -202,6 +205,21 @@ def run_laws(
                 verdict = Verdict(Outcome.NOT_RUN, stopped)
         results.append(LawResult(law.name, law.required, verdict, time.monotonic() - start))
     return results, stopped
+
+
+def _need_rows(subject: Subject) -> None:
+    """A layer of transformers that takes one row only was not called as its model calls it."""
+    if not type(subject.module).__module__.startswith("transformers."):
+        return
+    try:
+        subject.run(subject.input(2))
+    except Exception as error:  # of unknown code
+        raise ArgumentError(
+            "call",
+            "must be given for a layer that takes one row as it was called, and not two",
+            f"{type(error).__name__}: {first_line(error)}",
+            "pass call=lambda module, x: ...",
+        ) from error
 
 
 def _fix_length(subject: Subject) -> None:
@@ -265,7 +283,7 @@ def _facts(subject: Subject) -> dict[str, str]:
         "positions": claims.positions,
         "max_tokens": claims.max_tokens,
         "mask": calling.mask,
-        "cache": calling.cache,
+        "cache": calling.cache and f"{calling.cache_name}, {calling.cache}",
     }
     how = dict(claims.how)
     if calling.mask is not None:

@@ -29,7 +29,7 @@ from polyhead.check.layers import (
 )
 from polyhead.errors import ArgumentError
 
-__all__ = ["causal_argument", "find_calling", "from_function", "mask_names", "no_call", "other_ways"]
+__all__ = ["cache_flag", "causal_argument", "find_calling", "from_function", "mask_names", "no_call", "other_ways"]
 
 _MASK_NAMES = (
     "key_padding_mask",
@@ -157,6 +157,13 @@ def _may_be_none(name: str, parameter: inspect.Parameter) -> bool:
     return name in _MAY_BE_NONE or _is_mask(name, parameter) or is_cache(name, parameter)
 
 
+def cache_flag(module: nn.Module) -> str | None:
+    """The switch of a cache that the module keeps itself, by its name."""
+    parameters = _parameters(module)
+    named = [n for n in parameters if re.fullmatch(r"(use_)?(kv_)?cache", n)]
+    return next((n for n in named if isinstance(parameters[n].default, bool)), None)
+
+
 def is_cache(name: str, parameter: inspect.Parameter) -> bool:
     """Whether an argument is a cache by its name."""
     flag = isinstance(parameter.default, (bool, int, float, str))
@@ -227,10 +234,11 @@ def _weight_keywords(parameters: Mapping[str, inspect.Parameter]) -> dict[str, A
 def _cache(module: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> dict[str, Any]:
     if hasattr(module, "make_cache") and "cache" in parameters:
         return {"cache": "polyhead", "cache_name": "cache"}
-    if "use_cache" in parameters and hasattr(module, "reset_cache"):
-        return {"cache": "stateful", "cache_name": "use_cache"}
+    flag = cache_flag(module)
+    if flag is not None and hasattr(module, "reset_cache"):
+        return {"cache": "stateful", "cache_name": flag}
     for name in parameters:
         if is_cache(name, parameters[name]):
-            options = {"use_cache": True} if "use_cache" in parameters else {}
+            options = {} if flag is None else {flag: True}
             return {"cache": "functional", "cache_name": name, "cache_options": options}
     return {}
