@@ -6,6 +6,7 @@ there is neither, a stand-in has the usual names for sizes, as attributes and as
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -24,7 +25,7 @@ from polyhead.check.names import (
     WIDTH_OUT,
     WINDOW,
 )
-from polyhead.errors import ArgumentError, PolyheadError
+from polyhead.errors import ArgumentError
 
 __all__ = ["GUESSES", "SIZES_OF_TRANSFORMERS", "Config", "configurations", "fill_parameters", "is_configuration"]
 
@@ -99,18 +100,14 @@ def configurations(
     Raises:
         ArgumentError: transformers' configuration has no such name.
     """
-    for kind in _kinds(found, parameter):
-        make = _of_transformers if _is_transformers(kind) else _of_a_class
-        # One that needs what cannot be guessed is passed over.
-        try:
-            made = make(kind, given)
-        except PolyheadError:
-            raise
-        except Exception:  # of unknown code
-            continue
-        if made is not None:
-            yield made
-    yield Config(**given), "an object with the usual names for sizes"
+    kinds = _kinds(found, parameter)
+    for kind in kinds:
+        if _is_transformers(kind):
+            yield from _of_transformers(kind, given)
+        else:
+            yield from _of_a_class(kind, given)
+    if not any(_is_transformers(kind) for kind in kinds):
+        yield Config(**given), "an object with the usual names for sizes"
 
 
 def fill_parameters(module: Any, config: Any) -> None:
@@ -158,10 +155,16 @@ def _is_transformers(kind: type) -> bool:
     return hasattr(kind, "attribute_map") and hasattr(kind, "to_dict")
 
 
-def _of_transformers(kind: Any, given: Mapping[str, Any]) -> tuple[Any, str] | None:
-    default = kind()
+def _of_transformers(kind: Any, given: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    """Configurations of one class, and of those inside it: with sizes, with those that are None
+    by default as well, and as its author has it."""
+    try:
+        default = kind()
+    except Exception:  # of unknown code
+        return
+    inside = [type(part) for part in vars(default).values() if _is_transformers(type(part))]
     for name in given:
-        if not hasattr(default, name):
+        if not any(_has(part, name) for part in (default, *(k() for k in inside))):
             raise ArgumentError(
                 f"config.{name}",
                 f"must be an attribute of {kind.__name__}",
@@ -169,24 +172,43 @@ def _of_transformers(kind: Any, given: Mapping[str, Any]) -> tuple[Any, str] | N
                 f"see {kind.__name__} for its names",
             )
     parameters = inspect.signature(kind).parameters
-    sizes = {
-        name: value
-        for name, value in SIZES_OF_TRANSFORMERS.items()
-        if name in parameters
-        and (type(getattr(default, name, None)) is int or name in KV_HEADS)
-    }
+    unset, sizes = ({}, {})
+    for name, value in SIZES_OF_TRANSFORMERS.items():
+        if name in parameters and type(vars(default).get(name)) is int or name in KV_HEADS:
+            sizes[name] = value
+        elif name in parameters and vars(default).get(name, 0) is None:
+            unset[name] = value
+    sizes = {name: value for name, value in sizes.items() if name in parameters}
     heads, kv_heads = (next((n for n in names if n in sizes), None) for names in (HEADS, KV_HEADS))
     if heads and kv_heads and parameters[kv_heads].default == parameters[heads].default:
         sizes[kv_heads] = sizes[heads]  # it does not group its heads
+    for chosen in (sizes, sizes | unset, {}):
+        try:
+            yield _made(kind, chosen, given)
+        except Exception:  # of unknown code: these sizes do not go together
+            continue
+    for part in inside:
+        yield from _of_transformers(part, given)
+
+
+def _made(kind: Any, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Any, str]:
     given = {"_attn_implementation": "eager"} | given  # which gives weights
-    fields = {n: v for n, v in given.items() if not n.startswith("_")}
+    fields = {name: value for name, value in given.items() if not name.startswith("_")}
     config = kind(**(sizes | fields))
     for name in given.keys() - fields.keys():
         setattr(config, name, given[name])
     return config, _words(kind, sizes | fields)
 
 
-def _of_a_class(kind: Any, given: Mapping[str, Any]) -> tuple[Any, str] | None:
+def _has(config: Any, name: str) -> bool:
+    try:
+        return hasattr(config, name)
+    except Exception:  # of unknown code: one for each layer
+        return True
+
+
+def _of_a_class(kind: Any, given: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
+    """A configuration of somebody's own class, if it needs nothing that cannot be guessed."""
     values = dict(given)
     for name, parameter in inspect.signature(kind).parameters.items():
         if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -195,8 +217,10 @@ def _of_a_class(kind: Any, given: Mapping[str, Any]) -> tuple[Any, str] | None:
         if name in GUESSES and (needed or type(parameter.default) is int):
             values[name] = GUESSES[name]
         elif needed:
-            return None
-    return kind(**values), _words(kind, values)
+            return
+    for chosen in (values, dict(given)):
+        with contextlib.suppress(Exception):  # of unknown code
+            yield kind(**chosen), _words(kind, chosen)
 
 
 def _words(kind: Any, values: Mapping[str, Any]) -> str:

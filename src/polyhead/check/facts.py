@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from polyhead.check.calling import Calling
 from polyhead.check.law import first_line
 from polyhead.check.layers import causal_by_its_model
-from polyhead.check.names import HEADS, LENGTH, WIDTH, WINDOW
+from polyhead.check.names import HEAD_COUNT, HEADS, LENGTH, WIDTH, WINDOW
 from polyhead.check.signature import causal_argument, no_call, other_ways
 from polyhead.check.subject import Claims, Subject, copied
 
@@ -163,7 +163,8 @@ def _heads(module: nn.Module) -> tuple[int, str] | None:
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and "head" in name and len(child):
             return len(child), f"length of {name}"
-    return None
+    named = [name for name in vars(module) if HEAD_COUNT.fullmatch(name)]
+    return _integer(module, tuple(named))
 
 
 def _length(module: nn.Module) -> tuple[int, str] | None:
@@ -251,6 +252,8 @@ def _find_call(
                 try:
                     with torch.no_grad():
                         shape = tuple(way(module, x).output.shape)
+                        if way is not calling:  # a mask of another form may fit one row
+                            way(module, x.expand(3, -1, -1))
                     if len(shape) != 3 or shape[:2] != (1, T):
                         raise TypeError(f"its output {shape} is not (1, {T}, features)")
                 except (Exception, SystemExit) as error:  # of unknown code

@@ -4,6 +4,7 @@ positions, other sequences and masks.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import sys
@@ -85,7 +86,15 @@ def calling_of_transformers(
         ArgumentError: it needs what only its model can make.
     """
     config: Any = getattr(module, "config", None)
-    rotary = _rotary(module, config) if "position_embeddings" in parameters else None
+    passed = parameters.get("position_embeddings")
+    rotary = None if passed is None else _rotary(module, config)
+    if passed is not None and rotary is None and passed.default is passed.empty:
+        raise ArgumentError(
+            "call",
+            "must be given for a layer whose rotary positions cannot be made",
+            type(module).__name__,
+            "pass call=lambda module, x: ...",
+        )
     needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind < p.VAR_KEYWORD]
     always = dict.fromkeys(n for n in (*needed[1:], "attention_mask") if n in parameters)
     always.pop("position_embeddings", None)
@@ -161,18 +170,18 @@ def _sources(module: nn.Module) -> Iterator[Any]:
             yield sys.modules[kind.__module__]
 
 
-def _rotary(module: nn.Module, config: Any) -> nn.Module:
+def _rotary(module: nn.Module, config: Any) -> nn.Module | None:
+    """What makes a layer's rotary positions: the first of its file that takes its configuration."""
     for source in _sources(module):
         for name in dir(source):
             if name.endswith("RotaryEmbedding"):
-                rotary: nn.Module = getattr(source, name)(config=config)
-                return rotary
-    raise ArgumentError(
-        "call",
-        "must be given for a layer whose rotary positions cannot be made",
-        type(module).__name__,
-        "pass call=lambda module, x: ...",
-    )
+                with contextlib.suppress(Exception):  # it is of another part of the model
+                    rotary: nn.Module = getattr(source, name)(config=config)
+                    kinds = _layer_type(module, rotary)
+                    cos, sin = rotary(torch.zeros(1, 2, 4), torch.arange(2)[None], **kinds)
+                    if cos.shape == sin.shape:
+                        return rotary
+    return None
 
 
 def _layer_type(module: nn.Module, rotary: nn.Module) -> dict[str, Any]:

@@ -92,6 +92,8 @@ def _works(subject: Subject, mask: MaskArgument) -> bool:
         higher = _Raised(mask.name, mask.form, mask.true_means, mask.how)
         if not _runs(subject, higher) or not _works(subject, higher):
             return False
+    if subject.T < 3:
+        return False
     x, other = subject.input(2), subject.input(2, salt=1)
     hidden = subject.T - 1 if mask.form == "lengths" else 1
     shown = _masked(subject, mask, hide=None)

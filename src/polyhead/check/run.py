@@ -20,7 +20,7 @@ from polyhead.check.inside import look_inside
 from polyhead.check.law import MODULE_LAWS, Law, NotApplicable, Outcome, Verdict, first_line
 from polyhead.check.masks import claim_mask
 from polyhead.check.report import STOPPED, LawResult, Report
-from polyhead.check.subject import Subject
+from polyhead.check.subject import Subject, difference
 from polyhead.check.tolerance import Narrowest
 from polyhead.errors import ArgumentError, DtypeError
 
@@ -40,7 +40,7 @@ def check_module(
     max_tokens: int | None = None,
     scale: float | None = None,
     mask_true: str | None = None,
-    call: Callable[[nn.Module, Tensor], Any] | None = None,
+    call: Callable[..., Any] | None = None,
     make: Callable[[], nn.Module] | None = None,
     weights: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     only: Sequence[str] | None = None,
@@ -66,7 +66,10 @@ def check_module(
         max_tokens: the most tokens it accepts.
         scale: factor on the scores, if it is not 1 / sqrt(head_dim).
         mask_true: what True in its boolean mask means, "show" or "hide".
-        call: `call(module, x)`, where it is called in another way.
+        call: `call(module, x)`, where it is called in another way. One that has an argument `mask`
+            too is given None, or (B, 1, T, S) booleans, True where a query may attend; one that
+            has `cache`, None or what it returned behind the output the last time, of the tokens
+            before x.
         make: makes another instance with weights of its own, for the law on state dicts.
         weights: `weights(module)` gives its parameters, or parts of them, by role ("query", "key",
             "value", "out", each also with "_bias"; rows of a head together), where names do not
@@ -142,7 +145,7 @@ def find_subject(
     *,
     causal: bool | None = None,
     mask_true: str | None = None,
-    call: Callable[[nn.Module, Tensor], Any] | None = None,
+    call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Subject:
     """The module with how to call it and what it claims: see `check_module` for arguments."""
@@ -161,6 +164,7 @@ def find_subject(
         claims.positions = calling.positions
         claims.how["positions"] = f"the check passes {calling.positions}="
     subject = Subject(module, calling, claims, **options)
+    _turn(subject)
     _fix_length(subject)
     _need_rows(subject)
     if not _runs_in_float64(subject):
@@ -205,6 +209,35 @@ def run_laws(
                 verdict = Verdict(Outcome.NOT_RUN, stopped)
         results.append(LawResult(law.name, law.required, verdict, time.monotonic() - start))
     return results, stopped
+
+
+def _turn(subject: Subject) -> None:
+    """Put tokens first where the module has them first: where batch rows see each other, and
+    tokens of a row do not, and the other way about once they are transposed."""
+    calling = subject.calling
+    told = calling.style == "yours" or hasattr(subject.module, "batch_first")
+    if told or not calling.batch_first or _across(subject) != (True, False):
+        return
+    subject.calling = replace(calling, batch_first=False, told="tokens first")
+    if _across(subject) == (False, True):
+        subject.claims.how["layout"] = "(tokens, batch, features), found by trying"
+    else:
+        subject.calling = calling
+
+
+def _across(subject: Subject) -> tuple[bool, bool]:
+    """Whether a token's output depends on another batch row, and on another token of its row."""
+    x, other = subject.input(3), subject.input(3, salt=1)
+    row, token = x.clone(), x.clone()
+    row[1], token[:, 0] = other[1], other[:, 0]
+    try:
+        before, by_row, by_token = (subject.run(tokens) for tokens in (x, row, token))
+    except Exception:  # of unknown code
+        return False, False
+    rounding = subject.allowed(x)
+    rows = difference(by_row, before)[[0, 2]].max() > rounding
+    tokens = difference(by_token, before)[:, 1:].max() > rounding
+    return bool(rows), bool(tokens)
 
 
 def _need_rows(subject: Subject) -> None:
@@ -293,5 +326,5 @@ def _facts(subject: Subject) -> dict[str, str]:
         for name, value in values.items()
         if value is not None
     }
-    facts |= {name: how[name] for name in ("tokens", "dtype", "precision") if name in how}
+    facts |= {name: how[name] for name in ("layout", "tokens", "dtype", "precision") if name in how}
     return facts

@@ -70,12 +70,37 @@ _OF_SIZES = re.compile(
     r"\b(shapes?|sizes?|dim(ension)?s?|broadcast\w*|view|reshape|divisible)\b",
     re.I,
 )
+_OF_CALL = ("mask", "cache")
 _ROLE = re.compile(r"_?(x_?|in_?)?(q|k|v|kv|query|key|value|queries|keys|values)(_?in|_?input)?")
 
 
-def from_function(call: Callable[[nn.Module, Tensor], Any]) -> Calling:
-    """The calling that a user gave: `call(module, x)`."""
-    return Calling("yours", lambda module, x, keywords: call(module, x))
+def from_function(call: Callable[..., Any]) -> Calling:
+    """The calling that a user gave: `call(module, x)`, and with `mask` or `cache` too, if it has
+    arguments of these names.
+
+    Raises:
+        ArgumentError: it needs an argument that is none of these.
+    """
+    parameters = dict(list(inspect.signature(call).parameters.items())[2:])
+    for name, parameter in parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind < parameter.VAR_KEYWORD
+        if needed and parameter.kind is not parameter.VAR_POSITIONAL and name not in _OF_CALL:
+            raise ArgumentError(
+                "call",
+                "must take (module, x), and may take mask and cache",
+                f"a function that needs {name} too",
+                f"give {name} a value inside call",
+            )
+    mask = MaskArgument("mask", "full", "show", "you said so") if "mask" in parameters else None
+    cache = "cache" in parameters
+    return Calling(
+        "yours",
+        lambda module, x, keywords: call(module, x, **keywords),
+        mask=mask,
+        always={name: None for name in _OF_CALL if name in parameters},
+        cache="functional" if cache else None,
+        cache_name="cache" if cache else "",
+    )
 
 
 def find_calling(module: nn.Module) -> Calling:

@@ -152,8 +152,11 @@ def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
         module: nn.Module = found(**arguments)
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-    if is_of_transformers(module):
-        fill_parameters(module, next((arguments[n] for n in arguments if is_configuration(n)), None))
+    config = next((arguments[n] for n in arguments if is_configuration(n)), None)
+    if is_of_transformers(module) and config is not None:
+        if not hasattr(module, "config"):
+            module.config = config  # which tells how its model calls it
+        fill_parameters(module, config)
     return module
 
 
