@@ -199,21 +199,36 @@ class Called(Cached):
         return self.o(y.transpose(1, 2).flatten(2)), (k, v)
 
 
-MASKS = ["no_future_leak", "hidden_tokens_have_no_influence", "padding_on_the_right_changes_nothing"]
+MASKS = [
+    "no_future_leak",
+    "hidden_tokens_have_no_influence",
+    "padding_on_the_right_changes_nothing",
+]
+
+
+def given(module, x, mask=None, cache=None):
+    return module.run(x, cache, mask)
+
+
+def without_its_mask(module, x, mask=None, cache=None):
+    return module.run(x, cache, None)
+
+
+def without_its_oldest_token(module, x, mask=None, cache=None):
+    kept = None if cache is None else [t[:, :, 1:] for t in cache]
+    return module.run(x, kept, mask if kept is None else mask[..., 1:])
 
 
 def test_call_takes_a_mask_and_a_cache():
-    call = lambda m, x, mask=None, cache=None: m.run(x, cache, mask)  # noqa: E731
-    report = check_module(Called(), call=call, causal=True, only=MASKS + LAWS)
+    report = check_module(Called(), call=given, causal=True, only=MASKS + LAWS)
     assert [r.verdict.outcome for r in report.results] == [Outcome.HOLDS] * 5, report
 
 
 def test_bugs_behind_the_mask_and_cache_of_call_are_found():
-    call = lambda m, x, mask=None, cache=None: m.run(x, cache, None)  # noqa: E731
-    report = check_module(Called(), call=call, causal=True, only=MASKS + LAWS)
+    report = check_module(Called(), call=without_its_mask, causal=True, only=MASKS + LAWS)
     assert "hidden_tokens_have_no_influence" in [r.law for r in report.failures]
-    call = lambda m, x, mask=None, cache=None: m.run(x, cache and [t[:, :, 1:] for t in cache], mask)  # noqa: E731, E501
-    assert not check_module(Called(), call=call, causal=True, only=LAWS).ok
+    report = check_module(Called(), call=without_its_oldest_token, causal=True, only=LAWS)
+    assert "with a cache, token 1 gave another output" in report.failures[0].verdict.message
 
 
 def test_call_with_an_argument_that_nobody_gives_is_refused():

@@ -88,7 +88,11 @@ def test_a_configuration_of_transformers_has_guessed_sizes():
     module, guessed, make = layer("llama.modeling_llama:LlamaAttention", layer_idx=0)
     config = module.config
     assert type(config).__name__ == "LlamaConfig"
-    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (64, 4, 2)
+    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (
+        64,
+        4,
+        2,
+    )
     assert guessed["config"].startswith("LlamaConfig(hidden_size=64, num_attention_heads=4, ")
     assert make() is not module
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from polyhead.check.calling import Calling
+from polyhead.check.layers import is_transformers_own
 from polyhead.check.signature import cache_flag
 from polyhead.check.subject import Subject, difference
 
@@ -50,6 +52,8 @@ STARTS: dict[str, Callable[[], Any]] = {
     "in place: dict": dict,
     "in place: list": list,
     "in place: update()": _Updated,
+    # The layer's own package is imported already.
+    "transformers": lambda: sys.modules["transformers"].DynamicCache(),
 }
 # Arguments that count the tokens in the cache, or place the new ones: what they are at a step.
 _COUNTS = re.compile(
@@ -62,16 +66,22 @@ def claim_cache(subject: Subject) -> None:
     """Find out how the argument that is a cache by its name is used, by reading four tokens in two
     steps; and what goes with it."""
     calling = subject.calling
+    if calling.cache == "transformers":
+        if is_transformers_own(subject.module) and not _comes_back(subject, calling):
+            subject.calling = replace(calling, cache=None)
+            subject.claims.how["cache"] = f"{calling.cache_name} is no DynamicCache"
+        return
     if calling.style == "transformers" or calling.cache not in (None, "functional", "stateful"):
         return
     if calling.cache == "functional":
         for placed in (_placed(subject), {}):
-            for start in STARTS:
+            for start in list(STARTS)[:-1]:
                 tried = replace(calling, cache=start, placed=placed)
                 if placed is not None and _comes_back(subject, tried):
                     subject.calling = tried
                     subject.claims.how["cache"] = "found by trying"
                     return
+        subject.claims.how["cache"] = "none came back from a first call"
     if calling.cache != "stateful" and (flag := cache_flag(subject.module)) is not None:
         tried = replace(calling, cache="stateful", cache_name=flag)
         if _remembers(subject, tried):
@@ -106,6 +116,8 @@ def _placed(subject: Subject) -> dict[str, str]:
 def _comes_back(subject: Subject, calling: Calling) -> bool:
     """Whether a first step gives a cache, and what it gives without one."""
     module, x = subject.copy(), subject.input(2)[:, :2]
+    if calling.cache == "transformers":
+        module.layer_idx = 0  # type: ignore[assignment]
     cache = STARTS[calling.cache or ""]()
     more = {calling.cache_name: cache, **calling.cache_options, **placed(calling, 0, 2)}
     if calling.supplies is not None and calling.mask is not None:
@@ -117,7 +129,7 @@ def _comes_back(subject: Subject, calling: Calling) -> bool:
     except Exception:  # of unknown code
         return False
     given = result.cache if cache is None else cache
-    empty = given is None or (not isinstance(given, Tensor) and not given)
+    empty = given is None or (isinstance(given, (dict, list, tuple, _Updated)) and not given)
     if empty or result.output.shape != plain.shape:
         return False
     # Where places are given, they must be those that it takes by itself.

@@ -182,4 +182,6 @@ def _flat(returned: Any) -> Iterable[Any]:
 
 
 def _like_weights(item: Tensor, T: int) -> bool:
-    return item.ndim in (3, 4) and item.shape[-2] == T and item.shape[-1] >= T
+    # Indices of keys, as sparse attention gives, are none.
+    shaped = item.ndim in (3, 4) and item.is_floating_point()
+    return shaped and item.shape[-2] == T and item.shape[-1] >= T

@@ -27,7 +27,14 @@ from polyhead.check.names import (
 )
 from polyhead.errors import ArgumentError
 
-__all__ = ["GUESSES", "SIZES_OF_TRANSFORMERS", "Config", "configurations", "fill_parameters", "is_configuration"]
+__all__ = [
+    "GUESSES",
+    "SIZES_OF_TRANSFORMERS",
+    "Config",
+    "configurations",
+    "fill_parameters",
+    "is_configuration",
+]
 
 # Sizes for constructors whose caller gave none. No two that could be swapped are equal.
 GUESSES: dict[str, Any] = {
@@ -117,7 +124,9 @@ def fill_parameters(module: Any, config: Any) -> None:
     """
     parts = [p for p in module.modules() if any(t.isnan().any() for t in p.parameters(False))]
     files = [kind.__module__ for kind in type(module).__mro__]
-    models = [k for f in files for k in vars(sys.modules[f]).values() if hasattr(k, "_init_weights")]
+    models = [
+        k for f in files for k in vars(sys.modules[f]).values() if hasattr(k, "_init_weights")
+    ]
     # Not the base of all models, which has no rule for this layer.
     own = next((k for k in models if k.__module__ in files), None)
     if not parts or own is None:
@@ -131,10 +140,15 @@ def fill_parameters(module: Any, config: Any) -> None:
 def _kinds(found: Any, parameter: inspect.Parameter) -> list[type]:
     """The classes that a configuration may be of."""
     annotation = parameter.annotation
-    source = vars(sys.modules.get(getattr(found, "__module__", ""), types.SimpleNamespace()))
+    bases = getattr(found, "__mro__", (found,))
+    files = [sys.modules.get(getattr(base, "__module__", "")) for base in reversed(bases)]
+    source: dict[str, Any] = {}
+    for file in files:
+        if file is not None and not file.__name__.startswith(("torch.", "builtins")):
+            source |= vars(file)
     if isinstance(annotation, str):
         try:
-            annotation = eval(annotation, dict(source))
+            annotation = eval(annotation, source)
         except Exception:  # of unknown code: names for type checkers only
             annotation = parameter.empty
     named = [annotation, *typing.get_args(annotation)]
@@ -192,12 +206,12 @@ def _of_transformers(kind: Any, given: Mapping[str, Any]) -> Iterator[tuple[Any,
 
 
 def _made(kind: Any, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Any, str]:
-    given = {"_attn_implementation": "eager"} | given  # which gives weights
-    fields = {name: value for name, value in given.items() if not name.startswith("_")}
-    config = kind(**(sizes | fields))
-    for name in given.keys() - fields.keys():
-        setattr(config, name, given[name])
-    return config, _words(kind, sizes | fields)
+    values = {"_attn_implementation": "eager", **given}  # which gives weights
+    fields = {**sizes, **{name: v for name, v in values.items() if not name.startswith("_")}}
+    config = kind(**fields)
+    for name in values.keys() - fields.keys():
+        setattr(config, name, values[name])
+    return config, _words(kind, fields)
 
 
 def _has(config: Any, name: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -47,7 +46,8 @@ def cache_in_chunks_agrees(subject: Subject) -> Verdict:
 
 def _in_pieces(subject: Subject, pieces: Sequence[int]) -> Verdict:
     if subject.calling.cache is None:
-        raise NotApplicable("it takes no cache that is known")
+        why = subject.claims.how.get("cache", "it takes no cache that is known")
+        raise NotApplicable(why)
     if not subject.claims.causal:
         raise NotApplicable("it is not causal: what came first would see what comes later")
     x = subject.input(2)
@@ -76,8 +76,7 @@ def _of_polyhead(subject: Subject, module: nn.Module) -> Step:
 
 
 def _of_transformers(subject: Subject, module: nn.Module) -> Step:
-    # The layer's own package is imported already.
-    cache = sys.modules["transformers"].DynamicCache()
+    cache = start_of(subject)
     # A layer taken out of its model keeps its index: the cache then lacks the layers before it.
     module.layer_idx = 0  # type: ignore[assignment]
     name = subject.calling.cache_name
@@ -125,7 +124,7 @@ def _rows(subject: Subject, first: int, n: int) -> Tensor:
 def _stateful(subject: Subject, module: nn.Module) -> Step:
     """forward(x, use_cache=True) keeps the cache in the module; reset_cache() empties it."""
     if hasattr(module, "reset_cache"):
-        module.reset_cache()
+        module.reset_cache()  # type: ignore[operator]
     flag = {subject.calling.cache_name: True}
     return lambda x: subject.call(module, x, **flag).output
 

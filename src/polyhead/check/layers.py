@@ -24,6 +24,7 @@ __all__ = [
     "causal_by_its_model",
     "filled",
     "is_of_transformers",
+    "is_transformers_own",
     "needs_rotary",
 ]
 
@@ -36,6 +37,11 @@ def is_of_transformers(module: object) -> bool:
     """Whether a module, or a class, is of transformers, or made from one of its classes."""
     kind = module if isinstance(module, type) else type(module)
     return any(base.__module__.startswith("transformers.") for base in kind.__mro__)
+
+
+def is_transformers_own(module: object) -> bool:
+    """Whether a module's class itself is one of transformers, and nobody's change of one."""
+    return type(module).__module__.startswith("transformers.")
 
 
 def needs_rotary(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -125,7 +131,9 @@ def filled(module: nn.Module, calling: Calling) -> Iterator[Calling]:
     for fills in (biases, others, biases | others):
         if fills:
             run = replace(calling.run, fills={**calling.run.fills, **fills}, bias=bias)
-            words = [f"{n}={'x' if fill == 'x' else 'its model makes'}" for n, fill in fills.items()]
+            words = [
+                f"{n}={'x' if fill == 'x' else 'its model makes'}" for n, fill in fills.items()
+            ]
             positions = next(iter(biases), "") if fills != others else ""
             told = f"with {', '.join(words)}"
             yield replace(calling, run=run, told=told, positions=positions)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polyhead.check.calling import MaskArgument
 from polyhead.check.facts import band, is_polyheads
+from polyhead.check.layers import is_transformers_own
 from polyhead.check.signature import mask_names
 from polyhead.check.subject import Subject, difference
 
@@ -42,7 +43,7 @@ def claim_mask(subject: Subject, true_means: str | None) -> MaskArgument | None:
             return chosen
         # What hides nothing in any form is held to the first that runs; but for transformers'
         # own, whose forms are many.
-        if not type(subject.module).__module__.startswith("transformers."):
+        if not is_transformers_own(subject.module):
             fallback = fallback or next(iter(runs), None)
     return fallback
 

@@ -17,6 +17,7 @@ from polyhead.check.caches import claim_cache
 from polyhead.check.diagnosis import diagnose
 from polyhead.check.facts import band, claim_causal, read_claims
 from polyhead.check.inside import look_inside
+from polyhead.check.layers import is_transformers_own
 from polyhead.check.law import MODULE_LAWS, Law, NotApplicable, Outcome, Verdict, first_line
 from polyhead.check.masks import claim_mask
 from polyhead.check.report import STOPPED, LawResult, Report
@@ -242,7 +243,7 @@ def _across(subject: Subject) -> tuple[bool, bool]:
 
 def _need_rows(subject: Subject) -> None:
     """A layer of transformers that takes one row only was not called as its model calls it."""
-    if not type(subject.module).__module__.startswith("transformers."):
+    if not is_transformers_own(subject.module):
         return
     try:
         subject.run(subject.input(2))
@@ -259,7 +260,9 @@ def _fix_length(subject: Subject) -> None:
     """Where no number of tokens but one is taken, no law is held to another: windows of images are
     of one size."""
     T = subject.T
-    if "tokens" not in subject.claims.how or any(subject.takes(n) for n in (1, T - 1, T + 1, 2 * T)):
+    if "tokens" not in subject.claims.how or any(
+        subject.takes(n) for n in (1, T - 1, T + 1, 2 * T)
+    ):
         return
     run = subject.calling.run
 

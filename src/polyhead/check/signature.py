@@ -29,7 +29,15 @@ from polyhead.check.layers import (
 )
 from polyhead.errors import ArgumentError
 
-__all__ = ["cache_flag", "causal_argument", "find_calling", "from_function", "mask_names", "no_call", "other_ways"]
+__all__ = [
+    "cache_flag",
+    "causal_argument",
+    "find_calling",
+    "from_function",
+    "mask_names",
+    "no_call",
+    "other_ways",
+]
 
 _MASK_NAMES = (
     "key_padding_mask",
@@ -58,9 +66,12 @@ _WEIGHT_NAMES = (
     "return_attention_scores",
     "output_attentions",
 )
-_CACHE = re.compile(r"cache|past|prev(ious)?_(kv|key|state)|^(kv|layer|decoder)_state|memory_kv", re.I)
+_CACHE = re.compile(
+    r"cache|past|prev(ious)?_(kv|key|state)|^(kv|layer|decoder)_state|memory_kv", re.I
+)
 _NO_CACHE = re.compile(
-    r"^(use|return|is|with|no|update)_|_?(position|len|length|size|dtype|idx|index|id|mask)s?$", re.I
+    r"^(use|return|is|with|no|update)_|_?(position|len|length|size|dtype|idx|index|id|mask)s?$",
+    re.I,
 )
 # Arguments that are often required and may be None.
 _MAY_BE_NONE = ("alibi", "head_mask", "position_ids", "position_bias")

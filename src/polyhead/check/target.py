@@ -32,6 +32,7 @@ from polyhead.errors import ArgumentError
 
 __all__ = ["build", "load", "parse_arguments"]
 
+
 def load(target: str) -> Any:
     """The object that a target names.
 
@@ -132,15 +133,15 @@ def build(
                 "TARGET", "must give an nn.Module", type(module).__name__, "name another"
             )
         return module, guessed, make
-    error, values = failures[0]
+    first, values = failures[0]
     config = next((n for n in inspect.signature(found).parameters if is_configuration(n)), None)
     inside = "" if config is None else f" or --arg {config}.NAME=VALUE"
     raise ArgumentError(
         "TARGET",
         "must be constructible",
-        f"{type(error).__name__}: {first_line(error)} from {found.__name__}({values})",
+        f"{type(first).__name__}: {first_line(first)} from {found.__name__}({values})",
         f"give its arguments with --arg NAME=VALUE{inside}",
-    ) from error
+    ) from first
 
 
 def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
