@@ -186,21 +186,16 @@ def _of_transformers(kind: Any, given: Mapping[str, Any]) -> Iterator[tuple[Any,
                 f"see {kind.__name__} for its names",
             )
     parameters = inspect.signature(kind).parameters
-    unset, sizes = ({}, {})
-    for name, value in SIZES_OF_TRANSFORMERS.items():
-        if name in parameters and type(vars(default).get(name)) is int or name in KV_HEADS:
-            sizes[name] = value
-        elif name in parameters and vars(default).get(name, 0) is None:
-            unset[name] = value
-    sizes = {name: value for name, value in sizes.items() if name in parameters}
+    known = {n: value for n, value in SIZES_OF_TRANSFORMERS.items() if n in parameters}
+    values = {name: vars(default).get(name, 0) for name in known}
+    sizes = {n: v for n, v in known.items() if type(values[n]) is int or n in KV_HEADS}
+    unset = {name: value for name, value in known.items() if values[name] is None}
     heads, kv_heads = (next((n for n in names if n in sizes), None) for names in (HEADS, KV_HEADS))
     if heads and kv_heads and parameters[kv_heads].default == parameters[heads].default:
         sizes[kv_heads] = sizes[heads]  # it does not group its heads
     for chosen in (sizes, sizes | unset, {}):
-        try:
+        with contextlib.suppress(Exception):  # these sizes do not go together
             yield _made(kind, chosen, given)
-        except Exception:  # of unknown code: these sizes do not go together
-            continue
     for part in inside:
         yield from _of_transformers(part, given)
 

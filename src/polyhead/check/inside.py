@@ -72,9 +72,8 @@ class _Inside(Spy):
             keys = args[0].shape[-1]
         elif name.startswith(_FUSED):
             keys = args[1].shape[-2]
-        if keys >= self.T:
-            if args[0].ndim > 1 and args[0].shape[-2] == self.T:
-                self.scores.append(math.prod(args[0].shape[:-2]))
+        if keys >= self.T and args[0].ndim > 1 and args[0].shape[-2] == self.T:
+            self.scores.append(math.prod(args[0].shape[:-2]))
         if keys > self.T and keys % self.T:
             self.extra_keys = keys - self.T
         return func(*args, **(kwargs or {}))

@@ -17,8 +17,8 @@ from polyhead.check.caches import claim_cache
 from polyhead.check.diagnosis import diagnose
 from polyhead.check.facts import band, claim_causal, read_claims
 from polyhead.check.inside import look_inside
-from polyhead.check.layers import is_transformers_own
 from polyhead.check.law import MODULE_LAWS, Law, NotApplicable, Outcome, Verdict, first_line
+from polyhead.check.layers import is_transformers_own
 from polyhead.check.masks import claim_mask
 from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject, difference

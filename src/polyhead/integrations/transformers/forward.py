@@ -154,7 +154,6 @@ def _check_options(options: dict[str, Any]) -> None:
         if name not in _HARMLESS and value is not None and value is not False
     }
     if unknown:
-        of_heads = any("head_mask" in name for name in unknown)  # eager attention ignores it
         raise ArgumentError(
             ", ".join(unknown),
             "must not be given: polyhead does not know what it means for attention",
