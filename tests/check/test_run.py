@@ -122,6 +122,23 @@ def test_tokens_first_is_found_and_judged():
     assert report.facts["layout"] == "(tokens, batch, features), found by trying"
 
 
+class TokensFirstOfThree(nn.Module):
+    """query, key and value, with nothing that says where the batch stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, 4)
+
+    def forward(self, query, key, value):
+        return self.attention(query, key, value)[0]
+
+
+def test_tokens_first_is_found_with_query_key_and_value():
+    report = ph.check.check_module(TokensFirstOfThree())
+    assert report.ok, report
+    assert report.facts["called as"] == "query, key, value tokens first"
+
+
 def test_a_bug_behind_tokens_first_is_found():
     report = ph.check.check_module(TokensFirstLeaks(), only=["no_future_leak"])
     assert report.exit_code == 1, report
