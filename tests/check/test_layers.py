@@ -5,6 +5,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from polyhead.check.layers import scale_of_its_class
+from polyhead.check.target import build, load
 from polyhead.cli import main
 
 pytest.importorskip("transformers")
@@ -44,6 +46,8 @@ RIGHT = [
     "idefics:IdeficsAttention",
     "nemotron:NemotronAttention",
     "bridgetower:BridgeTowerResidualAttention",
+    "gpt_neo:GPTNeoAttention",
+    "t5:T5LayerSelfAttention",
 ]
 QUICK = ["llama:LlamaAttention", "mpt:MptAttention", "swin:SwinAttention", "bloom:BloomAttention"]
 
@@ -108,6 +112,19 @@ def test_alibi_is_what_its_model_makes_of_it():
     _, report = check(of("bloom:BloomAttention"), "--only", "output_is_the_definitions")
     assert report["facts"]["called as"] == "transformers with alibi=its model makes"
     assert [law["verdict"] for law in report["laws"]] == ["holds"]
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("gpt_neo.modeling_gpt_neo:GPTNeoAttention", (1.0, "its code scales nothing")),
+        ("t5.modeling_t5:T5LayerSelfAttention", (1.0, "attribute scaling")),
+        ("gpt2.modeling_gpt2:GPT2Attention", (0.25, "attribute scaling")),
+        ("bert.modeling_bert:BertAttention", (0.25, "attribute scaling")),
+    ],
+)
+def test_the_scale_is_what_a_layer_or_one_inside_it_has(name, scale):
+    assert scale_of_its_class(build(load(f"transformers.models.{name}"), {})[0]) == scale
 
 
 def test_one_number_of_tokens_is_a_fact():

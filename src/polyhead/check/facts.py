@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from polyhead.check.calling import Calling
 from polyhead.check.law import first_line
-from polyhead.check.layers import causal_by_its_model
+from polyhead.check.layers import causal_by_its_model, is_of_transformers, scale_of_its_class
 from polyhead.check.names import HEAD_COUNT, HEADS, LENGTH, WIDTH, WINDOW
 from polyhead.check.signature import causal_argument, no_call, other_ways
 from polyhead.check.subject import Claims, Subject, copied
@@ -182,6 +182,8 @@ def _square_buffer(module: nn.Module) -> tuple[int, str] | None:
 def _scale(module: nn.Module) -> tuple[float, str] | None:
     """What polyhead's modules and transformers' layers say of their scale. An attribute of other
     code is not trusted: it may be the mistake."""
+    if is_of_transformers(module):
+        return scale_of_its_class(module)
     name = "scale" if is_polyheads(module) else "scaling"
     value = getattr(module, name, None)
     return (value, f"attribute {name}") if isinstance(value, float) else None

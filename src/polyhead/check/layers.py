@@ -26,10 +26,12 @@ __all__ = [
     "is_of_transformers",
     "is_transformers_own",
     "needs_rotary",
+    "scale_of_its_class",
 ]
 
 # What a model passes beside the tokens: another sequence to read, and numbers added to scores.
 _OTHERS = re.compile(r"(encoder|cross_attention|image)_(hidden_)?states|key_value_states")
+_SCALES = re.compile(r"scal(?!ar)|sqrt|\*\*\s*\(?-|inv_norm|attention_interface|scaled_dot_product")
 _BIASES = ("alibi", "position_bias")
 
 
@@ -169,6 +171,19 @@ def causal_by_its_model(module: nn.Module) -> bool:
     return any("create_causal_mask" in names for names in made) and not any(
         "create_bidirectional_mask" in names for names in made
     )
+
+
+def scale_of_its_class(module: nn.Module) -> tuple[float, str] | None:
+    """The scale of a layer of transformers, as it, or a layer inside it, has it; 1 where its code
+    scales nothing (GPT-Neo); and how it was found."""
+    for part in module.modules():
+        value = getattr(part, "scaling", None)
+        if isinstance(value, float):
+            return value, "attribute scaling"
+    parts = [type(part) for part in module.modules() if is_transformers_own(part)]
+    if not parts or any(_SCALES.search(inspect.getsource(kind)) for kind in set(parts)):
+        return None
+    return 1.0, "its code scales nothing"
 
 
 def _sources(module: nn.Module) -> Iterator[Any]:
