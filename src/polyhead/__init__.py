@@ -10,6 +10,7 @@ from polyhead.backends import Backend, backends, use_backend
 from polyhead.cache import Cache, KVCache, PagedKVCache
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
 from polyhead.functional import attention, explain
+from polyhead.lesson import Lesson, lesson
 from polyhead.modules import (
     CausalAttention,
     MultiHeadAttention,
@@ -39,6 +40,7 @@ __all__ = [
     "DynamicNTKScaling",
     "HeadStats",
     "KVCache",
+    "Lesson",
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
@@ -60,6 +62,7 @@ __all__ = [
     "errors",
     "explain",
     "integrations",
+    "lesson",
     "look",
     "mask",
     "trace",
