@@ -66,7 +66,7 @@ def check_input(x: Any, tokens: Sequence[str] | None) -> tuple[Tensor, tuple[str
 
 def _tensor(x: Any) -> Tensor:
     try:
-        numbers = torch.as_tensor(x).detach().to("cpu", torch.float64)
+        numbers = torch.as_tensor(x, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise DtypeError(
             "x", "must be numbers", f"{type(x).__name__} ({error})", "give rows of equal length"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polyhead.html_document import assemble
-from polyhead.lesson.inputs import LECTURE_TOKENS, LECTURE_X
+from polyhead.lesson.inputs import LECTURE_X
 from polyhead.lesson.measure import gradient_difference, products_and_times
 from polyhead.lesson.steps import SPLIT_CODE, STACKED_CODE, STEPS
 
@@ -45,7 +46,7 @@ def payload(lesson: Lesson) -> dict[str, Any]:
     return {
         "tokens": list(lesson.tokens),
         "x": lesson.x.tolist(),
-        "lecture": {"tokens": list(LECTURE_TOKENS), "x": LECTURE_X},
+        "lecture": LECTURE_X,
         "heads": stacked.num_heads,
         "size": split.head_dim,
         "seed": lesson.seed,
@@ -55,7 +56,7 @@ def payload(lesson: Lesson) -> dict[str, Any]:
             stacked.requires_grad_(), split.requires_grad_(), lesson.x[None]
         ),
         "measured": products_and_times(),
-        "steps": [words._asdict() for words in STEPS],
+        "steps": STEPS,
         "code": {"stacked": STACKED_CODE, "split": SPLIT_CODE},
     }
 
@@ -70,7 +71,23 @@ def _packed(tensor: Tensor) -> str:
 
 
 def _file(name: str) -> str:
-    """One of the page's files, without the indentation and comments that readers of it need."""
+    """One of the page's files, without the comments and blanks that only readers of it need."""
     text = resources.files("polyhead.lesson.page").joinpath(name).read_text("utf-8")
-    lines = (line.strip() for line in text.splitlines())
-    return "\n".join(line for line in lines if line and not line.startswith("//"))
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("//")]
+    if name.endswith(".css"):
+        return re.sub(r"\s*([{};:,>])\s*", r"\1", "\n".join(lines))
+    if name.endswith(".js"):
+        return re.sub(r"(?<=[{(\[,;])\n", "", "\n".join(map(_without_blanks, lines)))
+    return "\n".join(lines)
+
+
+def _without_blanks(line: str) -> str:
+    """A line of JavaScript without blanks around its signs; one with a template is left alone."""
+    if re.search(r"['`/\\]", line):
+        return line
+    parts = re.split(r'("[^"]*")', line)
+    return "".join(part if part.startswith('"') else _SPACED.sub(r"\1", part) for part in parts)
+
+
+_SPACED = re.compile(r" ?([=*<>?:,;{}()\[\]|&]+) ?")

@@ -13,7 +13,7 @@
   const number = (text) => Number(String(text ?? "").replace(/[\s_]/g, "").replace(/,(?=\d{3}\b)/g, ""));
 
   const sizes = {
-    ask: "You want two numbers per token out of two stacked heads.",
+    ask: "You want two numbers per token out of two stacked heads. What is d_out?",
     form: () => field("answer", "d_out ="),
     check: ({ answer }) => {
       const d = number(answer);

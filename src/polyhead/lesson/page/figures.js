@@ -2,7 +2,7 @@
 // The ten steps: what each lane shows, and what there is to try.
 (() => {
   const P = window.polyhead;
-  const { data, num, gap, token, table, perHead, byToken, strip, choice, toggle, ofHead, times, esc } = P;
+  const { data, scroll, num, gap, token, table, perHead, byToken, strip, choice, toggle, ofHead, times, esc } = P;
   const reads = (html) => `<p class="reads" aria-live="polite">${html}</p>`;
   const shape = (...sizes) => `<code>(${sizes.join(", ")})</code>`;
   const signed = (v, digits = 4) => num(v, digits);
@@ -18,7 +18,8 @@
     const fits = dout % H === 0;
     const agree = fits && dout === H * d;
     return {
-      shared: table({ name: "x", caption: "x: type over any number", values: x, rows: true, edit: (i, j) => `x,${i},${j}`, digits: 2 }),
+      three: true,
+      shared: table({ name: "x", caption: "x: type over any number", values: x, edit: (i, j) => `x,${i},${j}`, digits: 2 }),
       left: `<p class="call"><code>MultiHeadAttentionWrapper(d_out=${d}, num_heads=${H})</code></p>${blocks(H, d)}<p>${H} × ${d} = <b>${H * d}</b> numbers per token: ${shape(T, H * d)}</p>`,
       right: `<p class="call"><code>MultiHeadAttention(d_out=<input type="number" min="1" max="16" value="${dout}" data-number="dout" aria-label="d_out of the split class">, num_heads=${H})</code></p>${
         fits
@@ -38,7 +39,7 @@
     const features = times(x[0].length, String);
     const weight = (rows, first, caption) =>
       table({
-        name: caption.replace(/<[^>]*>/g, ""), caption, values: rows, columns: features, most: P.largest(w[name]),
+        name: caption.replace(/<[^>]*>/g, ""), caption, values: rows, numbered: true, columns: features, most: P.largest(w[name]),
         head: (i) => Math.floor((first + i) / d), edit: (i, j) => `${name},${first + i},${j}`,
         on: (i) => first + i === h * d + e,
       });
@@ -48,7 +49,7 @@
       right:
         weight(right.w[name], 0, `${name}, all heads`) +
         table({
-          name: `x ${name}, one product`, values: large, rows: true, head: (i, j) => Math.floor(j / d),
+          name: `x ${name}, one product`, values: large, head: (i, j) => Math.floor(j / d),
           pick: (i, j) => `${Math.floor(j / d)},${i},${j % d}`,
         }),
       controls: choice("proj", [["query", "queries"], ["key", "keys"], ["value", "values"]], proj, "Show"),
@@ -74,8 +75,8 @@
       left: `<p>Nothing to split: each head made its own.</p><div class="heads">${perHead("q", left.query)}</div>`,
       right:
         `<p class="caption">The product in memory, <code>q.view(-1)</code></p>${strip("the product in memory", right.large.query.strip, owner, (a) => a === here)}` +
-        `<div class="scroll" tabindex="0" role="group" aria-label="shapes and strides"><table class="plain"><thead><tr><td class="corner"></td><th scope="col">shape</th><th scope="col">strides</th></tr></thead><tbody>${[["x W_query", [T, D], [D, 1]], ...steps].map((s) => line(...s)).join("")}</tbody></table></div>` +
-        `<div class="heads">${right.query.map((v, n) => table({ name: `q of head ${n}`, caption: `q, ${ofHead(n)}`, values: v, rows: true, head: (i, j) => owner(address(n, i, j)), pick: (i, j) => `${n},${i},${j}` })).join("")}</div>`,
+        scroll("shapes and strides", `<table class="plain"><thead><tr><td class="corner"></td><th scope="col">shape</th><th scope="col">strides</th></tr></thead><tbody>${[["x W_query", [T, D], [D, 1]], ...steps].map((s) => line(...s)).join("")}</tbody></table>`) +
+        `<div class="heads">${right.query.map((v, n) => table({ name: `q of head ${n}`, caption: `q, ${ofHead(n)}`, values: v, numbered: noTranspose, head: (i, j) => owner(address(n, i, j)), pick: (i, j) => `${n},${i},${j}` })).join("")}</div>`,
       controls: toggle("noTranspose", "Forget the transpose"),
       todo: "Choose a number of a head and find it in memory. Then forget the transpose: the shape is the same, and the colors mix.",
       reads: reads(`${ofHead(h)}, row ${t}, feature ${e} lies at ${h}·${strides[0]} + ${t}·${strides[1]} + ${e}·1 = <b>${here}</b>${owner(here) === h && Math.floor(here / D) === t ? "" : `: that is <q>${token(Math.floor(here / D))}</q> of ${ofHead(owner(here))}!`}`),
@@ -124,7 +125,7 @@
       right: square("weights", right.weights, { sums: sums(right) }),
       controls:
         `<label class="slide">score of <q>${token(i)}</q> for <q>${token(j)}</q>, head ${h} <input type="range" min="-4" max="4" step="0.01" value="${open ? masked.toFixed(2) : 0}" data-slide="1"${open ? "" : " disabled"}> <output>${num(masked, 2)}</output></label>` +
-        (edit ? '<button type="button" data-undo="edit">Undo</button>' : ""),
+        (edit ? '<button data-undo="edit">Undo</button>' : ""),
       todo: "Choose a weight, then drag its score: its row alone changes.",
       reads:
         `<ul class="bars" aria-label="weights of ${token(i)} in head ${h}">${row.map((v, n) => `<li><span>${esc(tokens[n])}</span><i class="h${h}" data-v="${v.toFixed(3)}"></i><b>${num(v)}</b></li>`).join("")}</ul>` +
@@ -155,7 +156,7 @@
     const from = h * T * d + t * d + e;
     const to = noBack ? from : t * D + h * d + e;
     const merged = (name, values, owner) =>
-      table({ name, values, rows: true, head: (i, j) => owner(i * D + j), pick: (i, j) => `${Math.floor(j / d)},${i},${j % d}` });
+      table({ name, values, head: (i, j) => owner(i * D + j), pick: (i, j) => `${Math.floor(j / d)},${i},${j % d}` });
     return {
       left: `<p><code>torch.cat(heads, dim=-1)</code></p>${merged("concatenated", left.merged, (a) => Math.floor((a % D) / d))}`,
       right:
@@ -185,12 +186,12 @@
     const owner = (i, j) => Math.floor(j / d);
     return {
       left: out === "both"
-        ? table({ name: "output", caption: "output, with out_proj=True", values: left.projected, rows: true })
-        : `<p>No projection: head by head.</p>${table({ name: "output", values: left.projected, rows: true, head: owner, colored: true })}`,
+        ? table({ name: "output", caption: "output, with out_proj=True", values: left.projected })
+        : `<p>No projection: head by head.</p>${table({ name: "output", values: left.projected, head: owner, colored: true })}`,
       right:
-        times(H, (h) => table({ name: `contribution of head ${h}`, caption: `what ${ofHead(h)} contributes`, values: of(h), rows: true, head: () => h })).join("") +
+        `<div class="heads">${times(H, (h) => table({ name: `contribution of head ${h}`, caption: `what ${ofHead(h)} contributes`, values: of(h), head: () => h })).join("")}</div>` +
         table({ name: "bias", values: [w.bias], names: ["bias"] }) +
-        table({ name: "their sum, with the bias", values: P.project(right.merged, w), rows: true }),
+        table({ name: "their sum, with the bias", values: P.project(right.merged, w) }),
       controls:
         choice("out", [["none", "neither class"], ["both", "both"], ["right", "the split alone, as in the lecture"]], out, "out_proj in") +
         choice("silent", [[-1, "none"], ...times(H, (h) => [h, `head ${h}`])], silent, "Silence"),
@@ -206,8 +207,7 @@
   ];
   // The page's own numbers of the lecture's two calls, drawn anew.
   const lecture = () => {
-    const { x } = data.lecture;
-    const base = { x, T: 6, H: 2, causal: true, silent: -1, edit: null, seed: 123, out: "none" };
+    const base = { x: data.lecture, T: 6, H: 2, causal: true, silent: -1, edit: null, seed: 123, out: "none" };
     const a = P.stacked({ ...base, d: 2, w: P.drawStacked(123, 2, 2, 3) }).merged;
     const b = P.split({ ...base, d: 1, out: "both", w: P.drawSplit(123, 2, 1, 3) }).projected;
     return [a, b];
@@ -232,13 +232,13 @@
         fact("stacked and split, here", gap(P.now.gap)) +
         fact("this page and torch, every step in float64", reference === null ? "–" : gap(reference), reference === null ? "torch's are of the numbers as they came" : "") +
         fact("gradients of both, in torch", gap(data.gradients)) +
-        fact("1,000 random inputs", thousand === null ? "–" : gap(thousand), '<button type="button" data-do="thousand">Try 1,000</button>') +
+        fact("1,000 random inputs", thousand === null ? "–" : gap(thousand), '<button data-do="thousand">Try 1,000</button>') +
         `</tbody></table><table class="plain facts"><caption>${heads} heads of ${head_dim}, ${tokens} tokens, on the machine that made this page</caption><tbody>` +
         fact("matrix products", `${products.stacked} and ${products.split}`, "stacked, split") +
         fact("time", `${milliseconds.stacked.toFixed(2)} and ${milliseconds.split.toFixed(2)} ms`, "stacked, split") +
         "</tbody></table>",
-      left: `<p class="caption">Order in which a seed draws the weights</p>${order(times(H, (h) => names.map((n) => [n, h])).flat())}<p class="caption">The lecture's digits, and this page's</p><div class="scroll" tabindex="0" role="group" aria-label="the lecture's digits, stacked">${first}</div>`,
-      right: `<p class="caption">Order in which a seed draws the weights</p>${order(names.flatMap((n) => times(H, (h) => [n, h])))}<p class="caption">The lecture's digits, and this page's</p><div class="scroll" tabindex="0" role="group" aria-label="the lecture's digits, split">${second}</div>`,
+      left: `<p class="caption">Order in which a seed draws the weights</p>${order(times(H, (h) => names.map((n) => [n, h])).flat())}<p class="caption">The lecture's digits, and this page's</p>${scroll("the lecture's digits, stacked", first)}`,
+      right: `<p class="caption">Order in which a seed draws the weights</p>${order(names.flatMap((n) => times(H, (h) => [n, h])))}<p class="caption">The lecture's digits, and this page's</p>${scroll("the lecture's digits, split", second)}`,
       controls: toggle("unconverted", "Same seed, not converted"),
       todo: "Give the split class its own weights of the same seed: the numbers are drawn in another order, so it is another function.",
       reads: reads(unconverted ? `Same seed, other order: they differ by ${gap(P.now.gap)}. <code>ph.convert.stacked_to_split</code> carries the weights over.` : "Now a real model: <code>polyhead look --open</code> shows every head of one."),

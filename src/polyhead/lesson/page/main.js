@@ -50,11 +50,11 @@
     for (const { name } of [...from.attributes]) if (!to.hasAttribute(name) && name !== "style" && name !== "open") from.removeAttribute(name);
     for (const { name, value } of to.attributes) if (from.getAttribute(name) !== value) from.setAttribute(name, value);
     if (from.tagName === "INPUT") {
-      if (from.dataset.keep) return;
       if (from !== document.activeElement || from.type === "radio") from.value = to.value;
       from.checked = to.checked;
       return;
     }
+    const value = from.tagName === "SELECT" ? to.value : undefined;
     const [old, fresh] = [[...from.childNodes], [...to.childNodes]];
     fresh.forEach((node, i) => {
       const was = old[i];
@@ -64,6 +64,7 @@
       else patch(was, node);
     });
     old.slice(fresh.length).forEach((node) => node.remove());
+    if (value !== undefined) from.value = value;
   };
   const draw = (element, text, replace) => {
     const template = document.createElement("template");
@@ -77,6 +78,14 @@
     for (const sized of element.querySelectorAll("[data-v]")) sized.style.setProperty("--v", sized.dataset.v);
   };
 
+  // What is wider than its place can be scrolled by keys; nothing else takes the focus for that.
+  const fit = () => {
+    for (const box of document.querySelectorAll(".scroll, .code"))
+      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      else box.removeAttribute("tabindex");
+  };
+  addEventListener("resize", fit);
+
   const MISTAKES = {
     noTranspose: "the transpose is forgotten", noBack: "the transpose back is forgotten",
     maskAfter: "the mask comes after the softmax", unconverted: "the weights are not converted",
@@ -89,8 +98,8 @@
     return (
       `<p role="status"><span class="verdict ${same ? "good" : "bad"}">${same ? "the same" : "NOT the same"}</span> Largest difference of the two: <b id="gap">${gap(P.now.gap)}</b>` +
       `${why.length ? `<span class="why">${why.join("; ")}</span>` : ""}</p>` +
-      (changes ? '<button type="button" data-undo="all">Put it right</button>' : "") +
-      `<span class="turn"><button type="button" data-step="${state.step - 1}"${state.step === 1 ? " disabled" : ""}>Back</button><button type="button" class="next" data-step="${state.step + 1}"${state.step === 10 ? " disabled" : ""}>Next</button></span>`
+      (changes ? '<button data-undo="all">Put it right</button>' : "") +
+      `<span class="turn"><button data-step="${state.step - 1}"${state.step === 1 ? " disabled" : ""}>Back</button><button class="next" data-step="${state.step + 1}"${state.step === 10 ? " disabled" : ""}>Next</button></span>`
     );
   };
 
@@ -101,7 +110,7 @@
       pair("H", "Heads", state.H) + pair("d", "Size of a head", state.d) +
       `<label><input type="checkbox" data-causal="1"${state.causal ? " checked" : ""}> causal</label>` +
       `<label>Seed <input type="number" min="0" max="4294967295" value="${state.seed}" data-number="seed"></label>` +
-      '<button type="button" data-do="random">Random input</button><button type="button" data-do="reset">Start again</button>'
+      '<button data-do="random">Random input</button><button data-do="reset">Start again</button>'
     );
   };
 
@@ -111,8 +120,8 @@
     const answered = state.answered[step];
     return (
       `<section class="exercise" aria-labelledby="ask"><h3>Exercise</h3><form data-exercise="${step}" novalidate><p id="ask">${typeof found.ask === "function" ? found.ask() : found.ask}</p>` +
-      `<div class="answers">${found.form()}</div><button type="submit">Check</button></form>` +
-      `<p class="answer ${answered ? (answered.ok ? "good" : "bad") : ""}" role="status">${answered ? answered.text : ""}</p></section>`
+      `<div class="answers">${found.form()}</div><button type="submit">Check</button>` +
+      `<p class="answer ${answered ? (answered.ok ? "good" : "bad") : ""}" role="status">${answered ? answered.text : ""}</p></form></section>`
     );
   };
 
@@ -120,17 +129,17 @@
   const render = () => {
     compute();
     const { step, whole } = state;
-    const words = data.steps[step - 1];
-    const { shared = "", left, right, controls = "", todo, reads } = P.figures[step - 1]();
+    const [, title, says, formula] = data.steps[step - 1];
+    const { shared = "", three, left, right, controls = "", todo, reads } = P.figures[step - 1]();
     const lane = (name, title, figure) =>
       `<section class="lane" aria-labelledby="${name}"><h3 id="${name}">${title}</h3>${P.code(name)}<div class="figure">${figure}</div></section>`;
     draw(
       byId("step"),
-      `<h2 id="title" tabindex="-1"><span class="count">${step} of 10</span>${esc(words.title)}</h2><p class="says">${esc(words.says)}</p><p class="formula"><code>${esc(words.formula)}</code></p>` +
+      `<h2 id="title" tabindex="-1"><span class="count">${step} of 10</span>${esc(title)}</h2><p class="says">${esc(says)}</p><p class="formula"><code>${esc(formula)}</code></p>` +
         `<section class="try" aria-labelledby="todo"><h3 class="unseen">To do</h3><p id="todo">${todo}</p>${controls}${reads}</section>` +
-        (shared ? `<div class="shared">${shared}</div>` : "") +
-        `<div class="lanes">${lane("stacked", "Stacked heads", left)}${lane("split", "Weight split", right)}</div>` +
-        `<button type="button" class="quiet" data-toggle="whole" aria-pressed="${whole}">All lines of both classes</button>${exercise(step)}`,
+        `<div class="figures${three ? " three" : ""}">${shared ? `<div class="shared">${shared}</div>` : ""}` +
+        `<div class="lanes">${lane("stacked", "Stacked heads", left)}${lane("split", "Weight split", right)}</div></div>` +
+        `<button class="quiet" data-toggle="whole" aria-pressed="${whole}">All lines of both classes</button>${exercise(step)}`,
       drawn !== step,
     );
     drawn = step;
@@ -138,8 +147,9 @@
     draw(byId("bar"), bar());
     draw(
       byId("steps"),
-      data.steps.map(({ name }, n) => `<li><button type="button" data-step="${n + 1}"${n + 1 === step ? ' aria-current="step"' : ""}><span>${n + 1}</span> ${esc(name)}</button></li>`).join(""),
+      data.steps.map(([name], n) => `<li><button data-step="${n + 1}"${n + 1 === step ? ' aria-current="step"' : ""}><span>${n + 1}</span> ${esc(name)}</button></li>`).join(""),
     );
+    fit();
   };
 
   const go = (step, focus = true) => {
@@ -188,8 +198,11 @@
 
   document.addEventListener("input", ({ target }) => {
     const { edit, slide, number, set } = target.dataset;
-    if (edit) target.setAttribute("aria-invalid", !type(edit, target.value));
-    else if (slide) {
+    if (edit) {
+      const invalid = !type(edit, target.value);
+      target.setAttribute("aria-invalid", invalid);
+      if (invalid) return;
+    } else if (slide) {
       const [h, i, j] = state.pick;
       state.edit = { h, i, j, value: Number(target.value) };
     } else if (number) {
@@ -210,7 +223,7 @@
     else if (edit) {
       // Whatever is no number is put back.
       const [name, i, j] = edit.split(",");
-      target.value = +(name === "x" ? state.x : state.w[name])[i][j].toFixed(6);
+      target.value = +(name === "x" ? state.x : state.w[name])[i][j].toFixed(4);
       target.removeAttribute("aria-invalid");
       return;
     } else return;

@@ -14,6 +14,10 @@
   const largest = (values) =>
     [values].flat(Infinity).reduce((m, v) => (Number.isFinite(v) ? Math.max(m, Math.abs(v)) : m), 0);
 
+  // What may be wider than its lane scrolls by itself, with arrow keys too.
+  const scroll = (name, html) =>
+    `<div class="scroll" role="group" aria-label="${esc(name)}">${html}</div>`;
+
   // A table of numbers. head(i, j): whose color; pick(i, j): its key if it can be chosen;
   // edit(i, j): its key if it can be typed over; on(i, j): whether it lights.
   const table = (o) => {
@@ -24,26 +28,26 @@
       const key = pick?.(i, j);
       const chosen = key && P.state.pick.join() === key;
       const attributes = [
-        `class="${h === null ? "" : `h${h}`}${on(i, j) ? " on" : ""}${v === -Infinity ? " no" : ""}"`,
+        `class="${h === null ? "" : `h${h}`}${on(i, j) ? " on" : ""}${v === -Infinity || v === 0 ? " no" : ""}"`,
         `data-v="${share(v, most).toFixed(3)}"`,
         key ? `data-pick="${key}" role="gridcell" tabindex="${chosen ? 0 : -1}" aria-selected="${Boolean(chosen)}"` : "",
       ];
-      const name = esc(`${o.name}, ${o.rows ? P.state.tokens[i] ?? i : i}, ${j}`);
+      const name = esc(`${o.name}, ${o.numbered ? i : P.state.tokens[i] ?? i}, ${j}`);
       const inside = edit
-        ? `<input type="text" inputmode="decimal" autocomplete="off" size="6" data-edit="${edit(i, j)}" value="${+v.toFixed(6)}" aria-label="${name}">`
+        ? `<input type="text" inputmode="decimal" autocomplete="off" size="6" data-edit="${edit(i, j)}" value="${+v.toFixed(4)}" aria-label="${name}">`
         : num(v, digits);
       return `<td ${attributes.join(" ")}>${inside}</td>`;
     };
     const heads = (o.columns ?? times(values[0].length, String)).map((c, j) => `<th scope="col"${head(0, j) !== null && o.colored ? ` class="t${head(0, j)}"` : ""}>${esc(c)}</th>`);
     const lines = values.map((row, i) => {
-      const first = o.rows ? token(i) : esc(o.names?.[i] ?? i);
+      const first = o.numbered || o.names ? esc(o.names?.[i] ?? i) : token(i);
       const sum = sums ? `<td class="sum${Math.abs(sums[i] - 1) > 1e-9 ? " bad" : ""}">${num(sums[i], 2)}</td>` : "";
       return `<tr><th scope="row">${first}</th>${row.map((v, j) => cell(v, i, j)).join("")}${sum}</tr>`;
     });
     const corner = `<td class="corner"></td>`;
     return (
-      `<div class="scroll" tabindex="0" role="group" aria-label="${esc(o.name)}"><table${pick ? ' role="grid"' : ""} aria-label="${esc(o.name)}"><caption>${o.caption ?? esc(o.name)}</caption>` +
-      `<thead><tr>${corner}${heads.join("")}${sums ? '<th scope="col">sum</th>' : ""}</tr></thead><tbody>${lines.join("")}</tbody></table></div>`
+      scroll(o.name, `<table${pick ? ' role="grid"' : ""}><caption>${o.caption ?? esc(o.name)}</caption>` +
+      `<thead><tr>${corner}${heads.join("")}${sums ? '<th scope="col">sum</th>' : ""}</tr></thead><tbody>${lines.join("")}</tbody></table>`)
     );
   };
 
@@ -56,7 +60,6 @@
           name: `${name} of head ${h}`,
           caption: `${name}, ${ofHead(h)}`,
           values: v,
-          rows: true,
           head: () => h,
           pick: (i, j) => `${h},${i},${j}`,
           most: largest(values),
@@ -78,12 +81,13 @@
     const lines = data.code[name];
     const runs = lines.map(([, steps]) => steps.includes(step));
     const shown = lines.map((_, l) => whole || runs[l] || (runs[l + 1] ?? false) || (runs[l - 1] ?? false));
+    const indent = whole ? 0 : Math.min(...lines.filter((_, l) => shown[l]).map(([text]) => text.search(/\S/)));
     const items = lines.map(([text], l) =>
       shown[l]
-        ? `<span class="line${runs[l] ? " runs" : ""}">${runs[l] ? '<span class="unseen">runs now: </span>' : ""}${esc(text)}\n</span>`
+        ? `<span class="line${runs[l] ? " runs" : ""}">${runs[l] ? '<span class="unseen">runs now: </span>' : ""}${esc(text.slice(indent))}\n</span>`
         : "",
     );
-    return `<pre class="code" tabindex="0" role="group" aria-label="code of the ${name} class">${items.join("")}</pre>`;
+    return `<pre class="code" role="group" aria-label="code of the ${name} class">${items.join("")}</pre>`;
   };
 
   const choice = (name, options, chosen, legend) =>
@@ -91,7 +95,7 @@
       .map(([value, label]) => `<label><input type="radio" name="${name}" data-set="${name}" value="${value}"${String(chosen) === String(value) ? " checked" : ""}> ${label}</label>`)
       .join("")}</fieldset>`;
   const toggle = (name, label) =>
-    `<button type="button" class="switch" data-toggle="${name}" aria-pressed="${Boolean(P.state[name])}">${label}</button>`;
+    `<button class="switch" data-toggle="${name}" aria-pressed="${Boolean(P.state[name])}">${label}</button>`;
 
-  Object.assign(P, { esc, num, gap, token, largest, table, perHead, byToken, strip, code, choice, toggle, ofHead });
+  Object.assign(P, { esc, scroll, num, gap, token, largest, table, perHead, byToken, strip, code, choice, toggle, ofHead });
 })();
