@@ -88,6 +88,9 @@ def test_forgetting_the_transpose_is_off_by_0_86(opened):
     opened.press("Forget the transpose")
     assert opened.page.inner_text("#gap") == "0.858"
     assert "the transpose is forgotten" in opened.page.inner_text("#foot")
+    code = opened.page.inner_text("#split ~ .code")
+    assert "q = q.view(B, H, T, d)\n" in code
+    assert "scores = q @ k.transpose(2, 3)" in code
 
 
 @pytest.mark.parametrize("out", ["none", "both", "right"])

@@ -46,7 +46,7 @@ def test_the_data_is_torch_s_to_the_last_bit(unpacked):
     assert data["x"] == lesson.x.tolist()
     assert data["x"][0] == [0.43, 0.15, 0.89]
     for lane in lesson.traces:
-        for name in ("query", "key", "value", "scores", "weights", "contexts", "merged", "output"):
+        for name in ("query", "key", "value", "scores", "weights", "contexts", "output"):
             step = getattr(lane, name).flatten()
             torch.testing.assert_close(unpacked(data["torch"][name]), step, rtol=0, atol=1e-12)
     assert torch.equal(unpacked(data["weights"]["W_key"]), lesson.split.W_key.weight.flatten())

@@ -23,7 +23,7 @@ __all__ = ["payload", "render"]
 
 # In this order: each file uses those before it.
 _SCRIPTS = ("core.js", "parts.js", "figures.js", "exercises.js", "main.js")
-_TRACED = ("query", "key", "value", "scores", "weights", "contexts", "merged", "output")
+_TRACED = ("query", "key", "value", "scores", "weights", "contexts", "output")
 
 
 def render(lesson: Lesson) -> str:

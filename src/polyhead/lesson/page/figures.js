@@ -124,7 +124,7 @@
       left: square("weights", left.weights, { sums: sums(left) }),
       right: square("weights", right.weights, { sums: sums(right) }),
       controls:
-        `<label class="slide">score of <q>${token(i)}</q> for <q>${token(j)}</q>, head ${h} <input type="range" min="-4" max="4" step="0.01" value="${open ? masked.toFixed(2) : 0}" data-slide="1"${open ? "" : " disabled"}> <output>${num(masked, 2)}</output></label>` +
+        `<label class="slide"><span>score of <q>${token(i)}</q> for <q>${token(j)}</q>, head ${h}</span> <input type="range" min="-4" max="4" step="0.01" value="${open ? masked.toFixed(2) : 0}" data-slide="1"${open ? "" : " disabled"}> <output>${num(masked, 2)}</output></label>` +
         (edit ? '<button data-undo="edit">Undo</button>' : ""),
       todo: "Choose a weight, then drag its score: its row alone changes.",
       reads:

@@ -77,8 +77,12 @@
     "</ol>";
 
   const code = (name) => {
-    const { step, whole } = P.state;
-    const lines = data.code[name];
+    const { step, whole, noTranspose, noBack } = P.state;
+    // The lines as they run: with the mistakes that were made.
+    const lines = data.code[name].map(([text, steps]) => {
+      if (noTranspose) text = text.replace(/view.B, T.*/, "view(B, H, T, d)");
+      return [noBack ? text.replace(/(contexts).transpose.*/, "$1") : text, steps];
+    });
     const runs = lines.map(([, steps]) => steps.includes(step));
     const shown = lines.map((_, l) => whole || runs[l] || (runs[l + 1] ?? false) || (runs[l - 1] ?? false));
     const indent = whole ? 0 : Math.min(...lines.filter((_, l) => shown[l]).map(([text]) => text.search(/\S/)));
