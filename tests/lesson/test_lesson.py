@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def test_the_stacked_lane_gives_the_lecture_s_digits():
 def test_both_lanes_are_one_function_at_every_size(num_heads, d_out, tokens):
     lesson = ph.lesson(torch.randn(tokens, 3), num_heads=num_heads, d_out=d_out, seed=5)
     assert 0.0 <= lesson.difference < 1e-12
-    assert lesson.steps[5].stacked == lesson.steps[5].split == (1, num_heads, tokens, tokens)
+    assert lesson.steps[5].stacked.shape == (1, num_heads, tokens, tokens)
     assert [step.number for step in lesson.steps] == list(range(1, 11))
     torch.testing.assert_close(lesson.traces[0].output, lesson.stacked(lesson.x[None]))
     torch.testing.assert_close(lesson.traces[1].output, lesson.split(lesson.x[None]))
@@ -80,3 +81,16 @@ def test_to_html_writes_the_page(tmp_path):
     text = (tmp_path / "lesson.html").read_text("utf-8")
     assert text.startswith("<!doctype html>")
     assert '<meta name="generator" content="polyhead">' in text
+
+
+def test_a_step_is_a_picture_and_a_line():
+    step = ph.lesson(tokens=["<b>", "a", "b", "c", "d", "a long token"], x=ph.lesson().x).steps[4]
+    assert repr(step) == "LessonStep(5, 'Scale, mask', (1, 2, 6, 6))"
+    root = ElementTree.fromstring(step._repr_svg_())
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("-inf") == 30
+    assert f"{step.split[0, 1, 5, 0].item():.3f}" in texts
+    assert "<b>" in texts
+    assert "a long …" in texts
+    cells = [*root.iter("{http://www.w3.org/2000/svg}rect")]
+    assert len(cells) == 1 + 2 * 21  # the paper, and what may be attended to

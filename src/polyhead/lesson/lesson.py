@@ -14,6 +14,7 @@ from torch import Tensor
 
 from polyhead.convert import stacked_to_split
 from polyhead.errors import ArgumentError
+from polyhead.lesson.drawing import draw
 from polyhead.lesson.inputs import check_input, check_size
 from polyhead.lesson.steps import STEPS
 from polyhead.modules import MultiHeadAttention, MultiHeadAttentionWrapper
@@ -22,15 +23,16 @@ from polyhead.trace import Trace, trace
 __all__ = ["Lesson", "LessonStep", "lesson"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class LessonStep:
     """One of the ten steps.
 
     Attributes:
         number: from 1.
         name, title, says, formula: in words.
-        stacked, split: shape of what the step gives in each class.
-        difference: the largest difference of the two classes' numbers in this step.
+        stacked, split: the step's numbers in each class, with a batch of one.
+        tokens: a text for each row.
+        num_heads: how many heads.
     """
 
     number: int
@@ -38,9 +40,24 @@ class LessonStep:
     title: str
     says: str
     formula: str
-    stacked: tuple[int, ...]
-    split: tuple[int, ...]
-    difference: float
+    stacked: Tensor
+    split: Tensor
+    tokens: tuple[str, ...]
+    num_heads: int
+
+    @property
+    def difference(self) -> float:
+        """The largest difference of the two classes' numbers."""
+        apart = (self.stacked - self.split).abs()  # -inf is -inf, though their difference is nan
+        return torch.where(self.stacked == self.split, 0.0, apart).max().item()
+
+    def __repr__(self) -> str:
+        return f"LessonStep({self.number}, {self.name!r}, {tuple(self.split.shape)})"
+
+    def _repr_svg_(self) -> str:
+        """The numbers as a notebook shows them, also where scripts and frames are not trusted."""
+        title = f"{self.number} {self.title} (largest difference {self.difference:.1e})"
+        return draw(title, self.split[0], self.tokens, self.num_heads)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,7 +85,7 @@ class Lesson:
 
     @functools.cached_property
     def steps(self) -> tuple[LessonStep, ...]:
-        """The ten steps, with shapes and differences."""
+        """The ten steps, with their numbers."""
         x, (stacked, split) = self.x[None], self.traces
         heads: Any = self.stacked.heads
         pairs = [
@@ -79,9 +96,7 @@ class Lesson:
         pairs += [(getattr(stacked, name), getattr(split, name)) for name in shown]
         steps = []
         for number, (words, (a, b)) in enumerate(zip(STEPS, pairs, strict=True), start=1):
-            difference = torch.where(a == b, 0.0, (a - b).abs()).max().item()  # -inf is -inf
-            shapes = (tuple(a.shape), tuple(b.shape))
-            steps.append(LessonStep(number, *words, *shapes, difference))
+            steps.append(LessonStep(number, *words, a, b, self.tokens, self.stacked.num_heads))
         return tuple(steps)
 
     @property
@@ -111,7 +126,7 @@ class Lesson:
     def __str__(self) -> str:
         lines = [repr(self), f"{'':15}{'stacked heads':16}{'weight split':16}difference"]
         for step in self.steps:
-            shapes = f"{step.stacked!s:16}{step.split!s:16}"
+            shapes = "".join(f"{tuple(t.shape)!s:16}" for t in (step.stacked, step.split))
             lines.append(f"{step.number:2} {step.name:12}{shapes}{step.difference:.1e}")
         return "\n".join([*lines, f"largest difference of the two: {self.difference:.1e}"])
 
@@ -155,8 +170,8 @@ def lesson(
     >>> learned = ph.lesson()
     >>> learned
     Lesson(6 tokens of 3 features, 2 heads of 2, seed 123)
-    >>> learned.steps[5].name, learned.steps[5].split, learned.difference < 1e-12
-    ('Softmax', (1, 2, 6, 6), True)
+    >>> learned.steps[5], learned.difference < 1e-12
+    (LessonStep(6, 'Softmax', (1, 2, 6, 6)), True)
     """
     numbers, texts = check_input(x, tokens)
     check_size("d_out", d_out)
