@@ -134,12 +134,13 @@ class Lesson:
         """The page in a frame, as a notebook shows it; its text where frames are not trusted."""
         from polyhead.lesson.page import render
 
+        page = render(self).replace("&", "&amp;").replace('"', "&quot;")
         # Where a notebook is not trusted, frames and styles are taken out: then the text is seen.
         return (
             "<style>.polyhead-untrusted { display: none }</style>"
             f'<pre class="polyhead-untrusted">{html.escape(str(self))}</pre>'
             '<iframe title="Multi-head attention, two ways" sandbox="allow-scripts" width="100%" '
-            f'height="900" frameborder="0" srcdoc="{html.escape(render(self))}"></iframe>'
+            f'height="900" frameborder="0" srcdoc="{page}"></iframe>'
         )
 
 

@@ -162,14 +162,7 @@ class Mask:
         return Not(self)
 
     def __bool__(self) -> bool:
-        """Raise: `and`, `or` and `not` would silently lose a mask.
-
-        >>> import polyhead as ph
-        >>> ph.mask.causal() and ph.mask.window(before=1)
-        Traceback (most recent call last):
-        polyhead.errors.ArgumentError: mask must not be a condition of `and`, `or`, `not` or `if`; \
-got causal(); write &, | or ~, or compare with `is None`
-        """
+        """Raise: `and`, `or` and `not` would silently lose a mask."""
         raise ArgumentError(
             "mask",
             "must not be a condition of `and`, `or`, `not` or `if`",
