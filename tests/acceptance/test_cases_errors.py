@@ -68,6 +68,21 @@ def test_traced_module_runs_with_torch_alone(build, needs_grad, tmp_path):
     subprocess.run([sys.executable, "-c", LOAD, *files], check=True, cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [mha, lambda: mha(num_kv_heads=1, sinks=True), lambda: mha(rope=ph.Rope()), ByDropIn],
+    ids=["causal", "grouped with sinks", "rope", "drop-in"],
+)
+def test_traced_onnx_export_of_a_module(build, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    module, path = build(), tmp_path / "module.onnx"
+    with torch.no_grad():
+        torch.onnx.export(module, (x(),), path, dynamo=False, input_names=["x"], opset_version=17)
+        expected = module(x())
+    (y,) = runtime.InferenceSession(path).run(None, {"x": x().numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("make", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
 def test_cache_copied_in_inference_mode_takes_tokens_outside(make):
     """litgpt#837."""

@@ -88,7 +88,7 @@ def test_compiled_graph_that_drops_queries_keeps_their_positions():
         global_head_dim=8,
         num_kv_shared_layers=2,
         layer_types=["sliding_attention", "full_attention"] * 2,
-        hidden_size_per_layer_input=0,
+        hidden_size_per_layer_input=5,
         vocab_size_per_layer_input=31,
         sliding_window=64,
         max_position_embeddings=64,

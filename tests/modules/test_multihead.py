@@ -280,3 +280,13 @@ def test_scale_and_repr():
     text = repr(mha)
     assert "num_heads=6, num_kv_heads=2" in text
     assert "head_dim=3, context_length=11" in text
+
+
+def test_alibi_with_fewer_heads_than_built_is_refused():
+    """transformers#45109: slopes of half the heads are not half the slopes."""
+    mha = ph.MultiHeadAttention(24, 24, 17, 0.0, 6, alibi=True)
+    mha.num_heads = mha.num_kv_heads = 3
+    mha.W_query, mha.W_key, mha.W_value = (nn.Linear(24, 12, bias=False) for _ in range(3))
+    mha.out_proj = nn.Linear(12, 24)
+    with pytest.raises(ArgumentError, match=r"num_heads must stay 6, as built, .*; got 3; keep"):
+        mha(torch.randn(1, 5, 24))

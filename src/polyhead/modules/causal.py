@@ -96,7 +96,6 @@ class CausalAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        *,
         positions: Tensor | None = None,
         return_aux: None = None,
     ) -> Tensor: ...
@@ -107,8 +106,8 @@ class CausalAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        *,
         positions: Tensor | None = None,
+        *,
         return_aux: AuxRequest,
     ) -> tuple[Tensor, Aux]: ...
 
@@ -117,7 +116,6 @@ class CausalAttention(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        *,
         positions: Tensor | None = None,
         return_aux: AuxRequest | None = None,
     ) -> Tensor | tuple[Tensor, Aux]:

@@ -13,6 +13,7 @@ from polyhead.arguments import check_request, check_scale, check_softcap
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
+from polyhead.errors import ArgumentError
 from polyhead.functional import attention
 from polyhead.mask import Mask
 from polyhead.modules.arguments import (
@@ -147,6 +148,7 @@ class MultiHeadAttention(nn.Module):
         self.value_head_dim = value_head_dim
         self.rope = rope
         self.alibi = alibi
+        self._alibi_heads = num_heads
         self.mask = mask
         self.scale = scale
         self.softcap = softcap
@@ -179,7 +181,6 @@ class MultiHeadAttention(nn.Module):
         memory: Tensor | None = None,
         mask: Mask | None = None,
         cache: Cache | None = None,
-        *,
         positions: Tensor | None = None,
         return_aux: None = None,
     ) -> Tensor: ...
@@ -191,8 +192,8 @@ class MultiHeadAttention(nn.Module):
         memory: Tensor | None = None,
         mask: Mask | None = None,
         cache: Cache | None = None,
-        *,
         positions: Tensor | None = None,
+        *,
         return_aux: AuxRequest,
     ) -> tuple[Tensor, Aux]: ...
 
@@ -202,7 +203,6 @@ class MultiHeadAttention(nn.Module):
         memory: Tensor | None = None,
         mask: Mask | None = None,
         cache: Cache | None = None,
-        *,
         positions: Tensor | None = None,
         return_aux: AuxRequest | None = None,
     ) -> Tensor | tuple[Tensor, Aux]:
@@ -371,7 +371,7 @@ class MultiHeadAttention(nn.Module):
             bias=None if self.position_bias is None else self.position_bias(T, S),
             softcap=self.softcap,
             sinks=self.sinks,
-            alibi_slopes=alibi_slopes(self.num_heads, device=x.device) if self.alibi else None,
+            alibi_slopes=self._slopes(x.device) if self.alibi else None,
             dropout=self.dropout.p if self.training else 0.0,
             backend=self.backend,
             return_aux=request,
@@ -381,6 +381,16 @@ class MultiHeadAttention(nn.Module):
                 gate = torch.sigmoid(self.W_gate(x)).unflatten(2, (self.num_heads, -1))
             contexts_bhte = contexts_bhte * gate.transpose(1, 2)
         return contexts_bhte, aux
+
+    def _slopes(self, device: torch.device) -> Tensor:
+        if self.num_heads != self._alibi_heads:
+            raise ArgumentError(
+                "num_heads",
+                f"must stay {self._alibi_heads}, as built, with alibi: slopes follow from it",
+                self.num_heads,
+                "keep all heads, and switch some off with polyhead.look.ablate",
+            )
+        return alibi_slopes(self.num_heads, device=device)
 
     def _project(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if not self.fused:

@@ -116,7 +116,6 @@ class MultiHeadAttentionWrapper(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        *,
         positions: Tensor | None = None,
         return_aux: None = None,
     ) -> Tensor: ...
@@ -127,8 +126,8 @@ class MultiHeadAttentionWrapper(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        *,
         positions: Tensor | None = None,
+        *,
         return_aux: AuxRequest,
     ) -> tuple[Tensor, Aux]: ...
 
@@ -137,7 +136,6 @@ class MultiHeadAttentionWrapper(nn.Module):
         x: Tensor,
         memory: Tensor | None = None,
         mask: Mask | None = None,
-        *,
         positions: Tensor | None = None,
         return_aux: AuxRequest | None = None,
     ) -> Tensor | tuple[Tensor, Aux]:
