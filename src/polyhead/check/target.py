@@ -146,13 +146,14 @@ def build(
 
 def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
     """An instance. What its constructor leaves unfilled is NaN, and not what memory held."""
-    before = torch.are_deterministic_algorithms_enabled()
+    required = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Not torch.use_deterministic_algorithms, which imports its compiler: seconds.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     try:
         module: nn.Module = found(**arguments)
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch._C._set_deterministic_algorithms(required, warn_only=warn_only)
     config = next((arguments[n] for n in arguments if is_configuration(n)), None)
     if is_of_transformers(module) and config is not None:
         if not hasattr(module, "config"):
