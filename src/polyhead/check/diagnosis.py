@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.check.facts import band
 from polyhead.check.heads import contexts_of
 from polyhead.check.law import NotApplicable, Outcome, Verdict
 from polyhead.check.subject import Subject
@@ -110,7 +109,7 @@ def _shrinks_with_what_is_hidden(subject: Subject) -> bool:
             )
     except NotApplicable:
         return False
-    seen = band(subject.T, subject.claims.causal, subject.claims.window).sum(dim=1)
+    seen = subject.claims.shown(subject.T).sum(dim=1)
     expected = alone * (seen / subject.T).to(alone)[:, None, None]
     return bool((repeated - expected).abs().max() <= 16 * subject.allowed(subject.input()))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.check.calling import Calling, Result
+from polyhead.check.sight import Pattern, band
 from polyhead.check.tolerance import allowed_difference, response
 
 _CASTS: dict[torch.dtype, Callable[[nn.Module], nn.Module]] = {
@@ -32,6 +33,7 @@ class Claims:
         d_in: features of the input.
         causal: whether a token may see itself and those before it only.
         window: tokens that a token sees, itself included; None: all that came.
+        pattern: another rule by which it sees some tokens and not others; None: there is none.
         positions: what gives it positions ("rope", ...), or None.
         num_heads: H.
         max_tokens: the most tokens it accepts, or None.
@@ -43,6 +45,7 @@ class Claims:
     d_in: int
     causal: bool
     window: int | None = None
+    pattern: Pattern | None = None
     positions: str | None = None
     num_heads: int | None = None
     max_tokens: int | None = None
@@ -50,6 +53,11 @@ class Claims:
     features: frozenset[str] = frozenset()
     tokens: int = 7
     how: dict[str, str] = field(default_factory=dict)
+
+    def shown(self, T: int) -> Tensor:
+        """(T, T) True where a module of these claims lets query t see token s."""
+        seen = band(T, self.causal, self.window)
+        return seen if self.pattern is None else seen & self.pattern.shown(T)
 
     def lengths(self) -> list[int]:
         """How many tokens to try, the best first: more than a window holds, and a prime; others
@@ -231,13 +239,29 @@ class Subject:
     def sees(self) -> Tensor:
         """(T, T) True where the output at token t depends on token s, beyond rounding."""
         x = self.input()
-        seen = self.influence > self.allowed(x)
+        seen = self.influence > self.visible(x)
         ones = torch.ones_like(seen)
         if torch.equal(seen, ones) or torch.equal(seen, ones.tril()):
             return seen
         # Large scores leave all weight to one token: smaller inputs show the others.
         small = self.influence_in(self.exact, torch.no_grad, 2**-5)
-        return seen | (small > self.allowed(2**-5 * x))
+        return seen | (small > self.visible(2**-5 * x))
+
+    def sees_in(self, T: int) -> Tensor:
+        """`sees`, of a text of T tokens."""
+        x, other = self.input(1, T), self.input(1, T, salt=1)
+        changed = torch.where(torch.eye(T, dtype=torch.bool, device=x.device)[..., None], other, x)
+        before = self.run(x)
+        after = torch.cat([self.run(rows) for rows in changed.split(16)])
+        apart = difference(after, before).amax(dim=-1).T
+        return apart > self.visible(x)
+
+    def visible(self, x: Tensor) -> float:
+        """By how much an output changes at least when it depends on another token. What is hidden
+        changes not one bit; so a module that computes in half precision, whose rounding is as
+        large as a token's influence, can be seen through all the same."""
+        coarse = torch.finfo(self.precision).eps > torch.finfo(torch.float32).eps
+        return 0.0 if coarse else self.allowed(x)
 
     def showing(self, hidden: Tensor) -> Tensor:
         """The mask (B, 1, T, T) that hides these tokens, (B, T) True, from everybody."""
