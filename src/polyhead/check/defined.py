@@ -148,9 +148,9 @@ def _wrong_roles(judged: CoreJudged) -> str | None:
         own, start = set(range(start, start + width)), start + width
         named = role_of(name.removesuffix(".weight"))
         gives = [role for role, rows in places.items() if rows & own]
-        if named in places and gives and named not in gives:
-            others = " and ".join(_NAMES[g] for g in gives)
-            return f"{name} gives the {others}, not the {_NAMES[named]}"
+        if named in places and named not in gives:
+            others = " and ".join(f"the {_NAMES[g]}" for g in gives) or "nothing that is used"
+            return f"{name} gives {others}, not the {_NAMES[named]}"
     return None
 
 

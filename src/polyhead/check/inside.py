@@ -8,12 +8,14 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from polyhead.check.subject import Subject, seeded
 from polyhead.check.tolerance import Spy, operation
 
-__all__ = ["draws_random_numbers", "look_inside"]
+__all__ = ["NarrowMasks", "draws_random_numbers", "look_inside"]
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
 _FUSED = ("scaled_dot_product", "flex_attention")
@@ -43,6 +45,21 @@ def look_inside(subject: Subject) -> None:
     if spy.extra_keys:
         claims.features |= {"sinks"}
         claims.how["features"] = f"{spy.extra_keys} keys that no token made"
+
+
+class NarrowMasks(TorchFunctionMode):
+    """Notes masks of float32 beside queries of float64: a mask that was made in the default dtype.
+    torch's fused kernel reads it as if it were float64 too."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
+            query = args[0] if args else (kwargs or {})["query"]
+            if mask is not None and mask.is_floating_point() and mask.dtype != query.dtype:
+                self.found = True
+        return func(*args, **(kwargs or {}))
 
 
 class _Inside(Spy):

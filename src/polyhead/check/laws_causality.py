@@ -13,6 +13,9 @@ from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []
 
+# A text of so many tokens takes seconds, and memory with its square.
+_LONGEST = 1024
+
 
 def need_causal(subject: Subject) -> None:
     if not subject.claims.causal:
@@ -223,6 +226,10 @@ def window_counts_its_tokens(subject: Subject) -> Verdict:
     if claims.window is None:
         raise NotApplicable("it has no window")
     T = claims.window + 4
+    if T > _LONGEST:
+        raise NotApplicable(
+            f"its window of {claims.window} is longer than the {_LONGEST} tokens that are tried"
+        )
     if claims.max_tokens is not None and claims.max_tokens < T:
         raise NotApplicable(f"its window of {claims.window} holds nearly all it accepts")
     x = subject.input(1, T).requires_grad_()

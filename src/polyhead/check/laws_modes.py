@@ -87,9 +87,10 @@ def autocast_agrees(subject: Subject) -> Verdict:
     module = subject.copy(torch.float32)
     with torch.no_grad(), torch.autocast(subject.device.type, torch.bfloat16):
         actual = subject.call(module, x).output
+    wide = torch.float64 if subject.runs_in_float64 else torch.float32
     with torch.no_grad():
-        exact = subject.call(subject.copy(torch.float64), x.double()).output
-    allowed = subject.allowed(x.double(), torch.bfloat16)
+        exact = subject.call(subject.copy(wide), x.to(wide)).output.double()
+    allowed = subject.allowed(x.to(wide), torch.bfloat16)
     apart = difference(actual.double(), exact)
     if apart.max() > allowed:
         return broken(f"under autocast the output is {by(apart)} off, allowed are {allowed:.2g}")

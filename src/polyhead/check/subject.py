@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.check.calling import Calling, Result
+from polyhead.check.law import OutOfTime
 from polyhead.check.sight import Pattern, band
 from polyhead.check.tolerance import allowed_difference, response
 
@@ -103,6 +105,7 @@ class Subject:
         precision: the dtype whose rounding is allowed; not `dtype` where it computes in a
             narrower one inside, as many rotary positions do.
         longest: the most tokens of any call so far.
+        deadline: by `time.monotonic`, when no further call is begun; None: there is none.
     """
 
     def __init__(
@@ -128,6 +131,7 @@ class Subject:
         self.runs_in_float64 = True
         self.precision = dtype
         self.longest = 0
+        self.deadline: float | None = None
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     # Inputs and copies
@@ -159,6 +163,8 @@ class Subject:
 
     def call(self, module: nn.Module, x: Tensor, *, salt: int = 0, **options: Any) -> Result:
         """Call a copy, with torch's generator seeded so that dropout repeats."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime("its calls are too slow to judge this in the time that a law has")
         # What it does with other strides, or to its input, is for one law each to see.
         x = x if options.pop("as_it_is", False) else x.clone(memory_format=torch.contiguous_format)
         self.longest = max(self.longest, x.shape[1])
@@ -273,13 +279,24 @@ class Subject:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy, also of a module that keeps tensors of earlier calls with their graph."""
+    """A deep copy, also of a module that keeps tensors of earlier calls with their graph, or that
+    was made in inference mode."""
     kept = [value for part in module.modules() for value in vars(part).values()]
     kept += [item for value in kept if isinstance(value, (list, tuple)) for item in value]
     memo: dict[int, Any] = {
         id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf
     }
+    memo |= {id(t): t.clone() for t in (*kept, *module.buffers()) if _inferred(t)}
+    memo |= {
+        id(p): nn.Parameter(p.detach().clone(), p.requires_grad)
+        for p in module.parameters()
+        if _inferred(p)
+    }
     return copy.deepcopy(module, memo)
+
+
+def _inferred(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_inference()
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
