@@ -20,7 +20,7 @@ from polyhead.check.rows import Rows, learned_rows
 from polyhead.check.subject import Subject, by, difference
 from polyhead.check.tolerance import allowed_difference, response
 
-__all__ = ["CoreJudged", "defined_output", "judged_by_its_core"]
+__all__ = ["CoreJudged", "defined_output", "is_defined_as_seen", "judged_by_its_core"]
 
 _NAMES = {"query": "queries", "key": "keys", "value": "values"}
 
@@ -56,7 +56,6 @@ class CoreJudged:
             NotApplicable: they cannot be learned, or it has what the definition has not.
         """
         need_no_positions(subject)
-        need_plain(subject)
         rows, core = learned_rows(subject), core_of(subject)
         if not rows.in_order:
             raise NotApplicable("its heads are merged, or share keys, in another order")
@@ -110,14 +109,25 @@ def judged_by_its_core(subject: Subject) -> Verdict:
         judged.allowed,
         shown=claims.shown(len(judged.projected)),
     )
-    if found is not None and not found.harmless:
+    if found is not None and found.harmless:
+        return holds("; ".join([found.cause, *_facts(judged)]))
+    if found is not None:
         return broken(f"{off}, and exactly those of this mistake: {found.cause}", cause=found.cause)
-    as_seen = judged.defined(judged.projected, subject.sees.to(judged.projected.device))
-    if difference(judged.contexts, as_seen).max() <= judged.allowed:
+    if is_defined_as_seen(subject):
         return holds("; ".join(["with the mask that it is seen to have", *_facts(judged)]))
-    if subject.notes.get("places"):
-        raise NotApplicable("its scores have a part that no query and key make: positions?")
+    need_plain(subject)
     return broken(f"{off}; no usual mistake explains them")
+
+
+def is_defined_as_seen(subject: Subject) -> bool:
+    """Whether the heads' contexts are those of the definition with the mask that the module is
+    seen to have, whatever it should have."""
+    try:
+        judged = CoreJudged.of(subject)
+    except NotApplicable:
+        return False
+    as_seen = judged.defined(judged.projected, subject.sees.to(judged.projected.device))
+    return bool(difference(judged.contexts, as_seen).max() <= judged.allowed)
 
 
 def _facts(judged: CoreJudged) -> Sequence[str]:

@@ -45,6 +45,12 @@ def _exact(subject: Subject, broken: Broken) -> str | None:
     return cause
 
 
+def _unfilled(subject: Subject, broken: Broken) -> str | None:
+    if "parameters_are_filled" not in broken:
+        return None
+    return f"parameters that are never filled: {', '.join(subject.unfilled)}"
+
+
 def _tokens_first(subject: Subject, broken: Broken) -> str | None:
     alone = torch.eye(subject.T, dtype=torch.bool)
     if "batch_rows_are_independent" in broken and torch.equal(subject.sees.cpu(), alone):
@@ -141,7 +147,10 @@ _DROPPED = {
 
 def _dropout(subject: Subject, broken: Broken) -> str | None:
     if "evaluation_repeats" in broken:
-        if broken["evaluation_repeats"].evidence.get("drawn"):
+        evidence = broken["evaluation_repeats"].evidence
+        if evidence.get("made"):
+            return "weights are drawn anew in every call: are layers made in forward?"
+        if evidence.get("drawn"):
             return "dropout in evaluation: it does not ask self.training"
         return "the output changes from call to call, and torch's random numbers are not why"
     if "dropout_drops_weights" in broken:
@@ -193,7 +202,12 @@ def _positions(subject: Subject, broken: Broken) -> str | None:
 
 def _cache(subject: Subject, broken: Broken) -> str | None:
     singly = broken.get("cache_token_by_token_agrees")
-    if singly is None and "cache_in_chunks_agrees" in broken:
+    chunks = broken.get("cache_in_chunks_agrees")
+    if singly is None and chunks is not None:
+        if chunks.evidence.get("sees_ahead"):
+            return "a chunk behind a cache has no mask: its tokens see those after them"
+        if not chunks.evidence.get("upper_left"):
+            return "a chunk behind a cache is masked in another way than the whole text"
         return "a chunk behind a cache is masked as if it stood at the start (upper left)"
     if singly is not None and singly.evidence.get("first_wrong") == 1:
         if subject.claims.positions is not None:
@@ -212,6 +226,7 @@ def _fill(subject: Subject, broken: Broken) -> str | None:
 
 
 _PATTERNS: tuple[Callable[[Subject, Broken], str | None], ...] = (
+    _unfilled,
     _exact,
     _tokens_first,
     _modes,

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from polyhead.check.subject import Subject, seeded
 from polyhead.check.tolerance import Spy, operation
 
-__all__ = ["NarrowMasks", "draws_random_numbers", "look_inside"]
+__all__ = ["NarrowMasks", "draws_random_numbers", "draws_weights", "look_inside"]
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
 _FUSED = ("scaled_dot_product", "flex_attention")
@@ -45,6 +45,14 @@ def look_inside(subject: Subject) -> None:
     if spy.extra_keys:
         claims.features |= {"sinks"}
         claims.how["features"] = f"{spy.extra_keys} keys that no token made"
+
+
+class _Fills(Spy):
+    fills = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.fills |= operation(func) in ("uniform_", "normal_")
+        return func(*args, **(kwargs or {}))
 
 
 class NarrowMasks(TorchFunctionMode):
@@ -101,6 +109,14 @@ class _Inside(Spy):
                     if (split == split.narrow(along, 0, 1)).all():
                         return True
         return False
+
+
+def draws_weights(subject: Subject, module: nn.Module) -> bool:
+    """Whether a call fills tensors with random numbers in place, as a new layer's weights are."""
+    spy = _Fills()
+    with torch.no_grad(), spy:
+        subject.call(module, subject.input(2))
+    return spy.fills
 
 
 def draws_random_numbers(subject: Subject, module: nn.Module) -> bool:

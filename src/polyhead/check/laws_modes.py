@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyhead.check.inside import draws_random_numbers
+from polyhead.check.inside import draws_random_numbers, draws_weights
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.subject import Subject, by, difference
 
@@ -27,10 +27,14 @@ def evaluation_repeats(subject: Subject) -> Verdict:
     apart = difference(subject.run(x), subject.run(x, salt=1))
     if apart.max() > subject.allowed(x):
         drawn = draws_random_numbers(subject, subject.exact)
+        made = drawn and draws_weights(subject, subject.exact)
+        reason = "; torch's generator is not the reason"
+        if drawn:
+            reason = ": are layers made in forward?" if made else ": dropout in evaluation?"
         return broken(
-            f"two calls in evaluation gave outputs {by(apart)} apart"
-            + (": dropout in evaluation?" if drawn else "; torch's generator is not the reason"),
+            f"two calls in evaluation gave outputs {by(apart)} apart{reason}",
             drawn=drawn,
+            made=made,
         )
     return holds()
 

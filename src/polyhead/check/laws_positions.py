@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from polyhead.check.defined import is_defined_as_seen
 from polyhead.check.heads import (
     need_no_absolute_positions,
     need_no_positions,
@@ -50,6 +51,10 @@ def order_alone_changes_nothing(subject: Subject) -> Verdict:
         before, after = subject.run(x)[:, order], subject.run(x[:, order])
     apart = difference(before, after)
     if apart.max() > subject.allowed(x):
+        if not subject.sees.equal(claims.shown(subject.T).to(x.device)) and is_defined_as_seen(
+            subject
+        ):
+            raise NotApplicable("it does not see every token that it may")
         return broken(
             f"tokens in another order gave another output, by {by(apart)}, though nothing "
             "gives it positions: is it cut into heads along the wrong axis?"

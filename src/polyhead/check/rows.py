@@ -122,7 +122,6 @@ def _learn(subject: Subject, core: Core) -> Rows:
     scores = rows.scale * (last[query] * (first - last)[key]).sum(dim=1)
     logits = torch.stack([shares[head].mean() for head in heads]).logit().detach()
     if difference(scores, logits).max() > 64 * rounding * (1 + scores.abs().max()):
-        subject.notes["places"] = True
         raise NotApplicable("its scores have a part that no query and key make: positions?")
     return rows
 

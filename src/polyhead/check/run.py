@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from polyhead.check import signature
 from polyhead.check.diagnosis import diagnose
 from polyhead.check.facts import band, claim_causal, read_claims
+from polyhead.check.filled import filled, unfilled
 from polyhead.check.inside import NarrowMasks, look_inside
 from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
 from polyhead.check.masks import claim_mask
@@ -163,9 +164,15 @@ def find_subject(
         )
     if mask_true not in (None, "show", "hide"):
         raise ArgumentError("mask_true", 'must be "show" or "hide"', repr(mask_true), "name one")
+    lacking = unfilled(options.get("make"), options.get("seed", 0))
+    if lacking:
+        module = filled(module, lacking, options.get("seed", 0))
     calling = signature.from_function(call) if call else signature.find_calling(module)
     claims, calling = read_claims(module, calling, given)
     subject = Subject(module, calling, claims, **options)
+    if lacking:
+        subject.unfilled = lacking
+        claims.how["unfilled"] = f"{', '.join(lacking)} (the check fills them from its seed)"
     if not _runs_in_float64(subject):
         claims.how["dtype"] = "float32, as it does not run in float64"
         subject.runs_in_float64 = False
@@ -261,5 +268,5 @@ def _facts(subject: Subject) -> dict[str, str]:
         for name, value in values.items()
         if value is not None
     }
-    facts |= {name: how[name] for name in ("dtype", "precision") if name in how}
+    facts |= {name: how[name] for name in ("dtype", "precision", "unfilled") if name in how}
     return facts

@@ -53,6 +53,8 @@ def fitting(seen: Mapping[int, Tensor], causal: bool) -> Pattern | None:
     if all(torch.equal(sees, band(T, causal, None)) for T, sees in seen.items()):
         return None
     longest = max(seen)
+    if int(seen[longest].sum(dim=1).max()) < 2:
+        return None  # tokens that see themselves alone: no attention
     for pattern in _patterns(seen[longest], causal):
         if all(
             torch.equal(sees, pattern.shown(T) & band(T, causal, None)) for T, sees in seen.items()
@@ -87,7 +89,7 @@ def _patterns(sees: Tensor, causal: bool) -> Iterator[Pattern]:
     for step in range(2, T // 2):
         apart = lambda t, s, n=step: (t - s) % n == 0  # noqa: E731
         yield Pattern(f"one token of {step}", apart)
-        for near in range(2, T - 1):
+        for near in range(step + 1, T - 1):
             yield Pattern(
                 f"one token of {step}, within {near} tokens",
                 lambda t, s, n=step, w=near: ((t - s) % n == 0) & ((t - s).abs() < w),  # type: ignore[misc]
@@ -103,6 +105,11 @@ def _patterns(sees: Tensor, causal: bool) -> Iterator[Pattern]:
         )
     for first in range(1, 5):
         for near in range(2, T - 1):
+            yield Pattern(
+                f"{near - 1} tokens on each side, the first {first} of the text, and these see all",
+                lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n) | (t < n),  # type: ignore[misc]
+                relative=False,
+            )
             yield Pattern(
                 f"{near} tokens, and the first {first} of the text",
                 lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n),  # type: ignore[misc]

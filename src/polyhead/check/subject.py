@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -105,6 +105,7 @@ class Subject:
         precision: the dtype whose rounding is allowed; not `dtype` where it computes in a
             narrower one inside, as many rotary positions do.
         longest: the most tokens of any call so far.
+        unfilled: names of parameters that its constructor leaves as the memory was.
         deadline: by `time.monotonic`, when no further call is begun; None: there is none.
     """
 
@@ -132,6 +133,7 @@ class Subject:
         self.precision = dtype
         self.longest = 0
         self.deadline: float | None = None
+        self.unfilled: Sequence[str] = ()
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     # Inputs and copies
