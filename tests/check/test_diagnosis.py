@@ -12,7 +12,17 @@ from polyhead.check.law import MODULE_LAWS
 from polyhead.check.target import load
 
 BROKEN = Path(__file__).parent / "broken"
-FILES = ("masks", "positions", "softmax", "heads", "modes", "numbers", "caches", "learned")
+FILES = (
+    "masks",
+    "positions",
+    "softmax",
+    "heads",
+    "modes",
+    "numbers",
+    "caches",
+    "learned",
+    "teaching",
+)
 
 
 def classes(file):

@@ -44,7 +44,8 @@ def behind_the_attention(seen: Seen, x: Tensor, rounding: float) -> str | None:
     if difference(shares, shares[:1]).max() > 1e3 * rounding or len(parts) == 1:
         return "each token is normalized, or multiplied, behind its output projection"
     a, b, _ = shares[0].tolist()
-    return f"the output is {a:.4g} times the projection's and {b:.4g} times the input"
+    added = f" and {b:.4g} times the input" if abs(b) > 1e3 * rounding else ""
+    return f"the output is {a:.4g} times the projection's{added}"
 
 
 def _equal(a: Tensor, b: Tensor, rounding: float) -> bool:

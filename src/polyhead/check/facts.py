@@ -29,7 +29,7 @@ __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
 # Not in property, properly or composition.
 _POSITIONS = re.compile(
     r"(?-i:(?<![dpP])rope|Rope|RoPE|(?<!P)ROPE|(?<![msr])position|Position|POSITION)"
-    r"|rotary|alibi|freqs|inv_freq|pos_|relative|slopes",
+    r"|rotary|alibi|freqs|inv_freq|pos_|relative|slopes|rotate_?half|\b(cos|sin)\b",
     re.I,
 )
 _FEATURES = {
@@ -144,9 +144,9 @@ def claim_window(subject: Subject) -> None:
             if T > subject.T and T not in seen and subject.takes(T):
                 seen[T] = subject.sees_in(T).cpu()
         if len(seen) > 1 and (pattern := fitting(seen, claims.causal)):
-            lengths = " and ".join(map(str, seen))
-            claims.how["window"] = f"it sees {pattern.words}, in texts of {lengths} tokens"
+            lengths = ", ".join(map(str, seen))
             claims.window = pattern.window
+            claims.how["window"] = f"as it sees in texts of {lengths} tokens"
             if pattern.window is None:
                 claims.pattern = pattern
             elif (tokens := claims.lengths()[0]) != claims.tokens and subject.takes(tokens):

@@ -106,12 +106,12 @@ def _patterns(sees: Tensor, causal: bool) -> Iterator[Pattern]:
     for first in range(1, 5):
         for near in range(2, T - 1):
             yield Pattern(
-                f"{near - 1} tokens on each side, the first {first} of the text, and these see all",
-                lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n) | (t < n),  # type: ignore[misc]
+                f"{near} tokens, and the first {first} of the text",
+                lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n),  # type: ignore[misc]
                 relative=False,
             )
             yield Pattern(
-                f"{near} tokens, and the first {first} of the text",
-                lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n),  # type: ignore[misc]
+                f"{near - 1} tokens on each side, the first {first} of the text, and these see all",
+                lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n) | (t < n),  # type: ignore[misc]
                 relative=False,
             )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "right"))
-import teaching as right  # noqa: E402
+import teaching as right
 
 sys.path.pop(0)
 
@@ -110,9 +110,9 @@ class DropsTheCausalArgument(nn.Module):
         self.c_q, self.c_k, self.c_v, self.c_proj = (nn.Linear(n_embd, n_embd) for _ in "qkvp")
 
     def forward(self, x):
-        B, T, C = x.shape
+        B, T, width = x.shape
         q, k, v = (
             w(x).view(B, T, self.n_head, -1).transpose(1, 2) for w in (self.c_q, self.c_k, self.c_v)
         )
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, width))

@@ -21,9 +21,11 @@ class SmallGPT(nn.Module):
         self.register_buffer("bias", torch.tril(ones).view(1, 1, *ones.shape))
 
     def forward(self, x):
-        B, T, C = x.size()
+        B, T, width = x.size()
         q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (
+            t.view(B, T, self.n_head, width // self.n_head).transpose(1, 2) for t in (q, k, v)
+        )
         att = (q @ k.transpose(-2, -1)) * self.scale(q)
         att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
         y = self.attn_dropout(F.softmax(att, dim=-1)) @ v
@@ -47,14 +49,14 @@ class SmallestGPT(nn.Module):
         self.n_head = n_head
 
     def forward(self, x, layer_past=None):
-        B, T, C = x.size()
-        k = self.key(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        q = self.query(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
-        v = self.value(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        B, T, width = x.size()
+        k = self.key(x).view(B, T, self.n_head, width // self.n_head).transpose(1, 2)
+        q = self.query(x).view(B, T, self.n_head, width // self.n_head).transpose(1, 2)
+        v = self.value(x).view(B, T, self.n_head, width // self.n_head).transpose(1, 2)
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         att = att.masked_fill(self.mask[:, :, :T, :T] == 0, float("-inf"))
         y = (self.attn_drop(F.softmax(att, dim=-1)) @ v).transpose(1, 2).contiguous()
-        return self.proj(y.view(B, T, C))
+        return self.proj(y.view(B, T, width))
 
 
 class LectureHead(nn.Module):
