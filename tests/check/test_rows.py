@@ -61,7 +61,7 @@ def test_rows_in_any_order_break_no_law(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ORDERS)
 def test_rows_in_any_order_pass_all_laws(name):
-    for seed in range(5):
+    for seed in range(2):
         torch.manual_seed(seed)
         report = check_module(ORDERS[name](), make=ORDERS[name], seed=seed)
         assert report.ok, report

@@ -182,6 +182,8 @@ class Subject:
         """Whether it takes so many tokens."""
         try:
             return self.run(self.input(1, T)).shape[1] == T
+        except OutOfTime:
+            raise
         except Exception:  # of unknown code
             return False
 

@@ -58,7 +58,7 @@ class EinsumKeysAreQueries(right.EinsumWeights):
 
 
 class EinsumRolesTurned(right.EinsumWeights):
-    law, cause = "output_is_the_definitions", "W_key gives the values, not the keys"
+    law, cause = "output_is_the_definitions", "W_value gives the keys, not the values"
 
     def parameters_of_roles(self):
         return self.W_query, self.W_value, self.W_key

@@ -185,7 +185,7 @@ class FirstTokenAndWindow(_Core):
 
 class GlobalToken(_Core):
     causal = False
-    sees = "the first 1 of the text, and these see all"
+    sees = "2 tokens on each side, the first 1 of the text, and these see all"
 
     def shown(self, T):
         first = torch.arange(T) == 0
