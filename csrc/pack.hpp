@@ -132,14 +132,14 @@ inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, 
 template <int Distance = kLanes / 2, class Vector>
 [[gnu::always_inline]] inline void transpose(Vector (&square)[kLanes]) {
   if constexpr (Distance > 0) {
-    const I32 lanes = lane_numbers();
-    const I32 is_later = (lanes & Distance) != 0;
+    const auto upper = [](auto i) { return (i & Distance) != 0 ? i - Distance + kLanes : i; };
+    const auto lower = [](auto i) { return (i & Distance) != 0 ? i + kLanes : i + Distance; };
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
       if (i & Distance) continue;
       const Vector a = square[i], b = square[i + Distance];
-      square[i] = __builtin_shuffle(a, b, is_later ? lanes - Distance + kLanes : lanes);
-      square[i + Distance] = __builtin_shuffle(a, b, is_later ? lanes + kLanes : lanes + Distance);
+      square[i] = shuffle(a, b, upper);
+      square[i + Distance] = shuffle(a, b, lower);
     }
     transpose<Distance / 2>(square);
   }

@@ -154,24 +154,24 @@ template <int Count, int Keys, class Element>
     std::memcpy(dots + i * dots_stride, totals + i * Keys, sizeof(float) * Keys);
 }
 
+// Lane i of two vectors of so many lanes, where their lanes take turns.
+template <class Lane>
+[[gnu::always_inline]] constexpr Lane in_turn(Lane i, int16_t lanes) {
+  return (i >> 1) + (i & 1) * lanes;
+}
+
 // Two rows of numbers as the pairs of each column, in the order of the columns.
 inline void pair_up(U16x2 a, U16x2 b, U32& lower, U32& upper) {
-  U16x2 from_lower, from_upper;
-#pragma GCC unroll 32
-  for (int i = 0; i < 2 * kLanes; ++i) {
-    from_lower[i] = static_cast<uint16_t>(i / 2 + i % 2 * 2 * kLanes);
-    from_upper[i] = static_cast<uint16_t>(kLanes + i / 2 + i % 2 * 2 * kLanes);
-  }
-  lower = reinterpret_cast<U32>(__builtin_shuffle(a, b, from_lower));
-  upper = reinterpret_cast<U32>(__builtin_shuffle(a, b, from_upper));
+  const auto from_lower = [](auto i) { return in_turn(i, 2 * kLanes); };
+  const auto from_upper = [](auto i) { return kLanes + in_turn(i, 2 * kLanes); };
+  lower = reinterpret_cast<U32>(shuffle(a, b, from_lower));
+  upper = reinterpret_cast<U32>(shuffle(a, b, from_upper));
 }
 
 // From even and odd numbers to all in their order.
-inline void interleave(F32& even, F32& odd) {
-  const I32 lanes = lane_numbers();
-  const I32 lower = (lanes >> 1) + (lanes & 1) * kLanes;
-  const F32 first = __builtin_shuffle(even, odd, lower);
-  odd = __builtin_shuffle(even, odd, lower + kLanes / 2);
+[[gnu::always_inline]] inline void interleave(F32& even, F32& odd) {
+  const F32 first = shuffle(even, odd, [](auto i) { return in_turn(i, kLanes); });
+  odd = shuffle(even, odd, [](auto i) { return in_turn(i, kLanes) + kLanes / 2; });
   even = first;
 }
 

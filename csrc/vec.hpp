@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "attention.hpp"
 
@@ -85,10 +86,25 @@ inline F32 select(I32 mask, F32 yes, F32 no) {
 inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
 
 // 0, 1, 2, ...
-inline I32 lane_numbers() {
-  I32 lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+template <class Lanes = I32>
+inline Lanes lane_numbers() {
+  Lanes lanes;
+  constexpr int kCount = sizeof(lanes) / sizeof(lanes[0]);
+  for (int i = 0; i < kCount; ++i) lanes[i] = i;
   return lanes;
+}
+
+// Lane i is the lane `lane_of(i)` of a's lanes followed by b's. clang shuffles by constants alone,
+// GCC 11 by vectors alone, so the function is of either: of a number, or of all of them at once.
+template <class Vector, class LaneOf>
+[[gnu::always_inline]] inline Vector shuffle(Vector a, Vector b, [[maybe_unused]] LaneOf lane_of) {
+#if defined(__clang__)
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, LaneOf{}(kLane)...);
+  }(std::make_integer_sequence<int, sizeof(Vector) / sizeof(a[0])>());
+#else
+  return __builtin_shuffle(a, b, lane_of(lane_numbers<decltype(a < b)>()));
+#endif
 }
 
 // Every lane becomes `combine` of all lanes, in log2(kLanes) steps.
@@ -97,7 +113,8 @@ inline F32 fold(F32 v, Combine combine) {
   if constexpr (Distance == 0) {
     return v;
   } else {
-    return fold<Distance / 2>(combine(v, __builtin_shuffle(v, lane_numbers() ^ Distance)), combine);
+    const auto moved = [](auto i) { return i ^ Distance; };
+    return fold<Distance / 2>(combine(v, shuffle(v, v, moved)), combine);
   }
 }
 
@@ -107,15 +124,12 @@ inline float sum(F32 v) {
 
 // One step towards the sums of a's and of b's lanes: in both, runs of `Run` lanes belong together,
 // and in the result runs of half the length, a's and b's in turn.
-template <int Run>
+template <int Run, int kHalf = Run / 2>
 [[gnu::always_inline]] inline F32 halve_runs(F32 a, F32 b) {
-  constexpr int kHalf = Run / 2;
-  const I32 lanes = lane_numbers();
-  const I32 is_of_b = lanes & kHalf;
   // One of the two terms stays in its lane: to blend is cheaper than to move.
-  const I32 staying = is_of_b ? lanes + kLanes : lanes;
-  const I32 moving = is_of_b ? lanes - kHalf + kLanes : lanes + kHalf;
-  return __builtin_shuffle(a, b, staying) + __builtin_shuffle(a, b, moving);
+  const auto staying = [](auto i) { return (i & kHalf) != 0 ? i + kLanes : i; };
+  const auto moving = [](auto i) { return (i & kHalf) != 0 ? i - kHalf + kLanes : i + kHalf; };
+  return shuffle(a, b, staying) + shuffle(a, b, moving);
 }
 
 // sums[i] = the sum of v[i]'s lanes, for as many vectors as a vector has lanes, or 8.

@@ -14,6 +14,7 @@ import polyhead
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
+ENDS = (".py", ".js", ".ipynb")  # of what a test file may be of
 
 
 def long_files(root: Path) -> list[str]:
@@ -35,7 +36,7 @@ def settings(root: Path) -> list[str]:
 
 
 def stray_tests(root: Path) -> list[str]:
-    """Return the test files that mirror no module, no script of the page and no example.
+    """Return the test files that mirror no module, no script of a page and no example.
 
     One module may have several: test_cpu_dropout.py is of cpu.py too.
     """
@@ -48,7 +49,7 @@ def stray_tests(root: Path) -> list[str]:
         words = place.name.split("_")
         names = ["_".join(words[:n]) for n in range(1, len(words) + 1)]
         subjects = [folder / place.with_name(name) for folder in folders for name in names]
-        modules = (subject.with_suffix(end) for subject in subjects for end in (".py", ".js"))
+        modules = (subject.with_suffix(end) for subject in subjects for end in ENDS)
         if not any(module.exists() for module in modules) and not any(map(Path.is_dir, subjects)):
             stray.append(test.relative_to(root).as_posix())
     return sorted(stray)
@@ -67,12 +68,14 @@ def test_the_rules_catch_a_breach(tmp_path):
         "csrc/isa.cpp": 'getenv("ISA")',
         "csrc/tile.hpp": 'getenv("ROWS")' + "\n" * (MAX_LINES + 1),
         "examples/train.py": "",
+        "examples/notes.ipynb": "",
         "tests/test_mask.py": "",
         "tests/test_mask_errors.py": "",
         "tests/test_look.py": "",
         "tests/test_repository.py": "",
         "tests/acceptance/test_promise.py": "",
         "tests/examples/test_train.py": "",
+        "tests/examples/test_notes.py": "",
         "tests/look/test_mask.py": "",
         "tests/look/test_mask_errors.py": "",
         "tests/test_masks.py": "",

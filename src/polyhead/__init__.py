@@ -10,6 +10,7 @@ from polyhead.backends import Backend, backends, use_backend
 from polyhead.cache import Cache, KVCache, PagedKVCache
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
 from polyhead.functional import attention, explain
+from polyhead.lesson import Lesson, lesson
 from polyhead.modules import (
     CausalAttention,
     MultiHeadAttention,
@@ -27,6 +28,7 @@ from polyhead.positions import (
     YarnScaling,
     alibi_slopes,
 )
+from polyhead.trace import Trace, trace
 
 __all__ = [
     "AttentionCall",
@@ -38,6 +40,7 @@ __all__ = [
     "DynamicNTKScaling",
     "HeadStats",
     "KVCache",
+    "Lesson",
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",
@@ -48,6 +51,7 @@ __all__ = [
     "PagedKVCache",
     "Rope",
     "RopeScaling",
+    "Trace",
     "YarnScaling",
     "alibi_slopes",
     "attention",
@@ -58,8 +62,10 @@ __all__ = [
     "errors",
     "explain",
     "integrations",
+    "lesson",
     "look",
     "mask",
+    "trace",
     "use_backend",
 ]
 

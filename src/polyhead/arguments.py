@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyhead.call import AttentionCall, AuxRequest
-from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_is_plain
 from polyhead.mask import Mask
 from polyhead.stored import Stored
 
@@ -247,6 +247,7 @@ def check_is_tensor(name: str, tensor: object) -> None:
             else "call .to_dense()"
         )
         raise DtypeError(name, "must be a dense tensor", got, remedy)
+    check_is_plain(name, tensor)
 
 
 def check_request(return_aux: AuxRequest | None) -> AuxRequest:

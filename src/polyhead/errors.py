@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
+from types import BuiltinFunctionType
+from typing import Any
 
 __all__ = [
     "ArgumentError",
@@ -123,3 +125,28 @@ def check_count(
         if isinstance(count, Integral) and not isinstance(count, int):  # numpy's
             remedy = "convert it with int()"
         raise error(argument, f"must be an integer of at least {least}", repr(count), remedy)
+
+
+# Kinds of tensors with operators of their own that compute attention as plain tensors do.
+_TRANSPARENT = ("AsyncCollectiveTensor", "FakeTensor", "FunctionalTensor", "HeldTensor")
+
+
+# And those without the numbers that they stand for, whichever these are.
+_REMEDIES = {
+    "DTensor": "pass .to_local() on every rank, of whole heads, rows and tokens",
+    "CausalBias": 'pass mask=polyhead.mask.causal(), with align="start" for causal_upper_left',
+}
+
+
+def check_is_plain(argument: str, tensor: Any) -> None:
+    """Raise unless a tensor holds its numbers: a `DTensor` or another wrapper does not."""
+    kind = type(tensor)
+    if kind.__name__ in ("Tensor", "Parameter"):
+        return
+    names = [base.__name__ for base in kind.__mro__]
+    remedy = next((_REMEDIES[name] for name in names if name in _REMEDIES), "")
+    # A function of torch's, in subclasses that change no operator.
+    is_wrapper = not isinstance(kind.__torch_dispatch__, BuiltinFunctionType)
+    if remedy or (is_wrapper and kind.__name__ not in _TRANSPARENT):
+        remedy = remedy or "pass a plain tensor made of it"
+        raise DtypeError(argument, "must be a plain tensor", kind.__name__, remedy)

@@ -21,6 +21,7 @@ from polyhead.backends import (
     cpu,
     is_automatic,
 )
+from polyhead.backends.recording import is_traced
 from polyhead.backends.reference import compute_aux
 from polyhead.backends.second_order import DIFFERENTIATED_AUX, run_twice_differentiable
 from polyhead.call import NO_AUX, AttentionCall, Aux, AuxRequest
@@ -289,8 +290,9 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
     call = _as_read_by(chosen, call)
     left = _left_to_definition(chosen, call)
     asked = replace(call, aux=replace(call.aux, **dict.fromkeys(left, False))) if left else call
-    # torch.compile has no second derivatives of its own, and cannot trace this.
-    if _gives_first_derivative_only(chosen, call) and not torch.compiler.is_compiling():
+    # A graph, compiled or traced, has the derivatives of its operators, and records no other.
+    is_graph = torch.compiler.is_compiling() or is_traced()
+    if _gives_first_derivative_only(chosen, call) and not is_graph:
         output, aux = run_twice_differentiable(chosen.run, asked)
     else:
         output, aux = chosen.run(asked)

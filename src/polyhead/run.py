@@ -141,7 +141,7 @@ def compare_mechanisms(mha: MultiHeadAttention, x: Tensor) -> tuple[MechanismRow
     written_out.backend = "reference"
     definition = copy.deepcopy(written_out).double()
     truth = definition(x.double())
-    query, key, value = mha.project_heads(x)
+    query, key, value = mha.project_qkv(x)
     chosen = explain(query, key, value, mask=mha.mask, scale=mha.scale, backend=mha.backend).chosen
     candidates: list[tuple[str, str, MultiHeadAttention | MultiHeadAttentionWrapper]] = [
         ("stacked heads (3.6.1)", "reference", split_to_stacked(written_out)),
@@ -209,7 +209,7 @@ def _attention_of(model: Any, name: str) -> Iterator[None]:
 
 
 def _head_rows(mha: MultiHeadAttention, hidden: Tensor) -> tuple[HeadRow, ...]:
-    query, key, _ = mha.project_heads(hidden)
+    query, key, _ = mha.project_qkv(hidden)
     means = stats(query, key, mask=mha.mask, scale=mha.scale).per_head()
     names = ("mass_first", "mass_previous", "mass_self", "mean_distance", "entropy")
     return tuple(

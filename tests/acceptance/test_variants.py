@@ -252,7 +252,7 @@ BAD = [
         {"memory": torch.zeros(B, 3, D_IN, dtype=torch.float64)},
         ph.errors.ArgumentError,
         "cache must be None with memory, whose keys do not grow; got both; project memory once "
-        "with project_heads, and call polyhead.attention",
+        "with project_qkv, and call polyhead.attention",
     ),
     (
         {"x": torch.zeros(B, 60, D_IN, dtype=torch.float64)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import re
 
@@ -33,6 +34,17 @@ def rolling(batch, window=3, rewindable=2, **options):
 
 def paged(batch, **options):
     return PagedKVCache(batch, MAX_TOKENS, **SIZES, **options, block_size=3)
+
+
+def repickled(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+def resaved(cache):
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 every_cache = pytest.mark.parametrize("make", [dense, preallocated, rolling, paged])
@@ -233,9 +245,7 @@ def test_read_gives_what_a_one_token_append_gave(make, storage):
 
 @every_storage
 @every_cache
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), Cache.clone]
-)
+@pytest.mark.parametrize("copied", [copy.deepcopy, repickled, Cache.clone])
 def test_a_copy_goes_on_alone(make, storage, copied):
     history = History(2, seed=0, dtype=torch.float32)
     cache = make(2, storage=storage)
@@ -250,6 +260,24 @@ def test_a_copy_goes_on_alone(make, storage, copied):
     assert cache.length == 7
     assert all(map(torch.equal, cache.append(key, value), held_clone))
     assert (cache.length, cache.start) == (twin.length, start)
+
+
+@every_storage
+@every_cache
+@pytest.mark.parametrize("copied", [copy.deepcopy, repickled, resaved, Cache.clone])
+def test_copy_made_in_inference_mode_is_written_outside(make, storage, copied):
+    """litgpt#837: `copy.deepcopy` there made tensors that no append could write."""
+    history = History(2, seed=0, dtype=torch.float32)
+    with torch.inference_mode():
+        cache = make(2, storage=storage)
+        cache.append(*history.draw(5)[1:])
+        twin = copied(cache)
+        twin.reorder(torch.tensor([1, 0]))
+    cache.reorder(torch.tensor([1, 0]))
+    for _ in range(4):  # into memory that was there, and beyond
+        _, key, value = history.draw(1)
+        for got, expected in zip(twin.append(key, value), cache.append(key, value), strict=True):
+            assert torch.equal(got, expected)
 
 
 KEY, VALUE = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 2)

@@ -221,3 +221,17 @@ def test_a_step_compiles_whole_and_lengths_do_not_compile_again(window, storage)
     # and where it is first full. None in the second half.
     assert compiles[-1] <= (2 if window is None else 6)
     assert compiles[-1] == compiles[len(compiles) // 2]
+
+
+def test_rewindable_set_anew_holds_for_the_tokens_that_come():
+    cache = KVCache(1, None, 2, 4, window=3)
+    for T in (9, 1, 1):
+        x = torch.zeros(1, 2, T, 4)
+        cache.append(x, x)
+    cache.rewindable = 20
+    token = torch.arange(11.0, 41.0)[None, None, :, None].expand(1, 2, 30, 4)
+    cache.append(token, token)
+    cache.rewind(20)
+    assert cache.read()[0][0, 0, :, 0].tolist() == [17.0, 18.0, 19.0, 20.0]
+    with pytest.raises(ArgumentError, match=r"rewindable must be an integer of at least 0; got -1"):
+        cache.rewindable = -1

@@ -134,3 +134,105 @@ def test_bad_usage_is_one_message_and_exit_code_2(args, message):
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
+
+
+UNJUDGED = """
+import signal
+from torch import nn
+
+class RaisesInInit(nn.Linear):
+    def __init__(self, in_features=8):
+        raise RuntimeError("no weights here\\nand a second line")
+
+class RaisesInForward(nn.Linear):
+    def forward(self, x):
+        raise ValueError("the moon is full\\nand a second line")
+
+class RaisesWhenCopied(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("may not be copied")
+
+class Hidden(nn.Linear):
+    def __getattr__(self, name):
+        if name == "config":
+            raise RuntimeError("no configuration\\nhere")
+        return super().__getattr__(name)
+
+class Stops(nn.Linear):
+    def __init__(self, in_features=8):
+        signal.raise_signal(signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("RaisesInInit", "RuntimeError: no weights here from RaisesInInit()"),
+        ("RaisesInForward", "forward must give an output for tokens of some size, and raised for"),
+        ("RaisesInForward", "got 7 tokens of 8: ValueError: the moon is full; 8 tokens"),
+        ("RaisesWhenCopied", "RuntimeError: may not be copied"),
+        ("Hidden", "RuntimeError: no configuration"),
+        ("NotThere", "must name something in"),
+    ],
+)
+def test_what_is_not_judged_is_one_line_and_exit_code_2(tmp_path, name, message):
+    (tmp_path / "unjudged.py").write_text(UNJUDGED)
+    result = run(f"{tmp_path / 'unjudged.py'}:{name}", *(SIZES if "Init" not in name else ()))
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert message in lines[0]
+
+
+def test_ctrl_c_before_the_first_law_exits_with_130(tmp_path):
+    (tmp_path / "unjudged.py").write_text(UNJUDGED)
+    result = run(f"{tmp_path / 'unjudged.py'}:Stops")
+    assert result.exit_code == 130
+    assert "stopped by the user" in result.stderr
+
+
+def test_ctrl_c_within_a_law_prints_what_is_known_and_exits_with_130(tmp_path):
+    (tmp_path / "stops.py").write_text(
+        "import signal\nfrom torch import nn\n"
+        "class Stops(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        if x.shape[0] == 3:\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "        return super().forward(x)\n"
+    )
+    only = ("--only", "output_is_finite", "--only", "batch_rows_permute")
+    result = run(f"{tmp_path / 'stops.py'}:Stops", *SIZES, *only)
+    assert result.exit_code == 130, result.output
+    assert "not run  batch_rows_permute" in result.stdout
+
+
+def test_a_relative_import_says_which_package_to_name(tmp_path, monkeypatch):
+    """The remedy works as it is printed."""
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner.parent, inner):
+        (folder / "__init__.py").write_text("")
+    (inner.parent / "sizes.py").write_text("SIZE = 8\n")
+    (inner / "layer.py").write_text(
+        "from torch import nn\nfrom ..sizes import SIZE\n"
+        "class Layer(nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(SIZE, SIZE)\n"
+    )
+    result = run(f"{inner / 'layer.py'}:Layer")
+    assert result.exit_code == 2
+    remedy = f"polyhead check outer.inner.layer:Layer, run in {tmp_path}"
+    assert remedy in result.stderr
+    monkeypatch.chdir(tmp_path)
+    assert run("outer.inner.layer:Layer", "--only", "output_is_finite").exit_code == 0
+
+
+def test_a_package_that_is_missing_is_to_be_installed(tmp_path):
+    (tmp_path / "needs.py").write_text("import no_such_package_here\n")
+    result = run(f"{tmp_path / 'needs.py'}:X")
+    assert result.exit_code == 2
+    assert "install no_such_package_here" in result.stderr
+
+
+def test_help_documents_values_of_a_configuration():
+    assert "config.NAME=VALUE" in run("--help").stdout

@@ -134,6 +134,12 @@ def test_a_bias_of_places_is_no_part_of_the_rows():
         learned_rows(subject_of(Biased()))
 
 
+def test_positions_that_nothing_names_break_no_law():
+    torch.manual_seed(0)
+    report = check_module(AROUND["TurnedElsewhere"](), only=["order_alone_changes_nothing", *LAWS])
+    assert report.ok, report
+
+
 def test_a_module_without_a_core_is_told():
     with pytest.raises(NotApplicable, match="no product of weights and values"):
         core_of(subject_of(nn.Linear(8, 8)))

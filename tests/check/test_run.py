@@ -100,3 +100,105 @@ def test_words_that_contain_rope_or_position_give_no_positions():
     report = ph.check.check_module(WithProperty(inverted=True))
     assert "positions" not in report.facts
     assert "output_is_the_definitions" in [failure.law for failure in report.failures]
+
+
+class TokensFirst(Book):
+    """(tokens, batch, features), as in fairseq."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+class TokensFirstLeaks(TokensFirst):
+    def __init__(self):
+        super().__init__()
+        self.mask = self.mask.triu(2)
+
+
+def test_tokens_first_is_found_and_judged():
+    report = ph.check.check_module(TokensFirst())
+    assert report.ok, report
+    assert report.facts["called as"] == "x tokens first"
+    assert report.facts["layout"] == "(tokens, batch, features), found by trying"
+
+
+class TokensFirstOfThree(nn.Module):
+    """query, key and value, with nothing that says where the batch stands."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(24, 4)
+
+    def forward(self, query, key, value):
+        return self.attention(query, key, value)[0]
+
+
+def test_tokens_first_is_found_with_query_key_and_value():
+    report = ph.check.check_module(TokensFirstOfThree())
+    assert report.ok, report
+    assert report.facts["called as"] == "query, key, value tokens first"
+
+
+def test_a_bug_behind_tokens_first_is_found():
+    report = ph.check.check_module(TokensFirstLeaks(), only=["no_future_leak"])
+    assert report.exit_code == 1, report
+    assert report.diagnosis[0].startswith("off-by-one mask: every token also sees the next one")
+
+
+class RowsSeeEachOther(Book):
+    """Broken: every row sees all rows, and its own tokens too. It is not turned."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(dim=0))
+
+
+def test_rows_that_see_each_other_are_no_other_layout():
+    report = ph.check.check_module(RowsSeeEachOther(), only=["batch_rows_are_independent"])
+    assert report.exit_code == 1
+    assert "layout" not in report.facts
+
+
+class Counted(nn.Module):
+    """Right, with its number of heads under a name."""
+
+    def __init__(self, name):
+        super().__init__()
+        if name:
+            setattr(self, name, 4)
+        self.split = lambda x: x.unflatten(-1, (4, 6)).transpose(1, 2)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(24, 24) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (self.split(w(x)) for w in (self.q_proj, self.k_proj, self.v_proj))
+        return self.o_proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+    def attend(self, q, k, v):
+        return (q @ k.mT / 6**0.5).softmax(dim=-1) @ v
+
+
+class CountedWrongly(Counted):
+    """The scale is that of all heads' features together."""
+
+    def attend(self, q, k, v):
+        return (q @ k.mT / 24**0.5).softmax(dim=-1) @ v
+
+
+NAMES = ["num_head", "n_local_heads", "nheads", "heads", "num_attn_heads", "encoder_heads"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, ""])
+def test_a_bug_is_found_whatever_the_number_of_heads_is_called(name):
+    only = ["output_is_the_definitions"]
+    report = ph.check.check_module(Counted(name), only=only)
+    assert report.count(ph.check.Outcome.HOLDS) == 1, report
+    how = f"attribute {name}" if name else "its softmax has 4 rows for each token"
+    assert report.facts["num_heads"] == f"4 ({how})"
+    assert ph.check.check_module(CountedWrongly(name), only=only).exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["head_dim", "heads_per_group", "num_kv_heads", "head_dropout"])
+def test_other_numbers_about_heads_are_not_their_number(name):
+    module = Counted("")
+    setattr(module, name, 3)
+    report = ph.check.check_module(module, only=["output_is_finite"])
+    assert report.facts["num_heads"] == "4 (its softmax has 4 rows for each token)"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from polyhead.cli import main
+from polyhead.cli import main, options
 
 command = importlib.import_module("polyhead.cli.look")
 TEXT = "the cat sat on a mat and the cat saw a dog ."
@@ -81,7 +81,7 @@ def test_the_terminal_shows_the_grid_in_the_colours_asked_for(look, tmp_path):
 
 def test_the_page_is_opened(look, monkeypatch, tmp_path):
     opened = []
-    monkeypatch.setattr(command.webbrowser, "open", lambda address: opened.append(address))
+    monkeypatch.setattr(options.webbrowser, "open", lambda address: opened.append(address))
     result = look(TEXT, "--open")
     assert opened == [(tmp_path / "heads.html").as_uri()]
     assert f"No browser could be opened; the page is {opened[0]}" in result.stderr
@@ -151,7 +151,7 @@ def test_it_serves_until_ctrl_c(look, port, monkeypatch, args, begins):
         threading.Thread(target=ask).start()
         return True
 
-    monkeypatch.setattr(command.webbrowser, "open", visit)
+    monkeypatch.setattr(options.webbrowser, "open", visit)
     result = look(*args, "--serve", "--port", str(port), "--max-tokens", "30", "--open")
     assert result.exit_code == 0, result.output
     assert result.stdout == f"Look at http://127.0.0.1:{port}/ (Ctrl-C stops)\n"

@@ -26,27 +26,36 @@ def gpt2():
         tensors[f"{attention}c_attn.bias"] = torch.randn(36).bfloat16()
         tensors[f"{attention}c_proj.weight"] = torch.randn(12, 12).bfloat16()
         tensors[f"{attention}c_proj.bias"] = torch.randn(12).bfloat16()
-        tensors[f"{attention}bias"] = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+        tensors[f"{attention}bias"] = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
         tensors[f"h.{i}.mlp.c_proj.weight"] = torch.randn(5, 12, dtype=torch.float64)
     tensors["steps"] = torch.tensor(7)
     tensors["none"] = torch.zeros(0, 4)
     return tensors
 
 
+def without_masks(gpt2):
+    return {name: tensor for name, tensor in gpt2.items() if not name.endswith(".attn.bias")}
+
+
 def save(tensors, folder, kind):
     """The checkpoint in one of the ways that can be read; what to pass as path."""
     folder.mkdir(exist_ok=True)
-    if kind == "sharded":
+    if kind in ("sharded", "sharded.bin"):
         names = sorted(tensors)  # a layer's tensors come to lie in different shards
-        shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+        whole = "pytorch_model.bin" if kind.endswith("bin") else "model.safetensors"
+        end = whole.rpartition(".")[2]
+        write = torch.save if end == "bin" else safetensors.save_file
+        shards = {f"a.{end}": names[::2], f"b.{end}": names[1::2]}
         for shard, held in shards.items():
-            safetensors.save_file({name: tensors[name] for name in held}, folder / shard)
+            write({name: tensors[name] for name in held}, folder / shard)
         weight_map = {name: shard for shard, held in shards.items() for name in held}
-        index = folder / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": weight_map}))
+        (folder / f"{whole}.index.json").write_text(json.dumps({"weight_map": weight_map}))
         return folder
     if kind == "folder":
         safetensors.save_file(tensors, folder / "model.safetensors")
+        return folder
+    if kind == "folder.bin":
+        torch.save(tensors, folder / "pytorch_model.bin")
         return folder
     path = folder / kind
     if kind.endswith(".safetensors"):
@@ -67,7 +76,16 @@ def assert_same(got, want):
         assert torch.equal(got[name], tensor), name
 
 
-KINDS = ["x.safetensors", "folder", "sharded", "x.pt", "legacy.bin"]
+KINDS = [
+    "x.safetensors",
+    "folder",
+    "sharded",
+    "x.pt",
+    "legacy.bin",
+    "folder.bin",
+    "sharded.bin",
+    "x.ckpt",
+]
 
 
 @pytest.mark.parametrize("output", ["out.safetensors", "out.pt"])
@@ -84,7 +102,8 @@ def test_a_file_moves_as_its_state_dict_and_back(gpt2, tmp_path, kind, output):
     )
     want = state_dict(gpt2, source="gpt2", target="polyhead")
     assert_same(load(tmp_path / output), want)
-    assert (report.layers, report.unchanged) == (LAYERS, len(gpt2) - 4 * LAYERS)
+    assert (report.layers, report.unchanged) == (LAYERS, len(gpt2) - 5 * LAYERS)
+    assert report.dropped == tuple(f"h.{i}.attn.bias" for i in range(LAYERS))
     assert report.bytes == (tmp_path / output).stat().st_size
     shares = [done for _, done in seen]
     assert shares == sorted(shares)
@@ -92,7 +111,7 @@ def test_a_file_moves_as_its_state_dict_and_back(gpt2, tmp_path, kind, output):
     assert {"moving h.2.attn", "copying wte.weight"} <= {step for step, _ in seen}
     back = tmp_path / "back.safetensors"
     convert_file(tmp_path / output, back, source="polyhead", target="gpt2")
-    assert_same(load(back), gpt2)
+    assert_same(load(back), without_masks(gpt2))
     assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(
         ["in", output, "back.safetensors"]
     )
@@ -143,7 +162,7 @@ def test_only_one_layer_is_in_memory_at_a_time(gpt2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "_pieces", counted)
     convert_file(path, tmp_path / "y.safetensors", source="gpt2", target="polyhead")
-    assert alive == [4] * LAYERS + [1] * (len(gpt2) - 4 * LAYERS)
+    assert alive == [4] * LAYERS + [1] * (len(gpt2) - 5 * LAYERS)
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError, RuntimeError])
@@ -242,7 +261,9 @@ def test_checkpoints_that_cannot_be_read(gpt2, tmp_path):
 
     refuse(tmp_path / "none.safetensors", "no such file or folder; check the path")
     (tmp_path / "empty").mkdir()
-    refuse(tmp_path / "empty", r"empty must hold model.safetensors or model.safetensors.index.json")
+    refuse(
+        tmp_path / "empty", r"empty must hold model.safetensors or pytorch_model.bin, or one of th"
+    )
     (tmp_path / "cut.safetensors").write_bytes(
         save(gpt2, tmp_path, "x.safetensors").read_bytes()[:-1]
     )

@@ -239,7 +239,7 @@ def test_one_family_becomes_another():
         (
             {"num_heads": 2, "target": "stacked", "extra": "heads.0.W_key.weight"},
             ConversionError,
-            r"a\.heads\.0\.W_key\.weight would be there twice",
+            r"^a\.: layout neox has no place for heads\.0\.W_key\.weight",
         ),
     ],
 )
@@ -250,6 +250,15 @@ def test_what_cannot_be_moved_says_why(options, error, message):
         theirs[f"a.{extra}"] = torch.zeros(2)
     with pytest.raises(error, match=message):
         state_dict(theirs, **options)
+
+
+def test_a_name_that_would_be_there_twice_is_refused():
+    ours = {
+        f"a.{name}": tensor
+        for name, tensor in ph.MultiHeadAttention(8, 8, 4, 0.0, 2).state_dict().items()
+    }
+    with pytest.raises(ConversionError, match=r"a\.q_proj\.weight would be there twice"):
+        state_dict({**ours, "a.q_proj.weight": torch.zeros(2)}, source="polyhead", target="llama")
 
 
 def test_a_module_is_no_checkpoint():
@@ -287,17 +296,20 @@ def test_a_stacked_head_that_is_missing():
 
 def test_a_name_that_only_ends_alike_is_no_layer():
     layer = {"a.dense.weight": torch.randn(4, 4), "a.query_key_value.weight": torch.randn(12, 4)}
-    alike = {name.replace("a.", "a.my_"): tensor for name, tensor in layer.items()}
+    alike = {name.replace("a.", "b.my_"): tensor for name, tensor in layer.items()}
     moves = plan({**layer, **alike}, "neox", "polyhead", Sizes(2))
     assert [move.prefix for move in moves] == ["a."]
 
 
-def test_a_lecture_s_mask_passes_as_it_was():
-    lecture = {**ph.MultiHeadAttention(7, 4, 4, 0.0, 2).state_dict(), "mask": torch.ones(4, 4)}
-    moved = state_dict(lecture, source="split", target="llama")
-    assert moved["mask"] is lecture["mask"]
-    assert moved.keys() == {"q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight",
-                            "o_proj.bias", "mask"}  # fmt: skip
+@pytest.mark.parametrize("target", ["llama", "stacked", "fused"])
+def test_a_lecture_s_causal_mask_is_dropped(target):
+    """It stands in every layer of the lecture's classes; the layer that is loaded has a rule."""
+    mha = ph.MultiHeadAttention(7, 4, 4, 0.0, 2).state_dict()
+    lecture = {**mha, "mask": torch.ones(4, 4).triu(1)}
+    options = {"source": "split", "target": target, "num_heads": 2, "num_kv_heads": 2}
+    assert state_dict(lecture, **options).keys() == state_dict(mha, **options).keys()
+    with pytest.raises(ConversionError, match=r"mask must be causal .*another \(4, 4\) mask"):
+        state_dict({**lecture, "mask": torch.ones(4, 4).triu(2)}, **options)
 
 
 def test_every_family_is_tried_here():

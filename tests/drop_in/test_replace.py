@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -192,3 +193,132 @@ def test_a_row_of_padding_alone_is_no_nan():
     ph.drop_in.replace_attention(layer)
     with torch.inference_mode():
         assert not layer(x, src_key_padding_mask=nothing).isnan().any()
+
+
+def runs_ours(module):
+    """torch ignores `is_causal` in evaluation without gradients; ours does not."""
+    x = torch.randn(5, 2, WIDTH)
+    with torch.no_grad():
+        weights = module.eval()(x, x, x, is_causal=True)[1]
+    return weights[:, 0, 1:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("copied", [lambda x: x, copy.deepcopy])
+def test_replace_attention_after_offload_runs_ours(copied):
+    torch.manual_seed(7)
+    plain = nn.MultiheadAttention(WIDTH, 4)
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Identity(), copy.deepcopy(plain))
+    accelerate.cpu_offload(model)
+    assert str(ph.drop_in.replace_attention(model)) == (
+        "replaced 1 of 1 nn.MultiheadAttention\n  1: keeps accelerate's hook"
+    )
+    model = copied(model)
+    x = torch.randn(5, 2, WIDTH)
+    with torch.no_grad():
+        torch.testing.assert_close(model[1](x, x, x), plain(x, x, x))
+        nothing = torch.ones(2, 5, dtype=torch.bool)
+        assert not model[1](x, x, x, key_padding_mask=nothing)[0].isnan().any()
+    assert runs_ours(model[1])
+    assert model[1].in_proj_weight.is_meta
+    accelerate.hooks.remove_hook_from_submodules(model)
+    assert runs_ours(model[1])
+
+
+def test_replace_attention_with_two_hooks_runs_ours():
+    hooks = pytest.importorskip("accelerate").hooks
+    module = nn.MultiheadAttention(WIDTH, 4)
+    for _ in "ab":
+        hooks.add_hook_to_module(module, hooks.ModelHook(), append=True)
+    assert ph.drop_in.replace_attention(module).replaced == ("",)
+    assert runs_ours(module)
+
+
+def test_replace_attention_after_hooks_were_removed_runs_ours():
+    """They leave torch's own forward on the instance."""
+    hooks = pytest.importorskip("accelerate").hooks
+    module = nn.MultiheadAttention(WIDTH, 4)
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+    hooks.remove_hook_from_module(module)
+    assert "forward" in vars(module)
+    assert ph.drop_in.replace_attention(module).replaced == ("",)
+    assert runs_ours(module)
+
+
+def wrapped(module):
+    forward = module.forward
+    module.forward = lambda *given, **options: forward(*given, **options)
+
+
+def partial(module):
+    module.forward = functools.partial(nn.MultiheadAttention.forward, module)
+
+
+def wrapped_over_a_hook(module):
+    hooks = pytest.importorskip("accelerate").hooks
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+    wrapped(module)
+
+
+def a_hook_over_wrapped(module):
+    hooks = pytest.importorskip("accelerate").hooks
+    wrapped(module)
+    hooks.add_hook_to_module(module, hooks.ModelHook())
+
+
+@pytest.mark.parametrize("override", [wrapped, partial, wrapped_over_a_hook, a_hook_over_wrapped])
+def test_replace_attention_leaves_a_foreign_forward(override):
+    module = nn.MultiheadAttention(WIDTH, 4)
+    override(module)
+    before = dict(vars(module))
+    report = ph.drop_in.replace_attention(module)
+    assert report.replaced == ()
+    assert report.left[""].startswith("its forward was replaced on the instance by ")
+    assert type(module) is nn.MultiheadAttention
+    assert vars(module) == before
+
+
+def test_replace_attention_leaves_what_it_cannot_judge(monkeypatch):
+    parametrized = nn.MultiheadAttention(WIDTH, 4)
+    nn.utils.parametrizations.weight_norm(parametrized, "in_proj_weight")
+    assert ph.drop_in.replace_attention(parametrized).left == {
+        "": "parametrizations made its class; call replace_attention before them"
+    }
+    called = nn.MultiheadAttention(WIDTH, 4)
+    called._call_impl = lambda *given, **options: None
+    assert "its call was replaced" in ph.drop_in.replace_attention(called).left[""]
+    forward = nn.MultiheadAttention.forward
+    monkeypatch.setattr(nn.MultiheadAttention, "forward", lambda *given: forward(*given))
+    patched = ph.drop_in.replace_attention(nn.MultiheadAttention(WIDTH, 4))
+    assert "nn.MultiheadAttention itself was replaced" in patched.left[""]
+
+
+@pytest.mark.parametrize("of_module", [True, False])
+def test_replace_attention_of_a_compiled_module_runs_ours(of_module):
+    module = nn.MultiheadAttention(WIDTH, 4)
+    compiled = module
+    if of_module:
+        module.compile(backend="eager")
+    else:
+        compiled = torch.compile(module, backend="eager")
+    x = torch.randn(5, 2, WIDTH)
+    compiled(x, x, x)  # compiled by now
+    ph.drop_in.replace_attention(compiled)
+    assert runs_ours(compiled)
+
+
+def test_replace_attention_that_raises_changes_nothing(monkeypatch):
+    model = nn.Sequential(nn.MultiheadAttention(WIDTH, 4), nn.MultiheadAttention(WIDTH, 4))
+    before = [(type(m), dict(vars(m)), dict(m._forward_pre_hooks)) for m in model]
+    keep, calls = ph.drop_in.replace.keep_from_fast_path, []
+
+    def fail_later(module):
+        keep(module)
+        calls.append(module)
+        if len(calls) == 2:
+            raise RuntimeError
+
+    monkeypatch.setattr(ph.drop_in.replace, "keep_from_fast_path", fail_later)
+    with pytest.raises(RuntimeError):
+        ph.drop_in.replace_attention(model)
+    assert [(type(m), dict(vars(m)), dict(m._forward_pre_hooks)) for m in model] == before

@@ -114,10 +114,88 @@ def test_metadata_refused(tiny_file, tmp_path, key):
         load_gguf(file.write(tmp_path / "tiny.gguf"))
 
 
-def test_metadata_that_changes_nothing_is_let_by(tiny_file, tmp_path):
+NEUTRAL = {
+    "expert_count": {"expert_count": 0},
+    "no scaling": {"rope.scaling.type": "none"},
+    "a factor of 1": {"rope.scaling.factor": 1.0},
+    "a factor that is not set": {"rope.scaling.factor": 0.0},
+    "linear by 1": {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+    "an older name": {"rope.scale_linear": 1.0},
+    "none, and what it would be for": {
+        "rope.scaling.type": "none",
+        "rope.scaling.original_context_length": 77,
+        "rope.scaling.finetuned": True,
+        "rope.scaling.yarn_beta_fast": 32.0,
+    },
+    "causal": {"attention.causal": True},
+    "scales of 1": {"logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0},
+    "a window as long as the context": {"attention.sliding_window": 77},
+    "no window": {"attention.sliding_window": 0},
+    "the usual scale": {"attention.key_length": 10, "attention.scale": 10**-0.5},
+}
+
+
+@pytest.mark.parametrize("case", NEUTRAL)
+def test_metadata_that_changes_nothing_is_let_by(
+    tiny_llama, gguf_tensors, tiny_file, logits, tmp_path, case
+):
+    written = tiny_llama(tied=True)
+    file = tiny_file(tensors=gguf_tensors(written))
+    file.metadata |= {f"llama.{key}": value for key, value in NEUTRAL[case].items()}
+    model, _ = load_gguf(file.write(tmp_path / "tiny.gguf"))
+    ids = torch.arange(0, 53)[None] * 4
+    assert torch.equal(logits(model, ids), logits(written, ids))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope.scaling.factor": 2.0},
+        {"rope.scaling.finetuned": True, "rope.scaling.factor": 4.0},
+        {"rope.scaling.factor": 1.0, "rope.scaling.type": "yarn"},
+        {"rope.scaling.type": "linear", "rope.scale_linear": 2.0},
+        {"rope.scale_linear": 0.5},
+        {"rope.scaling.attn_factor": 0.7},
+        {"attention.causal": False},  # False is 0, which was taken for not set
+        {"attention.sliding_window": 76},
+        {"attention.scale": 0.5},
+        {"logit_scale": 0.25},
+        {"tensor_data_layout": "Meta AI original pth"},
+        {"attention.max_alibi_bias": 8.0},
+        {"final_logit_softcapping": 30.0},
+    ],
+)
+def test_metadata_that_changes_something_is_refused(tiny_file, tmp_path, changes):
     file = tiny_file()
-    file.metadata |= {"llama.expert_count": 0, "llama.rope.scaling.type": "none"}
-    load_gguf(file.write(tmp_path / "tiny.gguf"))
+    file.metadata |= {f"llama.{key}": value for key, value in changes.items()}
+    key, value = list(changes.items())[-1]
+    shown = rf"'llama\.{key}': " + str(value if isinstance(value, bool) else "")
+    with pytest.raises(ModelError, match=rf"no setting may be left out, .*{shown}"):
+        load_gguf(file.write(tmp_path / "tiny.gguf"))
+
+
+NO_MODELS = {
+    "lora": ("llama", {"general.type": "adapter", "adapter.type": "lora"}, "llama-export-lora"),
+    "mmproj": ("clip", {"general.type": "mmproj"}, "of the language model that it belongs to"),
+    "an older mmproj": ("clip", {"clip.has_vision_encoder": True}, "projector of images"),
+    "imatrix": ("llama", {"general.type": "imatrix"}, "of the model that they were computed for"),
+    "control vector": (
+        "controlvector",
+        {"controlvector.layer_count": 3},
+        "GGUF file of that model",
+    ),
+    "a part": ("llama", {"split.count": 3, "split.no": 1}, "one of 3 parts; join them first"),
+}
+
+
+@pytest.mark.parametrize("case", NO_MODELS)
+def test_files_that_are_no_model_say_what_helps(tiny_file, tmp_path, case):
+    architecture, metadata, message = NO_MODELS[case]
+    tensors = {"some.weight": np.ones((3, 4), np.float32)}
+    file = tiny_file(architecture=architecture, metadata=metadata, tensors=tensors)
+    with pytest.raises(ModelError, match=rf"tiny\.gguf must be a .*{message}") as error:
+        load_gguf(file.write(tmp_path / "tiny.gguf"))
+    assert "from_pretrained" not in str(error.value)  # which cannot help here
 
 
 def test_absent_metadata_never_raises_anything_else(tiny_file, tmp_path, llama_key):

@@ -189,6 +189,31 @@ def test_folder_without_config(tmp_path):
         load_model(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", r"it holds an adapter; merge it first, .*merge_and_unload\(\)"),
+        ("model.Q4_0.gguf", r"it does not; pass the GGUF file itself, .*model\.Q4_0\.gguf"),
+        ("notes.txt", "give the folder that save_pretrained wrote, or a GGUF file"),
+    ],
+)
+def test_folder_without_config_says_what_helps(tmp_path, file, message):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(
+        ModelError, match=rf"must hold config\.json to be a model folder; .*{message}"
+    ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_file_of_a_model_s_folder_is_no_gguf(tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(64))
+    with pytest.raises(
+        ModelError, match=r"must be a GGUF file or a folder; .*pass the folder that"
+    ):
+        load_model(tmp_path / name)
+
+
 @pytest.mark.parametrize("kept", [0, 100, -1])
 def test_truncated_safetensors(folder, kept):
     file = folder / "model.safetensors"

@@ -40,6 +40,23 @@ def test_spaces_that_a_tokenizer_leaves_out_go_with_the_word_after_them(tiny_mod
     assert len(shown) == read_ids(text, tiny_model).shape[1]
 
 
+@pytest.mark.parametrize("trims", [True, False])
+@pytest.mark.parametrize("text", ["a b", "a  b", " a", "a ", "a \n b", "é  日"])
+def test_token_texts_of_trimmed_spaces_are_not_doubled(text, trims, tiny_model):
+    """A token of spaces alone stands at no place of the text where offsets are trimmed."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    by_byte = tokenizers.pre_tokenizers.ByteLevel
+    vocabulary = {character: i for i, character in enumerate(sorted(by_byte.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = by_byte(add_prefix_space=False, trim_offsets=trims)
+    tokenizer.post_processor = tokenizers.processors.ByteLevel(trim_offsets=trims)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    shown = token_texts(text, dataclasses.replace(tiny_model, tokenizer=fast))
+    assert "".join(part for part in shown if part != PART) == text
+
+
 def test_a_tokenizer_that_knows_no_places_shows_what_it_decodes(tiny_model):
     class Slow:
         is_fast = False

@@ -33,10 +33,66 @@ def test_a_head_of_ours_adds_nothing(num_kv_heads, backend):
 def test_a_head_adds_its_mean():
     mha, x = split(num_kv_heads=2), torch.randn(2, T, 12)
     parts = mha.head_contributions(x)
-    parts[:, 1] = parts[:, 1].mean(dim=(0, 1))
+    parts[:, 1] = parts[:, 1].mean(dim=1, keepdim=True)  # of each row alone
     with ph.look.ablate(mha, [(0, 1)], how="mean"):
         y = mha(x)
     torch.testing.assert_close(y, parts.sum(dim=1) + mha.out_proj.bias)
+
+
+@pytest.mark.parametrize(
+    "mask", [ph.mask.lengths([4, T]), ph.mask.left_padding([3, 0]) & ph.mask.window(before=5)]
+)
+def test_ablate_mean_leaves_padding_of_ours_out(mask):
+    mha, x = split(num_kv_heads=2), torch.randn(2, T, 12)
+    parts = mha.head_contributions(x, mask=mask)
+    real = [slice(0, 4) if isinstance(mask, ph.mask.Lengths) else slice(3, T), slice(0, T)]
+    for row in range(2):
+        parts[row, 1] = parts[row, 1][real[row]].mean(dim=0)
+    with ph.look.ablate(mha, [(0, 1)], how="mean"):
+        y = mha(x, mask=mask)
+    torch.testing.assert_close(y, parts.sum(dim=1) + mha.out_proj.bias)
+
+
+def test_ablate_mean_under_another_mask_is_refused():
+    mha, x = split(), torch.randn(1, T, 12)
+    message = r'how must not be "mean" where .* got MultiHeadAttention \(\) with mask dense.*"zero"'
+    for mask in (ph.mask.dense(torch.ones(T, T, dtype=torch.bool)), ph.mask.documents([0] * T)):
+        with (
+            ph.look.ablate(mha, [(0, 1)], how="mean"),
+            pytest.raises(ArgumentError, match=message.replace("dense", "(dense|documents)")),
+        ):
+            mha(x, mask=mask)
+
+
+@pytest.mark.parametrize("attention", ["polyhead", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_ablate_mean_is_of_each_sequence_alone(attention, side):
+    model, ids = llama(attention), torch.randint(31, (1, 6))
+    other = torch.randint(31, (1, T))
+    padding = torch.zeros(1, T - 6, dtype=torch.int64)
+    padded = [padding, ids] if side == "left" else [ids, padding]
+    mask = torch.cat([torch.full_like(x, x is ids) for x in padded], dim=1)
+    batch = torch.cat([torch.cat(padded, dim=1), other])
+    masks = torch.cat([mask, torch.ones_like(mask)])
+    with ph.look.ablate(model, {(0, 1), (1, 3)}, how="mean"):
+        alone = model(ids).logits[0]
+        together = model(batch, attention_mask=masks).logits[0][mask[0].bool()]
+        rows = model(torch.cat([ids, ids.flip(1)])).logits[0]
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_ablate_mean_without_certainty_is_refused():
+    model, ids = llama("eager"), torch.randint(31, (1, T))
+    dense = torch.zeros(1, 1, T, T)
+    with ph.look.ablate(model, {(0, 1)}, how="mean"):
+        with pytest.raises(ArgumentError, match=r"attention_mask \(1, 1, 11, 11\), not \(B = 1"):
+            model(ids, attention_mask=dense)
+        with pytest.raises(ArgumentError, match="packed sequences"):
+            model(ids, cu_seq_lens_q=torch.tensor([0, 5, T]), cu_seq_lens_k=torch.tensor([0, 5, T]))
+    with ph.look.ablate(model, {(0, 1)}):
+        model(ids, attention_mask=dense)
 
 
 @pytest.mark.parametrize("out_proj", [False, True])

@@ -101,3 +101,180 @@ def test_other_layers_are_refused():
     model = transformers.GPT2Model(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
     with pytest.raises(ArgumentError, match=r"o_proj, each head.*GPT2Attention \(h\.0\.attn"):
         ph.look.prune(model, {(0, 1)})
+
+
+HYBRID = {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 4,
+}
+SHARING = {
+    "head_dim": 4,
+    "global_head_dim": 4,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "hidden_size_per_layer_input": 4,
+    "vocab_size_per_layer_input": 31,
+}
+# What each layer has besides projections, norms of each head alone and sinks.
+UNPRUNABLE = [
+    ("StableLm", {"qk_layernorm": True}, "q_layernorm.norms.0.weight (4,)"),
+    ("BitNet", {}, "attn_sub_norm.weight (24,)"),
+    ("Afmoe", {"head_dim": 4, "num_experts": 4}, "gate_proj.weight (24, 24)"),
+    ("HrmText", {"head_dim": 4}, "gate_proj.weight (24, 24)"),
+    ("Doge", {}, "with A (2,), dt_proj.weight (2, 8)"),
+    ("Beam", {}, "gate_bias (6,)"),
+    ("Laguna", {"head_dim": 4}, "g_proj.weight (6, 24)"),
+    ("Qwen3Next", HYBRID, "with q_proj 48, k_proj 8, v_proj 8, o_proj 24"),
+    ("Qwen3_5Text", HYBRID, "with q_proj 48, k_proj 8, v_proj 8, o_proj 24"),
+    ("Gemma4Text", SHARING, "another output, as later layers read what is pruned"),
+]
+
+
+class Same:
+    """All of a model that pruning could change."""
+
+    def __init__(self, model):
+        self.model, self.before = model, self.read(model)
+        self.values = {n: t.clone() for n, t in model.state_dict().items() if not t.is_meta}
+
+    @staticmethod
+    def read(model):
+        modules = {n: (m, m.training, dict(m._forward_hooks)) for n, m in model.named_modules()}
+        plain = (int, float, str, type(None))
+        attributes = {
+            (n, key): value
+            for n, m in model.named_modules()
+            for key, value in vars(m).items()
+            if isinstance(value, plain)
+        }
+        tensors = {n: id(t) for n, t in model.state_dict(keep_vars=True).items()}
+        return modules, attributes, tensors, torch.get_rng_state().tolist()
+
+    def check(self):
+        assert self.read(self.model) == self.before
+        state = self.model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in self.values.items())
+
+
+@pytest.mark.parametrize(("family", "options", "got"), UNPRUNABLE)
+def test_prune_parts_per_head_refuses_untouched(family, options, got):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{family}Config", None)
+    if config is None:
+        pytest.skip("of a later transformers")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config(**(SIZES | options))).train()
+    layer = next(
+        layer for layer in ph.look.attention_layers(model) if hasattr(layer.module, "q_proj")
+    )
+    same = Same(model)
+    with pytest.raises(ArgumentError, match=re.escape(got)):
+        ph.look.prune(model, {(layer.index, head) for head in range(3)})
+    same.check()
+
+
+class BiasAttention(torch.nn.Module):
+    """An attention with a number per head in a place that no list of parameters shows."""
+
+    num_heads, head_dim = 4, 3
+
+    def __init__(self, factor):
+        super().__init__()
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, torch.nn.Linear(12, 12))
+        self.factor = factor
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (-1, 3)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        heads = q.shape[2]
+        weights = torch.einsum("bthd,bshd->bhts", q, k).softmax(-1)
+        scale = torch.arange(1.0, heads + 1) if self.factor else torch.ones(heads)
+        contexts = torch.einsum("bhts,bshd->bthd", weights, v) * scale[:, None]
+        return self.o_proj(contexts.flatten(2))
+
+
+def test_prune_is_proven_on_the_inputs_given():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12)
+    model = torch.nn.Sequential(BiasAttention(factor=False))
+    same = Same(model)
+    with pytest.raises(
+        ArgumentError, match=r"inputs must be given, .* got Sequential; pass inputs="
+    ):
+        ph.look.prune(model, {(0, 1)})
+    with pytest.raises(ArgumentError, match="inputs must be keywords that Sequential runs with"):
+        ph.look.prune(model, {(0, 1)}, inputs={"x": x})
+    same.check()
+    with ph.look.ablate(model, {(0, 1)}):
+        want = model(x)
+    ph.look.prune(model, {(0, 1)}, inputs={"input": x})
+    torch.testing.assert_close(model(x), want)
+
+
+def test_prune_that_computes_something_else_rolls_back():
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(BiasAttention(factor=True)), torch.randn(2, 5, 12)
+    same = Same(model)
+    message = (
+        r"same pruned as with the heads ablated; got BiasAttention \(0\): outputs 0\.\d+ apart"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        ph.look.prune(model, {(0, 1)}, inputs={"input": x})
+    same.check()
+
+
+def test_prune_ours_below_another_class_is_proven():
+    class Doubling(ph.MultiHeadAttention):
+        def forward(self, x):
+            return self.num_heads * super().forward(x)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Doubling(8, 8, 16, 0.1, num_heads=4).fuse())
+    x = torch.randn(2, 5, 8)
+    same = Same(model)
+    with pytest.raises(ArgumentError, match="got Doubling"):
+        ph.look.prune(model, {(0, 1)}, inputs={"input": x})
+    same.check()
+
+
+def test_prune_offloaded_layers_refuses_with_the_remedy():
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = model_of("Llama"), torch.randint(3, 31, (2, 9))
+    with torch.no_grad(), ph.look.ablate(model, {(0, 0), (0, 1), (0, 2)}):
+        want = model(ids).logits
+    accelerate.cpu_offload(model)
+    same = Same(model)
+    message = (
+        "with q_proj: Linear with accelerate's hooks, which hold its weights; use polyhead.look"
+    )
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        ph.look.prune(model, {(0, 0), (0, 1), (0, 2)})
+    same.check()
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    ph.look.prune(model, {(0, 0), (0, 1), (0, 2)})
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def test_prune_makes_an_image_where_no_text_is_read():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: SIZES[name] for name in names} | {"image_size": 16, "patch_size": 8}
+    model = transformers.ViTModel(transformers.ViTConfig(**sizes)).eval()
+    if not hasattr(ph.look.attention_layers(model)[0].module, "o_proj"):
+        pytest.skip("of a later transformers")
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        with ph.look.ablate(model, {(1, 0)}):
+            want = model(pixels).last_hidden_state
+        ph.look.prune(model, {(1, 0)})
+        torch.testing.assert_close(model(pixels).last_hidden_state, want)

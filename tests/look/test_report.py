@@ -62,7 +62,7 @@ def test_what_was_not_seen_is_not_saved(tmp_path):
 def test_other_files_are_refused(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file({"x": torch.ones(1)}, tmp_path / "other")
-    with pytest.raises(ModelError, match="other must be a report of format 1; got None; save it"):
+    with pytest.raises(ModelError, match="other must be a report of format 2; got None; save it"):
         ph.look.HeadReport.load(tmp_path / "other")
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyhead.errors import ArgumentError
 from polyhead.mask import (
     All,
     AnyOf,
@@ -285,3 +286,36 @@ def test_a_mask_combines_with_masks_only():
         causal() | True
     with pytest.raises(NotImplementedError):
         Mask().materialize(2, 2)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        causal(),
+        causal() & window(1),
+        causal() | prefix(2),
+        ~causal(),
+        causal().for_queries(0, 2, 2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        bool,
+        lambda mask: mask and window(1),
+        lambda mask: mask or window(1),
+        lambda mask: not mask,
+        lambda mask: 1 if mask else 2,
+        lambda mask: all([mask]),
+        lambda mask: [*filter(None, [mask])],
+    ],
+    ids=["bool", "and", "or", "not", "if", "all", "filter"],
+)
+def test_mask_as_a_condition_raises_with_the_operators(mask, use):
+    with pytest.raises(ArgumentError) as raised:
+        use(mask)
+    assert str(raised.value) == (
+        "mask must not be a condition of `and`, `or`, `not` or `if`; "
+        f"got {mask!r}; write &, | or ~, or compare with `is None`"
+    )

@@ -62,3 +62,22 @@ def test_repr_says_what_it_is():
     assert "context_length=11" in text
     assert "causal()" in text
     assert "Rope(theta=100.0" in text
+
+
+def test_projections_and_contexts_are_of_one_head():
+    head, x = ph.CausalAttention(5, 7, 11, 0.0, qkv_bias=True), torch.randn(2, 6, 5)
+    memory = torch.randn(2, 3, 5)
+    query, key, value = head.project_qkv(x, memory)
+    assert torch.equal(query, head.W_query(x)[:, None])
+    assert torch.equal(key, head.W_key(memory)[:, None])
+    assert torch.equal(value, head.W_value(memory)[:, None])
+    assert torch.equal(head.head_contexts(x, memory), head(x, memory)[:, None])
+
+
+def test_projections_are_rotated_where_they_stand():
+    head, x = ph.CausalAttention(5, 4, 11, 0.0, rope=ph.Rope()), torch.randn(2, 6, 5)
+    at = torch.arange(3, 9)
+    query, key, value = head.project_qkv(x, positions=at)
+    assert torch.equal(query, head.rope(head.W_query(x)[:, None], at))
+    assert torch.equal(key, head.rope(head.W_key(x)[:, None], at))
+    assert torch.equal(value, head.W_value(x)[:, None])

@@ -94,7 +94,7 @@ def test_nothing_else_changes(case, module, tensor_sizes):
 
 
 def test_outside_of_it_linear_is_torchs(module, tensor_sizes):
-    with torch.no_grad(), projecting.projecting(x()):
+    with torch.no_grad(), projecting.projecting(x(), nn.Module()):
         pass
     with torch.no_grad(), tensor_sizes:
         F.linear(x(), module.W_query.weight)

@@ -63,6 +63,16 @@ def test_contributions_sum_to_the_output(options):
     torch.testing.assert_close(total, wrapper(x), rtol=0, atol=1e-12)
 
 
+def test_projections_are_each_head_s_in_order():
+    wrapper = ph.MultiHeadAttentionWrapper(5, 7, 11, 0.0, 3, qkv_bias=True)
+    x, memory = torch.randn(2, 6, 5), torch.randn(2, 4, 5)
+    projected = wrapper.project_qkv(x, memory)
+    assert [tuple(t.shape) for t in projected] == [(2, 3, 6, 7), (2, 3, 4, 7), (2, 3, 4, 7)]
+    for index, head in enumerate(wrapper.heads):
+        own = head.project_qkv(x, memory)
+        assert all(torch.equal(t[:, [index]], o) for t, o in zip(projected, own, strict=True))
+
+
 def test_heads_work_independently():
     wrapper = ph.MultiHeadAttentionWrapper(5, 7, 11, 0.0, 3, out_proj=True)
     x = torch.randn(2, 6, 5)

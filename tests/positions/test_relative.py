@@ -35,7 +35,7 @@ def test_a_number_a_head_and_bucket_reaches_the_scores(naive_attention):
         for s in range(17):
             bucket = bias.buckets(torch.tensor(s - (17 - 3 + t)))
             numbers[:, t, s] = bias.weight[bucket].detach()
-    query, key, value = mha.project_heads(x, memory)
+    query, key, value = mha.project_qkv(x, memory)
     want = naive_attention(query, key, value, bias=numbers)
     torch.testing.assert_close(mha.head_contexts(x, memory), want, rtol=1e-12, atol=1e-12)
     mha(x, memory).sum().backward()

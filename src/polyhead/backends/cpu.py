@@ -19,7 +19,13 @@ from torch import Tensor
 
 from polyhead.backends import cpu_operators, sdpa
 from polyhead.backends.layout import side_by_side
-from polyhead.backends.refusals import custom_reasons, dtype_reasons, transform_reasons
+from polyhead.backends.recording import is_recorded, is_traced
+from polyhead.backends.refusals import (
+    custom_reasons,
+    dtype_reasons,
+    tracing_reasons,
+    transform_reasons,
+)
 from polyhead.backends.structure import read_structure
 from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
 from polyhead.mask import Causal, Mask
@@ -53,6 +59,7 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append("gives no gradient to alibi_slopes")
     reasons.extend(custom_reasons(call.mask))
     reasons.extend(transform_reasons())
+    reasons.extend(tracing_reasons())
     return reasons
 
 
@@ -67,7 +74,7 @@ def passed_over(call: AttentionCall) -> list[str]:
         is_decoding = not torch.compiler.is_compiling() and _is_decoding(call)
         if call.stored is None and not is_decoding and not sdpa.why_not(call):
             return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
-    if torch.compiler.is_exporting():
+    if is_recorded():
         return ["would tie an exported program to this library; torch's own operators do not"]
     if call.dropout > 0.0:
         weights = call.B * call.H * call.T * call.S
@@ -201,6 +208,7 @@ def run_plain(
         or not (scale is None or -math.inf < scale < math.inf)
         or (query.dtype == torch.bfloat16 and _has_amx() and not _decodes(query, key))
         or transform_reasons()
+        or is_traced()
     ):
         return None
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from polyhead.backends import flex_mask
-from polyhead.backends.refusals import dtype_reasons, transform_reasons
+from polyhead.backends.refusals import dtype_reasons, tracing_reasons, transform_reasons
 from polyhead.call import AttentionCall, Aux
 
 __all__ = ["notes", "passed_over", "run", "why_not"]
@@ -36,6 +36,7 @@ def why_not(call: AttentionCall) -> list[str]:
     if call.dropout > 0.0:
         reasons.append(f"has no dropout; got dropout = {call.dropout}")
     reasons.extend(transform_reasons())
+    reasons.extend(tracing_reasons())
     unknown = flex_mask.unknown(call.mask)
     if unknown:
         reasons.append(f"lowers the masks of polyhead.mask; got {', '.join(unknown)}")

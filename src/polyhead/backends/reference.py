@@ -61,7 +61,7 @@ def _scores(call: AttentionCall, first_position: int | None = None) -> Tensor:
     # The queries of a group are rows against their one key head. (Broadcasting the key over the
     # group would repeat it in memory: matmul copies what it broadcasts.)
     query_bgrd = _split(call.query.to(call.compute_dtype), call.G, call.group * call.T)
-    scores_bgrs = query_bgrd @ call.key.to(call.compute_dtype).mT
+    scores_bgrs = query_bgrd @ call.key.to(call.compute_dtype).transpose(-2, -1)
     scores_bhts = _split(scores_bgrs, call.H, call.T) * call.scale
     if call.softcap is not None:
         scores_bhts = call.softcap * torch.tanh(scores_bhts / call.softcap)

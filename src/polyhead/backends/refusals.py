@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
+from polyhead.backends.recording import is_traced
 from polyhead.call import AttentionCall
 from polyhead.mask import Custom, Mask
 
-__all__ = ["custom_reasons", "dtype_name", "dtype_reasons", "transform_reasons"]
+__all__ = [
+    "custom_reasons",
+    "dtype_name",
+    "dtype_reasons",
+    "tracing_reasons",
+    "transform_reasons",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,3 +54,8 @@ def transform_reasons() -> list[str]:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return ["has no forward-mode derivative and no torch.func transform; one is active"]
     return []
+
+
+def tracing_reasons() -> list[str]:
+    """Why a kernel that is not torch's own operator must not run now."""
+    return ["is no operator of torch's own; torch.jit.trace records those only"] * is_traced()

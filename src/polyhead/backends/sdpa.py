@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from polyhead.backends.layout import side_by_side
+from polyhead.backends.recording import is_traced
 from polyhead.backends.refusals import (
     custom_reasons,
     dtype_name,
@@ -55,6 +56,11 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"has no sinks; got sinks for {call.H} heads")
     reasons.extend(custom_reasons(call.mask))
     reasons.extend(transform_reasons())
+    # (Asked before the number of heads: it is symbolic in a graph.)
+    if is_traced() and torch.onnx.is_in_onnx_export() and call.group > 1:
+        reasons.append(
+            f"has no grouped heads in torch.onnx's traced export; got H / G = {call.group}"
+        )
     if call.device.type != "cpu" and call.dtype != torch.float32:
         reasons.extend(_wide_bias_reasons(call))
     if call.device.type == "cpu":
@@ -103,8 +109,8 @@ def simplify(mask: Mask | None, T: int, S: int) -> Mask | None:
 
     One query that stands at the last key (decoding) sees every key before it.
     """
-    if mask is None:
-        return None
+    if mask is None or is_traced():  # a trace would keep what holds for these sizes
+        return mask
     parts = tuple(
         part
         for part in mask.conjuncts
@@ -175,13 +181,14 @@ def _writes_out(call: AttentionCall, mask: Mask | None) -> bool:
 
 
 def _is_upper_left(mask: Mask, T: int, S: int) -> bool:
-    return isinstance(mask, Causal) and (mask.align == "start" or T == S)
+    # (A trace may be run with other sizes than it was made with.)
+    return isinstance(mask, Causal) and (mask.align == "start" or (not is_traced() and T == S))
 
 
 def _chunks(call: AttentionCall, mask: Mask | None) -> list[tuple[int, int, int, int]]:
     """Queries start .. stop - 1 against keys first .. last - 1, so that no mask is T x S."""
-    # A compiled graph would have one branch a chunk, and so be for one length only.
-    if torch.compiler.is_compiling() or call.T * call.S <= _WHOLE:
+    # A graph would have one branch a chunk, and so be for one length only.
+    if torch.compiler.is_compiling() or is_traced() or call.T * call.S <= _WHOLE:
         return [(0, call.T, 0, call.S)]
     starts = range(0, call.T, _ROWS)
     spans = [(start, min(start + _ROWS, call.T)) for start in starts]

@@ -91,7 +91,7 @@ def _backend(case: Case) -> str:
     module = PolyheadModule(case).to(case.dtype).inner
     x = torch.empty(case.B, case.T, case.width, dtype=case.dtype)
     with torch.set_grad_enabled(case.train):
-        return str(explain(*module.project_heads(x), mask=module.mask).chosen)
+        return str(explain(*module.project_qkv(x), mask=module.mask).chosen)
 
 
 def _peer(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from polyhead.arguments import check_is_tensor
 from polyhead.cache.formats import Format, Held, Int8, Plain
@@ -155,6 +156,10 @@ class Cache(ABC):
         with torch.inference_mode(False):
             return copy.deepcopy(self)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of copy.deepcopy and of unpickling."""
+        vars(self).update(tree_map_only(Tensor, _writable, state))
+
     def __len__(self) -> int:
         return self.length
 
@@ -212,7 +217,8 @@ class Cache(ABC):
                 "rewind or reset the cache, or make one with more max_tokens",
             )
 
-    def _check_rewind(self, n: int) -> None:
+    def check_rewind(self, n: int) -> None:
+        """Raise what `rewind(n)` would raise, and change nothing."""
         check_count("n", n, 0)
         if n > self.length:
             raise ArgumentError(
@@ -253,6 +259,12 @@ class Cache(ABC):
 
     def _extra_repr(self) -> str:
         return ""
+
+
+def _writable(tensor: Tensor) -> Tensor:
+    # An inference tensor could never be written outside of inference mode again.
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
 
 
 def halves(held: Held) -> tuple[Held, Held]:

@@ -42,7 +42,7 @@ class KVCache(Cache):
         window: the `before` of the `polyhead.mask.window(before=...)` it serves: a query needs
             the `window` tokens before it, and itself. None: every token is held.
         rewindable: with a window, how far `rewind` can always go back: to this many tokens before
-            the largest length there has been.
+            the largest length there has been. Set anew, it holds for the tokens that come then.
         preallocate: take all memory now: addresses then never change (but by a `reorder` that
             changes `batch`). Under torch.compile(fullgraph=True) a step with `append` is one graph,
             and not a new one for each length. A captured CUDA graph would replay one length.
@@ -76,7 +76,6 @@ class KVCache(Cache):
         super().__init__(
             batch, max_tokens, num_kv_heads, head_dim, value_head_dim, dtype, storage, device
         )
-        check_count("rewindable", rewindable, 0)
         if window is not None:
             check_count("window", window, 0)
         elif max_tokens is None:
@@ -85,9 +84,18 @@ class KVCache(Cache):
             )
         self.window = window
         self.rewindable = rewindable
-        self._most_slots = _most_slots(max_tokens, window, rewindable)
         self._first_held = 0  # the position whose token is in slot 0
         self._held = empty_like(self._nothing(), batch, self._most_slots if preallocate else 0)
+
+    @property
+    def rewindable(self) -> int:
+        return self._rewindable
+
+    @rewindable.setter
+    def rewindable(self, tokens: int) -> None:
+        check_count("rewindable", tokens, 0)
+        self._rewindable = tokens
+        self._most_slots = _most_slots(self.max_tokens, self.window, tokens)
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return gathered(*self.append_stored(key, value))
@@ -131,13 +139,10 @@ class KVCache(Cache):
         key_codes, key_scales, value_codes, value_scales = self._slots(self.start, self.length)
         return key_codes, key_scales, value_codes, value_scales
 
-    def rewind(self, n: int) -> None:
-        self._check_rewind(n)
+    def check_rewind(self, n: int) -> None:
+        super().check_rewind(n)
         length = self.length - n
-        if length == 0:
-            self.reset()
-            return
-        if self._needed_from(length - 1) < self._first_held:
+        if length > 0 and self._needed_from(length - 1) < self._first_held:
             most = self._needed_from(self.length - 1) - self._first_held
             raise ArgumentError(
                 "n",
@@ -146,6 +151,13 @@ class KVCache(Cache):
                 n,
                 f"make the cache with rewindable = {n} or more, or reset it",
             )
+
+    def rewind(self, n: int) -> None:
+        self.check_rewind(n)
+        length = self.length - n
+        if length == 0:
+            self.reset()
+            return
         self.length = length
         self.start = self._needed_from(length - 1)
 

@@ -143,7 +143,7 @@ class PagedKVCache(Cache):
         return self._format.decode(tuple(part[:, :, :tokens] for part in blocks))
 
     def rewind(self, n: int) -> None:
-        self._check_rewind(n)
+        self.check_rewind(n)
         self.length -= n
         self._set_table(self._table[:, : self._columns(self.length)].clone())
 

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.call import Aux
+from polyhead.check.law import NotApplicable
 from polyhead.errors import ArgumentError
 
 __all__ = ["FORMS", "Calling", "MaskArgument", "Result"]
 
-# Where a mask may stand: (batch, tokens) or a shape that broadcasts to (batch, heads, T, S).
+# Where a mask may stand: (batch, tokens), a shape that broadcasts to (batch, heads, T, S), or
+# (batch) how many tokens are real.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "keys": lambda allowed: allowed[:, 0, -1],
     "full": lambda allowed: allowed,
     "square": lambda allowed: allowed[0, 0],
     "batch": lambda allowed: allowed[:, 0],
+    "lengths": lambda allowed: _lengths(allowed[:, 0, -1]),
 }
 
 
@@ -31,7 +34,8 @@ class MaskArgument:
     Attributes:
         name: of the argument.
         form: a key of `FORMS`.
-        true_means: "show" or "hide" for a boolean; "add" for numbers added to scores.
+        true_means: "show" or "hide" for a boolean; "add" for numbers added to scores; "count" for
+            lengths.
         how: how this was found out.
     """
 
@@ -40,9 +44,14 @@ class MaskArgument:
     true_means: str
     how: str = ""
 
+    def __str__(self) -> str:
+        words = {"add": "numbers are added to scores", "count": "the number of real tokens"}
+        meaning = words.get(self.true_means, f"True {self.true_means}s")
+        return f"{self.name}, form {self.form}, {meaning}"
+
     def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Tensor:
         allowed = FORMS[self.form](allowed_b1ts)
-        if self.true_means == "show":
+        if self.true_means in ("show", "count"):
             return allowed
         if self.true_means == "hide":
             return ~allowed
@@ -71,11 +80,16 @@ class Calling:
         supplies: makes a mask (T, T) that the check passes, as a model would; or None.
         weights: the keywords that ask for attention weights.
         always: keywords of every call.
-        cache: what kind of cache it takes: "polyhead", "transformers", "functional", "stateful".
+        cache: what kind of cache it takes: "polyhead", "transformers", "functional", "stateful", or
+            another of `polyhead.check.caches.STARTS`.
         cache_name: the argument for it.
         cache_options: keywords that come with it.
+        placed: arguments that place tokens behind those in the cache, and how they are given:
+            "count" (a number), "row" (T) or "rows" (1, T).
         batch_first: False where tensors are (T, B, features).
         weights_come: whether what looks like weights among the results is weights.
+        told: what the report adds to the style.
+        positions: the argument by which the check passes positions, if there is one.
     """
 
     style: str
@@ -87,8 +101,11 @@ class Calling:
     cache: str | None = None
     cache_name: str = ""
     cache_options: Mapping[str, Any] = field(default_factory=dict)
+    placed: Mapping[str, str] = field(default_factory=dict)
     batch_first: bool = True
     weights_come: bool = True
+    told: str = ""
+    positions: str = ""
 
     def __call__(
         self,
@@ -128,6 +145,14 @@ class Calling:
         return replace(result, output=result.output.transpose(0, 1))
 
 
+def _lengths(real: Tensor) -> Tensor:
+    """How many tokens are real, (B), of masks of keys (B, S) whose tail alone is hidden."""
+    counts = real.sum(dim=-1)
+    if not torch.equal(real, torch.arange(real.shape[-1], device=real.device) < counts[:, None]):
+        raise NotApplicable("its mask argument takes lengths, which hide the last tokens only")
+    return counts
+
+
 def _read(returned: Any, T: int) -> Result:
     items = list(_flat(returned))
     tensors = [item for item in items if isinstance(item, Tensor)]
@@ -157,4 +182,6 @@ def _flat(returned: Any) -> Iterable[Any]:
 
 
 def _like_weights(item: Tensor, T: int) -> bool:
-    return item.ndim in (3, 4) and item.shape[-2] == T and item.shape[-1] >= T
+    # Indices of keys, as sparse attention gives, are none.
+    shaped = item.ndim in (3, 4) and item.is_floating_point()
+    return shaped and item.shape[-2] == T and item.shape[-1] >= T

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from polyhead.check.function import check_function
-from polyhead.check.law import FUNCTION_LAWS, MODULE_LAWS
+from polyhead.check.law import FUNCTION_LAWS, MODULE_LAWS, first_line
 from polyhead.check.report import Report
 from polyhead.check.run import check_module
 from polyhead.check.target import build, load, parse_arguments
-from polyhead.errors import ArgumentError
+from polyhead.errors import ArgumentError, PolyheadError
 
 __all__ = ["check_target", "list_laws"]
 
@@ -46,6 +46,10 @@ def check_target(
         mask_true, only, seed, progress, claims: as in `check_module`.
         float32: whether laws run in float32.
         tokens_first: whether a function takes (batch, tokens, heads, size).
+
+    Raises:
+        PolyheadError: it cannot be judged; the message is one line.
+        KeyboardInterrupt: the user stopped it before the first law.
     """
     common: dict[str, Any] = {
         "only": only or None,
@@ -54,7 +58,7 @@ def check_target(
         "progress": progress,
     }
     # What the target prints is not the report.
-    with _alarm(timeout), contextlib.redirect_stdout(sys.stderr):
+    with _one_line(), _alarm(timeout), contextlib.redirect_stdout(sys.stderr):
         module, guessed, make = build(load(target), parse_arguments(pairs))
         if not isinstance(module, nn.Module):
             _refuse(claims | {"float32": float32 or None})
@@ -92,6 +96,23 @@ def _refuse(claims: dict[str, Any]) -> None:
 
 
 @contextmanager
+def _one_line() -> Iterator[None]:
+    """Whatever unknown code raises where no law catches it, as one line."""
+    try:
+        yield
+    except PolyheadError as error:
+        error.args = (" ".join(str(error).split()),)
+        raise
+    except (Exception, SystemExit) as error:  # of unknown code
+        raise ArgumentError(
+            "TARGET",
+            "must answer a first call",
+            f"{type(error).__name__}: {first_line(error)}",
+            "call it in python, which shows where it raises",
+        ) from error
+
+
+@contextmanager
 def _alarm(seconds: float | None) -> Iterator[None]:
     """Interrupt the block after so many seconds, as Ctrl-C would: a law may not come back."""
     if seconds is None or not hasattr(signal, "setitimer"):
@@ -110,11 +131,13 @@ def _alarm(seconds: float | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:  # before the first law, or while the cause was looked for
+        if not rung:
+            raise
         raise ArgumentError(
             "TARGET",
             "must load and answer a first call",
-            f"time was up after {seconds:g} s" if rung else "stopped by the user",
-            "give a larger --timeout" if rung else "run it again",
+            f"time was up after {seconds:g} s",
+            "give a larger --timeout",
         ) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

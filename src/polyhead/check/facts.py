@@ -18,11 +18,11 @@ from torch import nn
 
 from polyhead.check.calling import Calling
 from polyhead.check.law import first_line
-from polyhead.check.names import HEADS, LENGTH, WIDTH, WINDOW
+from polyhead.check.layers import causal_by_its_model, is_of_transformers, scale_of_its_class
+from polyhead.check.names import HEAD_COUNT, HEADS, LENGTH, WIDTH, WINDOW
 from polyhead.check.sight import band, fitting
-from polyhead.check.signature import causal_argument, with_a_mask
+from polyhead.check.signature import causal_argument, no_call, other_ways
 from polyhead.check.subject import Claims, Subject, copied
-from polyhead.errors import ArgumentError
 
 __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
 
@@ -118,6 +118,9 @@ def _claim_causal(subject: Subject, causal: bool | None) -> None:
         claims.causal = getattr(module, attribute)
         claims.how["causal"] = f"attribute {attribute}"
         return
+    if subject.calling.style == "transformers" and causal_by_its_model(module):
+        claims.causal, claims.how["causal"] = True, "its model makes causal masks"
+        return
     sees = subject.sees
     future = sees & ~band(sees.shape[0], True, None)
     if not future.any():
@@ -183,7 +186,8 @@ def _heads(module: nn.Module) -> tuple[int, str] | None:
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList) and "head" in name and len(child):
             return len(child), f"length of {name}"
-    return None
+    named = [name for name in vars(module) if HEAD_COUNT.fullmatch(name)]
+    return _integer(module, tuple(named))
 
 
 def _length(module: nn.Module) -> tuple[int, str] | None:
@@ -201,6 +205,8 @@ def _square_buffer(module: nn.Module) -> tuple[int, str] | None:
 def _scale(module: nn.Module) -> tuple[float, str] | None:
     """What polyhead's modules and transformers' layers say of their scale. An attribute of other
     code is not trusted: it may be the mistake."""
+    if is_of_transformers(module):
+        return scale_of_its_class(module)
     name = "scale" if is_polyheads(module) else "scaling"
     value = getattr(module, name, None)
     return (value, f"attribute {name}") if isinstance(value, float) else None
@@ -264,13 +270,15 @@ def _find_call(
     module = copied(module).eval()
     like = next(module.parameters(), torch.zeros(1))
     errors: dict[str, None] = {}
-    for way in (calling, *with_a_mask(calling)):
+    for way in (calling, *other_ways(module, calling)):
         for size, how in sizes.items():
             for T in claims.lengths():
                 x = torch.randn(1, T, size, dtype=like.dtype).to(like.device)
                 try:
                     with torch.no_grad():
                         shape = tuple(way(module, x).output.shape)
+                        if way is not calling:  # a mask of another form may fit one row
+                            way(module, x.expand(3, -1, -1))
                     if len(shape) != 3 or shape[:2] != (1, T):
                         raise TypeError(f"its output {shape} is not (1, {T}, features)")
                 except (Exception, SystemExit) as error:  # of unknown code
@@ -282,12 +290,7 @@ def _find_call(
                     if claims.lengths()[0] != T:
                         claims.how["tokens"] = next(iter(errors))
                     return size, how, way
-    raise ArgumentError(
-        "d_in",
-        "must be given, as no size found in the module can be called",
-        "; ".join(list(errors)[:2]) or "a module without parameters",
-        "pass d_in=, or call=lambda module, x: ... if it is called in another way",
-    )
+    raise no_call(list(errors))
 
 
 def _sizes(module: nn.Module) -> dict[int, str]:

@@ -4,6 +4,7 @@ behave alike.
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +24,7 @@ _FUSED = ("scaled_dot_product", "flex_attention")
 
 def look_inside(subject: Subject) -> None:
     """Add to the claims what names do not tell: positions that are added to the tokens, keys that
-    no token made, tokens that are mixed before the attention."""
+    no token made, tokens that are mixed before the attention, how many heads there are."""
     claims = subject.claims
     convolutions = [
         name
@@ -45,6 +46,9 @@ def look_inside(subject: Subject) -> None:
     if spy.extra_keys:
         claims.features |= {"sinks"}
         claims.how["features"] = f"{spy.extra_keys} keys that no token made"
+    if claims.num_heads is None and len(spy.scores) == 1:
+        claims.num_heads = spy.scores[0]
+        claims.how["num_heads"] = f"its softmax has {spy.scores[0]} rows for each token"
 
 
 class _Fills(Spy):
@@ -80,6 +84,7 @@ class _Inside(Spy):
         self.own = {t.untyped_storage().data_ptr() for t in tensors}
         self.alike: bool | None = None
         self.extra_keys = 0
+        self.scores: list[int] = []  # by softmax, how many rows each of T queries has
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation(func)
@@ -92,6 +97,8 @@ class _Inside(Spy):
             keys = args[0].shape[-1]
         elif name.startswith(_FUSED):
             keys = args[1].shape[-2]
+        if keys >= self.T and args[0].ndim > 1 and args[0].shape[-2] == self.T:
+            self.scores.append(math.prod(args[0].shape[:-2]))
         if keys > self.T and keys % self.T:
             self.extra_keys = keys - self.T
         return func(*args, **(kwargs or {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyhead.check.caches import placed, start_of
+from polyhead.check.facts import band
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.subject import Subject, by, difference
 
@@ -45,13 +46,14 @@ def cache_in_chunks_agrees(subject: Subject) -> Verdict:
 
 def _in_pieces(subject: Subject, pieces: Sequence[int]) -> Verdict:
     if subject.calling.cache is None:
-        raise NotApplicable("it takes no cache that is known")
+        why = subject.claims.how.get("cache", "it takes no cache that is known")
+        raise NotApplicable(why)
     if not subject.claims.causal:
         raise NotApplicable("it is not causal: what came first would see what comes later")
     x = subject.input(2)
     module = subject.copy()
     whole = subject.run(x)
-    step = _PROTOCOLS[subject.calling.cache](subject, module)
+    step = _PROTOCOLS.get(subject.calling.cache, _passed)(subject, module)
     start = 0
     with torch.no_grad():
         for n in (n for n in pieces if n > 0):
@@ -101,8 +103,7 @@ def _of_polyhead(subject: Subject, module: nn.Module) -> Step:
 
 
 def _of_transformers(subject: Subject, module: nn.Module) -> Step:
-    # The layer's own package is imported already.
-    cache = sys.modules["transformers"].DynamicCache()
+    cache = start_of(subject)
     # A layer taken out of its model keeps its index: the cache then lacks the layers before it.
     module.layer_idx = 0  # type: ignore[assignment]
     name = subject.calling.cache_name
@@ -113,43 +114,50 @@ def _of_transformers(subject: Subject, module: nn.Module) -> Step:
         n, first = x.shape[1], done[0]
         done[0] += n
         more: dict[str, Any] = {name: cache, "_first": first}
-        keys = torch.arange(first + n, device=x.device)
-        distance = torch.arange(first, first + n, device=x.device)[:, None] - keys
-        allowed = distance >= 0
-        if subject.claims.window is not None:
-            allowed &= distance < subject.claims.window
-        filled = torch.zeros(x.shape[0], 1, n, first + n, dtype=x.dtype, device=x.device)
-        more["attention_mask"] = filled.masked_fill(~allowed, float("-inf"))
-        return calling(module, x.contiguous(), **more).output
+        allowed = None if calling.mask is None else _rows(subject, first, n)
+        return calling(module, x.contiguous(), allowed=allowed, **more).output
 
     return step
 
 
-def _functional(subject: Subject, module: nn.Module) -> Step:
-    """forward(x, cache=None) returns the output and the new cache."""
+def _passed(subject: Subject, module: nn.Module) -> Step:
+    """forward(x, cache=...) returns the output and the new cache, or fills the one that it got."""
     name = subject.calling.cache_name
-    state: list[Any] = [None]
+    calling = replace(subject.calling, supplies=None)
+    state, done = [start_of(subject)], [0]
 
     def step(x: Tensor) -> Tensor:
-        more = {name: state[0]}
-        result = subject.call(module, x, **more, **subject.calling.cache_options)
-        if result.cache is None:
-            raise NotApplicable(f"it returned no cache for {name}=None")
-        state[0] = result.cache
+        n, first = x.shape[1], done[0]
+        done[0] += n
+        more = {name: state[0], **calling.cache_options, **placed(calling, first, n)}
+        if subject.calling.supplies is not None:
+            more["allowed"] = _rows(subject, first, n)
+        result = calling(module, x.contiguous(), **more)
+        if state[0] is None or result.cache is not None:
+            if result.cache is None:
+                raise NotApplicable(f"it returned no cache for {name}=None")
+            state[0] = result.cache
         return result.output
 
     return step
 
 
+def _rows(subject: Subject, first: int, n: int) -> Tensor:
+    """(1, 1, n, first + n) whom n tokens behind `first` others may see."""
+    seen = band(first + n, subject.claims.causal, subject.claims.window)
+    return seen[None, None, first:].to(subject.device)
+
+
 def _stateful(subject: Subject, module: nn.Module) -> Step:
     """forward(x, use_cache=True) keeps the cache in the module; reset_cache() empties it."""
-    module.reset_cache()  # type: ignore[operator]
-    return lambda x: subject.call(module, x, use_cache=True).output
+    if hasattr(module, "reset_cache"):
+        module.reset_cache()  # type: ignore[operator]
+    flag = {subject.calling.cache_name: True}
+    return lambda x: subject.call(module, x, **flag).output
 
 
 _PROTOCOLS: dict[str, Callable[[Subject, nn.Module], Step]] = {
     "polyhead": _of_polyhead,
     "transformers": _of_transformers,
-    "functional": _functional,
     "stateful": _stateful,
 }

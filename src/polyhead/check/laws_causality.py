@@ -13,8 +13,8 @@ from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []
 
-# A text of so many tokens takes seconds, and memory with its square.
-_LONGEST = 1024
+# Tokens that a law may take: the time and memory of some modules grow with their square.
+_LONGEST = 512
 
 
 def need_causal(subject: Subject) -> None:
@@ -227,9 +227,7 @@ def window_counts_its_tokens(subject: Subject) -> Verdict:
         raise NotApplicable("it has no window")
     T = claims.window + 4
     if T > _LONGEST:
-        raise NotApplicable(
-            f"its window of {claims.window} is longer than the {_LONGEST} tokens that are tried"
-        )
+        raise NotApplicable(f"its window of {claims.window} is long: make one of {_LONGEST // 64}")
     if claims.max_tokens is not None and claims.max_tokens < T:
         raise NotApplicable(f"its window of {claims.window} holds nearly all it accepts")
     x = subject.input(1, T).requires_grad_()

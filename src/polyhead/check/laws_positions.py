@@ -14,6 +14,7 @@ from polyhead.check.heads import (
     shares_of,
 )
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.rows import BY_PLACE, learned_rows
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []
@@ -55,11 +56,22 @@ def order_alone_changes_nothing(subject: Subject) -> Verdict:
             subject
         ):
             raise NotApplicable("it does not see every token that it may")
+        _need_plain_scores(subject)
         return broken(
             f"tokens in another order gave another output, by {by(apart)}, though nothing "
             "gives it positions: is it cut into heads along the wrong axis?"
         )
     return holds()
+
+
+def _need_plain_scores(subject: Subject) -> None:
+    """Positions that nothing names act on scores alone; heads that are cut along the wrong axis mix
+    tokens before that."""
+    try:
+        learned_rows(subject)
+    except NotApplicable as reason:
+        if str(reason) in BY_PLACE:
+            raise
 
 
 @module_law

@@ -2,55 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.calling import FORMS, MaskArgument
+from polyhead.check.calling import MaskArgument
 from polyhead.check.facts import band, is_polyheads
+from polyhead.check.layers import is_transformers_own
 from polyhead.check.signature import mask_names
 from polyhead.check.subject import Subject, difference
 
 __all__ = ["claim_mask"]
 
+_FORMS = ("keys", "full", "square", "batch")
+
 
 def claim_mask(subject: Subject, true_means: str | None) -> MaskArgument | None:
     """Find the mask argument and its form by trying. None: there is none, or none that runs.
 
-    What True means is taken from the user, then from the name where that has one meaning
-    (`attention_mask` shows, `key_padding_mask` hides), then from what the module does.
+    What True means is what the user said; or else what two names have one meaning for
+    (`attention_mask` shows, `key_padding_mask` hides), but in layers of transformers; or else what
+    the module does with it.
     """
     calling = subject.calling
-    if calling.style in ("yours", "transformers"):
+    if calling.style == "yours":
         return calling.mask
     if is_polyheads(subject.module):
         return _polyhead_mask()
     names = mask_names(subject.module)
     if subject.claims.causal and bool(subject.sees.all()):
         # It leaves the causal mask to its caller, which one of keys cannot say.
-        names = [name for name in names if "pad" not in name]
+        names = [name for name in names if "pad" not in name and "len" not in name]
+    fallback = None
     for name in names:
-        by_name = _meaning_of(name, subject.module)
-        meanings = [m for m in (true_means, by_name) if m][:1] or ["show", "hide", "add"]
+        runs = [mask for mask in _tried(subject, name, true_means) if _runs(subject, mask)]
+        if chosen := next((m for m in runs if _works(subject, m)), None):
+            return chosen
+        # What hides nothing in any form is held to the first that runs; but for transformers'
+        # own, whose forms are many.
+        if not is_transformers_own(subject.module):
+            fallback = fallback or next(iter(runs), None)
+    return fallback
+
+
+def _tried(subject: Subject, name: str, true_means: str | None) -> Iterator[MaskArgument]:
+    """The forms and meanings that a mask of this name may have, the likeliest first."""
+    theirs = subject.calling.style == "transformers"
+    by_name = None if theirs else _meaning_of(name, subject.module)
+    how = "you said so" if true_means else "by its name" if by_name else "found by trying"
+    if true_means or by_name:
+        meanings = [true_means or by_name or ""]
         if meanings == ["show"] and not true_means:
             meanings.append("add")  # as BERT's attention_mask
-        how = "you said so" if true_means else "by its name" if by_name else "found by trying"
-        forms = ("keys",) if "padding" in name else tuple(FORMS)
-        tried = [
-            MaskArgument(name, form, m, "found by trying" if m == "add" else how)
-            for form in forms
-            for m in meanings
-        ]
-        runs = [mask for mask in tried if _runs(subject, mask)]
-        if chosen := next((m for m in runs if _works(subject, m)), runs[0] if runs else None):
-            return chosen
-    return None
+    elif theirs:
+        meanings = ["add", "show", "hide"]  # eager layers add
+    else:
+        meanings = ["hide", "show", "add"] if "pad" in name else ["show", "hide", "add"]
+    if "valid_len" in name:
+        yield MaskArgument(name, "lengths", "count", "found by trying")
+        return
+    strict = "key_padding_mask" in name
+    forms = ("keys",) if strict else ("full", "batch", "square", "keys") if theirs else _FORMS
+    for form in forms:
+        for meaning in meanings:
+            yield MaskArgument(name, form, meaning, "found by trying" if meaning == "add" else how)
 
 
 def _meaning_of(name: str, module: nn.Module) -> str | None:
-    if "padding" in name or "pad_mask" in name or isinstance(module, nn.MultiheadAttention):
+    if "key_padding_mask" in name or isinstance(module, nn.MultiheadAttention):
         return "hide"
     return "show" if name == "attention_mask" else None
 
@@ -71,17 +93,20 @@ def _works(subject: Subject, mask: MaskArgument) -> bool:
         higher = _Raised(mask.name, mask.form, mask.true_means, mask.how)
         if not _runs(subject, higher) or not _works(subject, higher):
             return False
+    if subject.T < 3:
+        return False
     x, other = subject.input(2), subject.input(2, salt=1)
+    hidden = subject.T - 1 if mask.form == "lengths" else 1
     shown = _masked(subject, mask, hide=None)
     try:
         plain = subject.run(x)
     except Exception:  # the mask is needed
         plain = shown
     changed = x.clone()
-    changed[:, 1] = other[:, 1]
-    before = _masked(subject, mask, hide=1)
-    after = _masked(subject, mask, hide=1, x=changed)
-    others = [t for t in range(x.shape[1]) if t > 1]
+    changed[:, hidden] = other[:, hidden]
+    before = _masked(subject, mask, hide=hidden)
+    after = _masked(subject, mask, hide=hidden, x=changed)
+    others = [t for t in range(x.shape[1]) if t > 1 and t != hidden]
     rounding = subject.allowed(x)
     hides = difference(before, after)[:, others].max() <= rounding
     # Where the caller passes the causal mask, showing all that is causal changes something.
@@ -95,7 +120,7 @@ def _masked(
     x = subject.input(2) if x is None else x
     T = x.shape[1]
     allowed = band(T, subject.claims.causal, None).expand(2, 1, T, T).clone().to(x.device)
-    if mask.form == "keys" or not subject.claims.causal:
+    if mask.form in ("keys", "lengths") or not subject.claims.causal:
         allowed[:] = True
     if hide is not None:
         allowed[..., hide] = False

@@ -10,7 +10,9 @@ from xml.etree import ElementTree
 
 from polyhead.check.law import Outcome, Verdict
 
-__all__ = ["LawResult", "Report"]
+__all__ = ["STOPPED", "LawResult", "Report"]
+
+STOPPED = "stopped by the user"
 
 _WIDTH = 100
 _MARKS = {
@@ -71,8 +73,11 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0: all hold; 1: some law is broken; 2: not everything could be run."""
-        return 1 if self.failures else 0 if self.ok else 2
+        """0: all hold; 1: some law is broken; 2: not everything could be run; 130: nor will be,
+        as the user stopped it (what a shell has for Ctrl-C)."""
+        if self.stopped is None or self.failures:
+            return 1 if self.failures else 0
+        return 130 if self.stopped == STOPPED else 2
 
     def count(self, outcome: Outcome) -> int:
         return sum(r.verdict.outcome is outcome for r in self.results)

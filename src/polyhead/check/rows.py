@@ -19,7 +19,13 @@ from polyhead.check.law import NotApplicable
 from polyhead.check.layouts import Weights
 from polyhead.check.subject import Subject, difference
 
-__all__ = ["Rows", "learned_rows"]
+__all__ = ["BY_PLACE", "Rows", "learned_rows"]
+
+# Each token has queries, keys and values of its own, and scores are more than their products.
+BY_PLACE = (
+    "its scores are no products of queries and keys as projections give them",
+    "its scores have a part that no query and key make: positions?",
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,10 @@ def _learn(subject: Subject, core: Core) -> Rows:
         logit = share.log() - (1 - share).log()
         (slope,) = torch.autograd.grad(logit, given, retain_graph=True)
         slopes.append(slope)
-    pairs = [_pairs(slope, last, rounding) for slope in slopes]
+    acting = [_acting(slope, rounding) for slope in slopes]
+    pairs = [
+        _pairs(slope, last, *rows, rounding) for slope, rows in zip(slopes, acting, strict=True)
+    ]
     if len({len(query) for query, _, _ in pairs}) != 1:
         raise NotApplicable("its heads have queries of different sizes")
     scale = torch.stack([ratio for *_, ratio in pairs])
@@ -122,7 +131,7 @@ def _learn(subject: Subject, core: Core) -> Rows:
     scores = rows.scale * (last[query] * (first - last)[key]).sum(dim=1)
     logits = torch.stack([shares[head].mean() for head in heads]).logit().detach()
     if difference(scores, logits).max() > 64 * rounding * (1 + scores.abs().max()):
-        raise NotApplicable("its scores have a part that no query and key make: positions?")
+        raise NotApplicable(BY_PLACE[1])
     return rows
 
 
@@ -158,8 +167,8 @@ def _heads(shares: Tensor, rounding: float, num_heads: int | None) -> list[Tenso
     return sorted(heads, key=lambda head: int(head[0]))
 
 
-def _pairs(slope: Tensor, last: Tensor, rounding: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (D,), keys (D,) and the scale, of a head, from its logit's slope (2, R)."""
+def _acting(slope: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
+    """Queries (D,) and keys (D,) of a head, from its logit's slope (2, R): not yet in pairs."""
     acts = slope.abs() > 64 * rounding * slope.abs().max()
     key = acts[0].nonzero().flatten()
     query = (acts[1] & ~acts[0]).nonzero().flatten()
@@ -167,10 +176,17 @@ def _pairs(slope: Tensor, last: Tensor, rounding: float) -> tuple[Tensor, Tensor
         raise NotApplicable("a token's query and key are made of other tokens too")
     if not len(query):
         query = key  # one projection for both
+    return query, key
+
+
+def _pairs(
+    slope: Tensor, last: Tensor, query: Tensor, key: Tensor, rounding: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The queries (D,), the keys (D,) that they are multiplied by, and the scale."""
     by_slope = key[slope[0, key].argsort()]
     for descending in (False, True):
         by_size = query[last[query].argsort(descending=descending)]
         ratio = slope[0, by_slope] / last[by_size]
         if (ratio - ratio.mean()).abs().max() <= 64 * rounding * ratio.abs().max():
             return by_size, by_slope, ratio.mean()
-    raise NotApplicable("its scores are no products of queries and keys as projections give them")
+    raise NotApplicable(BY_PLACE[0])

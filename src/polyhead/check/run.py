@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.check import signature
+from polyhead.check.axes import find_axes
+from polyhead.check.caches import claim_cache
 from polyhead.check.diagnosis import diagnose
 from polyhead.check.facts import band, claim_causal, read_claims
 from polyhead.check.filled import filled, unfilled
@@ -20,7 +22,7 @@ from polyhead.check.inside import NarrowMasks, look_inside
 from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
 from polyhead.check.masks import claim_mask
 from polyhead.check.modes import own_modes
-from polyhead.check.report import LawResult, Report
+from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Narrowest
 from polyhead.errors import ArgumentError, DtypeError
@@ -41,7 +43,7 @@ def check_module(
     max_tokens: int | None = None,
     scale: float | None = None,
     mask_true: str | None = None,
-    call: Callable[[nn.Module, Tensor], Any] | None = None,
+    call: Callable[..., Any] | None = None,
     make: Callable[[], nn.Module] | None = None,
     weights: Callable[[nn.Module], Mapping[str, Tensor]] | None = None,
     only: Sequence[str] | None = None,
@@ -67,7 +69,10 @@ def check_module(
         max_tokens: the most tokens it accepts.
         scale: factor on the scores, if it is not 1 / sqrt(head_dim).
         mask_true: what True in its boolean mask means, "show" or "hide".
-        call: `call(module, x)`, where it is called in another way.
+        call: `call(module, x)`, where it is called in another way. One that has an argument `mask`
+            too is given None, or (B, 1, T, S) booleans, True where a query may attend; one that
+            has `cache`, None or what it returned behind the output the last time, of the tokens
+            before x.
         make: makes another instance with weights of its own, for the law on state dicts.
         weights: `weights(module)` gives its parameters, or parts of them, by role ("query", "key",
             "value", "out", each also with "_bias"; rows of a head together), where names do not
@@ -144,7 +149,7 @@ def find_subject(
     *,
     causal: bool | None = None,
     mask_true: str | None = None,
-    call: Callable[[nn.Module, Tensor], Any] | None = None,
+    call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Subject:
     """The module with how to call it and what it claims: see `check_module` for arguments."""
@@ -169,10 +174,14 @@ def find_subject(
         module = filled(module, lacking, options.get("seed", 0))
     calling = signature.from_function(call) if call else signature.find_calling(module)
     claims, calling = read_claims(module, calling, given)
+    if calling.positions and claims.positions is None:
+        claims.positions = calling.positions
+        claims.how["positions"] = f"the check passes {calling.positions}="
     subject = Subject(module, calling, claims, **options)
     if lacking:
         subject.unfilled = lacking
         claims.how["unfilled"] = f"{', '.join(lacking)} (the check fills them from its seed)"
+    find_axes(subject)
     if not _runs_in_float64(subject):
         claims.how["dtype"] = "float32, as it does not run in float64"
         subject.runs_in_float64 = False
@@ -190,6 +199,7 @@ def find_subject(
     subject.calling = replace(subject.calling, mask=claim_mask(subject, mask_true))
     subject.forget()
     _supply_mask(subject, causal)
+    claim_cache(subject)
     return subject
 
 
@@ -210,7 +220,7 @@ def run_laws(
                     progress(law.name, i / len(laws))
                 verdict = law.judge(subject)
             except KeyboardInterrupt as reason:  # which an alarm gives, and Ctrl-C does not
-                stopped = str(reason) or "stopped by the user"
+                stopped = str(reason) or STOPPED
                 verdict = Verdict(Outcome.NOT_RUN, stopped)
         results.append(LawResult(law.name, law.required, verdict, time.monotonic() - start))
     return results, stopped
@@ -231,34 +241,38 @@ def _runs_in_float64(subject: Subject) -> bool:
 
 
 def _supply_mask(subject: Subject, causal: bool | None) -> None:
-    """Pass the causal mask, where the module leaves it to its caller: so do models of
+    """Pass the mask of the claims, where the module leaves it to its caller: so do models of
     transformers, and so does whoever says causal=True of a module that has a mask argument."""
     claims, mask = subject.claims, subject.calling.mask
-    if not claims.causal or mask is None or mask.form == "keys":
+    if mask is None or mask.form not in ("full", "square", "batch"):
         return
     theirs = subject.calling.style == "transformers"
-    if theirs or (causal and bool(subject.sees.all())):
-        supplies = lambda T: band(T, True, claims.window)  # noqa: E731
+    sees_all = bool(subject.sees.all())
+    wanted = theirs and claims.window is not None and sees_all
+    if claims.causal:
+        wanted = theirs or (sees_all and (causal or subject.calling.style == "yours"))
+    if wanted:
+        supplies = lambda T: band(T, claims.causal, claims.window)  # noqa: E731
         subject.calling = replace(subject.calling, supplies=supplies)
         subject.forget()
-        claims.how["causal"] += f"; the check passes the mask as {mask.name}="
+        told = f"; the check passes the mask as {mask.name}="
+        key = "causal" if claims.causal else "window"
+        claims.how[key] = claims.how.get(key, "") + told
 
 
 def _facts(subject: Subject) -> dict[str, str]:
     """What the report's head says: every claim, and how it was found."""
     claims, calling = subject.claims, subject.calling
     values = {
-        "called as": calling.style,
+        "called as": " ".join(filter(None, (calling.style, calling.told))),
         "d_in": claims.d_in,
         "causal": "yes" if claims.causal else "no",
         "window": claims.window if claims.pattern is None else claims.pattern.words,
         "num_heads": claims.num_heads,
         "positions": claims.positions,
         "max_tokens": claims.max_tokens,
-        "mask": None
-        if calling.mask is None
-        else f"{calling.mask.name}, form {calling.mask.form}, True {calling.mask.true_means}s",
-        "cache": calling.cache,
+        "mask": calling.mask,
+        "cache": calling.cache and f"{calling.cache_name}, {calling.cache}",
     }
     how = dict(claims.how)
     if calling.mask is not None:
@@ -268,5 +282,6 @@ def _facts(subject: Subject) -> dict[str, str]:
         for name, value in values.items()
         if value is not None
     }
-    facts |= {name: how[name] for name in ("dtype", "precision", "unfilled") if name in how}
+    learned = ("layout", "tokens", "dtype", "precision", "unfilled")
+    facts |= {name: how[name] for name in learned if name in how}
     return facts

@@ -12,49 +12,25 @@ import json
 import linecache
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from polyhead.check.names import (
-    DROPOUT,
-    HEAD_SIZE,
-    HEADS,
-    KV_HEADS,
-    LENGTH,
-    WIDTH,
-    WIDTH_OUT,
-    WINDOW,
+from polyhead.check.configurations import (
+    GUESSES,
+    SIZES_OF_TRANSFORMERS,
+    configurations,
+    fill_parameters,
+    is_configuration,
 )
+from polyhead.check.law import first_line
+from polyhead.check.layers import is_of_transformers
 from polyhead.errors import ArgumentError
 
-__all__ = ["Config", "build", "load", "parse_arguments"]
-
-# Sizes for constructors whose caller gave none. No two that could be swapped are equal.
-_GUESSES: dict[str, Any] = {
-    name: value
-    for names, value in (
-        (WIDTH + WIDTH_OUT, 48),
-        (HEADS, 4),
-        (KV_HEADS, 2),
-        ((*LENGTH, "max_position_embeddings"), 64),
-        (DROPOUT, 0.1),
-        (HEAD_SIZE, 12),
-        (WINDOW, 4),
-        (("bias", "qkv_bias", "attention_bias"), True),
-    )
-    for name in names
-}
-
-
-class Config(types.SimpleNamespace):
-    """Stands in for a configuration object, with the usual names for sizes."""
-
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**(_GUESSES | given))
+__all__ = ["build", "load", "parse_arguments"]
 
 
 def load(target: str) -> Any:
@@ -90,8 +66,8 @@ def load(target: str) -> Any:
         raise ArgumentError(
             "TARGET",
             "must be importable",
-            f"{place}: {type(error).__name__}: {error}",
-            "run it alone",
+            f"{place}: {type(error).__name__}: {first_line(error)}",
+            _remedy(error, path, name),
         ) from error
     found: Any = module
     for part in name.split("."):
@@ -138,29 +114,63 @@ def build(
         )
     if not isinstance(found, type) and takes_query_key_value(found):
         return found, {}, None
-    arguments, guessed = _arguments(found, given)
+    failures: list[tuple[Exception | SystemExit, str]] = []
+    for arguments, guessed in _arguments(found, given):
 
-    def make() -> nn.Module:
-        made: nn.Module = found(**arguments)
-        return made
+        def make(arguments: dict[str, Any] = arguments) -> nn.Module:
+            return _made(found, arguments)
 
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                module = make()
+        except (Exception, SystemExit) as error:  # of unknown code
+            values = ", ".join(f"{k}={guessed.get(k, v)}" for k, v in arguments.items())
+            failures.append((error, values))
+            continue
+        if not isinstance(module, nn.Module):
+            raise ArgumentError(
+                "TARGET", "must give an nn.Module", type(module).__name__, "name another"
+            )
+        return module, guessed, make
+    first, values = failures[0]
+    config = next((n for n in inspect.signature(found).parameters if is_configuration(n)), None)
+    inside = "" if config is None else f" or --arg {config}.NAME=VALUE"
+    raise ArgumentError(
+        "TARGET",
+        "must be constructible",
+        f"{type(first).__name__}: {first_line(first)} from {found.__name__}({values})",
+        f"give its arguments with --arg NAME=VALUE{inside}",
+    ) from first
+
+
+def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
+    """An instance. What its constructor leaves unfilled is NaN, and not what memory held."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            module = make()
-    except (Exception, SystemExit) as error:  # of unknown code
-        values = ", ".join(f"{k}={v}" for k, v in arguments.items())
-        raise ArgumentError(
-            "TARGET",
-            "must be constructible",
-            f"{type(error).__name__}: {error} from {found.__name__}({values})",
-            "give its arguments with --arg NAME=VALUE",
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise ArgumentError(
-            "TARGET", "must give an nn.Module", type(module).__name__, "name another"
-        )
-    return module, guessed, make
+        module: nn.Module = found(**arguments)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    config = next((arguments[n] for n in arguments if is_configuration(n)), None)
+    if is_of_transformers(module) and config is not None:
+        if not hasattr(module, "config"):
+            module.config = config  # which tells how its model calls it
+        fill_parameters(module, config)
+    return module
+
+
+def _remedy(error: BaseException, path: Path, name: str) -> str:
+    """What helps a file or package whose import raised."""
+    if "relative import" in str(error) and path.suffix == ".py":
+        folder, parts = path.resolve().parent, [path.stem]
+        while (folder / "__init__.py").exists() or len(parts) == 1:
+            folder, parts = folder.parent, [folder.name, *parts]
+        return f"name it in its package: polyhead check {'.'.join(parts)}:{name}, run in {folder}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"install {error.name}, or run where it can be imported"
+    return "import it with python, which shows where it raises"
 
 
 def takes_query_key_value(function: Any) -> bool:
@@ -190,29 +200,54 @@ def parse_arguments(pairs: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
-def _arguments(found: Any, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of a constructor, and those among them that were guessed."""
-    arguments, guessed = dict(given), {}
-    for name, parameter in inspect.signature(found).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+def _arguments(
+    found: Any, given: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Arguments of a constructor, and those among them that were guessed, the likeliest first."""
+    arguments = {name: value for name, value in given.items() if "." not in name}
+    guessed: dict[str, Any] = {}
+    parameters = _signature(found)
+    theirs = is_of_transformers(found)
+    guesses = GUESSES | SIZES_OF_TRANSFORMERS if theirs else GUESSES
+    wanted: inspect.Parameter | None = None
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or name in given:
             continue
-        if name in given or parameter.default is not parameter.empty:
-            continue
-        if name in ("config", "cfg", "args", "conf"):
-            inside = {k.split(".", 1)[1]: v for k, v in given.items() if k.startswith(f"{name}.")}
-            arguments = {k: v for k, v in arguments.items() if not k.startswith(f"{name}.")}
-            arguments[name] = Config(**inside)
-            guessed[name] = "an object with the usual names for sizes"
-        elif name in _GUESSES:
-            arguments[name] = guessed[name] = _GUESSES[name]
-        else:
+        needed = parameter.default is parameter.empty
+        inside = any(n.startswith(f"{name}.") for n in given)
+        if is_configuration(name) and (needed or inside or theirs):
+            wanted = parameter
+        elif name in guesses and (needed or (theirs and name.startswith("layer_"))):
+            arguments[name] = guessed[name] = guesses[name]
+        elif needed:
             raise ArgumentError(
                 "--arg",
                 f"must give {name}, which {found.__name__} needs and whose value cannot be guessed",
                 ", ".join(given) or "nothing",
                 f"add --arg {name}=VALUE",
             )
-    return arguments, guessed
+    for name in given:
+        place = name.partition(".")[0]
+        if place != name and (wanted is None or place != wanted.name):
+            raise ArgumentError(
+                "--arg",
+                f"must name a parameter of {found.__name__}: {', '.join(parameters) or 'none'}",
+                name,
+                "check the name before the dot",
+            )
+    if wanted is None:
+        yield arguments, guessed
+        return
+    inside_given = {n.split(".", 1)[1]: v for n, v in given.items() if "." in n}
+    for config, words in configurations(found, wanted, inside_given):
+        yield arguments | {wanted.name: config}, guessed | {wanted.name: words}
+
+
+def _signature(found: Any) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(found).parameters)
+    except (TypeError, ValueError):  # of a builtin
+        return {}
 
 
 def _from_file(path: Path) -> types.ModuleType:

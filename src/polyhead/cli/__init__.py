@@ -12,6 +12,7 @@ except ImportError as error:
 from polyhead.cli.bench import bench_command
 from polyhead.cli.check import check_command
 from polyhead.cli.convert import convert_command
+from polyhead.cli.lesson import lesson_command
 from polyhead.cli.look import look_command
 from polyhead.cli.run import run_command
 from polyhead.errors import PolyheadError
@@ -36,5 +37,12 @@ def main() -> None:
     """Multi-head attention: right, fast, seen."""
 
 
-for command in (run_command, look_command, check_command, bench_command, convert_command):
+for command in (
+    run_command,
+    lesson_command,
+    look_command,
+    check_command,
+    bench_command,
+    convert_command,
+):
     main.add_command(command)

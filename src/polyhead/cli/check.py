@@ -17,7 +17,13 @@ __all__ = ["check_command"]
 
 @click.command("check")
 @click.argument("target", required=False)
-@click.option("--arg", "pairs", multiple=True, metavar="NAME=VALUE", help="For the constructor.")
+@click.option(
+    "--arg",
+    "pairs",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="For the constructor; config.NAME=VALUE for its configuration.",
+)
 @click.option("--causal/--bidirectional", default=None, help="Whether it hides later tokens.")
 @click.option("--window", type=click.IntRange(min=1), help="Tokens a token sees, itself included.")
 @click.option("--positions", help='What gives it positions, such as "rope"; or "none".')
@@ -49,15 +55,23 @@ def check_command(
     TARGET is path/to/file.py:Name, path/to/notebook.ipynb:Name or package.module:Name; Name is a
     class, an instance or a function of query, key and value. THIS RUNS ITS CODE.
 
-    Exit code 0: all laws hold; 1: some law is broken; 2: it could not be run.
+    A constructor that takes a configuration gets one of guessed sizes, of the class that it names:
+    --arg config.NAME=VALUE overrules one (before the dot, the parameter's own name).
+
+    Exit code 0: no law is broken; 1: some law is; 2: it could not be run, or not to the end;
+    130: stopped by Ctrl-C.
     """
     if as_list:
         click.echo(list_laws())
         return
     if target is None:
         raise click.UsageError("give a TARGET, such as attention.py:MultiHeadAttention")
-    with progress_bar() as show:
-        report = check_target(target, progress=show, **options)
+    try:
+        with progress_bar() as show:
+            report = check_target(target, progress=show, **options)
+    except KeyboardInterrupt:
+        click.echo("polyhead: stopped by the user before the first law", err=True)
+        sys.exit(130)
     click.echo(json.dumps(report.as_dict(), indent=2) if as_json else str(report))
     if junit_path is not None:
         junit_path.write_text(report.as_junit(), encoding="utf-8")

@@ -38,8 +38,9 @@ def convert_command(
 ) -> None:
     """Write the checkpoint IN as OUT, its attention weights in another layout.
 
-    IN is a .safetensors file, a folder with one or with shards and their index, or a .pt file. OUT
-    is a .safetensors or .pt file. A config.json beside IN says what the options leave out.
+    IN is a .safetensors file, a .pt, .bin or .ckpt file of tensors by name, or a folder with one or
+    with shards and their index. OUT is a .safetensors or .pt file. A config.json beside IN says
+    what the options leave out. Nothing is written unless every attention layer moves.
     """
     with progress_bar() as show:
         report = convert_file(
@@ -58,3 +59,6 @@ def convert_command(
         f"{output}: {report.layers} attention layers moved from {report.source} to {target}, "
         f"{report.unchanged} other tensors as they were, {report.bytes / 1e6:.1f} MB"
     )
+    if report.dropped:
+        shown = ", ".join(report.dropped[:3]) + (", ..." if len(report.dropped) > 3 else "")
+        click.echo(f"{len(report.dropped)} old buffers left out ({shown})")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import webbrowser
 from contextlib import ExitStack
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from polyhead.cli.options import progress_bar, read_text
+from polyhead.cli.options import progress_bar, read_text, show_in_browser
 from polyhead.errors import DependencyError
 from polyhead.integrations.models import load_model
 from polyhead.integrations.texts import check_text
@@ -116,7 +115,7 @@ def look_command(
     if path is not None:
         _tell_of_page(path, report, quiet=terminal or as_json)
         if open_page:
-            _open(path.resolve().as_uri())
+            show_in_browser(path.resolve().as_uri())
 
 
 def _tell_of_page(path: Path, report: HeadReport, quiet: bool) -> None:
@@ -129,11 +128,6 @@ def _tell_of_page(path: Path, report: HeadReport, quiet: bool) -> None:
     if not quiet:
         first = ", ".join(f"{h.layer}.{h.head} ({h.name})" for h in telling_heads(report, 5))
         click.echo(f"Look first at heads {first}.")
-
-
-def _open(address: str) -> None:
-    if not webbrowser.open(address):
-        click.echo(f"No browser could be opened; the page is {address}", err=True)
 
 
 def _serve(
@@ -163,6 +157,6 @@ def _serve(
                     "Anybody who reaches this machine on that port can ask the model.", err=True
                 )
             if open_page:
-                _open(address)
+                show_in_browser(address)
 
         server.serve(seen, host, listening, ready)

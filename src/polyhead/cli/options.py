@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from polyhead.errors import ArgumentError
 
-__all__ = ["NEW_FILE", "progress_bar", "read_text"]
+__all__ = ["NEW_FILE", "progress_bar", "read_text", "show_in_browser"]
 
 
 def _in_a_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
@@ -58,3 +59,9 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda step, done: bar.update(task, description=step, completed=done)
+
+
+def show_in_browser(address: str) -> None:
+    """Open a page in the browser, or say where it is."""
+    if not webbrowser.open(address):
+        click.echo(f"No browser could be opened; the page is {address}", err=True)

@@ -25,6 +25,7 @@ BERT = Layout(
     linear("self.value", "W_value"),
     linear("output.dense", "out_proj"),
     staying=("output.LayerNorm.weight", "output.LayerNorm.bias"),
+    grouped=False,
 )
 BERT_SELF = Layout(
     "bert_self",

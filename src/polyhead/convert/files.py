@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,24 +16,36 @@ from torch import Tensor
 
 from polyhead.convert import safetensors
 from polyhead.convert.layout import Sizes
-from polyhead.convert.state_dict import Move, add, plan, source_of
+from polyhead.convert.state_dict import Move, add, check_masks, dropped, plan, source_of
 from polyhead.errors import ArgumentError, ModelError
 
 __all__ = ["FileReport", "convert_file"]
 
-_INDEX = "model.safetensors.index.json"
-_PICKLED = {".pt", ".pth", ".bin"}
+# What a folder may hold, the first that is there: one file, or shards by their index.
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_INDEX = tuple(f"{name}.index.json" for name in _WHOLE)
+_PICKLED = {".pt", ".pth", ".bin", ".ckpt"}
+_WRITTEN = (".safetensors", ".pt", ".pth", ".bin")
+_SHARD = re.compile(r".*-(\d+)-of-(\d+)\.\w+")
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was written: from which layout, attention layers moved, tensors that passed as they
-    were, bytes."""
+    """What was written.
+
+    Attributes:
+        source: the layout it came from.
+        layers: how many attention layers moved.
+        unchanged: how many tensors passed as they were.
+        bytes: of the output.
+        dropped: names of buffers that are left out, as newer code computes them.
+    """
 
     source: str
     layers: int
     unchanged: int
     bytes: int
+    dropped: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -56,8 +69,9 @@ def convert_file(
     or an interruption leaves what was there. Safetensors are read and written layer by layer.
 
     Args:
-        path: a .safetensors file; a folder with model.safetensors or with shards and their index;
-            or a .pt, .pth or .bin file of tensors by name (read without running code).
+        path: a .safetensors file; a .pt, .pth, .bin or .ckpt file of tensors by name (read without
+            running code); or a folder with model.safetensors or pytorch_model.bin, or with their
+            shards and index.
         output: a .safetensors file, or a .pt, .pth or .bin file.
         source: as in `state_dict`; None: by the family that the config names.
         target, num_heads, num_kv_heads, nope_head_dim, value_head_dim: as in `state_dict`.
@@ -78,9 +92,11 @@ def convert_file(
         config = _config_of(path) if config is None else config
         source = source_of(shapes, config) if source is None else source
         moves = plan(shapes, source, target, sizes, config)
+        check_masks(moves, read)
         # Rehearsed without numbers: nothing is written if a layer does not fit.
         outputs: dict[str, Tensor] = {}
-        moving = {name for move in moves for name in move.inputs}
+        out = dropped(shapes, moves)
+        moving = out.union(*(move.inputs for move in moves))
         unchanged = [name for name in shapes if name not in moving]
         add(outputs, {name: shapes[name] for name in unchanged})
         for move in moves:
@@ -100,7 +116,8 @@ def convert_file(
                     progress(step, written / max(tensor_file.size, 1))
                     for name, tensor in piece.items():
                         written += tensor_file.write(name, tensor)
-    return FileReport(source, len(moves), len(unchanged), output.stat().st_size)
+    size = output.stat().st_size
+    return FileReport(source, len(moves), len(unchanged), size, tuple(sorted(out)))
 
 
 def _pieces(
@@ -117,7 +134,7 @@ def _pieces(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if output.suffix not in {".safetensors", *_PICKLED}:
+    if output.suffix not in _WRITTEN:
         raise ArgumentError(
             "output", "must end in .safetensors, .pt, .pth or .bin", str(output), "rename it"
         )
@@ -156,32 +173,75 @@ def _checkpoint(
     path: Path,
 ) -> Iterator[tuple[Mapping[str, Tensor], safetensors.Reader, dict[str, str]]]:
     """Every tensor by name without its numbers, what reads one, and the metadata."""
-    if path.suffix in _PICKLED and path.is_file():
-        tensors = _unpickled(path)
-        shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        yield shapes, tensors.__getitem__, {"format": "pt"}
+    files = _files(path)
+    if not any(_is_pickled(file) for file in files):
+        with safetensors.opened(files) as opened:
+            yield opened
         return
-    with safetensors.opened(_files(path)) as opened:
-        yield opened
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        for name, tensor in _unpickled(file).items():
+            if name in tensors:
+                raise ModelError(f"{file} holds {name}, as another file does; keep one")
+            tensors[name] = tensor
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors.items()}
+    yield shapes, tensors.__getitem__, {"format": "pt"}
+
+
+def _is_pickled(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return False
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error}); check its permissions") from error
+    if head == b"GGUF":
+        raise ModelError(
+            f"{path} must be safetensors or tensors that torch saved; got a GGUF file; convert the "
+            "checkpoint that it was made from"
+        )
+    return path.suffix in _PICKLED or head[:2] == b"PK"
 
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
+        _check_no_shard(path)
         return [path]
     if not path.is_dir():
         raise ModelError(f"{path}: no such file or folder; check the path")
-    if (path / _INDEX).is_file():
-        shards = sorted(set(_json(path / _INDEX).get("weight_map", {}).values()))
-        missing = [shard for shard in shards if not (path / shard).is_file()]
-        if missing or not shards:
-            what = missing[0] if missing else "every shard's name"
-            raise ModelError(f"{path / _INDEX} names shards; {what} is missing; get the rest")
-        return [path / shard for shard in shards]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
+    for whole, index in zip(_WHOLE, _INDEX, strict=True):
+        if (path / index).is_file():
+            return [path / shard for shard in _shards(path / index)]
+        if (path / whole).is_file():
+            return [path / whole]
     raise ModelError(
-        f"{path} must hold model.safetensors or {_INDEX}; it holds neither; give the file itself"
+        f"{path} must hold {' or '.join(_WHOLE)}, or one of their shards' indexes, {_INDEX[0]} or "
+        f"{_INDEX[1]}; it holds none of them; pass the file itself if it has another name"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    weight_map = _json(index).get("weight_map")
+    shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    missing = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if missing or not shards:
+        what = missing[0] if missing else "every shard's name"
+        raise ModelError(f"{index} names shards; {what} is missing; get the rest")
+    return shards
+
+
+def _check_no_shard(path: Path) -> None:
+    """One shard has some of the layers, and perhaps a part of one."""
+    match = _SHARD.fullmatch(path.name)
+    indexes = [path.with_name(name) for name in _INDEX if path.with_name(name).is_file()]
+    if (match and int(match[2]) > 1) or any(
+        path.name in (shards := _shards(index)) and len(shards) > 1 for index in indexes
+    ):
+        raise ModelError(
+            f"{path} must be a whole checkpoint; got one shard of several; pass their folder, with "
+            "the index in it"
+        )
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
@@ -196,16 +256,46 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
             "by itself, or as safetensors"
         ) from error
     odd = (
-        [name for name, value in tensors.items() if not isinstance(value, Tensor)]
-        if isinstance(tensors, dict)
+        [
+            name
+            for name, value in tensors.items()
+            if not isinstance(value, Tensor) or not isinstance(name, str)
+        ]
+        if isinstance(tensors, Mapping)
         else [type(tensors).__name__]
     )
     if odd:
         raise ModelError(
             f"{path} must hold tensors by name and nothing else; got {odd[0]}; save the model's "
-            "state_dict by itself"
+            f"state_dict by itself{_inside(tensors)}"
         )
+    for name, tensor in tensors.items():
+        _check_plain(path, name, tensor)
     return dict(tensors)
+
+
+def _inside(content: object) -> str:
+    """Where the state_dict may be in what a trainer saved."""
+    entries = content.items() if isinstance(content, Mapping) else ()
+    for name, value in entries:
+        is_state = isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in value.values())
+        if is_state and not str(name).startswith("optim"):
+            return f": torch.save(torch.load(path)[{name!r}], another)"
+    return ""
+
+
+def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    if not plain or tensor.is_meta or tensor.is_quantized:
+        got = (
+            "one on the meta device"
+            if tensor.is_meta
+            else f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
+        )
+        raise ModelError(
+            f"{path}: {name} must be a dense tensor with numbers; got {got}; load the whole model, "
+            "dequantized and gathered, and save its state_dict"
+        )
 
 
 def _config_of(path: Path) -> dict[str, Any] | None:

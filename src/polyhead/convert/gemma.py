@@ -25,7 +25,7 @@ from polyhead.modules import MultiHeadAttention
 __all__ = ["GEMMA2", "GEMMA3", "OffsetRMSNorm", "build_gemma2", "build_gemma3"]
 
 GEMMA2 = Layout("gemma2", llama.PROJECTIONS)
-GEMMA3 = Layout("gemma3", llama.PROJECTIONS, qwen3.NORMS)
+GEMMA3 = Layout("gemma3", llama.PROJECTIONS, qwen3.NORMS, offset_norms=True)
 
 
 class OffsetRMSNorm(nn.RMSNorm):

@@ -39,12 +39,16 @@ class Sizes:
         num_heads: query heads, H.
         num_kv_heads: key/value heads, G.
         nope_head_dim, value_head_dim: of a latent head (DeepSeek).
+        head_dim, width: features of a head, and of what enters the layer. No rule asks for them;
+            where a config names them, weights of other sizes are refused.
     """
 
     num_heads: int | None = None
     num_kv_heads: int | None = None
     nope_head_dim: int | None = None
     value_head_dim: int | None = None
+    head_dim: int | None = None
+    width: int | None = None
 
     def __post_init__(self) -> None:
         for name, number in vars(self).items():
@@ -181,6 +185,8 @@ class Layout:
         staying: parameters of their module that are not the attention's, and stay behind.
         unmovable: those that have no counterpart here: layers with them are refused.
         num_kv_heads: reads G from a config; None: it is num_key_value_heads there, or H.
+        grouped: whether there may be fewer key heads than query heads.
+        offset_norms: whether its norms multiply by 1 + weight, as Gemma's do.
     """
 
     def __init__(
@@ -190,8 +196,12 @@ class Layout:
         staying: Iterable[str] = (),
         unmovable: Iterable[str] = (),
         num_kv_heads: Callable[[Mapping[str, Any]], int | None] | None = None,
+        grouped: bool = True,
+        offset_norms: bool = False,
     ) -> None:
         self.name = name
+        self.grouped = grouped
+        self.offset_norms = offset_norms
         self.staying = frozenset(staying)
         self._unmovable = frozenset(unmovable)
         self._num_kv_heads = num_kv_heads
@@ -202,6 +212,16 @@ class Layout:
             for rule in self.rules
             if rule.ours[0].startswith(("W_", "out_proj"))
         }
+        # What only attention has: a name below one of these belongs to a layer.
+        self.roots = {
+            rule.theirs.removesuffix(".weight")
+            for rule in self.rules
+            if rule.required and rule.ours[0].startswith("W_")
+        }
+        # Ours (fused, stacked) may put out another width than enters. A family is of one class,
+        # in models of one kind, where torch's layer may be anywhere.
+        self.one_width = not any(root.startswith("W_") for root in self.roots)
+        self.is_family = self.one_width and not name.startswith("torch")
         self.ours = {name for rule in self.rules for name in rule.ours}
         # A layer of this layout has them all: by them it is found in a checkpoint.
         self.their_marks = {rule.theirs for rule in self.rules if rule.required}
@@ -258,7 +278,14 @@ class Layout:
             num_kv_heads = first("num_key_value_heads") or num_heads
         else:
             num_kv_heads = self._num_kv_heads(config)
-        return Sizes(num_heads, num_kv_heads, first("qk_nope_head_dim"), first("v_head_dim"))
+        return Sizes(
+            num_heads,
+            num_kv_heads,
+            first("qk_nope_head_dim"),
+            first("v_head_dim"),
+            head_dim=first("head_dim", "d_kv"),
+            width=first("hidden_size", "n_embd", "n_embed", "d_model"),
+        )
 
     def _check(self, got: Mapping[str, Tensor], known: set[str], marks: set[str]) -> None:
         if unknown := sorted(got.keys() - known):

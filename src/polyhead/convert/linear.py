@@ -6,26 +6,32 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
-from polyhead.modules.arguments import is_plain, kind_of
+from polyhead.modules.weights import (
+    make_parameter,
+    read_parameter,
+    why_not_linear,
+    why_unreadable,
+)
 
 __all__ = [
     "check_kind",
     "check_plain",
     "copied",
+    "copy_of",
     "filled",
     "parameters_of",
     "rms_norm",
     "separate_parameters",
+    "values_of",
+    "writable_parameters",
 ]
 
 M = TypeVar("M", bound=nn.Module)
-
-# Plain linear layers under other names, known by them: transformers is not imported.
-_PLAIN = {"Conv1D", "FalconLinear"}
 
 
 def check_kind(argument: str, module: object, kind: type[nn.Module], remedy: str) -> None:
@@ -36,35 +42,78 @@ def check_kind(argument: str, module: object, kind: type[nn.Module], remedy: str
 
 
 def check_plain(name: str, projection: nn.Module) -> None:
-    """Adapters and quantised layers hold more than a weight and a bias: they are refused."""
-    is_theirs = type(projection).__name__ in _PLAIN and "weight" in projection._parameters
-    if not is_plain(projection) and not is_theirs:
+    """A projection must be x W^T + b of a weight that can be read: no adapter, not quantized."""
+    if unreadable := why_not_linear(projection):
         raise ConversionError(
-            f"{name} must be a plain nn.Linear to be converted; got {kind_of(projection)}; "
-            "merge adapters first"
+            f"{name} must be a plain nn.Linear to be converted; got {unreadable.kind}; "
+            f"{unreadable.remedy}"
         )
 
 
 def copied(name: str, projection: nn.Module) -> dict[str, Tensor]:
     """Copies of a layer's parameters as state-dict entries below `name`, trainable as they were."""
-    return {
-        f"{name}.{kind}": parameter.detach().clone().requires_grad_(parameter.requires_grad)
-        for kind, parameter in projection.named_parameters()
-    }
+    return {f"{name}.{kind}": copy_of(value) for kind, value in values_of(name, projection).items()}
+
+
+def copy_of(parameter: Tensor) -> Tensor:
+    """A copy that trains as the original does, made in inference mode or not."""
+    with torch.inference_mode(False):
+        return parameter.detach().clone().requires_grad_(parameter.requires_grad)
+
+
+def values_of(name: str, layer: nn.Module) -> dict[str, Tensor]:
+    """A layer's own parameters by name, with their values wherever they are kept.
+
+    Args:
+        name: below the module that is converted, which itself is "".
+        layer: of this name.
+
+    Raises:
+        ConversionError: they are sharded, quantized, on the meta device, or hooks change the layer.
+    """
+    if unreadable := why_unreadable(layer, ignore_hooks=not name):
+        place = f"{name} must have weights" if name else "the layer must have weights of its own"
+        raise ConversionError(
+            f"{place} that can be read; got {unreadable.kind}; {unreadable.remedy}"
+        )
+    values = {kind: read_parameter(layer, kind) for kind in layer._parameters}
+    return {kind: value for kind, value in values.items() if value is not None}
 
 
 def parameters_of(module: nn.Module, projections: Iterable[str]) -> dict[str, Tensor]:
-    """All parameters by name, after checking that the projections are plain layers.
+    """All parameters by name with their values, after checking that projections are plain layers.
 
     Raises:
-        ConversionError: one of them is an adapter, say, or quantised.
+        ConversionError: a projection is an adapter, say, or quantized, or a weight cannot be read.
     """
     for name in projections:
         parent, _, child = name.rpartition(".")
         layer = getattr(module.get_submodule(parent), child, None)
         if layer is not None:
             check_plain(name, layer)
-    return dict(module.named_parameters())
+    return {
+        f"{name}.{kind}" if name else kind: value
+        for name, layer in module.named_modules()
+        for kind, value in values_of(name, layer).items()
+    }
+
+
+def writable_parameters(module: nn.Module, projections: Iterable[str]) -> dict[str, Tensor]:
+    """As `parameters_of`, for parameters that are to be written in place.
+
+    Raises:
+        ConversionError: the above, or a parameter is not where it would be written: a hook of
+            accelerate's puts its own values in its place at each call.
+    """
+    values = parameters_of(module, projections)
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
+    if elsewhere := [name for name in values if values[name] is not parameters[name]]:
+        raise ConversionError(
+            f"{elsewhere[0]} must be in memory to be written; got one that accelerate has "
+            "offloaded; take its hooks off with "
+            "accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+        )
+    return parameters
 
 
 def separate_parameters(mha: nn.Module) -> dict[str, Tensor]:
@@ -83,7 +132,13 @@ def separate_parameters(mha: nn.Module) -> dict[str, Tensor]:
 
 def filled(module: M, state: dict[str, Tensor], source: nn.Module) -> M:
     """`module`, built on the meta device so that no random numbers are drawn, with its weights."""
-    module.load_state_dict(state, assign=True)
+    if without := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ConversionError(
+            f"{without[0]} must have values to be converted; got a tensor on the meta device; load "
+            "the weights first"
+        )
+    made = {name: make_parameter(tensor, like=tensor) for name, tensor in state.items()}
+    module.load_state_dict(made, assign=True)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(state[name].requires_grad)
     return module.train(source.training)

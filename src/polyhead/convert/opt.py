@@ -21,6 +21,7 @@ LAYOUT = Layout(
     linear("k_proj", "W_key"),
     linear("v_proj", "W_value"),
     linear("out_proj", "out_proj"),
+    grouped=False,
 )
 
 

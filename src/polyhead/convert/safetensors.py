@@ -132,7 +132,7 @@ def _without_numbers(path: Path, name: str, described: Any) -> Tensor:
     if code not in _DTYPES:
         raise ModelError(
             f"{path}: {name} must be of a dtype that torch has, one of {', '.join(_DTYPES)}; got "
-            f"{code}; convert it first"
+            f"{code}; dequantize the model first, and save that one"
         )
     return torch.empty(described.get_shape(), dtype=_DTYPES[code], device="meta")
 

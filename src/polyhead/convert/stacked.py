@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.convert.layout import Layout, Sizes, linear, parameter
-from polyhead.convert.linear import check_kind, check_plain, copied, filled
+from polyhead.convert.linear import check_kind, check_plain, copied, filled, values_of
 from polyhead.errors import ConversionError, ShapeError
 from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
 
@@ -77,7 +77,7 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
         device="meta",
     )
     for name, projection in split.items():
-        for kind, all_rows in projection.named_parameters():
+        for kind, all_rows in values_of(name, projection).items():
             rows = _rows_of_heads(all_rows, mha.head_dim, mha.num_heads)
             for h, row in enumerate(rows):
                 state[f"heads.{h}.{name}.{kind}"] = row
@@ -138,7 +138,7 @@ def stacked_to_split(
     )
     for kind, _ in first.W_query.named_parameters():
         for name in ("W_query", "W_key", "W_value"):
-            rows = [getattr(getattr(head, name), kind) for head in heads]
+            rows = [values_of(name, getattr(head, name))[kind] for head in heads]
             group = 1 if name == "W_query" else H // G
             state[f"{name}.{kind}"] = _one_projection(rows, group, f"{name}.{kind}")
     return filled(mha, state, wrapper)

@@ -26,6 +26,7 @@ LAYOUT = Layout(
     linear("v", "W_value"),
     linear("o", "out_proj"),
     parameter("relative_attention_bias.weight", "position_bias.weight", required=False),
+    grouped=False,
 )
 
 

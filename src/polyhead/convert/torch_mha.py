@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from polyhead.convert.config import UNLIMITED
 from polyhead.convert.layout import Layout, Rule, Sizes, linear, parameter, thirds
-from polyhead.convert.linear import check_kind, check_plain, filled, separate_parameters
+from polyhead.convert.linear import (
+    check_kind,
+    check_plain,
+    copy_of,
+    filled,
+    parameters_of,
+    separate_parameters,
+)
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
 
@@ -76,6 +83,12 @@ def from_torch(
             f"attention must be an nn.MultiheadAttention; got {type(attention).__name__}; for a "
             "layer of transformers call from_transformers"
         )
+    kind = type(attention)
+    if kind is not nn.MultiheadAttention and not kind.__module__.startswith("polyhead."):
+        raise ConversionError(
+            "attention must be an nn.MultiheadAttention itself: a subclass may compute something "
+            f"else; got {kind.__module__}.{kind.__name__}; load its state_dict into one first"
+        )
     d = attention.embed_dim
     if attention.kdim != d or attention.vdim != d:
         raise ConversionError(
@@ -88,7 +101,7 @@ def from_torch(
             "add_bias_kv must be off: a MultiHeadAttention adds no learned key and value to a "
             "sequence; got bias_k and bias_v; keep the module as it is"
         )
-    _check_output(attention)
+    check_plain("out_proj", attention.out_proj)
     mha = MultiHeadAttention(
         d,
         d,
@@ -101,13 +114,10 @@ def from_torch(
         sinks=attention.add_zero_attn,
         device="meta",
     )
-    theirs = {
-        name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        for name, tensor in attention.named_parameters()
-    }
+    theirs = {name: copy_of(tensor) for name, tensor in parameters_of(attention, ()).items()}
     state = PACKED.to_ours(theirs, Sizes())
     if attention.add_zero_attn:
-        state["sinks"] = attention.out_proj.weight.new_zeros(attention.num_heads)
+        state["sinks"] = state["out_proj.weight"].new_zeros(attention.num_heads)
     return filled(mha, state, attention)
 
 
@@ -150,17 +160,8 @@ def to_torch(mha: MultiHeadAttention, *, batch_first: bool = True) -> nn.Multihe
         batch_first=batch_first,
         device="meta",
     )
-    state = {
-        name: tensor.detach().clone().requires_grad_(tensor.requires_grad)
-        for name, tensor in theirs.items()
-    }
+    state = {name: copy_of(tensor) for name, tensor in theirs.items()}
     return filled(attention, state, mha)
-
-
-def _check_output(attention: nn.MultiheadAttention) -> None:
-    # Theirs is a subclass of nn.Linear, plain all the same.
-    if type(attention.out_proj).__name__ != "NonDynamicallyQuantizableLinear":
-        check_plain("out_proj", attention.out_proj)
 
 
 def _check_options(mha: MultiHeadAttention) -> None:

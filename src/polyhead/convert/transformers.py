@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -25,7 +25,13 @@ from polyhead.convert import (
     vit,
 )
 from polyhead.convert.layout import Layout, Sizes
-from polyhead.convert.linear import filled, parameters_of, separate_parameters
+from polyhead.convert.linear import (
+    copy_of,
+    filled,
+    parameters_of,
+    separate_parameters,
+    writable_parameters,
+)
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention, MultiHeadLatentAttention
 
@@ -77,8 +83,8 @@ def from_transformers(attention_layer: nn.Module) -> Converted:
     build, layout = _known(attention_layer)
     module = build(attention_layer)
     theirs = {
-        name: parameter.detach().clone().requires_grad_(parameter.requires_grad)
-        for name, parameter in _moving(attention_layer, layout).items()
+        name: copy_of(parameter)
+        for name, parameter in _moving(parameters_of, attention_layer, layout).items()
     }
     return filled(module, layout.to_ours(theirs, _sizes(module)), attention_layer)
 
@@ -105,7 +111,7 @@ def to_transformers(mha: Converted, attention_layer: M) -> M:
     moved = layout.to_theirs(
         {name: tensor.detach() for name, tensor in separate_parameters(mha).items()}, _sizes(like)
     )
-    parameters = _moving(attention_layer, layout)
+    parameters = _moving(writable_parameters, attention_layer, layout)
     _check_fits(moved, parameters)
     for name, tensor in moved.items():
         parameters[name].copy_(tensor)
@@ -125,9 +131,11 @@ def _known(layer: nn.Module) -> tuple[Callable[[nn.Module], Converted], Layout]:
     return build, next(fitting, layouts[0])
 
 
-def _moving(layer: nn.Module, layout: Layout) -> dict[str, Tensor]:
+def _moving(
+    read: Callable[[nn.Module, Iterable[str]], dict[str, Tensor]], layer: nn.Module, layout: Layout
+) -> dict[str, Tensor]:
     """Their parameters, without those that stay with the model."""
-    parameters = parameters_of(layer, layout.projections)
+    parameters = read(layer, layout.projections)
     return {name: tensor for name, tensor in parameters.items() if name not in layout.staying}
 
 

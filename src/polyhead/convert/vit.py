@@ -17,13 +17,14 @@ from polyhead.modules import MultiHeadAttention
 
 __all__ = ["VIT", "VIT_SAVED", "build"]
 
-VIT = Layout("vit", llama.PROJECTIONS)
+VIT = Layout("vit", llama.PROJECTIONS, grouped=False)
 VIT_SAVED = Layout(
     "vit_saved",
     linear("attention.query", "W_query"),
     linear("attention.key", "W_key"),
     linear("attention.value", "W_value"),
     linear("output.dense", "out_proj"),
+    grouped=False,
 )
 
 

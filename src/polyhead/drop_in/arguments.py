@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import polyhead.mask
 from polyhead.arguments import autocasts, check_is_tensor
-from polyhead.errors import DtypeError, ShapeError
+from polyhead.errors import DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 from polyhead.modules.arguments import check_sizes
 
@@ -33,6 +33,13 @@ def check_inputs(module: nn.MultiheadAttention, query: Tensor, key: Tensor, valu
     """The inputs fit the module, and one another."""
     weight = module.in_proj_weight if module._qkv_same_embed_dim else module.q_proj_weight
     dtype = weight.dtype
+    if weight.is_meta and not query.is_meta:
+        raise DeviceError(
+            "query",
+            "must be on the device of the module's weights, meta, which have no values",
+            query.device,
+            "load the weights first: to_empty(device=...), then load_state_dict",
+        )
     for name, x, features in (
         ("query", query, module.embed_dim),
         ("key", key, module.kdim),

@@ -121,10 +121,12 @@ class MultiheadAttention(nn.MultiheadAttention):
             has_mask = attn_mask is not None or key_padding_mask is not None
             options = {"has_mask": has_mask, "need_weights": need_weights, "is_causal": is_causal}
             return attend_nested(self, query, key, value, **options), None
+        # torch.onnx's traced export makes tensors of them.
+        need_weights, average_attn_weights = bool(need_weights), bool(average_attn_weights)
         check_inputs(self, query, key, value)
         batch_dim = 0 if self.batch_first else 1
         is_batched = query.ndim == 3
-        with projecting(query):
+        with projecting(query, self):
             heads = self._project(query, key, value)
         if not is_batched:
             heads = tuple(x.unsqueeze(batch_dim) for x in heads)
@@ -149,7 +151,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ),
         )
         y = self._merge(contexts_bhtd)
-        with projecting(y):
+        with projecting(y, self):
             y = self.out_proj(y)
         weights = aux.mean_weights if average_attn_weights else aux.weights
         if weights is not None and extra:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polyhead.errors import DependencyError, ModelError
+from polyhead.integrations.gguf_settings import FROM_TRANSFORMERS, check_supported
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["load_gguf"]
 
-# Vocabularies whose text is cut as SmolLM cuts it: each digit alone, then GPT-2's byte-level rule.
-_PRE_TOKENIZERS = ("smollm",)
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 # A 262 thousand token vocabulary takes 2 million; a corrupt count would go on for hours.
 _MOST_READS = 5_000_000
@@ -82,7 +81,7 @@ def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTraine
         reader = _open_reader(name)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _check_supported(name, metadata)
+    check_supported(name, metadata, (*_CONFIG.values(), *_SAME_AS_HEAD_DIM))
     with _refusing(name, "does not describe a Llama model", "its metadata is corrupt"):
         config = _config(metadata, tied="output.weight" not in tensors)
         _check_names(name, config, tensors)
@@ -153,30 +152,6 @@ def _open_reader(path: str) -> GGUFReader:
     return reader
 
 
-def _check_supported(path: str, metadata: Mapping[str, Any]) -> None:
-    wanted = {
-        "general.architecture": ("llama",),
-        "tokenizer.ggml.model": ("gpt2",),
-        "tokenizer.ggml.pre": _PRE_TOKENIZERS,
-    }
-    for key, supported in wanted.items():
-        if (got := metadata.get(key)) not in supported:
-            raise ModelError(
-                f"{path}: {key} must be {' or '.join(map(repr, supported))}; got {got!r}; "
-                "let transformers convert the file and pass the folder it saves"
-            )
-    unset = (0, "", "none", None)
-    known = {f"llama.{key}" for key in (*_CONFIG.values(), *_SAME_AS_HEAD_DIM)}
-    extra = [key for key in metadata if key.startswith("llama.") and key not in known]
-    extra += [f"tokenizer.ggml.add_{what}" for what in ("bos_token", "eos_token", "space_prefix")]
-    ignored = {key: metadata[key] for key in extra if metadata.get(key) not in unset}
-    if ignored:
-        raise ModelError(
-            f"{path}: no setting may be left out, and this loader does not know {ignored}; "
-            "let transformers convert the file and pass the folder it saves"
-        )
-
-
 def _config(metadata: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
     from transformers import LlamaConfig
 
@@ -221,15 +196,14 @@ def _check_names(path: str, config: LlamaConfig, tensors: Mapping[str, ReaderTen
     if missing:
         raise ModelError(
             f"{path}: tensors are missing: {', '.join(missing[:3])}{', ...' * (len(missing) > 3)}; "
-            "a file that is split in parts must be joined first"
+            "a file that is split in parts must be joined first (llama-gguf-split --merge)"
         )
     pairs = _names(config.num_hidden_layers, tied=config.tie_word_embeddings)
     extra = sorted(tensors.keys() - {name for name, _ in pairs})
     if extra:
         raise ModelError(
             f"{path}: no tensor may be left out, and this loader does not know "
-            f"{', '.join(extra[:3])}{', ...' * (len(extra) > 3)}; "
-            "let transformers convert the file and pass the folder it saves"
+            f"{', '.join(extra[:3])}{', ...' * (len(extra) > 3)}; {FROM_TRANSFORMERS}"
         )
 
 

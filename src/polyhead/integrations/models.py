@@ -68,12 +68,22 @@ def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_file():
+        _check_gguf(path)
         return _frozen(*load_gguf(path), name=path.stem, source=str(path))
     if path.is_dir():
         return _frozen(*_from_folder(path), name=path.resolve().name, source=str(path))
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
         raise ModelError(f"{source}: no such file or folder; check the path, or give a hub id")
     return _frozen(*_from_hub(source), name=source, source=source)
+
+
+def _check_gguf(path: Path) -> None:
+    """A file of weights alone is no model: its folder says what they are."""
+    if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".json"}:
+        raise ModelError(
+            f"{path} must be a GGUF file or a folder; got a {path.suffix} file; pass the folder "
+            "that has its config.json and its tokenizer"
+        )
 
 
 def _frozen(model: Any, tokenizer: Any, *, name: str, source: str) -> LoadedModel:
@@ -126,12 +136,22 @@ def _sha256(path: Path) -> str:
 
 def _from_folder(path: Path) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
-        raise ModelError(
-            f"{path} must hold config.json to be a model folder; it does not; "
-            "give the folder that save_pretrained wrote, or a GGUF file"
-        )
+        raise ModelError(f"{path} must hold config.json to be a model folder; {_instead(path)}")
     with _refusing(str(path), "get the folder anew"):
         return _from_pretrained(str(path), local=True)
+
+
+def _instead(path: Path) -> str:
+    """What a folder without config.json holds, and what helps."""
+    if (path / "adapter_config.json").is_file():
+        return (
+            "it holds an adapter; merge it first, as AutoPeftModelForCausalLM.from_pretrained(...)"
+            ".merge_and_unload() of peft does, and pass the folder that the merged model and its "
+            "tokenizer are saved in"
+        )
+    if files := sorted(path.glob("*.gguf")):
+        return f"it does not; pass the GGUF file itself, {files[0]}"
+    return "it does not; give the folder that save_pretrained wrote, or a GGUF file"
 
 
 def _from_hub(hub_id: str) -> tuple[Any, Any]:

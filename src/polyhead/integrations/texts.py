@@ -69,7 +69,10 @@ def token_texts(text: str, loaded: LoadedModel) -> tuple[str, ...]:
     done = 0
     for token, (start, stop) in zip(found["input_ids"], found["offset_mapping"], strict=True):
         if start == stop:
-            shown.append(tokenizer.decode([token]))
+            part = tokenizer.decode([token])
+            shown.append(part)
+            if part.isspace() and text.startswith(part, done):  # its place was trimmed away
+                done += len(part)
         elif stop <= done:
             shown.append(PART)
         else:  # from where the last one ended, as some tokenizers leave out spaces

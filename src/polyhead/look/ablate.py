@@ -17,6 +17,7 @@ from polyhead.look.layers import (
     check_heads,
     check_not_compiled,
 )
+from polyhead.look.padding import Padding
 
 __all__ = ["How", "ablate"]
 
@@ -34,13 +35,16 @@ def ablate(model: M, heads: Collection[Head], how: How = "zero") -> Iterator[M]:
     Args:
         model: built of polyhead's modules, or of transformers, whatever attention it runs.
         heads: (layer, head) pairs; layers count from 0 (`attention_layers`), heads are query heads.
-        how: "zero": the head adds nothing. "mean": it adds what it adds on average over the tokens
-            of the forward, so that only what it says of each token is lost. (With one token, as in
+        how: "zero": the head adds nothing. "mean": it adds its average over the tokens of the same
+            sequence in this forward, so that only what differs between tokens is lost. Padding is
+            left out of the average: tokens that attention_mask (B, S) forbids, or `lengths` and
+            `left_padding` for our modules; without a mask all tokens count. (With one token, as in
             generating with a cache, the average is that token's.)
 
     Raises:
         ArgumentError: the model has no such heads or is compiled; or, in a forward, a layer's
-            output projection did not run.
+            output projection did not run, or how="mean" and its padding is not certain, as with
+            packed sequences and masks of other shapes.
 
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2)
@@ -69,23 +73,37 @@ def ablate(model: M, heads: Collection[Head], how: How = "zero") -> Iterator[M]:
                 )
         ran.clear()
 
+    padding = Padding(model, asked)
     with ExitStack() as stack:
+        if how == "mean":
+            stack.enter_context(padding.watching())
         for layer in asked:
             gone = [head for index, head in heads if index == layer.index]
-            stack.callback(layer.on_heads(_without(layer, gone, how, ran)).remove)
+            stack.callback(layer.on_heads(_without(layer, gone, how, padding, ran)).remove)
         stack.callback(model.register_forward_hook(check_that_all_ran).remove)
         yield model
 
 
 def _without(
-    layer: AttentionLayer, heads: list[int], how: How, ran: set[int]
+    layer: AttentionLayer, heads: list[int], how: How, padding: Padding, ran: set[int]
 ) -> Callable[[Tensor], Tensor]:
     def see(merged: Tensor) -> Tensor:
         ran.add(layer.index)
         by_head = merged.unflatten(-1, (layer.num_heads, -1))
         gone = torch.zeros(layer.num_heads, 1, dtype=torch.bool, device=merged.device)
         gone[heads] = True
-        instead = by_head.new_zeros(()) if how == "zero" else by_head.flatten(0, -3).mean(dim=0)
+        if how == "zero":
+            instead = by_head.new_zeros(())
+        else:
+            instead = _mean(by_head, padding.real_tokens(layer, merged))
         return torch.where(gone, instead, by_head).flatten(-2)
 
     return see
+
+
+def _mean(by_head: Tensor, real: Tensor | None) -> Tensor:
+    """(B, 1, H, E) the mean over the real tokens of each sequence; zeros where there are none."""
+    if real is None:
+        return by_head.mean(dim=1, keepdim=True)
+    total = by_head.masked_fill(~real[..., None, None], 0.0).sum(dim=1, keepdim=True)
+    return total / real.sum(dim=1).clamp(min=1)[:, None, None, None].to(by_head.dtype)

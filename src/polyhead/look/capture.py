@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyhead.cache import Cache
 from polyhead.call import AttentionCall
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.functional import observe
@@ -24,9 +26,11 @@ from polyhead.look.layers import (
 )
 from polyhead.look.maps import map_of
 from polyhead.look.report import HeadReport, LayerReport
-from polyhead.look.stats import stats_of
+from polyhead.look.sources import Sources, find_sources
+from polyhead.look.stats import BY_POSITION, stats_of
 from polyhead.look.sums import weights_by_chunk
 from polyhead.look.top import top_keys_of
+from polyhead.modules.weights import read_parameter, why_not_linear
 
 __all__ = ["capture"]
 
@@ -48,6 +52,8 @@ def capture(
     """One forward, and what each head did in it: statistics, map, most attended keys, contribution.
 
     A layer is looked at when it is reached, so no more than one layer's queries and keys are held.
+    Before that, three or four forwards establish which tokens each layer reads: with its own heads
+    off, and some tokens changed. Hooks of others see these forwards too.
 
     Args:
         model: built of polyhead's modules, or of transformers: then
@@ -86,16 +92,21 @@ def capture(
         heads = {(layer.index, head) for layer in layers for head in range(layer.num_heads)}
     check_heads(heads, layers)
     ids = None if input_ids.is_floating_point() else input_ids[0]
+    options = unneeded(model) | inputs
     watches = []
     with ExitStack() as stack:
         stack.enter_context(_attending_by_polyhead(model))
+        sources = find_sources(
+            model, layers, input_ids, inputs, lambda first: model(first, **_copied(options))
+        )
         for layer in layers:
             chosen = sorted(head for index, head in heads if index == layer.index)
             if chosen:
-                watch = _Watch(layer, chosen, ids, weights, bins, n_keys)
+                source = sources.get(layer.index, Sources(is_self=False))
+                watch = _Watch(layer, chosen, source, weights, bins, n_keys)
                 stack.enter_context(watch.watching())
                 watches.append(watch)
-        model(input_ids, **(unneeded(model) | inputs))
+        model(input_ids, **options)
     reports = tuple(watch.report() for watch in watches if watch.calls)
     if not reports:
         names = ", ".join(watch.layer.name or "itself" for watch in watches[:3])
@@ -106,9 +117,7 @@ def capture(
             "some families of transformers keep their own attention; convert the model, or choose "
             "another",
         )
-    return HeadReport(
-        type(model).__name__, tuple(tokens), None if ids is None else ids.cpu(), reports
-    )
+    return HeadReport(type(model).__name__, tuple(tokens), _on_cpu(ids), reports)
 
 
 @dataclass(eq=False)
@@ -117,7 +126,7 @@ class _Watch:
 
     layer: AttentionLayer
     heads: list[int]
-    ids: Tensor | None
+    source: Sources
     weights: bool
     bins: int
     n_keys: int
@@ -148,8 +157,10 @@ class _Watch:
                 handle.remove()
 
     def _see(self, call: AttentionCall) -> None:
-        of_keys = self.ids if self.ids is not None and len(self.ids) == call.S else None
-        found = stats_of(call, of_keys if call.T == call.S else None).per_head()
+        ids = self.source.query_ids if self.source.is_self and call.T == call.S else None
+        found = stats_of(call, ids).per_head()
+        if not self.source.is_self:
+            found = {name: values for name, values in found.items() if name not in BY_POSITION}
         found = {f"stats.{name}": values for name, values in found.items()}
         top = top_keys_of(call, self.n_keys)
         found |= {"map": map_of(call, self.bins)[0]}
@@ -179,7 +190,44 @@ class _Watch:
         }
         if self.contribution is not None:
             stats["contribution"] = self.contribution[self.heads].cpu()
-        return LayerReport(self.layer.index, self.layer.name, tuple(self.heads), stats, **found)
+        return LayerReport(
+            self.layer.index,
+            self.layer.name,
+            tuple(self.heads),
+            stats,
+            **found,
+            is_self=self.source.is_self,
+            is_input=self.source.is_input,
+            query_ids=_on_cpu(self.source.query_ids),
+            key_ids=_on_cpu(self.source.key_ids),
+        )
+
+
+def _on_cpu(ids: Tensor | None) -> Tensor | None:
+    return None if ids is None else ids.to("cpu", copy=True)
+
+
+def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with caches of their own, so that a forward leaves those given as they are."""
+    return {
+        name: copy.deepcopy(x, dict(_clones(x, set())))
+        if isinstance(x, Cache) or hasattr(x, "get_seq_length")
+        else x
+        for name, x in inputs.items()
+    }
+
+
+def _clones(x: Any, seen: set[int]) -> Iterator[tuple[int, Tensor]]:
+    """A copy by id of each tensor in a cache; `deepcopy` takes none that has a gradient."""
+    if id(x) in seen:
+        return
+    seen.add(id(x))
+    if isinstance(x, Tensor):
+        yield id(x), x.detach().clone()
+        return
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
+    for part in (*parts, *vars(x).values()) if hasattr(x, "__dict__") else parts:
+        yield from _clones(part, seen)
 
 
 def _norms(layer: AttentionLayer, merged: Tensor) -> Tensor | None:
@@ -189,7 +237,7 @@ def _norms(layer: AttentionLayer, merged: Tensor) -> Tensor | None:
     if projection is None:
         norms: Tensor = by_head.float().norm(dim=-1)
         return norms.mean(dim=0)
-    if (weight := _weight_of(projection)) is None:
+    if (weight := _weight_of(projection, merged.device)) is None:
         return None
     weight_ohe: Tensor = weight.unflatten(1, (layer.num_heads, -1))
     total = torch.zeros(layer.num_heads, device=merged.device)
@@ -200,16 +248,16 @@ def _norms(layer: AttentionLayer, merged: Tensor) -> Tensor | None:
     return total / max(1, len(by_head))
 
 
-def _weight_of(projection: nn.Module) -> Tensor | None:
+def _weight_of(projection: nn.Module, device: torch.device) -> Tensor | None:
     """(features out, features in), of a plain linear layer: adapters and integers hold more."""
-    transposed = type(projection).__name__ == "Conv1D"  # GPT-2's linear layer
-    if not (transposed or isinstance(projection, nn.Linear)):
+    if why_not_linear(projection) is not None:
         return None
-    weight: Any = projection.weight
-    if not weight.is_floating_point():
+    weight = read_parameter(projection, "weight")
+    if weight is None:
         return None
-    by_output: Tensor = weight.mT if transposed else weight
-    return by_output
+    # GPT-2's linear layer is transposed.
+    by_output: Tensor = weight.mT if type(projection).__name__ == "Conv1D" else weight
+    return by_output.to(device)
 
 
 def _weights_of(call: AttentionCall) -> Tensor:

@@ -22,8 +22,11 @@ __all__ = [
     "AttentionLayer",
     "Head",
     "attention_layers",
+    "bound_arguments",
     "check_heads",
     "check_not_compiled",
+    "input_embeddings",
+    "is_ours",
     "unneeded",
 ]
 
@@ -171,6 +174,32 @@ def unneeded(model: nn.Module) -> dict[str, Any]:
     known = inspect.signature(model.forward).parameters
     spared = {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in spared.items() if name in known}
+
+
+def bound_arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of a module by name; those of **kwargs among them."""
+    signature = inspect.signature(module.forward)
+    try:
+        bound = dict(signature.bind_partial(*args, **kwargs).arguments)
+    except TypeError:  # its call will raise, in its own words
+        return dict(kwargs)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            bound |= bound.pop(name, {})
+    return bound
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a layer is one of polyhead's modules."""
+    return isinstance(module, _OURS)
+
+
+def input_embeddings(model: nn.Module) -> Any:
+    """The embeddings of a model of transformers; None where it has, or names, none."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:  # raised by models of images and sounds
+        return None
 
 
 def _inside(name: str, other: str) -> bool:

@@ -1,4 +1,4 @@
-"""Heads taken out of a model for good."""
+"""Head pruning: heads removed from a model permanently."""
 
 from __future__ import annotations
 
@@ -8,61 +8,94 @@ from typing import Any, TypeVar
 from torch import nn
 
 from polyhead.errors import ArgumentError
-from polyhead.look.layers import AttentionLayer, Head, attention_layers, check_heads
+from polyhead.look.layers import (
+    AttentionLayer,
+    Head,
+    attention_layers,
+    check_heads,
+    check_not_compiled,
+)
+from polyhead.look.proof import Proof
 from polyhead.modules import MultiHeadAttention
 from polyhead.modules.pruning import (
     KeptHeads,
     check_can_be_pruned,
     kept_heads,
-    parameter_like,
     without_columns,
     without_rows,
 )
+from polyhead.modules.weights import make_parameter, why_not_in_place
 
 __all__ = ["prune"]
 
 M = TypeVar("M", bound=nn.Module)
 _THEIRS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NORMS = ("q_norm", "k_norm")  # of each head alone, with one weight for all heads
+# Numbers that layers of transformers read in forward, each under one of its names.
+_QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
+_KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
-def prune(model: M, heads: Collection[Head], *, repeat_keys: bool = False) -> M:
-    """Remove heads from a model for good: its weights get smaller, and it computes less.
+def prune(
+    model: M,
+    heads: Collection[Head],
+    *,
+    repeat_keys: bool = False,
+    inputs: Mapping[str, Any] | None = None,
+) -> M:
+    """Remove heads from a model permanently: its weights get smaller, and it computes less.
 
-    The function is that of `ablate(model, heads, how="zero")`. Heads that stay are numbered anew,
-    from 0 in each layer.
+    The function is that of `ablate(model, heads, how="zero")`. This is proven before `prune`
+    returns: the model runs once with the heads ablated and once pruned. Heads that stay are
+    renumbered from 0 in each layer.
 
     Saving and loading: the weights are an ordinary `state_dict`. A fresh model with the same heads
     pruned loads it, so keep the list of heads beside the file. One of our modules can be built in
-    its new size instead: num_heads=, num_kv_heads= and head_dim= say it all.
+    its new size instead: num_heads=, num_kv_heads= and head_dim= are all it takes.
 
     Args:
         model: whose attention is `MultiHeadAttention`, or of transformers with separate q_proj,
             k_proj, v_proj and o_proj, as in Llama, Mistral, Qwen and SmolLM. Changed in place.
         heads: (layer, head) pairs; layers count from 0 (`attention_layers`), heads are query heads.
         repeat_keys: as in `MultiHeadAttention.prune_heads`.
+        inputs: keywords of the model's forward for the proof; None: a few token ids, or random
+            features where all layers are ours. Needed where the layers run on something else.
 
     Raises:
-        ArgumentError: there are no such heads, a layer would lose all, or is of another kind; the
-            model is then left as it was.
+        ArgumentError: there are no such heads, a layer would lose all, is of another kind, or has
+            parameters per head that pruning cannot follow; or the pruned model computes something
+            else than the ablated one. The model is then as it was.
 
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(8, 8, 16, 0.0, num_heads=4, num_kv_heads=2)
-    >>> ph.look.prune(mha, {(0, 0), (0, 1)}).W_key.weight.shape     # key head 0 is gone too
+    >>> ph.look.prune(mha, {(0, 0), (0, 1)}).W_key.weight.shape     # KV head 0 is gone too
     torch.Size([2, 8])
     """
+    check_not_compiled(model)
     layers = attention_layers(model)
+    heads = set(heads)
     check_heads(heads, layers)
     gone = {
         layer: {head for index, head in heads if index == layer.index}
         for layer in layers
         if any(index == layer.index for index, _ in heads)
     }
+    if not gone:
+        return model
     plans = _plans(gone, repeat_keys)
-    for layer, kept in plans.items():
-        if isinstance(layer.module, MultiHeadAttention):
-            layer.module.prune_heads(gone[layer], repeat_keys=repeat_keys)
-        else:
-            _prune_theirs(layer.module, kept)
+    proof = Proof(model, {layer: kept.queries for layer, kept in plans.items()}, heads, inputs)
+    before = [(layer.module, _state_of(layer.module)) for layer in plans]
+    try:
+        for layer, kept in plans.items():
+            if isinstance(layer.module, MultiHeadAttention):
+                layer.module.prune_heads(gone[layer], repeat_keys=repeat_keys)
+            else:
+                _prune_theirs(layer.module, kept)
+        proof.check()
+    except BaseException:
+        for module, state in before:
+            _restore(module, state)
+        raise
     return model
 
 
@@ -84,19 +117,70 @@ def _plans(
 def _num_kv_heads(layer: AttentionLayer) -> int:
     module: Any = layer.module
     size: int | None = getattr(module, "head_dim", None)
-    plain = all(type(getattr(module, name, None)) is nn.Linear for name in _THEIRS)
+    parts: dict[str, Any] = {name: getattr(module, name, None) for name in _THEIRS}
+    has_all = all(isinstance(part, nn.Module) for part in parts.values())
+    for name, part in parts.items() if has_all else ():
+        if unreadable := why_not_in_place(part):
+            raise ArgumentError(
+                "model",
+                f"must have layers with plain nn.Linear {', '.join(_THEIRS)}, in place",
+                f"{type(module).__name__} ({layer.name}) with {name}: {unreadable.kind}",
+                f"use polyhead.look.ablate, or: {unreadable.remedy}",
+            )
     # A norm over all heads together would change with their number.
-    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-    by_head = all(norm is None or norm.weight.shape == (size,) for norm in norms)
-    if size is None or not plain or not by_head:
+    norms = [getattr(module, name, None) for name in _NORMS]
+    by_head = all(norm is None or _shape_of(norm) in (None, (size,)) for norm in norms)
+    if size is None or not has_all or not by_head:
         raise ArgumentError(
             "model",
             f"must have layers with plain nn.Linear {', '.join(_THEIRS)}, each head normed alone",
             f"{type(module).__name__} ({layer.name})",
-            "use polyhead.look.ablate, or merge adapters first",
+            "use polyhead.look.ablate",
         )
+    _check_no_other_parts(layer)
     keys: int = module.k_proj.out_features
-    return keys // size
+    want = {"q_proj": layer.num_heads * size, "v_proj": keys}
+    rows = {name: getattr(module, name).out_features for name in want}
+    rows["o_proj"] = module.o_proj.in_features
+    want["o_proj"] = layer.num_heads * size
+    num_kv_heads = keys // size
+    if rows != want or keys % size or num_kv_heads == 0 or layer.num_heads % num_kv_heads:
+        raise ArgumentError(
+            "model",
+            f"must have layers whose projections hold {layer.num_heads} query heads of {size} "
+            "features, and equal keys and values",
+            f"{type(module).__name__} ({layer.name}) with q_proj {rows['q_proj']}, k_proj {keys}, "
+            f"v_proj {rows['v_proj']}, o_proj {rows['o_proj']}",
+            "use polyhead.look.ablate",
+        )
+    return num_kv_heads
+
+
+def _shape_of(norm: Any) -> tuple[int, ...] | None:
+    """Of a norm's weight; None without one."""
+    weight = getattr(norm, "weight", None)
+    return None if weight is None else tuple(weight.shape)
+
+
+def _check_no_other_parts(layer: AttentionLayer) -> None:
+    """Raise where a parameter is none of those that pruning cuts, or leaves rightly as it is."""
+    size: Any = layer.module.head_dim
+    known: dict[str, tuple[int, ...] | None] = {"sinks": (layer.num_heads,)}
+    known |= {f"{name}.{part}": None for name in _THEIRS for part in ("weight", "bias")}
+    known |= {f"{name}.{part}": (size,) for name in _NORMS for part in ("weight", "bias")}
+    others = [
+        f"{name} {tuple(parameter.shape)}" + (" on the meta device" if parameter.is_meta else "")
+        for name, parameter in layer.module.named_parameters(remove_duplicate=False)
+        if parameter.is_meta or known.get(name, ()) not in (None, tuple(parameter.shape))
+    ]
+    if others:
+        raise ArgumentError(
+            "model",
+            f"must have layers with no parameters but those of {', '.join(_THEIRS)}, norms of "
+            "each head alone, and sinks",
+            f"{type(layer.module).__name__} ({layer.name}) with {', '.join(others)}",
+            "use polyhead.look.ablate",
+        )
 
 
 def _prune_theirs(module: Any, kept: KeptHeads) -> None:
@@ -106,8 +190,30 @@ def _prune_theirs(module: Any, kept: KeptHeads) -> None:
     module.v_proj = without_rows(module.v_proj, kept.keys, size)
     module.o_proj = without_columns(module.o_proj, kept.queries, size)
     if isinstance(sinks := getattr(module, "sinks", None), nn.Parameter):
-        module.sinks = parameter_like(sinks.detach()[kept.queries], sinks)
+        module.sinks = make_parameter(sinks.detach()[kept.queries], sinks)
     # The config, which all layers share, still has the old numbers: these are read first.
-    module.num_heads = len(kept.queries)
-    module.num_key_value_heads = len(kept.keys)
+    for names, count in ((_QUERY_COUNTS, len(kept.queries)), (_KEY_COUNTS, len(kept.keys))):
+        for name in names:
+            if name == names[0] or hasattr(module, name):
+                setattr(module, name, count)
     module.num_key_value_groups = len(kept.queries) // len(kept.keys)
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    """All that an assignment to an attribute of the module can change."""
+    return {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in vars(module).items()
+    }
+
+
+def _restore(module: nn.Module, state: Mapping[str, Any]) -> None:
+    held = vars(module)
+    for name in [name for name in held if name not in state]:
+        del held[name]
+    for name, value in state.items():
+        if isinstance(value, dict):
+            held[name].clear()
+            held[name].update(value)
+        else:
+            held[name] = value

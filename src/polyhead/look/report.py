@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["HeadReport", "LayerReport"]
 
-_FORMAT = 1
+_FORMAT = 2
 # Characters: a notebook keeps what its cells show, and loads all of it.
 _NOTEBOOK_BUDGET = 1_500_000
-_TENSORS = ("map", "keys", "key_weights", "weights")
+_TENSORS = ("map", "keys", "key_weights", "weights", "query_ids", "key_ids")
+_FLAGS = ("is_self", "is_input")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,11 @@ class LayerReport:
         map: (N, rows, columns) as of `attention_map`.
         keys, key_weights: (N, T, n) as of `top_keys`.
         weights: (N, T, S), if asked for.
+        is_self: whether keys and queries are of the same tokens, as far as it is established. If
+            not, `stats` holds no number that compares their positions, and heads get no names.
+        is_input: whether query t and key t are of token t of what the model read first, so that
+            the report's tokens are those of the map.
+        query_ids, key_ids: (T,), (S,) the token of each query and key; None: not known.
     """
 
     index: int
@@ -50,6 +56,10 @@ class LayerReport:
     keys: Tensor
     key_weights: Tensor
     weights: Tensor | None = None
+    is_self: bool = True
+    is_input: bool = True
+    query_ids: Tensor | None = None
+    key_ids: Tensor | None = None
 
     def of_head(self, head: int) -> dict[str, float]:
         """The numbers of one head."""
@@ -74,9 +84,14 @@ class HeadReport:
     layers: tuple[LayerReport, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row a head: layer, head, its name (`name_head`) and its numbers."""
+        """A row per head: layer, head, its name (`name_head`; None over other tokens), numbers."""
         return [
-            {"layer": layer.index, "head": head, "name": name_head(numbers), **numbers}
+            {
+                "layer": layer.index,
+                "head": head,
+                "name": name_head(numbers) if layer.is_self else None,
+                **numbers,
+            }
             for layer in self.layers
             for head in layer.heads
             for numbers in [layer.of_head(head)]
@@ -169,7 +184,9 @@ class HeadReport:
         tensors = {} if self.token_ids is None else {"token_ids": self.token_ids.contiguous()}
         layers = []
         for layer in self.layers:
-            layers.append({"index": layer.index, "name": layer.name, "heads": layer.heads})
+            flags = {name: getattr(layer, name) for name in _FLAGS}
+            entry = {"index": layer.index, "name": layer.name, "heads": layer.heads}
+            layers.append(entry | flags)
             held = {name: getattr(layer, name) for name in _TENSORS}
             held |= {f"stats.{name}": values for name, values in layer.stats.items()}
             for name, tensor in held.items():
@@ -200,6 +217,7 @@ class HeadReport:
             own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
             stats = {n.removeprefix("stats."): t for n, t in own.items() if n.startswith("stats.")}
             held: dict[str, Any] = {name: own.get(name) for name in _TENSORS}
+            held |= {name: entry[name] for name in _FLAGS}
             heads = tuple(entry["heads"])
             layers.append(LayerReport(entry["index"], entry["name"], heads, stats, **held))
         return cls(about["model"], tuple(about["tokens"]), tensors.get("token_ids"), tuple(layers))

@@ -13,9 +13,11 @@ from polyhead.look.sums import log_sums, log_totals, shares, stream_aux
 from polyhead.look.tokens import check_token_ids, token_masses
 from polyhead.mask import Mask, Window
 
-__all__ = ["RECENT", "Statistics", "stats", "stats_of"]
+__all__ = ["BY_POSITION", "RECENT", "Statistics", "stats", "stats_of"]
 
 RECENT = 16  # tokens
+# Numbers that compare the positions of queries and keys; without meaning if these are of two texts.
+BY_POSITION = frozenset({"mean_distance", "mass_previous", "mass_self", "mass_recent"})
 _MASSES = ("mass_first", "mass_previous", "mass_self", "mass_recent")
 
 

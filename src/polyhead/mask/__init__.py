@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polyhead.errors import ArgumentError, DtypeError, ShapeError, check_count
+from polyhead.errors import ArgumentError, DtypeError, ShapeError, check_count, check_is_plain
 from polyhead.mask.algebra import All, AnyOf, Columns, Mask, Not, Rows
 from polyhead.mask.primitives import (
     Align,
@@ -255,6 +255,7 @@ def dense(allowed: Tensor) -> Mask:
             got,
             "pass numbers that are added to the scores as attention(bias=...)",
         )
+    check_is_plain("allowed", allowed)
     if allowed.ndim not in (2, 4):
         raise ShapeError(
             "allowed",
@@ -324,6 +325,7 @@ def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
 
 def _as_tensor(name: str, values: Tensor | Sequence[int]) -> Tensor:
     if isinstance(values, Tensor):
+        check_is_plain(name, values)
         return values
     try:
         # An empty list would become float32.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyhead.errors import ShapeError
+from polyhead.errors import ArgumentError, ShapeError
 
 __all__ = ["All", "AnyOf", "Block", "Columns", "Mask", "Not", "Rows"]
 
@@ -160,6 +160,15 @@ class Mask:
 
     def __invert__(self) -> Mask:
         return Not(self)
+
+    def __bool__(self) -> bool:
+        """Raise: `and`, `or` and `not` would silently lose a mask."""
+        raise ArgumentError(
+            "mask",
+            "must not be a condition of `and`, `or`, `not` or `if`",
+            repr(self),
+            "write &, | or ~, or compare with `is None`",
+        )
 
     def __str__(self) -> str:
         # 8 is small, and large enough to show a rule that fits any size.

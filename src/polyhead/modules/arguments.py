@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from polyhead.arguments import autocasts, check_is_tensor, check_number
 from polyhead.cache import Cache
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
-from polyhead.mask import Mask, Window
+from polyhead.mask import AnyOf, Mask, Not, Prefix, Window
+from polyhead.modules.weights import takes_what_it_holds
 from polyhead.positions import Rope
 
 __all__ = [
@@ -20,9 +21,8 @@ __all__ = [
     "check_rope",
     "check_sizes",
     "head_sizes",
-    "is_plain",
-    "kind_of",
     "kv_heads",
+    "split_heads",
 ]
 
 
@@ -146,7 +146,7 @@ def check_cache(
             "cache",
             "must be None with memory, whose keys do not grow",
             "both",
-            "project memory once with project_heads, and call polyhead.attention",
+            "project memory once with project_qkv, and call polyhead.attention",
         )
     check_is_tensor("x", x)
     T = x.shape[1] if x.ndim == 3 else 0
@@ -163,10 +163,18 @@ def check_cache(
             "cache",
             f"with window = {window} needs a mask that looks no further back",
             repr(rule),
-            f"add & polyhead.mask.window(before={window}) to it, or use a cache without a window",
+            _window_remedy(rule, window),
         )
     if rule is not None:
         rule.check(x.shape[0], num_heads, T, cache.length + T, x.device)
+
+
+def _window_remedy(rule: Mask | None, window: int) -> str:
+    """A window may be added to rules that only forbid; it would drop what another rule allows."""
+    parts = () if rule is None else rule.conjuncts
+    if any(isinstance(part, (AnyOf, Not, Prefix)) for part in parts):
+        return "use a cache without a window: its mask allows keys that a window forgets"
+    return f"add & polyhead.mask.window(before={window}) to it, or use a cache without a window"
 
 
 def _within(rule: Mask | None, window: int) -> bool:
@@ -179,20 +187,21 @@ def _within(rule: Mask | None, window: int) -> bool:
     )
 
 
-def is_plain(module: nn.Module | None) -> bool:
-    """Whether this is an nn.Linear and all that it computes follows from its weight and bias.
+def split_heads(name: str, projected: Tensor, num_heads: int, size: int) -> Tensor:
+    """(B, T, num_heads * size) as (B, num_heads, T, size), a view.
 
-    Hooks of torch.nn.utils (weight_norm, prune) make the weight anew at each call, of parameters
-    that have other names.
+    Raises:
+        ShapeError: there are other features, as on one rank of a projection split over several.
     """
-    return type(module) is nn.Linear and "weight" in module._parameters
-
-
-def kind_of(module: nn.Module) -> str:
-    """What a layer is, to say why it is not plain."""
-    name = type(module).__name__
-    is_hooked = type(module) is nn.Linear and not is_plain(module)
-    return f"{name} with hooks that make its weight" if is_hooked else name
+    if projected.shape[-1] != num_heads * size:
+        raise ShapeError(
+            name,
+            f"must give {num_heads * size} features, {num_heads} heads of {size}",
+            projected.shape[-1],
+            "give every rank whole projections: leave attention out of the tensor-parallel plan",
+        )
+    heads: Tensor = projected.unflatten(2, (num_heads, size))
+    return heads.transpose(1, 2)
 
 
 def check_mask(mask: Mask | None) -> None:
@@ -232,17 +241,32 @@ def check_input(
             x.shape[1],
             "shorten it, or build the module with a larger context_length",
         )
-    weight = getattr(projection, "weight", None)
-    if not isinstance(weight, Tensor):
-        return  # an adapter or a quantised layer knows itself what it takes
+    if not takes_what_it_holds(projection):
+        _check_not_sharded(name, x, projection)
+        return
+    weight: Tensor = projection.weight  # type: ignore[assignment]
     if x.device != weight.device:
         raise DeviceError(
             name, f"must be on the module's device, {weight.device}", x.device, "move one"
         )
-    if x.dtype != weight.dtype and weight.is_floating_point() and not autocasts(x):
+    if x.dtype != weight.dtype and not autocasts(x):
         raise DtypeError(
             name,
             f"must have the module's dtype, {weight.dtype}",
             x.dtype,
             "cast one: nothing is cast silently",
+        )
+
+
+def _check_not_sharded(name: str, x: Tensor, projection: nn.Module) -> None:
+    """A sharded weight without hooks takes no plain tensor."""
+    weight = projection._parameters.get("weight")
+    is_sharded = type(weight).__name__ == "DTensor" and type(x).__name__ != "DTensor"
+    if is_sharded and not projection._forward_pre_hooks:
+        raise DtypeError(
+            name,
+            "must be a DTensor for a module whose weights are sharded over ranks (DTensor)",
+            type(x).__name__,
+            "shard the module with fully_shard, whose hooks gather weights, or gather them with "
+            "DTensor.full_tensor()",
         )

@@ -21,6 +21,7 @@ from polyhead.modules.arguments import (
     check_sizes,
 )
 from polyhead.modules.checkpoint import accept_lecture_mask
+from polyhead.modules.projecting import projecting
 from polyhead.positions import Rope
 
 __all__ = ["CausalAttention"]
@@ -132,18 +133,8 @@ class CausalAttention(nn.Module):
         Returns:
             (B, T, d_out), or (output, Aux) if `return_aux` is given; Aux has one head.
         """
-        check_input("x", x, self.W_query, self.d_in, self.context_length)
-        if memory is not None:
-            check_input("memory", memory, self.W_query, self.d_in)
-        source = x if memory is None else memory
-        query, key, value = self.W_query(x), self.W_key(source), self.W_value(source)
-        query_bhtd, key_bgsd, value_bgse = query[:, None], key[:, None], value[:, None]
-        if self.rope is not None:
-            query_bhtd, key_bgsd = turn(self.rope, query_bhtd, key_bgsd, positions, memory)
         output, aux = attention(
-            query_bhtd,
-            key_bgsd,
-            value_bgse,
+            *self.project_qkv(x, memory, positions=positions),
             mask=both(self.mask, mask),
             scale=self.scale,
             dropout=self.dropout.p if self.training else 0.0,
@@ -152,6 +143,36 @@ class CausalAttention(nn.Module):
         )
         y = output.squeeze(1)
         return y if return_aux is None else (y, aux)
+
+    def project_qkv(
+        self, x: Tensor, memory: Tensor | None = None, *, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, 1, T, d_out), key and value (B, 1, S, d_out), rotated by rope if there is one.
+
+        Args:
+            x, memory, positions: as in `forward`.
+        """
+        check_input("x", x, self.W_query, self.d_in, self.context_length)
+        if memory is not None:
+            check_input("memory", memory, self.W_query, self.d_in)
+        source = x if memory is None else memory
+        with projecting(x, self):
+            query, key, value = self.W_query(x), self.W_key(source), self.W_value(source)
+        query_bhtd, key_bgsd, value_bgse = query[:, None], key[:, None], value[:, None]
+        if self.rope is not None:
+            query_bhtd, key_bgsd = turn(self.rope, query_bhtd, key_bgsd, positions, memory)
+        return query_bhtd, key_bgsd, value_bgse
+
+    def head_contexts(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Mask | None = None,
+        *,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """The context vectors, (B, 1, T, d_out): the output, as that of one head among several."""
+        return self(x, memory, mask, positions=positions)[:, None]  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"context_length={self.context_length}, mask={self.mask!r}, rope={self.rope}"

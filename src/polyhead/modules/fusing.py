@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ArgumentError
-from polyhead.modules.arguments import is_plain, kind_of
+from polyhead.modules.weights import check_in_place, make_parameter
 
 if TYPE_CHECKING:
     from polyhead.modules.multihead import MultiHeadAttention
@@ -27,16 +27,13 @@ def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
 
     Raises:
         ArgumentError: a projection is no plain nn.Linear (adapters, quantisation), some have a bias
-            and others have none, or some of their parameters are frozen and others are not.
+            and others have none, or some of their parameters are frozen and others are not; or
+            their weights are elsewhere (offloaded, sharded, on the meta device).
     """
     if mha.fused:
         return mha
     parts = [mha.W_query, mha.W_key, mha.W_value]
-    if not all(is_plain(part) for part in parts):
-        kinds = ", ".join(kind_of(part) for part in parts)
-        raise ArgumentError(
-            "fuse()", "needs plain nn.Linear projections", kinds, "merge adapters first"
-        )
+    check_in_place("fuse()", mha, _PROJECTIONS[1:])
     if len({part.bias is None for part in parts}) > 1:
         biases = ", ".join(str(part.bias is not None) for part in parts)
         raise ArgumentError(
@@ -55,8 +52,8 @@ def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
     fused = _linear_of(
         torch.cat([part.weight for part in parts]),
         None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
-        requires_grad=parts[0].weight.requires_grad,
-    ).train(parts[0].training)
+        parts[0],
+    )
     del mha.W_query, mha.W_key, mha.W_value  # an error above leaves the module whole
     mha.W_qkv = fused
     _projections_first(mha)
@@ -67,10 +64,11 @@ def unfuse(mha: MultiHeadAttention) -> MultiHeadAttention:
     """Undo `fuse()`: W_query, W_key and W_value again, with the same bits."""
     if not mha.fused:
         return mha
+    check_in_place("unfuse()", mha, _PROJECTIONS[:1])
     fused = mha.W_qkv
     biases = [None] * 3 if fused.bias is None else fused.bias.split(mha.qkv_sizes)
     parts = [
-        _linear_of(weight, bias, requires_grad=fused.weight.requires_grad).train(fused.training)
+        _linear_of(weight, bias, fused)
         for weight, bias in zip(fused.weight.split(mha.qkv_sizes), biases, strict=True)
     ]
     del mha.W_qkv
@@ -85,10 +83,10 @@ def _projections_first(mha: MultiHeadAttention) -> None:
         mha._modules[name] = mha._modules.pop(name)
 
 
-def _linear_of(weight: Tensor, bias: Tensor | None, *, requires_grad: bool) -> nn.Linear:
-    """An nn.Linear that owns a copy of these."""
+def _linear_of(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
+    """An nn.Linear that owns a copy of these, in the mode of another, and trainable if it is."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=requires_grad)
+    linear.weight = make_parameter(weight.clone(), like.weight)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=requires_grad)
-    return linear
+        linear.bias = make_parameter(bias.clone(), like.bias)
+    return linear.train(like.training)

@@ -27,11 +27,12 @@ from polyhead.modules.arguments import (
     check_norm,
     check_rope,
     check_sizes,
-    is_plain,
-    kind_of,
+    split_heads,
 )
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
+from polyhead.modules.projecting import projecting
+from polyhead.modules.weights import describe_layer, takes_what_it_holds
 from polyhead.positions import Rope
 from polyhead.stored import Stored
 
@@ -227,7 +228,8 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             check_cache(cache, rule, x, None, self.num_heads, self.context_length)
             first = cache.length
-        q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions, first)
+        with projecting(x, self):
+            q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions, first)
         latent_b1sd: Tensor | Stored = new_b1td
         if cache is not None:
             latent_b1sd, _ = cache.append_stored(new_b1td, new_b1td[..., :0])
@@ -236,7 +238,8 @@ class MultiHeadLatentAttention(nn.Module):
             absorb = self._absorbing_is_less(x.shape[1], latent_b1sd.shape[2])
         form: Callable[..., tuple[Tensor, Tensor | Stored, Tensor | Stored]]
         form = self._absorbed if absorb else self._expanded
-        query, key, value = form(q_nope_bhtn, q_rope_bhtr, latent_b1sd)
+        with projecting(q_nope_bhtn, self):
+            query, key, value = form(q_nope_bhtn, q_rope_bhtr, latent_b1sd)
         contexts_bhte, aux = attention(
             query,
             key,
@@ -249,7 +252,9 @@ class MultiHeadLatentAttention(nn.Module):
         )
         if absorb:
             contexts_bhte = self._values_of(contexts_bhte)
-        y = self.out_proj(contexts_bhte.transpose(1, 2).flatten(2))
+        y = contexts_bhte.transpose(1, 2).flatten(2)
+        with projecting(y, self):
+            y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
     def make_cache(self, batch: int, max_tokens: int | None = None, **options: Any) -> KVCache:
@@ -275,7 +280,7 @@ class MultiHeadLatentAttention(nn.Module):
         if self.W_query_down is not None and self.q_norm is not None:
             source = self.q_norm(self.W_query_down(x))
         q_sizes = (self.nope_head_dim, self.rope_head_dim)
-        query_bhtd = self._heads(self.W_query(source), sum(q_sizes))
+        query_bhtd = split_heads("W_query", self.W_query(source), self.num_heads, sum(q_sizes))
         q_nope_bhtn, q_rope_bhtr = query_bhtd.split(q_sizes, dim=-1)
         down_b1td = self.W_kv_down(x)[:, None]
         c_b1tc, k_rope_b1tr = down_b1td.split((self.kv_rank, self.rope_head_dim), dim=-1)
@@ -295,8 +300,10 @@ class MultiHeadLatentAttention(nn.Module):
             latent_b1sd = latent_b1sd.gather()
         c_bsc = latent_b1sd[:, 0, :, : self.kv_rank]
         k_rope_bhsr = latent_b1sd[..., self.kv_rank :].expand(-1, self.num_heads, -1, -1)
-        k_nope_bhsn = self._heads(self.W_key(c_bsc), self.nope_head_dim)
-        value_bhse = self._heads(self.W_value(c_bsc), self.value_head_dim)
+        k_nope_bhsn = split_heads("W_key", self.W_key(c_bsc), self.num_heads, self.nope_head_dim)
+        value_bhse = split_heads(
+            "W_value", self.W_value(c_bsc), self.num_heads, self.value_head_dim
+        )
         query_bhtd = torch.cat((q_nope_bhtn, q_rope_bhtr), dim=-1)
         return query_bhtd, torch.cat((k_nope_bhsn, k_rope_bhsr), dim=-1), value_bhse
 
@@ -318,10 +325,6 @@ class MultiHeadLatentAttention(nn.Module):
         W_value_hec = self.W_value.weight.unflatten(0, (self.num_heads, self.value_head_dim))
         return torch.einsum("bhtc,hec->bhte", contexts_bhtc, W_value_hec)
 
-    def _heads(self, features: Tensor, size: int) -> Tensor:
-        by_head: Tensor = features.unflatten(2, (self.num_heads, size))
-        return by_head.transpose(1, 2)
-
     def _absorbing_is_less(self, T: int, S: int) -> bool:
         """Whether the absorbed form takes fewer multiplications for T queries against S keys.
 
@@ -339,7 +342,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     @property
     def _plain(self) -> bool:
-        return is_plain(self.W_key) and is_plain(self.W_value)
+        return takes_what_it_holds(self.W_key) and takes_what_it_holds(self.W_value)
 
     def _check_absorb(self, absorb: bool | None) -> None:
         if absorb is not None and not isinstance(absorb, bool):
@@ -347,12 +350,12 @@ class MultiHeadLatentAttention(nn.Module):
                 "absorb", "must be True, False or None", repr(absorb), "leave it out to have chosen"
             )
         if absorb and not self._plain:
-            kinds = f"{kind_of(self.W_key)}, {kind_of(self.W_value)}"
+            kinds = f"{describe_layer(self.W_key)}, {describe_layer(self.W_value)}"
             raise ArgumentError(
                 "absorb",
-                "needs plain nn.Linear W_key and W_value",
+                "needs plain nn.Linear W_key and W_value, without hooks",
                 kinds,
-                "merge adapters first, or leave absorb out",
+                "leave absorb out, or merge adapters and remove hooks first",
             )
 
     def extra_repr(self) -> str:

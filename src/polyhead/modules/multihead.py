@@ -26,6 +26,7 @@ from polyhead.modules.arguments import (
     check_sizes,
     head_sizes,
     kv_heads,
+    split_heads,
 )
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
@@ -41,10 +42,10 @@ __all__ = ["MultiHeadAttention"]
 
 
 class MultiHeadAttention(nn.Module):
-    """Weight-split heads (lecture section 3.6.2): one projection, split into heads by a view.
+    """Weight-split heads (lecture section 3.6.2): one projection for all, split into heads.
 
-        q, k, v = split(x W_query), split(x W_key), split(x W_value)
-        y = merge(softmax(q k^T / sqrt(head_dim)) v) W_out + b_out
+        q, k, v = split(x W_query), split(x W_key), split(x W_value)    view, then transpose
+        y = merge(softmax(q k^T / sqrt(head_dim)) v) W_out + b_out      transpose, contiguous, view
 
     **`d_out` is the size of all heads together**: each head has d_out / num_heads features. (In
     `MultiHeadAttentionWrapper` it is the size of one.) The signature, attribute names and
@@ -232,7 +233,7 @@ class MultiHeadAttention(nn.Module):
         contexts_bhte, aux = self._attend(x, memory, mask, cache, positions, request)
         y = contexts_bhte.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
-            with projecting(y):
+            with projecting(y, self):
                 y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
@@ -248,7 +249,7 @@ class MultiHeadAttention(nn.Module):
         sizes = (self.num_kv_heads, self.head_dim, self.value_head_dim)
         return fitting_cache(self, batch, most, *sizes, options)
 
-    def project_heads(
+    def project_qkv(
         self,
         x: Tensor,
         memory: Tensor | None = None,
@@ -267,7 +268,7 @@ class MultiHeadAttention(nn.Module):
             views where nothing turns or norms them.
 
         >>> mha = MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2)
-        >>> query, key, value = mha.project_heads(torch.randn(1, 4, 8))
+        >>> query, key, value = mha.project_qkv(torch.randn(1, 4, 8))
         >>> query.shape
         torch.Size([1, 2, 4, 4])
         """
@@ -275,11 +276,11 @@ class MultiHeadAttention(nn.Module):
         check_input("x", x, projection, self.d_in, self.context_length)
         if memory is not None:
             check_input("memory", memory, projection, self.d_in)
-        with projecting(x):
+        with projecting(x, self):
             query, key, value = self._project(x, memory)
-        query_bhtd = query.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-        key_bgsd = key.unflatten(2, (self.num_kv_heads, self.head_dim)).transpose(1, 2)
-        value_bgse = value.unflatten(2, (self.num_kv_heads, self.value_head_dim)).transpose(1, 2)
+        query_bhtd = split_heads("W_query", query, self.num_heads, self.head_dim)
+        key_bgsd = split_heads("W_key", key, self.num_kv_heads, self.head_dim)
+        value_bgse = split_heads("W_value", value, self.num_kv_heads, self.value_head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query_bhtd, key_bgsd = self.q_norm(query_bhtd), self.k_norm(key_bgsd)
         if self.rope is not None:
@@ -356,7 +357,7 @@ class MultiHeadAttention(nn.Module):
             first = cache.length
         key: Tensor | Stored
         value: Tensor | Stored
-        query, *new = self.project_heads(x, memory, positions=positions, first_position=first)
+        query, *new = self.project_qkv(x, memory, positions=positions, first_position=first)
         key, value = new if cache is None else cache.append_stored(*new)
         if cache is not None:
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)
@@ -376,7 +377,8 @@ class MultiHeadAttention(nn.Module):
             return_aux=request,
         )
         if self.W_gate is not None:
-            gate = torch.sigmoid(self.W_gate(x)).unflatten(2, (self.num_heads, -1))
+            with projecting(x, self):
+                gate = torch.sigmoid(self.W_gate(x)).unflatten(2, (self.num_heads, -1))
             contexts_bhte = contexts_bhte * gate.transpose(1, 2)
         return contexts_bhte, aux
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ArgumentError
-from polyhead.modules.arguments import is_plain, kind_of
+from polyhead.modules.weights import check_in_place, make_parameter
 
 if TYPE_CHECKING:
     from polyhead.modules.multihead import MultiHeadAttention
@@ -20,7 +20,6 @@ __all__ = [
     "KeptHeads",
     "check_can_be_pruned",
     "kept_heads",
-    "parameter_like",
     "prune_heads",
     "without_columns",
     "without_rows",
@@ -100,7 +99,8 @@ def prune_heads(
 
     Raises:
         ArgumentError: there are no such heads, none would stay, or the rest is uneven; or the
-            module has no output projection, ALiBi's slopes, or adapters on its projections.
+            module has no output projection, ALiBi's slopes, or projections that are no plain
+            nn.Linear in place (adapters, hooks, offloaded weights).
 
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=4)
@@ -118,7 +118,7 @@ def prune_heads(
     if mha.W_gate is not None:
         mha.W_gate = without_rows(mha.W_gate, kept.queries, mha.value_head_dim)
     if mha.sinks is not None:
-        mha.sinks = parameter_like(mha.sinks.detach()[kept.queries], mha.sinks)
+        mha.sinks = make_parameter(mha.sinks.detach()[kept.queries], mha.sinks)
     mha.num_heads, mha.num_kv_heads = len(kept.queries), len(kept.keys)
     return mha.fuse() if fused else mha
 
@@ -146,15 +146,10 @@ def _features(heads: list[int], size: int, weight: Tensor) -> Tensor:
 
 def _linear_like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = parameter_like(weight, linear.weight)
+    made.weight = make_parameter(weight, linear.weight)
     if bias is not None:
-        made.bias = parameter_like(bias, linear.bias)
+        made.bias = make_parameter(bias, linear.bias)
     return made.train(linear.training)
-
-
-def parameter_like(values: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter of these values, trainable if the other is."""
-    return nn.Parameter(values, requires_grad=like.requires_grad)
 
 
 def check_can_be_pruned(mha: MultiHeadAttention) -> None:
@@ -174,12 +169,4 @@ def check_can_be_pruned(mha: MultiHeadAttention) -> None:
             "use polyhead.look.ablate",
         )
     names = ("W_qkv",) if mha.fused else ("W_query", "W_key", "W_value")
-    for name in (*names, "out_proj", "W_gate"):
-        part = getattr(mha, name)
-        if part is not None and not is_plain(part):
-            raise ArgumentError(
-                "prune_heads()",
-                "needs plain nn.Linear projections",
-                f"{name}: {kind_of(part)}",
-                "merge adapters first",
-            )
+    check_in_place("prune_heads()", mha, (*names, "out_proj", "W_gate"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from polyhead.mask import Mask
 from polyhead.modules.arguments import check_sizes
 from polyhead.modules.causal import CausalAttention
 from polyhead.modules.contributions import split_by_head
+from polyhead.modules.projecting import projecting
 from polyhead.positions import Rope
 
 __all__ = ["MultiHeadAttentionWrapper"]
@@ -152,8 +153,23 @@ class MultiHeadAttentionWrapper(nn.Module):
         ]
         y = torch.cat([output for output, _ in runs], dim=-1)
         if self.out_proj is not None:
-            y = self.out_proj(y)
+            with projecting(y, self):
+                y = self.out_proj(y)
         return y if return_aux is None else (y, _side_by_side([aux for _, aux in runs]))
+
+    def project_qkv(
+        self, x: Tensor, memory: Tensor | None = None, *, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, T, d_out), key and value (B, H, S, d_out) of all heads, each as its own
+        W_query, W_key and W_value give them.
+
+        Args:
+            x, memory, positions: as in `forward`.
+        """
+        heads: Any = self.heads
+        parts = [head.project_qkv(x, memory, positions=positions) for head in heads]
+        query, key, value = (torch.cat(of_heads, dim=1) for of_heads in zip(*parts, strict=True))
+        return query, key, value
 
     def head_contexts(
         self,

@@ -17,6 +17,7 @@ from polyhead.integrations.texts import read_ids, token_texts
 from polyhead.look import HeadReport, ablate, attention_layers, capture
 from polyhead.look.ablate import How
 from polyhead.look.layers import Head
+from polyhead.look.sources import is_probing
 
 __all__ = ["NextTokens", "Progress", "Reading", "compare_next", "read"]
 
@@ -95,7 +96,10 @@ def _telling_layers(model: Any, progress: Progress) -> Iterator[None]:
             share = layer.index / len(layers)
 
             def tell(*_: Any, step: str = step, share: float = share) -> None:
-                progress(step, share)
+                if is_probing():
+                    progress("finding what each layer reads", 0.0)
+                else:
+                    progress(step, share)
 
             stack.callback(layer.module.register_forward_pre_hook(tell).remove)
         yield

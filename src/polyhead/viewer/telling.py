@@ -78,6 +78,8 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
 
 def _example(report: HeadReport, layer: LayerReport, head: int, name: str) -> Example | None:
     """The largest weight that the head puts on a key as its name says, if there is any."""
+    if not layer.is_input:  # its tokens are not those of the report
+        return None
     at = layer.heads.index(head)
     keys, weights = layer.keys[at].long(), layer.key_weights[at]
     queries = torch.arange(len(keys))[:, None]

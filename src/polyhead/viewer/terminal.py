@@ -97,7 +97,7 @@ def _grid(rows: list[dict[str, Any]], scale: _Scale, width: int) -> Text:
 
 
 def _cell(row: dict[str, Any] | None, scale: _Scale, wide: bool) -> Text:
-    letter = "" if row is None else _LETTERS[row["name"]]
+    letter = "" if row is None else _LETTERS.get(row["name"], "")
     if row is None or scale.by not in row:
         return Text(f" {letter}".ljust(_WIDE) if wide else letter.ljust(_NARROW))
     place = scale.place(row[scale.by])

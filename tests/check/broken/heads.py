@@ -101,9 +101,10 @@ class PlainList(Stacked):
 
 
 class TokensFirst(Plain):
-    """Takes (tokens, batch, features), with nothing that says so."""
+    """Takes (tokens, batch, features), though it is said to take the batch first."""
 
     law, cause = "batch_rows_are_independent", "does it take (tokens, batch, features)?"
+    batch_first = True
 
     def forward(self, query, key, value):
         return super().forward(query.transpose(0, 1)).transpose(0, 1)

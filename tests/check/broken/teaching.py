@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,8 @@ sys.path.pop(0)
 
 class _Small(right.SmallGPT):
     def __init__(self):
-        from polyhead.check.target import Config
-
-        super().__init__(Config())
+        sizes = {"n_embd": 24, "n_head": 4, "bias": True, "dropout": 0.1, "block_size": 32}
+        super().__init__(SimpleNamespace(**sizes))
 
 
 class SmallGPTNoScale(_Small):

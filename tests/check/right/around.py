@@ -209,3 +209,17 @@ class MaskOfTheDefaultDtype(_Core):
 class OnlyFloat32(_Core):
     def front(self, x):
         return x.float()
+
+
+def turned(heads):
+    """Rotary positions by a function of its own, which no name of the module tells."""
+    T, size = heads.shape[-2:]
+    angles = torch.outer(torch.arange(T).double(), 10.0 ** -torch.arange(size // 2).double())
+    a, b = heads[..., ::2], heads[..., 1::2]
+    c, s = angles.cos().to(heads), angles.sin().to(heads)
+    return torch.stack([a * c - b * s, a * s + b * c], dim=-1).flatten(-2)
+
+
+class TurnedElsewhere(_Core):
+    def between(self, heads):
+        return turned(heads)

@@ -185,3 +185,75 @@ def test_layers_that_keep_something_else_are_refused():
         ph.integrations.transformers.Cache(
             Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
         )
+
+
+def numbered(start, T):
+    return torch.arange(start, start + T).float()[None, None, :, None].expand(1, 2, T, 3)
+
+
+@pytest.mark.parametrize("drafted", [5, 300])
+@pytest.mark.parametrize("before", [[], [7, 1, 1, 30]], ids=["empty", "filled"])
+@pytest.mark.parametrize("was_reset", [False, True])
+def test_drafts_over_a_window_are_taken_back(before, drafted, was_reset):
+    """transformers#48280: recording began with the first token or never, and held 256."""
+    layer = Layer(None, 4)
+    if was_reset:
+        layer.update(numbered(0, 9), numbered(0, 9))
+        layer.reset()
+    length = 0
+    for T in before:
+        layer.update(numbered(length, T), numbered(length, T))
+        length += T
+    layer.activate_past_recording()
+    for kept in (0, drafted - 2, 3):
+        layer.update(numbered(length, drafted), numbered(length, drafted))
+        layer.crop(kept - drafted)
+        length += kept
+        assert layer.get_seq_length() == length
+        key, _ = layer.update(numbered(length, 1), numbered(length, 1))
+        assert key[0, 0, :, 0].tolist() == list(range(max(0, length - 3), length + 1))
+        layer.crop(-1)
+
+
+def test_recording_that_ended_lets_go_of_the_past():
+    layer = Layer(None, 4)
+    layer.activate_past_recording()
+    layer.update(numbered(0, 500), numbered(0, 500))
+    layer.crop(0)
+    layer.record_past = False  # as generate leaves it
+    for length in range(500, 520):
+        layer.update(numbered(length, 1), numbered(length, 1))
+    assert layer._cache.rewindable == 0
+    with pytest.raises(ArgumentError, match=r"tokens_to_remove must be at most"):
+        layer.crop(-300)
+
+
+def test_crop_that_a_window_cannot_is_refused_before_any_layer_changes(build, inputs):
+    given, _ = inputs("Gemma2", "no mask", T=30)
+    model = build("Gemma2", "polyhead")
+    cache = Cache(model.config, max_tokens=64)
+    with torch.no_grad():
+        model(**given, past_key_values=cache)
+    lengths = [layer.get_seq_length() for layer in cache.layers]
+    remedy = r"got -12; call cache.activate_past_recording\(\) before the tokens"
+    with pytest.raises(ArgumentError, match=remedy):
+        cache.crop(-12)
+    assert [layer.get_seq_length() for layer in cache.layers] == lengths
+    cache.reset()
+    cache.activate_past_recording()
+    with torch.no_grad():
+        model(**given, past_key_values=cache)
+    cache.crop(-12)
+    assert {layer.get_seq_length() for layer in cache.layers} == {18}
+
+
+def test_assisted_generation_goes_on_in_a_filled_cache(build, inputs):
+    given, _ = inputs("Mistral", "no mask")
+    prompt = given["input_ids"][:1]
+    model, assistant = (build("Mistral", "polyhead", num_hidden_layers=n) for n in (2, 1))
+    cache = Cache(model.config, max_tokens=37)
+    first = model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
+    asked = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(first, **asked)
+    got = model.generate(first, past_key_values=cache, assistant_model=assistant, **asked)
+    assert torch.equal(got, expected)

@@ -30,12 +30,12 @@ def run(qkv, mask, *, is_causal=True, **options):
 
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_no_mask_is_what_the_layer_says(qkv, is_causal):
-    rule = ph.mask.causal(align="start") if is_causal else None
+    rule = ph.mask.causal() if is_causal else None
     assert torch.equal(run(qkv, None, is_causal=is_causal)[0], ph.attention(*qkv, mask=rule))
     # What the call says wins over what the layer says.
     told = {"is_causal": not is_causal}
     output, _ = attention_forward(layer(is_causal), *qkv, None, **told)
-    other = None if is_causal else ph.mask.causal(align="start")
+    other = None if is_causal else ph.mask.causal()
     assert torch.equal(output.transpose(1, 2), ph.attention(*qkv, mask=other))
 
 
@@ -67,7 +67,9 @@ def test_a_structured_mask_of_another_size_is_refused(qkv):
 
 def test_a_mask_of_heads_is_refused(qkv):
     """ViT of transformers 4 hands one on where the mask belongs; it is to be multiplied."""
-    with pytest.raises(ShapeError, match=r"attention_mask must be .*got \(1, 6, 1, 1\); use attn"):
+    with pytest.raises(
+        ShapeError, match=r"attention_mask must be .*got \(1, 6, 1, 1\); .*look.ablate"
+    ):
         run(qkv, torch.ones(1, H, 1, 1))
 
 
@@ -107,7 +109,7 @@ def test_position_bias_is_added_to_the_scores(qkv, kind):
 def test_weights_are_those_of_the_definition(qkv):
     output, weights = run(qkv, None, output_attentions=True)
     expected, aux = ph.attention(
-        *qkv, mask=ph.mask.causal(align="start"), return_aux=ph.AuxRequest(weights=True)
+        *qkv, mask=ph.mask.causal(), return_aux=ph.AuxRequest(weights=True)
     )
     assert torch.equal(output, expected)
     assert torch.equal(weights, aux.weights)
@@ -115,10 +117,38 @@ def test_weights_are_those_of_the_definition(qkv):
 
 
 def test_what_is_not_known_is_refused(qkv):
-    with pytest.raises(ArgumentError, match=r"head_mask must not be given.*got Tensor"):
-        run(qkv, None, head_mask=torch.ones(H))
+    with pytest.raises(ArgumentError, match=r"block_indices must not .*got Tensor; use .*eager"):
+        run(qkv, None, block_indices=torch.ones(H))
+
+
+@pytest.mark.parametrize("name", ["head_mask", "layer_head_mask", "cross_attn_head_mask"])
+def test_head_masks_remedy_is_one_that_works(qkv, name):
+    """Eager attention ignores it."""
+    with pytest.raises(ArgumentError, match=r"off with polyhead\.look\.ablate\(model, heads\)$"):
+        run(qkv, None, **{name: torch.ones(H)})
 
 
 def test_what_says_nothing_about_attention_is_taken(qkv):
-    given = {"position_ids": torch.arange(T), "use_cache": True, "head_mask": None}
+    given = {"cache_position": torch.arange(T), "use_cache": True, "head_mask": None}
     assert torch.equal(run(qkv, None, **given)[0], run(qkv, None)[0])
+
+
+def test_weights_have_gradients_with_the_reference():
+    """The output is made of them there; elsewhere they are computed beside it."""
+    transformers = pytest.importorskip("transformers")
+    ph.integrations.transformers.register()
+    sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(
+        **sizes, num_attention_heads=6, num_key_value_heads=2, attn_implementation="polyhead"
+    )
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(31, (1, 9))
+
+    def gradients():
+        answer = model(ids, labels=ids, output_attentions=True)
+        return torch.autograd.grad(answer.loss, answer.attentions, allow_unused=True)
+
+    assert gradients() == (None, None)
+    with ph.use_backend("reference"):
+        got = gradients()
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(got, gradients(), rtol=1e-4, atol=1e-6)

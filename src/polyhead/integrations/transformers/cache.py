@@ -15,9 +15,6 @@ from polyhead.integrations.transformers.held import as_tensor
 
 __all__ = ["Cache", "Layer"]
 
-# With a window, how many tokens before the newest can be taken back, where a draft is verified.
-_REWINDABLE = 256
-
 
 class Cache(transformers.Cache):
     """Keys and values of every layer, each in a `polyhead.KVCache`: pass it as `past_key_values`.
@@ -81,6 +78,27 @@ class Cache(transformers.Cache):
             layers.append(Layer(max_tokens, window, storage=storage, preallocate=preallocate))
         super().__init__(layers=layers)
 
+    def activate_past_recording(self) -> None:
+        """Keep what a window no longer needs, from the next token to the next `crop`.
+
+        transformers calls it where drafts are verified; call it before the tokens that may be
+        taken back.
+        """
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                layer.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens: -n of them, or (as before transformers 5) all but n.
+
+        Raises:
+            ArgumentError: a window has let go of what came before them. No layer has changed.
+        """
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
 
 class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a `Cache`. It takes its sizes from the first keys it is given.
@@ -109,6 +127,7 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         self._options = {"storage": storage, "preallocate": preallocate}
         self._cache: KVCache | None = None
         self.record_past = False
+        self._since_crop = 0  # tokens that may be taken back
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -136,7 +155,6 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
             dtype=key_states.dtype,
             device=key_states.device,
             window=window,
-            rewindable=_REWINDABLE if self.record_past and window is not None else 0,
             **self._options,  # type: ignore[arg-type]
         )
 
@@ -154,7 +172,11 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         if autocasts(key_states):  # then a model may rotate its keys in another dtype
             dtype = self._cache.dtype
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        since_crop = self._since_crop + key_states.shape[2] if self.record_past else 0
+        if self.is_sliding:
+            self._cache.rewindable = since_crop
         key, value = self._cache.append_stored(key_states, value_states)
+        self._since_crop = since_crop
         return as_tensor(key), as_tensor(value)
 
     def _is_of_another_batch(self, key_states: Tensor) -> bool:
@@ -179,17 +201,40 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         return length + query_length - first, first
 
     def activate_past_recording(self) -> None:
-        """Keep enough of a window to take drafts back. Called before the first token."""
+        """As `Cache.activate_past_recording`."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: -n of them, or (before transformers 5) all but n."""
+        """As `Cache.crop`."""
         if self._cache is None:
             return
-        kept = tokens_to_remove if tokens_to_remove > 0 else self._cache.length + tokens_to_remove
-        self._cache.rewind(max(0, self._cache.length - kept))
+        self.check_crop(tokens_to_remove)
+        self._cache.rewind(self._removed(tokens_to_remove))
+        self._since_crop = 0
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise what `crop` would raise, and change nothing."""
+        if self._cache is None:
+            return
+        try:
+            self._cache.check_rewind(self._removed(tokens_to_remove))
+        except ArgumentError as error:
+            raise ArgumentError(
+                "tokens_to_remove",
+                error.rule,
+                tokens_to_remove,
+                "call cache.activate_past_recording() before the tokens that may be taken back",
+            ) from None
+
+    def _removed(self, tokens_to_remove: int) -> int:
+        assert self._cache is not None
+        length = self._cache.length
+        if tokens_to_remove > 0:
+            return max(0, length - tokens_to_remove)
+        return min(length, -tokens_to_remove)
 
     def reset(self) -> None:
+        self._since_crop = 0
         if self._cache is not None:
             self._cache.reset()
 

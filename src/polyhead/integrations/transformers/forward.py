@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import polyhead.mask
 from polyhead.arguments import autocasts
 from polyhead.call import AuxRequest
-from polyhead.errors import ArgumentError, ShapeError
+from polyhead.errors import ArgumentError
 from polyhead.functional import attention
+from polyhead.integrations.transformers.call_mask import read_mask
 from polyhead.integrations.transformers.held import as_stored
-from polyhead.integrations.transformers.structured import StructuredMask
-from polyhead.mask import Mask
+from polyhead.integrations.transformers.packing import PACKING
 from polyhead.stored import Stored
 
-__all__ = ["attention_forward"]
+__all__ = ["KNOWN_ARGUMENTS", "attention_forward"]
 
 _WEIGHTS, _NOTHING = AuxRequest(weights=True), AuxRequest()
 
-# What models and their callers send along that says nothing about attention, or nothing that the
-# mask does not say.
+# What models and their callers send along that changes no weight: where tokens stand is in the
+# queries, keys and mask; the kernels always are deterministic; dropout comes as a number.
 _HARMLESS = frozenset(
     {
-        *("position_ids", "cache_position", "position_embeddings", "layer_idx", "sliding_window"),
+        *("cache_position", "position_embeddings", "layer_idx"),
         *("use_cache", "return_dict", "output_hidden_states", "output_router_logits"),
         *("num_items_in_batch", "logits_to_keep", "labels", "deterministic", "training"),
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     }
 )
+_EAGER = 'use attn_implementation="eager" for this model'
+_REMEDIES = {
+    **dict.fromkeys(
+        ("head_mask", "layer_head_mask", "cross_attn_head_mask", "decoder_head_mask"),
+        "switch heads off with polyhead.look.ablate(model, heads)",
+    ),
+    "cache": 'call model.set_attn_implementation("sdpa") for continuous batching',
+}
 
 
 def attention_forward(
@@ -47,6 +54,9 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     output_attentions: bool | None = None,
+    sliding_window: int | None = None,
+    indices: Tensor | None = None,
+    position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as transformers asks for it: (B, H, T, D) in, (B, T, H, E) out.
@@ -55,27 +65,47 @@ def attention_forward(
         module: the layer.
         query, key, value: (B, H, T, D), (B, G, S, D), (B, G, S, E).
         attention_mask: what `make_mask` made; or (B, 1, T, S), bool with True = may attend, or
-            numbers to add. None, for a causal layer: query t may attend to keys 0 .. t, and a
-            single query to all, as in transformers' own function.
+            numbers to add. None: no mask but what the arguments below name.
         scaling: factor on the scores; None: 1 / sqrt(D).
         dropout: probability with which a weight is dropped.
-        is_causal: whether the layer is causal; None: what `module.is_causal` says.
+        is_causal: without a mask, whether the queries, the last of the keys, see none after
+            themselves; None: `module.is_causal`, and False where there is none.
         softcap: as in `polyhead.attention`.
         s_aux: (H,) sinks.
         position_bias: (1 or B, H, T, S) numbers to add.
         output_attentions: whether to return the weights. They are, too, where the model was
             called with `output_attentions=True`.
-        options: what says nothing about attention.
+        sliding_window: without a mask, how many keys back a query sees, its own among them, and
+            as many ahead where the layer is not causal. A mask that comes holds it.
+        indices: (B, T, K) the only keys that each query may attend to.
+        position_ids: (1 or B, T). Without a mask, in a causal layer: where they do not count on, a
+            packed document begins.
+        options: packed documents (`packed_documents`: `cu_seq_lens_q`, ..., `seq_idx`), and what
+            changes no weight.
 
     Returns:
         output, and the weights (B, H, T, S) before dropout or None.
 
     Raises:
-        ArgumentError: an option that is not known; or what `polyhead.attention` raises.
+        ArgumentError: an option that is not known; packed documents that do not fit; or what
+            `polyhead.attention` raises.
     """
+    packing = {name: options.pop(name) for name in PACKING if name in options}
     if not options.keys() <= _HARMLESS:
         _check_options(options)
-    mask, bias = _mask_and_bias(module, query, key, attention_mask, is_causal, position_bias)
+    mask, bias = read_mask(
+        module,
+        query,
+        key,
+        attention_mask,
+        is_causal=is_causal,
+        sliding_window=sliding_window,
+        indices=indices,
+        position_ids=position_ids,
+        **packing,
+    )
+    if position_bias is not None:
+        bias = position_bias if bias is None else bias + position_bias
     heads: tuple[Tensor, Tensor | Stored, Tensor | Stored]
     heads = query, as_stored(key), as_stored(value)
     if autocasts(query):
@@ -117,35 +147,6 @@ def _are_wanted() -> bool:
     return collected is not None and any(name.endswith("attentions") for name in collected)
 
 
-def _mask_and_bias(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    attention_mask: Tensor | None,
-    is_causal: bool | None,
-    bias: Tensor | None,
-) -> tuple[Mask | None, Tensor | None]:
-    T = query.shape[2]
-    if attention_mask is None:
-        if is_causal is None:
-            is_causal = getattr(module, "is_causal", True)
-        return (polyhead.mask.causal(align="start") if is_causal and T > 1 else None), bias
-    if isinstance(attention_mask, StructuredMask):
-        if attention_mask.shape[2:] == (T, key.shape[2]):
-            return attention_mask.rule, bias
-        attention_mask = attention_mask.dense()
-    if attention_mask.shape[-1] != key.shape[2]:  # such as a mask of heads, that multiplies
-        raise ShapeError(
-            "attention_mask",
-            f"must be (B or 1, H or 1, T or 1, S = {key.shape[2]})",
-            tuple(attention_mask.shape),
-            'use attn_implementation="eager" for what is no mask of keys',
-        )
-    if attention_mask.is_floating_point():
-        return None, attention_mask if bias is None else bias + attention_mask
-    return polyhead.mask.dense(attention_mask), bias
-
-
 def _check_options(options: dict[str, Any]) -> None:
     unknown = {
         name: value
@@ -157,5 +158,8 @@ def _check_options(options: dict[str, Any]) -> None:
             ", ".join(unknown),
             "must not be given: polyhead does not know what it means for attention",
             ", ".join(type(value).__name__ for value in unknown.values()),
-            'use attn_implementation="eager" for this model',
+            "; ".join(dict.fromkeys(_REMEDIES.get(name, _EAGER) for name in unknown)),
         )
+
+
+KNOWN_ARGUMENTS = _HARMLESS.union(PACKING, inspect.signature(attention_forward).parameters)

@@ -114,6 +114,13 @@ def _check_layers(
         if _is_in(layer.config, named):
             parts[id(layer.config)].append(layer)
     for part in parts.values():
+        refused = next((layer for layer in part if layer.refused), None)
+        if refused is not None:
+            raise ModelError(
+                f"{type(model).__name__}: {type(refused.module).__name__} ({refused.name}) cannot "
+                f'run attn_implementation="{NAME}": it passes {", ".join(refused.refused)}, which '
+                'polyhead does not know; keep "eager" for this part'
+            )
         own = [layer for layer in part if layer.keeps_its_own]
         if not own:
             continue

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from polyhead.integrations.transformers.forward import KNOWN_ARGUMENTS
 
 __all__ = ["AttentionLayer", "attention_layers"]
 
@@ -23,12 +27,14 @@ class AttentionLayer:
         module: itself.
         config: of the innermost model that it is in; None outside of any.
         asks: whether it asks transformers for a registered attention function.
+        refused: arguments that it passes to that function and polyhead's refuses.
     """
 
     name: str
     module: nn.Module
     config: Any
     asks: bool
+    refused: tuple[str, ...] = ()
 
     @property
     def is_polyheads(self) -> bool:
@@ -61,13 +67,36 @@ def _layers(module: nn.Module, name: str, config: Any) -> Iterator[AttentionLaye
     cls: Any = type(module)
     asks = _asks(cls)
     if asks or ("Attention" in cls.__name__ and not inner):
-        yield AttentionLayer(name, module, config, asks)
+        yield AttentionLayer(name, module, config, asks, _refused(cls) if asks else ())
     yield from inner
 
 
 @functools.cache
 def _asks(cls: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in _source(cls.forward)
+
+
+@functools.cache
+def _refused(cls: Any) -> tuple[str, ...]:
+    """Named arguments of a class's calls of the function that it was given."""
+    source = textwrap.dedent(_source(cls.forward))
+    nodes = list(ast.walk(ast.parse(source)))
+    functions = {
+        ast.unparse(target)
+        for node in nodes
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and node.value is not None
+        and "ALL_ATTENTION_FUNCTIONS" in ast.unparse(node.value)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    }
+    passed = [
+        keyword.arg
+        for node in nodes
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in functions
+        for keyword in node.keywords
+        if keyword.arg is not None and ast.unparse(keyword.value) != "None"
+    ]
+    return tuple(dict.fromkeys(name for name in passed if name not in KNOWN_ARGUMENTS))
 
 
 @functools.cache

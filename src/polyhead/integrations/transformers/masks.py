@@ -18,9 +18,9 @@ from polyhead.integrations.transformers.mask_functions import (
     Keys,
     MaskFunction,
     Rules,
-    has_numbers,
     recognise,
 )
+from polyhead.integrations.transformers.packing import is_traced
 from polyhead.integrations.transformers.structured import StructuredMask
 from polyhead.mask import Causal, Documents, Mask, Window
 
@@ -75,7 +75,7 @@ def make_mask(
     # tensor; for its one query that is a small one.
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     if not (
-        _is_traced(attention_mask, cache_position, q_offset) or (q_length == 1 and not may_skip)
+        is_traced(attention_mask, cache_position, q_offset) or (q_length == 1 and not may_skip)
     ):
         keys = Keys(kv_length, int(kv_offset), device)
         rules = recognise(rule, keys)
@@ -128,13 +128,6 @@ def _allows_all(rule: Mask, T: int, first_query: int, S: int) -> bool:
         before_fits = rule.before is None or last_query - rule.before <= 0
         return before_fits and (rule.after is None or first_query + rule.after >= S - 1)
     return False
-
-
-def _is_traced(*given: Any) -> bool:
-    """Whether numbers must not be looked at: a graph is being made, or there are none."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
-        return True
-    return any(isinstance(x, Tensor) and not has_numbers(x) for x in given)
 
 
 def _padding(attention_mask: Tensor | None, keys: Keys) -> Rules:

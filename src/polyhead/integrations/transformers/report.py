@@ -19,7 +19,8 @@ class LayerReport:
     Attributes:
         name: as in `model.named_modules()`.
         cls: its class.
-        runs: "polyhead", the name of another attention, or "its own".
+        runs: "polyhead", the name of another attention, "its own", or "nothing": polyhead refuses
+            what the layer passes.
         reason: why not polyhead, and what to do; empty where it is.
     """
 
@@ -85,6 +86,10 @@ def _reported(layer: AttentionLayer) -> LayerReport:
         runs, reason = NAME, ""
     elif layer.is_torchs:
         reason = "is torch's; call polyhead.drop_in.replace_attention(model)"
+    elif layer.refused:
+        runs = str(getattr(layer.config, "_attn_implementation", None))
+        runs = "nothing" if runs == NAME else runs
+        reason = f'passes {", ".join(layer.refused)}, which polyhead does not know; keep "eager"'
     elif layer.asks:
         runs = str(getattr(layer.config, "_attn_implementation", None))
         reason = "" if runs == NAME else f'call model.set_attn_implementation("{NAME}")'

@@ -94,7 +94,7 @@ def _tokens(report: HeadReport) -> list[str]:
 
 def _reads_itself(layer: LayerReport, tokens: int) -> bool:
     rows, columns = layer.map.shape[1:]
-    return layer.keys.shape[1] == tokens and rows == columns
+    return layer.is_self and layer.is_input and layer.keys.shape[1] == tokens and rows == columns
 
 
 def _rounded(value: float | None) -> float | None:
