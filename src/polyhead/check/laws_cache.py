@@ -82,7 +82,7 @@ def _chunk(subject: Subject, pieces: Sequence[int], start: int, stop: int) -> tu
         tokens = x.clone()
         if changed is not None:
             tokens[:, changed] = other[:, changed]
-        step = _PROTOCOLS.get(subject.calling.cache, _passed)(subject, subject.copy())
+        step = _PROTOCOLS.get(str(subject.calling.cache), _passed)(subject, subject.copy())
         begun = 0
         with torch.no_grad():
             for n in pieces:
