@@ -61,7 +61,8 @@ GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 CASES = {
     **{
         name: (lambda kind=kind: build(kind, {})[0], getattr(kind, "flags", {}))
-        for name, kind in (styles("styles") | styles("others")).items()
+        for file in ("styles", "others", "teaching", "around")
+        for name, kind in styles(file).items()
     },
     "nn.MultiheadAttention": (partial(nn.MultiheadAttention, 20, 4, batch_first=True), {}),
     "nn.MultiheadAttention, causal": (

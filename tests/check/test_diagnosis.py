@@ -12,7 +12,17 @@ from polyhead.check.law import MODULE_LAWS
 from polyhead.check.target import load
 
 BROKEN = Path(__file__).parent / "broken"
-FILES = ("masks", "positions", "softmax", "heads", "modes", "numbers", "caches")
+FILES = (
+    "masks",
+    "positions",
+    "softmax",
+    "heads",
+    "modes",
+    "numbers",
+    "caches",
+    "learned",
+    "teaching",
+)
 
 
 def classes(file):
@@ -46,6 +56,8 @@ PATTERNS = {
     "mask_survives_large_scores",
     "no_future_leak",
     "output_is_the_definitions",
+    "order_alone_changes_nothing",
+    "parameters_are_filled",
     "past_is_used",
     "positions_tell_order",
     "relative_positions_are_relative",

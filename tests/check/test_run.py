@@ -79,13 +79,13 @@ def test_weights_that_names_do_not_tell_can_be_given():
         report = ph.check.check_module(Odd(), weights=weights, only=only)
         return report.results[0].verdict.outcome
 
-    assert verdict() is ph.check.Outcome.NOT_APPLICABLE
+    assert verdict() is ph.check.Outcome.HOLDS  # learned
     assert verdict(**names) is ph.check.Outcome.HOLDS
     assert verdict(**(names | {"key": "c", "value": "b"})) is ph.check.Outcome.BROKEN
 
 
 class WithProperty(Book):
-    """Properly cut, but for the scale. Neither word is a rope."""
+    """Properly cut, but for the mask. Neither word is a rope."""
 
     @property
     def composition(self):
@@ -93,11 +93,11 @@ class WithProperty(Book):
 
     def forward(self, x):
         self.dropEach = 0  # a name with "rope" in it, in capitals
-        return super().forward(2 * x)
+        return super().forward(x)
 
 
 def test_words_that_contain_rope_or_position_give_no_positions():
-    report = ph.check.check_module(WithProperty())
+    report = ph.check.check_module(WithProperty(inverted=True))
     assert "positions" not in report.facts
     assert "output_is_the_definitions" in [failure.law for failure in report.failures]
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.check.facts import band
 from polyhead.check.heads import contexts_of
 from polyhead.check.law import NotApplicable, Outcome, Verdict
 from polyhead.check.subject import Subject
@@ -44,6 +43,12 @@ def _exact(subject: Subject, broken: Broken) -> str | None:
         return None
     cause: str | None = broken["output_is_the_definitions"].evidence.get("cause")
     return cause
+
+
+def _unfilled(subject: Subject, broken: Broken) -> str | None:
+    if "parameters_are_filled" not in broken:
+        return None
+    return f"parameters that are never filled: {', '.join(subject.unfilled)}"
 
 
 def _tokens_first(subject: Subject, broken: Broken) -> str | None:
@@ -110,7 +115,7 @@ def _shrinks_with_what_is_hidden(subject: Subject) -> bool:
             )
     except NotApplicable:
         return False
-    seen = band(subject.T, subject.claims.causal, subject.claims.window).sum(dim=1)
+    seen = subject.claims.shown(subject.T).sum(dim=1)
     expected = alone * (seen / subject.T).to(alone)[:, None, None]
     return bool((repeated - expected).abs().max() <= 16 * subject.allowed(subject.input()))
 
@@ -142,7 +147,10 @@ _DROPPED = {
 
 def _dropout(subject: Subject, broken: Broken) -> str | None:
     if "evaluation_repeats" in broken:
-        if broken["evaluation_repeats"].evidence.get("drawn"):
+        evidence = broken["evaluation_repeats"].evidence
+        if evidence.get("made"):
+            return "weights are drawn anew in every call: are layers made in forward?"
+        if evidence.get("drawn"):
             return "dropout in evaluation: it does not ask self.training"
         return "the output changes from call to call, and torch's random numbers are not why"
     if "dropout_drops_weights" in broken:
@@ -194,7 +202,12 @@ def _positions(subject: Subject, broken: Broken) -> str | None:
 
 def _cache(subject: Subject, broken: Broken) -> str | None:
     singly = broken.get("cache_token_by_token_agrees")
-    if singly is None and "cache_in_chunks_agrees" in broken:
+    chunks = broken.get("cache_in_chunks_agrees")
+    if singly is None and chunks is not None:
+        if chunks.evidence.get("sees_ahead"):
+            return "a chunk behind a cache has no mask: its tokens see those after them"
+        if not chunks.evidence.get("upper_left"):
+            return "a chunk behind a cache is masked in another way than the whole text"
         return "a chunk behind a cache is masked as if it stood at the start (upper left)"
     if singly is not None and singly.evidence.get("first_wrong") == 1:
         if subject.claims.positions is not None:
@@ -213,6 +226,7 @@ def _fill(subject: Subject, broken: Broken) -> str | None:
 
 
 _PATTERNS: tuple[Callable[[Subject, Broken], str | None], ...] = (
+    _unfilled,
     _exact,
     _tokens_first,
     _modes,

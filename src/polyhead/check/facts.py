@@ -9,16 +9,18 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from polyhead.check.calling import Calling
 from polyhead.check.law import first_line
 from polyhead.check.layers import causal_by_its_model, is_of_transformers, scale_of_its_class
 from polyhead.check.names import HEAD_COUNT, HEADS, LENGTH, WIDTH, WINDOW
+from polyhead.check.sight import band, fitting
 from polyhead.check.signature import causal_argument, no_call, other_ways
 from polyhead.check.subject import Claims, Subject, copied
 
@@ -27,7 +29,7 @@ __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
 # Not in property, properly or composition.
 _POSITIONS = re.compile(
     r"(?-i:(?<![dpP])rope|Rope|RoPE|(?<!P)ROPE|(?<![msr])position|Position|POSITION)"
-    r"|rotary|alibi|freqs|inv_freq|pos_|relative|slopes",
+    r"|rotary|alibi|freqs|inv_freq|pos_|relative|slopes|rotate_?half|\b(cos|sin)\b",
     re.I,
 )
 _FEATURES = {
@@ -90,6 +92,11 @@ def claim_causal(subject: Subject, causal: bool | None) -> None:
     Behaviour alone would acquit an inverted mask, so it decides only where it is plain: a token
     sees exactly what is not after it, or everything while nothing speaks of a causal mask.
     """
+    _claim_causal(subject, causal)
+    claim_window(subject)
+
+
+def _claim_causal(subject: Subject, causal: bool | None) -> None:
     claims, module = subject.claims, subject.module
     argument = causal_argument(module)
     if causal is not None:
@@ -127,15 +134,27 @@ def claim_causal(subject: Subject, causal: bool | None) -> None:
         claims.how["causal"] = "tokens see some but not all others; pass causal=False if meant"
 
 
-def band(T: int, causal: bool, window: int | None) -> Tensor:
-    """(T, T) True where a module of these claims lets query t see token s."""
-    distance = torch.arange(T)[:, None] - torch.arange(T)
-    seen = torch.ones(T, T, dtype=torch.bool)
-    if causal:
-        seen &= distance >= 0
-    if window is not None:
-        seen &= distance.abs() < window
-    return seen
+def claim_window(subject: Subject) -> None:
+    """Learn the window of a module that declares none, or another rule by which it sees some
+    tokens and not others, from what it sees in texts of several lengths."""
+    claims = subject.claims
+    if claims.window is not None:
+        return
+    with suppress(Exception):  # of unknown code, called with other numbers of tokens and rows
+        seen = {subject.T: subject.sees.cpu()}
+        for T in (subject.T + 6, 67):
+            T = min(T, claims.max_tokens or T)
+            if T > subject.T and T not in seen and subject.takes(T):
+                seen[T] = subject.sees_in(T).cpu()
+        if len(seen) > 1 and (pattern := fitting(seen, claims.causal)):
+            lengths = ", ".join(map(str, seen))
+            claims.window = pattern.window
+            claims.how["window"] = f"as it sees in texts of {lengths} tokens"
+            if pattern.window is None:
+                claims.pattern = pattern
+            elif (tokens := claims.lengths()[0]) != claims.tokens and subject.takes(tokens):
+                claims.tokens = tokens
+                subject.forget()
 
 
 # Reading names
@@ -149,9 +168,13 @@ def _places(module: nn.Module) -> Iterator[Any]:
 
 
 def _integer(module: nn.Module, names: tuple[str, ...]) -> tuple[int, str] | None:
+    """A number of the module, or else of its configuration. None in the module is an answer:
+    in models that mix layers, the configuration's window is not that of each."""
     for place in _places(module):
         for name in names:
-            value = getattr(place, name, None)
+            value = getattr(place, name, 0)
+            if value is None:
+                return None
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value, f"attribute {name}"
     return None

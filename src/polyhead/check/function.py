@@ -14,6 +14,7 @@ from polyhead.backends import reference
 from polyhead.call import AttentionCall, AuxRequest
 from polyhead.check.cases import Case
 from polyhead.check.law import FUNCTION_LAWS, NotApplicable
+from polyhead.check.modes import own_modes
 from polyhead.check.report import Report
 from polyhead.check.run import Progress, choose_laws, run_laws
 from polyhead.errors import ArgumentError
@@ -154,7 +155,7 @@ def check_function(
         )
     laws = choose_laws(FUNCTION_LAWS, only)
     subject = FunctionSubject(function, mask_true=mask_true, layout=layout, seed=seed, dtype=dtype)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), own_modes():
         warnings.simplefilter("ignore")
         results, stopped = run_laws(laws, subject, timeout, progress)
     facts = {"called as": "query, key, value", "layout": layout}

@@ -17,6 +17,8 @@ __all__ = [
     "contexts_of",
     "need_heads",
     "need_no_absolute_positions",
+    "need_no_positions",
+    "need_plain",
     "need_plain_values",
     "out_projection",
     "shares_of",
@@ -38,13 +40,24 @@ def need_heads(subject: Subject) -> int:
 
 def need_plain_values(subject: Subject) -> None:
     """Contexts that are weights times values, and values that know nothing of their place."""
-    claims = subject.claims
-    if claims.features:
-        raise NotApplicable(f"it is more than plain attention ({', '.join(claims.features)})")
+    need_plain(subject)
     need_no_absolute_positions(subject)
     out_projection(subject)
     if subject.notes.get("gated"):
         raise NotApplicable("its heads are gated")
+
+
+def need_plain(subject: Subject) -> None:
+    """Nothing that changes scores or weights."""
+    if features := subject.claims.features:
+        raise NotApplicable(f"it is more than plain attention ({', '.join(features)})")
+
+
+def need_no_positions(subject: Subject) -> None:
+    """Neither positions of the tokens nor of the scores."""
+    claims = subject.claims
+    if claims.positions is not None:
+        raise NotApplicable(f"it has positions ({claims.how.get('positions', claims.positions)})")
 
 
 def need_no_absolute_positions(subject: Subject) -> None:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.check.facts import band
 from polyhead.check.layouts import Weights, interleaved
 from polyhead.check.subject import difference
 
@@ -100,8 +99,7 @@ def explanation(
     weights: Weights,
     allowed: float,
     *,
-    causal: bool,
-    window: int | None,
+    shown: Tensor,
 ) -> Hypothesis | None:
     """The first hypothesis that gives the module's output, or None.
 
@@ -110,7 +108,7 @@ def explanation(
         x: its input.
         weights: of the module.
         allowed: how far apart equal outputs may be.
-        causal, window: what the module claims.
+        shown: (T, T) True where the module claims that a query sees a key.
     """
 
     def matches(compute: Callable[[Tensor, Weights], Tensor]) -> bool:
@@ -121,14 +119,16 @@ def explanation(
         return y.shape == actual.shape and bool(difference(y, actual).max() <= allowed)
 
     with torch.no_grad():
-        for hypothesis in _hypotheses(weights, x.shape[1], causal, window):
+        mask = shown.to(x.device)
+        for hypothesis in _hypotheses(weights, mask):
             if matches(hypothesis.compute):
                 return hypothesis
-        mask = band(x.shape[1], causal, window)
         scale = _fitted_scale(actual, x, weights, mask)
         fitted = lambda x, w: plain_attention(x, w, allowed=mask, scale=scale)  # noqa: E731
         if matches(fitted):
             expected = (weights.query.shape[0] // weights.num_heads) ** -0.5
+            if abs(scale / expected - 1) < 4 * torch.finfo(torch.float32).eps:
+                return Hypothesis("its scale is rounded to float32", fitted, harmless=True)
             return Hypothesis(f"wrong scale: {scale:.4g}; expected is {expected:.4g}", fitted)
     return None
 
@@ -149,8 +149,8 @@ def _fitted_scale(actual: Tensor, x: Tensor, weights: Weights, mask: Tensor) -> 
     return math.exp((low + high) / 2)
 
 
-def _hypotheses(weights: Weights, T: int, causal: bool, window: int | None) -> Iterator[Hypothesis]:
-    mask = band(T, causal, window) if causal or window is not None else None
+def _hypotheses(weights: Weights, shown: Tensor) -> Iterator[Hypothesis]:
+    mask = None if shown.all() else shown
     H = weights.num_heads
     D = weights.query.shape[0] // H
 
@@ -192,7 +192,7 @@ def _hypotheses(weights: Weights, T: int, causal: bool, window: int | None) -> I
     without = lambda x, w: plain_attention(x, replace(w, out=None), allowed=mask)  # noqa: E731
     yield Hypothesis("the output projection is not applied", without)
     if mask is not None:
-        yield from _mask_mistakes(varied, mask, T, causal, window)
+        yield from _mask_mistakes(varied, mask)
 
 
 def _scales(D: int, H: int) -> list[tuple[float, str]]:
@@ -206,10 +206,9 @@ def _scales(D: int, H: int) -> list[tuple[float, str]]:
     ]
 
 
-def _mask_mistakes(
-    varied: Callable[..., Hypothesis], mask: Tensor, T: int, causal: bool, window: int | None
-) -> Iterator[Hypothesis]:
-    ones = torch.ones(T, T, dtype=torch.bool)
+def _mask_mistakes(varied: Callable[..., Hypothesis], mask: Tensor) -> Iterator[Hypothesis]:
+    ones = torch.ones_like(mask)
+    causal = not mask.triu(1).any()
     yield varied("no mask reaches the scores", allowed=None)
     yield varied("inverted mask: it shows what it should hide", allowed=~mask)
     yield varied("inverted mask: it shows what it should hide", allowed=~mask | ones.triu().tril())
@@ -220,9 +219,10 @@ def _mask_mistakes(
     if causal:
         yield varied("off-by-one mask: every token also sees the next one", allowed=ones.tril(1))
         yield varied("off-by-one mask: no token sees itself", allowed=ones.tril(-1))
-    if window is not None:
+    window = int(mask[-1].sum())
+    if window < len(mask) and mask[-1, -window:].all():
         for wrong in (window + 1, window - 1):
             yield varied(
                 f"window off by one: {wrong} tokens are seen and not {window}",
-                allowed=band(T, causal, wrong),
+                allowed=(ones.triu(1 - wrong) & ones.tril(0 if causal else wrong - 1)),
             )

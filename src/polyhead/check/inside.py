@@ -9,12 +9,14 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from polyhead.check.subject import Subject, seeded
 from polyhead.check.tolerance import Spy, operation
 
-__all__ = ["draws_random_numbers", "look_inside"]
+__all__ = ["NarrowMasks", "draws_random_numbers", "draws_weights", "look_inside"]
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
 _FUSED = ("scaled_dot_product", "flex_attention")
@@ -47,6 +49,29 @@ def look_inside(subject: Subject) -> None:
     if claims.num_heads is None and len(spy.scores) == 1:
         claims.num_heads = spy.scores[0]
         claims.how["num_heads"] = f"its softmax has {spy.scores[0]} rows for each token"
+
+
+class _Fills(Spy):
+    fills = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.fills |= operation(func) in ("uniform_", "normal_")
+        return func(*args, **(kwargs or {}))
+
+
+class NarrowMasks(TorchFunctionMode):
+    """Notes masks of float32 beside queries of float64: a mask that was made in the default dtype.
+    torch's fused kernel reads it as if it were float64 too."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            mask = (kwargs or {}).get("attn_mask", args[3] if len(args) > 3 else None)
+            query = args[0] if args else (kwargs or {})["query"]
+            if mask is not None and mask.is_floating_point() and mask.dtype != query.dtype:
+                self.found = True
+        return func(*args, **(kwargs or {}))
 
 
 class _Inside(Spy):
@@ -91,6 +116,14 @@ class _Inside(Spy):
                     if (split == split.narrow(along, 0, 1)).all():
                         return True
         return False
+
+
+def draws_weights(subject: Subject, module: nn.Module) -> bool:
+    """Whether a call fills tensors with random numbers in place, as a new layer's weights are."""
+    spy = _Fills()
+    with torch.no_grad(), spy:
+        subject.call(module, subject.input(2))
+    return spy.fills
 
 
 def draws_random_numbers(subject: Subject, module: nn.Module) -> bool:

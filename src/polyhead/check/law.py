@@ -7,16 +7,21 @@ required; why; and a real bug that it would have caught. `docs/laws.md` is made 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from polyhead.check.modes import own_modes
+from polyhead.errors import PolyheadError
 
 __all__ = [
     "FUNCTION_LAWS",
     "MODULE_LAWS",
     "Law",
     "NotApplicable",
+    "OutOfTime",
     "Outcome",
     "Verdict",
     "broken",
@@ -57,6 +62,14 @@ class NotApplicable(Exception):  # noqa: N818  (no error: a verdict that any hel
     """The law asks for something that the subject does not have; the message says what."""
 
 
+class OutOfTime(NotApplicable):
+    """A law has used up its time."""
+
+
+# For one law. Quick modules need a tenth of a second.
+SECONDS = 30.0
+
+
 @dataclass(frozen=True)
 class Law:
     """A named law.
@@ -82,14 +95,23 @@ class Law:
         return self.name
 
     def judge(self, subject: object) -> Verdict:
-        """Run the law. What the target raises breaks it, but for NotImplementedError: a refusal
-        in so many words is a fact and no wrong answer."""
+        """Run the law, in modes and a time of its own. What the target raises breaks it, but for
+        NotImplementedError: a refusal in so many words is a fact and no wrong answer. A call that
+        polyhead refuses, as its arguments break a rule, judges nothing."""
+        device = getattr(subject, "device", None)
+        if hasattr(subject, "deadline"):
+            subject.deadline = time.monotonic() + SECONDS
         try:
-            return self.run(subject)
+            with own_modes(device):
+                return self.run(subject)
         except NotApplicable as reason:
             return Verdict(Outcome.NOT_APPLICABLE, str(reason))
         except NotImplementedError as error:
             return reported(f"refused: {first_line(error)}")
+        except PolyheadError as error:
+            return Verdict(
+                Outcome.NOT_APPLICABLE, f"polyhead refuses the call: {first_line(error)}"
+            )
         except (Exception, SystemExit) as error:  # whatever unknown code may raise
             said = first_line(error)
             return broken(f"the call raised {type(error).__name__}: {said}", raised=said)

@@ -60,14 +60,41 @@ def _in_pieces(subject: Subject, pieces: Sequence[int]) -> Verdict:
             stop = start + n
             apart = difference(step(x[:, start:stop]), whole[:, start:stop])
             if apart.max() > 4 * subject.allowed(x):
+                ahead, left = (False, False) if n == 1 else _chunk(subject, pieces, start, stop)
                 where = f"token {start}" if n == 1 else f"tokens {start} to {stop - 1}"
                 return broken(
                     f"with a cache, {where} gave another output than in the whole text, by "
                     f"{by(apart)}",
                     first_wrong=start,
+                    sees_ahead=ahead,
+                    upper_left=left,
                 )
             start = stop
     return holds()
+
+
+def _chunk(subject: Subject, pieces: Sequence[int], start: int, stop: int) -> tuple[bool, bool]:
+    """Whether the first token of a chunk behind a cache sees the last of the chunk; and whether it
+    sees the first token of the text, and not itself."""
+    x, other = subject.input(2), subject.input(2, salt=1)
+
+    def first(changed: int | None) -> Tensor:
+        tokens = x.clone()
+        if changed is not None:
+            tokens[:, changed] = other[:, changed]
+        step = _PROTOCOLS.get(str(subject.calling.cache), _passed)(subject, subject.copy())
+        begun = 0
+        with torch.no_grad():
+            for n in pieces:
+                if begun == start:
+                    break
+                step(tokens[:, begun : begun + n])
+                begun += n
+            return step(tokens[:, start:stop])[:, 0]
+
+    before, allowed = first(None), 4 * subject.allowed(x)
+    sees = [bool(difference(first(s), before).max() > allowed) for s in (0, start - 1, stop - 1)]
+    return sees[2], start > 1 and sees[0] and not sees[1]
 
 
 def _of_polyhead(subject: Subject, module: nn.Module) -> Step:

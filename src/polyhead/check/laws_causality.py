@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from polyhead.check.facts import band
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.sight import band
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []
@@ -159,7 +159,7 @@ def past_is_used(subject: Subject) -> Verdict:
     have been multiplied.
     """
     sees = subject.sees
-    expected = band(sees.shape[0], subject.claims.causal, subject.claims.window)
+    expected = subject.claims.shown(len(sees)).to(sees.device)
     blind = (expected & ~sees).nonzero()
     if len(blind):
         t, s = blind[-1].tolist()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from polyhead.call import AttentionCall, AuxRequest
-from polyhead.check.facts import band
-from polyhead.check.heads import out_projection
-from polyhead.check.hypotheses import explanation
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.defined import CoreJudged, defined_output, judged_by_its_core
+from polyhead.check.heads import need_no_positions, need_plain, out_projection
+from polyhead.check.hypotheses import Hypothesis, explanation
+from polyhead.check.law import NotApplicable, Outcome, Verdict, broken, holds, module_law
 from polyhead.check.layouts import Weights, recognise
 from polyhead.check.subject import Claims, Subject, by, difference
 from polyhead.convert import from_transformers
-from polyhead.errors import ConversionError
+from polyhead.errors import PolyheadError
 
-__all__ = ["defined_output"]
+__all__: list[str] = []
 
 
 @module_law
@@ -25,34 +24,44 @@ def output_is_the_definitions(subject: Subject) -> Verdict:
     """The output is softmax(scale * q k^T) v, computed from the module's weights in float64.
 
     Why: every other law leaves something open; this one does not. Wrong attention of many kinds
-    trains, only worse.
+    trains, only worse. (The order of a fused weight's rows, and parts without weights around the
+    attention, are learned and reported.)
 
     Would have caught: a missing scale, heads merged without transposing back, key heads in another
     order, softmax over the wrong axis: all found in published code.
     """
     x = subject.input(2)
     actual = subject.run(x)
-    defined, weights = _definition(subject)
-    with torch.no_grad():
-        apart = difference(actual, defined(x))
-    allowed = 4 * subject.allowed(x)
-    if apart.max() <= allowed:
-        return holds()
-    if weights is None:
-        return broken(f"the output is {by(apart)} off the definition")
-
-    found = explanation(
-        actual, x, weights, allowed, causal=subject.claims.causal, window=subject.claims.window
-    )
-    if found is None:
-        return broken(f"the output is {by(apart)} off the definition; no usual mistake explains it")
-    if found.harmless:
-        return holds(found.cause)
-    return broken(
-        f"the output is {by(apart)} off the definition, and exactly that of this mistake: "
-        f"{found.cause}",
-        cause=found.cause,
-    )
+    mistake, weights = None, None
+    try:
+        defined, weights = _definition(subject)
+    except NotApplicable as reason:
+        unknown = reason
+    else:
+        allowed = 4 * subject.allowed(x)
+        with torch.no_grad():
+            apart = difference(actual, defined(x))
+        if apart.max() <= allowed:
+            return holds()
+        off = f"the output is {by(apart)} off the definition"
+        if weights is None:
+            return broken(off)
+        claims = subject.claims
+        mistake = explanation(actual, x, weights, allowed, shown=claims.shown(subject.T))
+        if mistake is not None and mistake.harmless:
+            return holds(mistake.cause)
+        if subject.weights is not None:
+            return _told(off, mistake)
+    try:
+        verdict = judged_by_its_core(subject)
+    except NotApplicable as reason:
+        verdict = None
+        unknown = reason if weights is not None else unknown
+    if verdict is not None and (mistake is None or verdict.outcome is not Outcome.BROKEN):
+        return verdict
+    if mistake is not None:
+        return _told(off, mistake)
+    raise unknown
 
 
 @module_law
@@ -66,7 +75,10 @@ def gradients_are_the_definitions(subject: Subject) -> Verdict:
     if subject.dtype != torch.float64:
         raise NotApplicable("the definition runs in float64")
     x = subject.input(2).requires_grad_()
-    defined, weights = _definition(subject)
+    try:
+        defined, weights = _definition(subject)
+    except NotApplicable as reason:
+        return _gradients_of_its_core(subject, str(reason))
     if weights is None:
         raise NotApplicable("it is converted, and its weights with it")
     parameters = [x, *(p for p in subject.exact.parameters() if p.requires_grad)]
@@ -74,12 +86,32 @@ def gradients_are_the_definitions(subject: Subject) -> Verdict:
     with torch.enable_grad():
         expected, actual = defined(x), subject.call(subject.exact, x).output
         if difference(actual.detach(), expected.detach()).max() > 4 * subject.allowed(x.detach()):
-            raise NotApplicable("its output already is not the definition's, or in another order")
+            return _gradients_of_its_core(subject, "its output already is not the definition's")
         pairs = [
             torch.autograd.grad((y * direction).sum(), parameters, allow_unused=True)
             for y in (actual, expected)
         ]
-    allowed = 16 * subject.allowed(x.detach()) * x.numel()
+    return _same_gradients(pairs, 16 * subject.allowed(x.detach()) * x.numel())
+
+
+def _gradients_of_its_core(subject: Subject, reason: str) -> Verdict:
+    try:
+        judged = CoreJudged.of(subject)
+    except NotApplicable:
+        raise NotApplicable(reason) from None
+    if judged.apart > judged.allowed:
+        raise NotApplicable("its output already is not the definition's")
+    given = judged.projected.clone().requires_grad_()
+    direction = subject.input(salt=3)[0, :, :1]
+    with torch.enable_grad():
+        pairs = [
+            torch.autograd.grad((run(given) * direction).sum(), given)
+            for run in (judged.actual, judged.defined)
+        ]
+    return _same_gradients(pairs, 16 * judged.allowed * given.numel())
+
+
+def _same_gradients(pairs: Sequence[Sequence[Tensor | None]], allowed: float) -> Verdict:
     for theirs, exact in zip(*pairs, strict=True):
         if theirs is None or exact is None:
             continue
@@ -89,21 +121,25 @@ def gradients_are_the_definitions(subject: Subject) -> Verdict:
     return holds()
 
 
+def _told(off: str, mistake: Hypothesis | None) -> Verdict:
+    if mistake is None:
+        return broken(f"{off}; no usual mistake explains it")
+    return broken(f"{off}, and exactly that of this mistake: {mistake.cause}", cause=mistake.cause)
+
+
 def _definition(subject: Subject) -> tuple[Callable[[Tensor], Tensor], Weights | None]:
     """What the output should be, as a function of the input, and the weights it uses."""
     if subject.calling.style == "transformers":
         out_projection(subject)  # or there is more around the attention
         return _converted(subject), None
     claims = subject.claims
-    if claims.positions is not None:
-        raise NotApplicable(f"it has positions ({claims.how.get('positions', claims.positions)})")
+    need_no_positions(subject)
     if subject.weights is not None:
         if claims.num_heads is None:
             raise NotApplicable("the number of heads is not known; pass num_heads=")
         weights = Weights(num_heads=claims.num_heads, **subject.weights(subject.exact))
         return _from_weights(claims, weights), weights
-    if claims.features:
-        raise NotApplicable(f"it is more than plain attention ({', '.join(claims.features)})")
+    need_plain(subject)
     weights = recognise(subject.exact, claims.num_heads)
     if weights.query.shape[1] != claims.d_in:
         raise NotApplicable("its layout is not known: its queries' layer is given parts of x")
@@ -111,49 +147,11 @@ def _definition(subject: Subject) -> tuple[Callable[[Tensor], Tensor], Weights |
 
 
 def _from_weights(claims: Claims, weights: Weights) -> Callable[[Tensor], Tensor]:
-    return lambda x: defined_output(x, weights, claims.causal, claims.window, claims.scale)
+    return lambda x: defined_output(x, weights, claims.shown(x.shape[1]), claims.scale)
 
 
 def _converted(subject: Subject) -> nn.Module:
     try:
         return from_transformers(subject.exact).to(subject.dtype).eval()
-    except ConversionError as error:
+    except PolyheadError as error:
         raise NotApplicable(f"its layout is not known: {error}") from None
-
-
-def defined_output(
-    x: Tensor, weights: Weights, causal: bool, window: int | None, scale: float | None = None
-) -> Tensor:
-    """What attention with these weights gives, by the definition that every backend is held to."""
-    from polyhead.backends.reference import run
-    from polyhead.mask import dense
-
-    H = weights.num_heads
-    D = weights.query.shape[0] // H
-    G = weights.key.shape[0] // D
-    parts = (
-        (weights.query, weights.query_bias, H),
-        (weights.key, weights.key_bias, G),
-        (weights.value, weights.value_bias, G),
-    )
-    query, key, value = (
-        torch.nn.functional.linear(x, w, b).unflatten(2, (count, -1)).transpose(1, 2)
-        for w, b, count in parts
-    )
-    call = AttentionCall(
-        query=query,
-        key=key,
-        value=value,
-        mask=dense(band(x.shape[1], causal, window).to(x.device)),
-        bias=None,
-        scale=D**-0.5 if scale is None else scale,
-        softcap=None,
-        sinks=None,
-        alibi_slopes=None,
-        dropout=0.0,
-        aux=AuxRequest(),
-    )
-    merged = run(call)[0].transpose(1, 2).flatten(2)
-    if weights.out is None:
-        return merged
-    return torch.nn.functional.linear(merged, weights.out, weights.out_bias)

@@ -118,6 +118,8 @@ def padding_on_the_left_changes_nothing(subject: Subject) -> Verdict:
     """
     need_mask(subject)
     need_no_absolute_positions(subject)
+    if (pattern := subject.claims.pattern) is not None and not pattern.relative:
+        raise NotApplicable(f"who sees whom depends on the place in the text ({pattern.words})")
     return _padded(subject, left=True)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyhead.check.inside import draws_random_numbers
+from polyhead.check.inside import draws_random_numbers, draws_weights
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.subject import Subject, by, difference
 
@@ -27,10 +27,14 @@ def evaluation_repeats(subject: Subject) -> Verdict:
     apart = difference(subject.run(x), subject.run(x, salt=1))
     if apart.max() > subject.allowed(x):
         drawn = draws_random_numbers(subject, subject.exact)
+        made = drawn and draws_weights(subject, subject.exact)
+        reason = "; torch's generator is not the reason"
+        if drawn:
+            reason = ": are layers made in forward?" if made else ": dropout in evaluation?"
         return broken(
-            f"two calls in evaluation gave outputs {by(apart)} apart"
-            + (": dropout in evaluation?" if drawn else "; torch's generator is not the reason"),
+            f"two calls in evaluation gave outputs {by(apart)} apart{reason}",
             drawn=drawn,
+            made=made,
         )
     return holds()
 
@@ -87,9 +91,10 @@ def autocast_agrees(subject: Subject) -> Verdict:
     module = subject.copy(torch.float32)
     with torch.no_grad(), torch.autocast(subject.device.type, torch.bfloat16):
         actual = subject.call(module, x).output
+    wide = torch.float64 if subject.runs_in_float64 else torch.float32
     with torch.no_grad():
-        exact = subject.call(subject.copy(torch.float64), x.double()).output
-    allowed = subject.allowed(x.double(), torch.bfloat16)
+        exact = subject.call(subject.copy(wide), x.to(wide)).output.double()
+    allowed = subject.allowed(x.to(wide), torch.bfloat16)
     apart = difference(actual.double(), exact)
     if apart.max() > allowed:
         return broken(f"under autocast the output is {by(apart)} off, allowed are {allowed:.2g}")

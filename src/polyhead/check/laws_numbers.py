@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.check.facts import band
 from polyhead.check.law import (
     NotApplicable,
     Verdict,
@@ -18,6 +17,7 @@ from polyhead.check.law import (
     reported,
 )
 from polyhead.check.laws_causality import need_causal, worst
+from polyhead.check.sight import band
 from polyhead.check.subject import Subject, by, difference
 from polyhead.check.tolerance import Narrowest, Spy
 

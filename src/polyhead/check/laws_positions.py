@@ -6,13 +6,25 @@ import re
 
 import torch
 
-from polyhead.check.heads import need_no_absolute_positions, need_plain_values, shares_of
+from polyhead.check.defined import is_defined_as_seen
+from polyhead.check.heads import (
+    need_no_absolute_positions,
+    need_no_positions,
+    need_plain_values,
+    shares_of,
+)
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.rows import BY_PLACE, learned_rows
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []
 
 _ROTARY = re.compile(r"rope|rotary|inv_freq|freqs|alibi", re.I)
+
+
+def need_no_pattern(subject: Subject) -> None:
+    if (pattern := subject.claims.pattern) is not None:
+        raise NotApplicable(f"a token sees some tokens and not others ({pattern.words})")
 
 
 @module_law
@@ -26,10 +38,10 @@ def order_alone_changes_nothing(subject: Subject) -> Verdict:
     where no mask is there to be broken.
     """
     claims = subject.claims
-    if claims.positions is not None:
-        raise NotApplicable(f"it has positions ({claims.how.get('positions', claims.positions)})")
+    need_no_positions(subject)
     if claims.window is not None:
         raise NotApplicable("it has a window")
+    need_no_pattern(subject)
     x = subject.input(2)
     order = torch.arange(subject.T)
     if claims.causal:
@@ -40,11 +52,26 @@ def order_alone_changes_nothing(subject: Subject) -> Verdict:
         before, after = subject.run(x)[:, order], subject.run(x[:, order])
     apart = difference(before, after)
     if apart.max() > subject.allowed(x):
+        if not subject.sees.equal(claims.shown(subject.T).to(x.device)) and is_defined_as_seen(
+            subject
+        ):
+            raise NotApplicable("it does not see every token that it may")
+        _need_plain_scores(subject)
         return broken(
             f"tokens in another order gave another output, by {by(apart)}, though nothing "
             "gives it positions: is it cut into heads along the wrong axis?"
         )
     return holds()
+
+
+def _need_plain_scores(subject: Subject) -> None:
+    """Positions that nothing names act on scores alone; heads that are cut along the wrong axis mix
+    tokens before that."""
+    try:
+        learned_rows(subject)
+    except NotApplicable as reason:
+        if str(reason) in BY_PLACE:
+            raise
 
 
 @module_law
@@ -86,6 +113,7 @@ def relative_positions_are_relative(subject: Subject) -> Verdict:
     if claims.positions is None:
         raise NotApplicable("it has no positions")
     need_plain_values(subject)
+    need_no_pattern(subject)
     if claims.window is not None and claims.window < 3:
         raise NotApplicable(f"its window is {claims.window} tokens")
     x = subject.input(1, 3)
@@ -122,6 +150,7 @@ def positions_tell_order(subject: Subject) -> Verdict:
         raise NotApplicable("it has no positions that always act")
     if subject.claims.window == 1:
         raise NotApplicable("its window is one token")
+    need_no_pattern(subject)
     x = subject.input(1, 3)
     apart = difference(subject.run(x[:, [1, 0, 2]]), subject.run(x))[:, -1]
     if apart.max() > subject.allowed(x):

@@ -13,6 +13,26 @@ __all__: list[str] = []
 
 
 @module_law
+def parameters_are_filled(subject: Subject) -> Verdict:
+    """Every parameter and buffer has numbers of its own when the module is made.
+
+    Why: memory that nobody filled holds whatever was there before: zeros today, NaN tomorrow.
+
+    Would have caught: `nn.Parameter(torch.empty(...))` and `nn.Parameter(torch.Tensor(...))` whose
+    initialization was forgotten.
+    """
+    if subject.make is None:
+        raise NotApplicable("how it is made is not known; pass make=")
+    if subject.unfilled:
+        names = ", ".join(subject.unfilled)
+        return broken(
+            f"{names}: made by torch.empty, or by torch.Tensor, and never filled",
+            unfilled=subject.unfilled,
+        )
+    return holds()
+
+
+@module_law
 def state_dict_comes_back(subject: Subject) -> Verdict:
     """A state dict loaded into another instance gives the same outputs.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.check.facts import band
 from polyhead.check.heads import contexts_of, need_plain_values, shares_of
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.sight import band
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from polyhead.check.law import NotApplicable
 from polyhead.check.names import KV_HEADS
 
-__all__ = ["Weights", "recognise"]
+__all__ = ["Weights", "interleaved", "recognise", "role_of"]
 
 # Names of layers by their role, lower case and without underscores.
 _ROLES = {
@@ -181,12 +181,17 @@ def _roles(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
     """Each layer by what its name says it is for; a name in two roles is the first's."""
     roles: dict[str, nn.Linear] = {}
     for name, layer in layers.items():
-        # to_out.0 of a Sequential is to_out.
-        plain = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1].lower().replace("_", "")
-        role = next((r for r, pattern in _ROLES.items() if pattern.search(plain)), None)
+        role = role_of(name)
         if role is not None and role not in roles:
             roles[role] = layer
     return roles
+
+
+def role_of(name: str) -> str | None:
+    """What the name of a layer says it is for."""
+    # to_out.0 of a Sequential is to_out.
+    plain = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1].lower().replace("_", "")
+    return next((role for role, pattern in _ROLES.items() if pattern.search(plain)), None)
 
 
 def interleaved(weights: Weights, of: str) -> Weights:

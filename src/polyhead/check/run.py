@@ -17,9 +17,11 @@ from polyhead.check.axes import find_axes
 from polyhead.check.caches import claim_cache
 from polyhead.check.diagnosis import diagnose
 from polyhead.check.facts import band, claim_causal, read_claims
-from polyhead.check.inside import look_inside
+from polyhead.check.filled import filled, unfilled
+from polyhead.check.inside import NarrowMasks, look_inside
 from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
 from polyhead.check.masks import claim_mask
+from polyhead.check.modes import own_modes
 from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Narrowest
@@ -105,7 +107,8 @@ def check_module(
     }
     # What the target warns of is not what was asked; where warnings are errors, as in many test
     # suites, it would break laws.
-    with warnings.catch_warnings():
+    device = next((p.device for p in _tensors(module)), None)
+    with warnings.catch_warnings(), own_modes(device):
         warnings.simplefilter("ignore")
         subject = find_subject(
             module,
@@ -157,14 +160,27 @@ def find_subject(
             type(module).__name__,
             "check_function takes functions",
         )
+    if any(t.is_meta for t in _tensors(module)):
+        raise ArgumentError(
+            "module",
+            "must hold numbers",
+            "weights on meta",
+            "make it on the CPU: with torch.device('cpu'): ...",
+        )
     if mask_true not in (None, "show", "hide"):
         raise ArgumentError("mask_true", 'must be "show" or "hide"', repr(mask_true), "name one")
+    lacking = unfilled(options.get("make"), options.get("seed", 0))
+    if lacking:
+        module = filled(module, lacking, options.get("seed", 0))
     calling = signature.from_function(call) if call else signature.find_calling(module)
     claims, calling = read_claims(module, calling, given)
     if calling.positions and claims.positions is None:
         claims.positions = calling.positions
         claims.how["positions"] = f"the check passes {calling.positions}="
     subject = Subject(module, calling, claims, **options)
+    if lacking:
+        subject.unfilled = lacking
+        claims.how["unfilled"] = f"{', '.join(lacking)} (the check fills them from its seed)"
     find_axes(subject)
     if not _runs_in_float64(subject):
         claims.how["dtype"] = "float32, as it does not run in float64"
@@ -210,14 +226,18 @@ def run_laws(
     return results, stopped
 
 
+def _tensors(module: object) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()] if isinstance(module, nn.Module) else []
+
+
 def _runs_in_float64(subject: Subject) -> bool:
-    x = subject.input().double()
+    x, spy = subject.input().double(), NarrowMasks()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), spy:
             subject.call(subject.copy(torch.float64), x)
     except Exception:  # of unknown code
         return False
-    return True
+    return not spy.found
 
 
 def _supply_mask(subject: Subject, causal: bool | None) -> None:
@@ -247,7 +267,7 @@ def _facts(subject: Subject) -> dict[str, str]:
         "called as": " ".join(filter(None, (calling.style, calling.told))),
         "d_in": claims.d_in,
         "causal": "yes" if claims.causal else "no",
-        "window": claims.window,
+        "window": claims.window if claims.pattern is None else claims.pattern.words,
         "num_heads": claims.num_heads,
         "positions": claims.positions,
         "max_tokens": claims.max_tokens,
@@ -262,5 +282,6 @@ def _facts(subject: Subject) -> dict[str, str]:
         for name, value in values.items()
         if value is not None
     }
-    facts |= {name: how[name] for name in ("layout", "tokens", "dtype", "precision") if name in how}
+    learned = ("layout", "tokens", "dtype", "precision", "unfilled")
+    facts |= {name: how[name] for name in learned if name in how}
     return facts

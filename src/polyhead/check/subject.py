@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.check.calling import Calling, Result
+from polyhead.check.law import OutOfTime
+from polyhead.check.sight import Pattern, band
 from polyhead.check.tolerance import allowed_difference, response
 
 _CASTS: dict[torch.dtype, Callable[[nn.Module], nn.Module]] = {
@@ -32,6 +35,7 @@ class Claims:
         d_in: features of the input.
         causal: whether a token may see itself and those before it only.
         window: tokens that a token sees, itself included; None: all that came.
+        pattern: another rule by which it sees some tokens and not others; None: there is none.
         positions: what gives it positions ("rope", ...), or None.
         num_heads: H.
         max_tokens: the most tokens it accepts, or None.
@@ -43,6 +47,7 @@ class Claims:
     d_in: int
     causal: bool
     window: int | None = None
+    pattern: Pattern | None = None
     positions: str | None = None
     num_heads: int | None = None
     max_tokens: int | None = None
@@ -50,6 +55,11 @@ class Claims:
     features: frozenset[str] = frozenset()
     tokens: int = 7
     how: dict[str, str] = field(default_factory=dict)
+
+    def shown(self, T: int) -> Tensor:
+        """(T, T) True where a module of these claims lets query t see token s."""
+        seen = band(T, self.causal, self.window)
+        return seen if self.pattern is None else seen & self.pattern.shown(T)
 
     def lengths(self) -> list[int]:
         """How many tokens to try, the best first: more than a window holds, and a prime; others
@@ -95,6 +105,8 @@ class Subject:
         precision: the dtype whose rounding is allowed; not `dtype` where it computes in a
             narrower one inside, as many rotary positions do.
         longest: the most tokens of any call so far.
+        unfilled: names of parameters that its constructor leaves as the memory was.
+        deadline: by `time.monotonic`, when no further call is begun; None: there is none.
     """
 
     def __init__(
@@ -120,6 +132,8 @@ class Subject:
         self.runs_in_float64 = True
         self.precision = dtype
         self.longest = 0
+        self.deadline: float | None = None
+        self.unfilled: Sequence[str] = ()
         self.device = next((p.device for p in module.parameters()), torch.device("cpu"))
 
     # Inputs and copies
@@ -151,6 +165,8 @@ class Subject:
 
     def call(self, module: nn.Module, x: Tensor, *, salt: int = 0, **options: Any) -> Result:
         """Call a copy, with torch's generator seeded so that dropout repeats."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime("its calls are too slow to judge this in the time that a law has")
         # What it does with other strides, or to its input, is for one law each to see.
         x = x if options.pop("as_it_is", False) else x.clone(memory_format=torch.contiguous_format)
         self.longest = max(self.longest, x.shape[1])
@@ -166,6 +182,8 @@ class Subject:
         """Whether it takes so many tokens."""
         try:
             return self.run(self.input(1, T)).shape[1] == T
+        except OutOfTime:
+            raise
         except Exception:  # of unknown code
             return False
 
@@ -231,13 +249,29 @@ class Subject:
     def sees(self) -> Tensor:
         """(T, T) True where the output at token t depends on token s, beyond rounding."""
         x = self.input()
-        seen = self.influence > self.allowed(x)
+        seen = self.influence > self.visible(x)
         ones = torch.ones_like(seen)
         if torch.equal(seen, ones) or torch.equal(seen, ones.tril()):
             return seen
         # Large scores leave all weight to one token: smaller inputs show the others.
         small = self.influence_in(self.exact, torch.no_grad, 2**-5)
-        return seen | (small > self.allowed(2**-5 * x))
+        return seen | (small > self.visible(2**-5 * x))
+
+    def sees_in(self, T: int) -> Tensor:
+        """`sees`, of a text of T tokens."""
+        x, other = self.input(1, T), self.input(1, T, salt=1)
+        changed = torch.where(torch.eye(T, dtype=torch.bool, device=x.device)[..., None], other, x)
+        before = self.run(x)
+        after = torch.cat([self.run(rows) for rows in changed.split(16)])
+        apart = difference(after, before).amax(dim=-1).T
+        return apart > self.visible(x)
+
+    def visible(self, x: Tensor) -> float:
+        """By how much an output changes at least when it depends on another token. What is hidden
+        changes not one bit; so a module that computes in half precision, whose rounding is as
+        large as a token's influence, can be seen through all the same."""
+        coarse = torch.finfo(self.precision).eps > torch.finfo(torch.float32).eps
+        return 0.0 if coarse else self.allowed(x)
 
     def showing(self, hidden: Tensor) -> Tensor:
         """The mask (B, 1, T, T) that hides these tokens, (B, T) True, from everybody."""
@@ -249,13 +283,24 @@ class Subject:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy, also of a module that keeps tensors of earlier calls with their graph."""
+    """A deep copy, also of a module that keeps tensors of earlier calls with their graph, or that
+    was made in inference mode."""
     kept = [value for part in module.modules() for value in vars(part).values()]
     kept += [item for value in kept if isinstance(value, (list, tuple)) for item in value]
     memo: dict[int, Any] = {
         id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf
     }
+    memo |= {id(t): t.clone() for t in (*kept, *module.buffers()) if _inferred(t)}
+    memo |= {
+        id(p): nn.Parameter(p.detach().clone(), p.requires_grad)
+        for p in module.parameters()
+        if _inferred(p)
+    }
     return copy.deepcopy(module, memo)
+
+
+def _inferred(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_inference()
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

@@ -57,6 +57,13 @@ class ChunkAtTheUpperLeft(Cached):
         return torch.ones(T, S, dtype=torch.bool).triu(1) & (T > 1)
 
 
+class ChunkWithoutMask(Cached):
+    law, cause = "cache_in_chunks_agrees", "has no mask"
+
+    def behind(self, T, S):
+        return super().behind(T, S) & (T == S)
+
+
 class ForgetsTheOldest(Cached):
     law, cause = "cache_token_by_token_agrees", ""
 
