@@ -35,6 +35,13 @@ def test_all_three_ways_agree_with_float64(report):
         assert 0.0 < row.largest_error < 1e-4  # outputs are of order 1 to 10
         assert row.median_ms > 0.0
     assert report.mechanisms[0].speedup == 1.0
+    assert report.mechanisms[0].difference == 0.0 <= report.mechanisms[1].difference < 1e-4
+    assert [row.query_weights for row in report.mechanisms] == [
+        (9, 64, 576),
+        (576, 576),
+        (576, 576),
+    ]
+    assert {row.output for row in report.mechanisms} == {(1, 5, 576)}
 
 
 def test_default_is_the_middle_layer_of_thirty(report):
@@ -132,6 +139,7 @@ def test_comparison_would_show_a_wrong_mechanism(monkeypatch):
     monkeypatch.setattr(polyhead.run, "split_to_stacked", wrong)
     rows = compare_mechanisms(mha, torch.randn(1, 8, 16))
     assert rows[0].largest_error > 1e-3 > 1e-5 > rows[1].largest_error
+    assert rows[1].difference > 1e-3
 
 
 def test_report_is_json(report):

@@ -39,6 +39,9 @@ class MechanismRow:
     median_ms: float
     speedup: float  # over stacked heads
     largest_error: float
+    difference: float  # the largest, from the output of stacked heads
+    query_weights: tuple[int, ...]  # their shape; of stacked heads (H, head_dim, d_in)
+    output: tuple[int, ...]  # its shape
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,30 @@ def compare_mechanisms(mha: MultiHeadAttention, x: Tensor) -> tuple[MechanismRow
         ("weight split (3.6.2)", "reference", written_out),
         ("weight split, best backend", str(chosen), mha),
     ]
-    errors = [(module(x).double() - truth).abs().max().item() for _, _, module in candidates]
+    outputs = [module(x).double() for _, _, module in candidates]
     medians = _interleaved_medians([module for _, _, module in candidates], x)
     return tuple(
-        MechanismRow(mechanism, backend, 1e3 * median, medians[0] / median, error)
-        for (mechanism, backend, _), median, error in zip(candidates, medians, errors, strict=True)
+        MechanismRow(
+            mechanism,
+            backend,
+            1e3 * median,
+            medians[0] / median,
+            (output - truth).abs().max().item(),
+            (output - outputs[0]).abs().max().item(),
+            _query_weights(module),
+            tuple(output.shape),
+        )
+        for (mechanism, backend, module), median, output in zip(
+            candidates, medians, outputs, strict=True
+        )
     )
+
+
+def _query_weights(module: MultiHeadAttention | MultiHeadAttentionWrapper) -> tuple[int, ...]:
+    if isinstance(module, MultiHeadAttention):
+        return (module.num_heads * module.head_dim, module.d_in)
+    head: Any = module.heads[0]
+    return (module.num_heads, head.d_out, head.d_in)
 
 
 def _interleaved_medians(modules: list[Any], x: Tensor) -> list[float]:

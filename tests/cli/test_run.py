@@ -1,6 +1,7 @@
 """`polyhead run`: what it prints, and how it refuses."""
 
 import json
+import re
 
 import pytest
 from click.testing import CliRunner
@@ -28,6 +29,14 @@ def test_prints_both_mechanisms_heads_and_next_tokens(cli):
     assert "stacked heads (3.6.1)" in result.stdout
     assert "weight split (3.6.2)" in result.stdout
     assert "' Paris'" in result.stdout
+    text = " ".join(result.stdout.split())
+    assert re.search(
+        r"Stacked and split differ by \d\.\de[-+]0\d at most, in outputs \(1, 5, 576\)", text
+    )
+    assert "query weights (9, 64, 576) and (576, 576)." in text
+    lesson, look = result.stdout.splitlines()[-2:]
+    assert lesson.endswith("polyhead lesson --open")
+    assert look.endswith('polyhead look "your text" --open')
     assert "layer 15 of 30: 9 query heads over 3 key/value heads, 5 tokens" in result.stdout
 
 

@@ -57,10 +57,22 @@ def _print_report(report: RunReport, console: Console) -> None:
         soft_wrap=True,
     )
     print_table(console, _mechanism_table(report), _LEAST)
+    stacked, split = report.mechanisms[:2]
+    console.print(
+        f"Stacked and split differ by {split.difference:.1e} at most, in outputs {split.output}; "
+        f"query weights {stacked.query_weights} and {split.query_weights}.",
+        highlight=False,
+    )
     if report.compared_tokens < report.tokens:
         console.print(f"Compared on the first {report.compared_tokens} tokens.", highlight=False)
     print_table(console, _head_table(report), _LEAST)
     console.print(_next_token_table(report))
+    console.print(
+        "Step by step on small numbers: polyhead lesson --open\n"
+        'Every head of the model on a text: polyhead look "your text" --open',
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _mechanism_table(report: RunReport) -> Table:

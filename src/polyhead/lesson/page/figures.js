@@ -241,7 +241,7 @@
       right: `<p class="caption">Order in which a seed draws the weights</p>${order(names.flatMap((n) => times(H, (h) => [n, h])))}<p class="caption">The lecture's digits, and this page's</p>${scroll("the lecture's digits, split", second)}`,
       controls: toggle("unconverted", "Same seed, not converted"),
       todo: "Give the split class its own weights of the same seed: the numbers are drawn in another order, so it is another function.",
-      reads: reads(unconverted ? `Same seed, other order: they differ by ${gap(P.now.gap)}. <code>ph.convert.stacked_to_split</code> carries the weights over.` : "Now a real model: <code>polyhead look --open</code> shows every head of one."),
+      reads: reads(unconverted ? `Same seed, other order: they differ by ${gap(P.now.gap)}. <code>ph.convert.stacked_to_split</code> carries the weights over.` : 'Now a real model: <code>polyhead look "your text" --open</code>'),
     };
   };
 
