@@ -73,6 +73,7 @@ def test_a_text_is_read_with_heads_off(client, session):
         (b"[" * 100_000, "the request must be JSON"),
         (b"[]", "text must be a string; got NoneType"),
         ({"text": 3}, "text must be a string; got int"),
+        ({"text": TEXT, "of": []}, 'the request must have text, off and how alone; got ["of"]'),
         ({"text": " "}, "TEXT must not be empty"),
         ({"text": "the \ud83d cat"}, "TEXT must be whole characters"),
         ({"text": "cat"}, "at least 2 tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import re
@@ -20,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from polyhead.errors import ArgumentError, PolyheadError
+from polyhead.viewer import timeouts
 from polyhead.viewer.guard import Guard
 from polyhead.viewer.session import BusyError, Session, StoppedError
 
@@ -38,8 +40,8 @@ def make_app(session: Session, host: str) -> ASGIApp:
     | GET /api/start | `Session.start()` |
     | POST /api/read | `Session.answer()` of {"text": ..., "off": [[layer, head]], "how": ...} |
 
-    An error is {"error": message}, of status 400 (bad arguments), 403 (`Guard`), 413 (too large),
-    415 (no JSON), 500 or 503 (busy: ask again).
+    An error is {"error": message}, of status 400 (bad arguments), 403 (`Guard`), 408 (too slow),
+    413 (too large), 415 (no JSON), 500 or 503 (busy: ask again).
     """
     policy = _policy(session.page)
 
@@ -52,14 +54,15 @@ def make_app(session: Session, host: str) -> ASGIApp:
     async def read(request: Request) -> Response:
         if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
             return _error(415, "the request must be of type application/json")
-        body = b""
         try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > MAX_BYTES:
-                    return _error(413, f"the request must have at most {MAX_BYTES} bytes")
+            body = await asyncio.wait_for(_body(request), timeouts.SECONDS)
         except ClientDisconnect:
             return _error(400, "the request ended early")
+        except (TimeoutError, asyncio.TimeoutError):
+            message = f"the request must arrive within {timeouts.SECONDS:g} seconds"
+            return _error(408, message, {"Connection": "close"})
+        if body is None:
+            return _error(413, f"the request must have at most {MAX_BYTES} bytes")
         try:
             asked = _parse(body)
             # Off the event loop, which goes on to say that it is busy.
@@ -75,6 +78,16 @@ def make_app(session: Session, host: str) -> ASGIApp:
         Route("/api/read", read, methods=["POST"]),
     ]
     return Guard(Starlette(routes=routes, exception_handlers={Exception: _failed}), host)
+
+
+async def _body(request: Request) -> bytes | None:
+    """The body of a request; None if it is too large."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BYTES:
+            return None
+    return body
 
 
 def _failed(request: Request, error: Exception) -> Response:
@@ -100,6 +113,10 @@ def _parse(body: bytes) -> dict[str, Any]:
         raise ArgumentError("the request", "must be JSON", error, "ask as the page does") from error
     asked = asked if isinstance(asked, dict) else {}
     text, off, how = asked.get("text"), asked.get("off", []), asked.get("how", "zero")
+    unknown = sorted(asked.keys() - {"text", "off", "how"})
+    if unknown:
+        got = json.dumps(unknown)[:80]
+        raise ArgumentError("the request", "must have text, off and how alone", got, "leave it out")
     if not isinstance(text, str):
         raise ArgumentError("text", "must be a string", type(text).__name__, "give the text")
     heads = off if isinstance(off, list) else [off]
@@ -159,6 +176,7 @@ def serve(session: Session, host: str, listening: socket.socket, ready: Callable
     config = uvicorn.Config(
         make_app(session, host),
         lifespan="off",
+        http=timeouts.TimedProtocol,
         ws="none",
         log_level="warning",
         access_log=False,
