@@ -12,7 +12,7 @@ SECONDS = 10.0  # for the headers of a request, and for its body
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP with a limit for headers, whose own begins after a connection's first answer."""
+    """uvicorn's HTTP with a limit for headers; its own begins after a connection's first answer."""
 
     _late: asyncio.TimerHandle | None = None
 
