@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -349,3 +350,10 @@ def test_autocast_does_not_reach_into_a_backend(tensors, all_aux, backend):
         assert (inputs[0] @ inputs[0].mT).dtype == torch.bfloat16
     assert torch.equal(inside, outside)
     assert aux.weights.dtype == aux.lse.dtype == torch.float32
+
+
+def test_an_explanation_in_a_cell_is_as_printed():
+    query = torch.ones(1, 2, 3, 8)
+    explained, shown = ph.explain(query, query, query), []
+    explained._repr_pretty_(SimpleNamespace(text=shown.append), False)
+    assert shown == [str(explained)]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -205,6 +205,10 @@ class Explanation:
             lines.append(f"{name}: " + ("cannot run" if reasons else could))
             lines += [f"  {reason}" for reason in (*reasons, *passed_over)]
         return "\n".join(lines)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In a notebook's cell: as it is printed."""
+        printer.text(str(self))
 
 
 def explain(

@@ -1,6 +1,7 @@
 """Reports: what people read, and what machines do."""
 
 import json
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 from polyhead.check import LawResult, Report
@@ -32,6 +33,9 @@ def test_the_table():
     assert "1 hold, 1 broken, 1 not applicable, 0 reported, in 0.8 s" in text
     assert text.endswith("Probable cause: a mask")
     assert max(len(line) for line in text.splitlines()) <= 100
+    shown = []
+    report._repr_pretty_(SimpleNamespace(text=shown.append), False)  # in a notebook's cell
+    assert shown == [text]
 
 
 def test_json_and_junit():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import sys
 
@@ -10,6 +11,7 @@ import torch
 
 import polyhead as ph
 from polyhead.errors import ArgumentError, DependencyError, ModelError
+from polyhead.look.picture import grid_png
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,22 @@ def test_a_row_a_head(report):
     assert [(row["layer"], row["head"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert rows[4]["entropy"] == report.layers[1].stats["entropy"][1].item()
     assert all(row["name"] == ph.look.name_head(row) for row in rows)
+
+
+def test_repr_is_one_line(report):
+    assert repr(report) == "HeadReport(Sequential: 2 layers, 5 heads, 5 tokens)"
+    assert repr(report.layers[0]).count("\n") == 0
+    assert len(repr(report.layers)) < 200
+
+
+def test_untrusted_a_notebook_shows_a_line_and_a_picture(report):
+    shown = report._repr_html_()
+    left = re.sub(r"<style>.*?</style>|<iframe.*</iframe>", "", shown, flags=re.S)
+    assert f"<p>{report!r}: " in left
+    names = [row["name"] for row in report.rows()]
+    assert all(f"{names.count(name)} {name}" in left for name in names)
+    picture = re.search(r'<img alt="[^"]+" src="data:image/png;base64,([^"]+)"', left)[1]
+    assert base64.b64decode(picture) == grid_png(report)
 
 
 def test_a_data_frame(report):

@@ -99,6 +99,10 @@ class Report:
             lines += _wrapped("Probable cause: ", cause)
         return "\n".join(lines)
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """In a notebook's cell: as it is printed."""
+        printer.text(str(self))
+
     def _by_reason(self, outcome: Outcome) -> dict[str, list[str]]:
         """Laws of one outcome that have the same reason."""
         grouped: dict[str, list[str]] = {}

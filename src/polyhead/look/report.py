@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from polyhead.errors import ArgumentError, DependencyError, ModelError
 from polyhead.look.names import name_head
+from polyhead.look.picture import grid_png
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -27,7 +30,7 @@ _TENSORS = ("map", "keys", "key_weights", "weights", "query_ids", "key_ids")
 _FLAGS = ("is_self", "is_input")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerReport:
     """What the heads of one attention layer did.
 
@@ -61,13 +64,16 @@ class LayerReport:
     query_ids: Tensor | None = None
     key_ids: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"LayerReport({self.index}, {self.name!r}, {len(self.heads)} heads)"
+
     def of_head(self, head: int) -> dict[str, float]:
         """The numbers of one head."""
         at = self.heads.index(head)
         return {name: values[at].item() for name, values in self.stats.items()}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class HeadReport:
     """What every head of a model did on one text (`polyhead.look.capture`).
 
@@ -82,6 +88,11 @@ class HeadReport:
     tokens: tuple[str, ...]
     token_ids: Tensor | None
     layers: tuple[LayerReport, ...]
+
+    def __repr__(self) -> str:
+        heads = sum(len(layer.heads) for layer in self.layers)
+        T = self.layers[0].keys.shape[1] if self.layers else 0
+        return f"HeadReport({self.model}: {len(self.layers)} layers, {heads} heads, {T} tokens)"
 
     def rows(self) -> list[dict[str, Any]]:
         """A row per head: layer, head, its name (`name_head`; None over other tokens), numbers."""
@@ -164,14 +175,24 @@ class HeadReport:
             file.write(render(self))
 
     def _repr_html_(self) -> str:
-        """The page as a notebook shows it: in a frame of its own, where it can only draw."""
+        """The page as a notebook shows it: in a frame of its own, where it can only draw.
+
+        Where a notebook is not trusted, frames and styles are taken out of what it shows: then a
+        line and a picture of all maps are seen instead.
+        """
         from polyhead.look.page import render
 
         page = html.escape(render(self, budget=_NOTEBOOK_BUDGET))
+        title = html.escape(f"What the heads of {self.model} do")
+        kinds = Counter(row["name"] for row in self.rows()).most_common()
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        picture = base64.b64encode(grid_png(self)).decode()
         return (
-            f'<iframe title="{html.escape(f"What the heads of {self.model} do")}" '
-            'sandbox="allow-scripts" width="100%" height="900" frameborder="0" '
-            f'srcdoc="{page}"></iframe>'
+            '<style>.polyhead-untrusted { display: none }</style><div class="polyhead-untrusted">'
+            f"<p>{html.escape(repr(self))}: {counts}. Trust the notebook, or run the cell, for "
+            f'the page.</p><img alt="{title}" src="data:image/png;base64,{picture}">'
+            f'</div><iframe title="{title}" sandbox="allow-scripts" width="100%" height="900" '
+            f'frameborder="0" srcdoc="{page}"></iframe>'
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
