@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from importlib import resources
 
 import pytest
 import torch
@@ -75,6 +76,24 @@ def browser():
         launched = playwright.chromium.launch(executable_path=program, args=arguments)
         yield launched
         launched.close()
+
+
+@pytest.fixture(scope="session")
+def axe():
+    """`axe(page)`: what axe-core finds wrong for readers, each as its rule and the elements."""
+    package = pytest.importorskip("axe_playwright_python")
+    source = resources.files(package).joinpath("axe.min.js").read_text("utf-8")
+    off_by_default = ("label-content-name-mismatch", "target-size")
+    options = {"rules": {rule: {"enabled": True} for rule in off_by_default}}
+
+    def violations(page) -> list[tuple[str, list[str]]]:
+        if not page.evaluate("'axe' in window"):
+            page.evaluate(source)
+        script = "(options) => axe.run(document, options).then((found) => found.violations)"
+        found = page.evaluate(script, options)
+        return [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found]
+
+    return violations
 
 
 def _runs(isa: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import struct
 from dataclasses import dataclass, field
-from importlib import resources
 
 import pytest
 import torch
@@ -42,14 +41,6 @@ class OpenLesson:
 
     def press(self, name):
         self.page.get_by_role("button", name=name, exact=True).click()
-
-    def violations(self):
-        """What axe finds, each as its rule and the elements."""
-        if not self.page.evaluate("'axe' in window"):
-            source = resources.files("axe_playwright_python").joinpath("axe.min.js")
-            self.page.evaluate(source.read_text("utf-8"))
-        found = self.page.evaluate("axe.run().then((found) => found.violations)")
-        return [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
 
 
 @pytest.fixture(scope="session")

@@ -215,3 +215,14 @@ def test_the_default_model_forgets_a_name_without_its_induction_heads(smollm2):
     assert len(induction) >= 3
     after = session.answer(_TEXT, induction, "zero")["next"][0]
     assert (after["text"], after["after"] < 0.1) == (" Ade", True)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_while_a_head_is_off(live, axe, scheme):
+    page = live.page
+    page.emulate_media(color_scheme=scheme)
+    assert axe(page) == []
+    page.click("#toggle")
+    live.wait()
+    assert live.off() != []
+    assert axe(page) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -107,8 +108,6 @@ def test_under_five_megabytes_for_270_heads(open_page, large):
     page = open_page(document).page
     page.locator(".tile canvas[data-drawn]").first.wait_for(state="attached")
     assert page.locator(".tile").count() == 270
-    # Only what is near the window is drawn.
-    assert page.locator(".tile canvas[data-drawn]").count() < 270
 
 
 @pytest.mark.slow
@@ -142,3 +141,55 @@ def test_eight_thousand_tokens(open_page, large):
     box = page.locator('.token[data-token="4001"]').bounding_box()
     text = page.locator("#text").bounding_box()
     assert text["y"] <= box["y"] <= text["y"] + text["height"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [320, 1280])
+def test_axe_finds_nothing(open_page, planted, axe, scheme, width):
+    opened = open_page(planted(), color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = opened.page
+    assert axe(page) == []
+    for mode in ("to", "from", "both"):
+        page.locator(f'#modes input[value="{mode}"]').check()
+        opened.token(7).click()
+        assert axe(page) == [], mode
+    page.select_option("#colour", index=3)
+    assert axe(page) == []
+    page.click("#compare")
+    page.locator("details").evaluate("(element) => { element.open = true }")
+    assert axe(page) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_token_can_be_read_on_its_strongest_tint(open_page, planted, scheme):
+    opened = open_page(planted(), color_scheme=scheme)
+    script = """() => {
+        const probe = document.querySelector("#text .token");
+        return [0, 1].map((which) => {
+            probe.style.background = polyhead.page.tint(which, 1);
+            return [getComputedStyle(probe).backgroundColor, getComputedStyle(document.body).color,
+                    getComputedStyle(document.querySelector("#text")).backgroundColor];
+        });
+    }"""
+
+    def luminance(rgb):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colors in opened.page.evaluate(script):
+        tint, ink, sheet = ([float(n) for n in re.findall(r"[\d.]+", c)] for c in colors)
+        shown = [(t * tint[3] + s * (1 - tint[3])) / 255 for t, s in zip(tint, sheet, strict=False)]
+        pair = sorted([luminance(shown), luminance([c / 255 for c in ink[:3]])])
+        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5
+
+
+def test_on_a_touch_screen_the_hint_is_of_touch(open_page, planted):
+    opened = open_page(planted(), has_touch=True, is_mobile=True)
+    opened.page.evaluate("polyhead.page.choose({ token: null })")
+    opened.until("document.getElementById('reading').textContent.startsWith('Touch a token')")
+
+
+def test_maps_that_were_never_scrolled_to_are_drawn(open_page, large):
+    opened = open_page(large(20, layers=40, bins=20), viewport={"width": 900, "height": 300})
+    opened.until("document.querySelectorAll('.tile canvas[data-drawn]').length === 360")
+    assert opened.page.evaluate("scrollY") == 0

@@ -15,7 +15,7 @@ def test_the_large_map(opened, planted):
     before = opened.pixels(canvas)
     page.get_by_label("Zoom in").click()
     assert not torch.equal(opened.pixels(canvas), before)
-    page.get_by_label("The whole map").click()
+    page.get_by_label("All of the map").click()
     assert torch.equal(opened.pixels(canvas), before)
     canvas.focus()
     page.keyboard.press("+")

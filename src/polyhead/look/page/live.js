@@ -89,7 +89,7 @@
     chips.replaceChildren(...items);
     const names = [...off.keys()];
     const shown = names.length > 3 ? `${names.length} heads` : names.join(", ");
-    without.textContent = off.size ? `without ${shown}` : "";
+    without.textContent = off.size ? `without ${shown}` : "with heads off";
   };
 
   const tokenOf = (text) => page.visible(text).replaceAll(" ", "␣");

@@ -104,7 +104,7 @@
       page.element("span", { className: "note" }, "token ↓ looks at →"),
       button("+", "Zoom in", () => view.zoom(1.6)),
       button("−", "Zoom out", () => view.zoom(1 / 1.6)),
-      button("All", "The whole map", () => view.reset()),
+      button("All", "All of the map", () => view.reset()),
     );
   };
 

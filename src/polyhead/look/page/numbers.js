@@ -45,7 +45,7 @@
     const values = (made) =>
       places.map((place, which) => {
         const cell = made(place);
-        if (other !== null) cell.style.color = page.hue(which);
+        if (other !== null) cell.style.color = page.ink(which);
         return cell;
       });
     const heading = (words, first) =>

@@ -13,6 +13,10 @@
   };
   // Where a token looks, and who looks at it; the two heads of a comparison.
   const HUES = { light: [[38, 103, 190], [214, 118, 22]], dark: [[84, 148, 240], [232, 148, 62]] };
+  // The same as words, which need more contrast than a surface does.
+  const INKS = { light: [[38, 103, 190], [160, 82, 8]], dark: HUES.dark };
+  // The strongest tint on which a token can still be read, by WCAG's 4.5:1.
+  const STRONGEST = { light: [0.7, 0.8], dark: [0.6, 0.52] };
   const system = matchMedia("(prefers-color-scheme: dark)");
   const root = document.documentElement;
 
@@ -50,9 +54,11 @@
 
   // The background of a token that has this much weight.
   page.tint = (which, weight) => {
-    const strength = 0.8 * Math.sqrt(Math.min(1, weight));
+    const strength = STRONGEST[page.theme()][which] * Math.sqrt(Math.min(1, weight));
     return `rgb(${HUES[page.theme()][which].join(" ")} / ${strength.toFixed(3)})`;
   };
+
+  page.ink = (which) => `rgb(${INKS[page.theme()][which].join(" ")})`;
 
   page.hue = (which) => `rgb(${HUES[page.theme()][which].join(" ")})`;
 

@@ -66,7 +66,7 @@
   const paint = () => {
     for (const span of painted) {
       span.style.background = "";
-      span.classList.remove("current");
+      span.classList.remove("current", "tinted");
     }
     painted = [];
     const tint = (at) => {
@@ -75,6 +75,7 @@
       if (one > 0 && two > 0) {
         span.style.background = `linear-gradient(${page.tint(0, one)} 50%, ${page.tint(1, two)} 50%)`;
       } else span.style.background = one > 0 ? page.tint(0, one) : page.tint(1, two);
+      span.classList.add("tinted");
       painted.push(span);
     };
     for (const weights of shown.layers) {
@@ -109,7 +110,7 @@
 
   const phrase = (which, words, pairs) => {
     const name = page.element("b", {}, words);
-    name.style.color = page.hue(which);
+    name.style.color = page.ink(which);
     return [name, ...listed(pairs), ". "];
   };
 
@@ -134,7 +135,9 @@
     const reading = page.byId("reading");
     if (token === null) {
       shown = { token, layers: [] };
-      reading.textContent = "Point at a token, or step through the text with the arrow keys: where does it look?";
+      reading.textContent = matchMedia("(hover: none)").matches
+        ? "Touch a token: where does it look?"
+        : "Point at a token, or step through the text with the arrow keys: where does it look?";
       return paint();
     }
     const { head, other } = page.state;

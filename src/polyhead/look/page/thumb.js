@@ -31,20 +31,34 @@
     canvas.dataset.drawn = "";
   };
 
-  // Drawn when they come near the window, and again when colours change.
+  // Drawn when they come near the window, the others when there is time, as they may be printed;
+  // and again when colours change.
   let observer = null;
+  let waiting = new Set();
+  const later = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
+  const drawNext = (canvases) => {
+    const [canvas] = canvases;
+    if (!canvas || canvases !== waiting) return;
+    canvases.delete(canvas);
+    observer.unobserve(canvas);
+    draw(canvas, Number(canvas.dataset.place)).then(() => later(() => drawNext(canvases)));
+  };
   page.thumbs = (canvases) => {
     observer?.disconnect();
+    waiting = new Set(canvases);
     observer = new IntersectionObserver(
       (entries) => {
         for (const { isIntersecting, target } of entries) {
           if (!isIntersecting) continue;
           observer.unobserve(target);
+          waiting.delete(target);
           draw(target, Number(target.dataset.place));
         }
       },
       { rootMargin: "300px" },
     );
     for (const canvas of canvases) observer.observe(canvas);
+    const own = waiting;
+    later(() => drawNext(own));
   };
 })();
