@@ -80,7 +80,8 @@
       ...[...counts].map(([kind, n]) => element("option", { value: kind }, `${kind} heads (${n})`)),
     );
     const items = [...off.keys()].map((head) => {
-      const remove = element("button", { type: "button", "aria-label": `Switch ${head} on again` }, `${head} ×`);
+      const remove = element("button", { type: "button", title: "Switch it on again" },
+        head, element("span", { className: "unseen" }, " is off: switch it on again"), element("span", { "aria-hidden": "true" }, " ×"));
       remove.dataset.head = head;
       return element("li", {}, remove);
     });
