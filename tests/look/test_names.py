@@ -17,7 +17,7 @@ V, T = 23, 120
         ({"mass_induction": 0.39, "mass_previous": 0.4, "mass_first": 0.5}, "previous token"),
         ({"mass_previous": 0.39, "mass_first": 0.5, "mass_recent": 0.9}, "sink"),
         ({"mass_first": 0.49, "mass_recent": 0.5}, "local"),
-        ({"mass_first": 0.49, "mass_recent": 0.49}, "broad"),
+        ({"mass_first": 0.49, "mass_recent": 0.49}, "other"),
     ],
 )
 def test_the_first_rule_that_holds(stats, name):
@@ -69,6 +69,6 @@ def test_planted_heads_are_named_rightly():
     ids = once.repeat(5)
     (layer,) = ph.look.capture(planted(), ids).layers
     names = [ph.look.name_head(layer.of_head(head)) for head in layer.heads]
-    assert names == ["previous token", "induction", "sink", "local", "broad"]
+    assert names == ["previous token", "induction", "sink", "local", "other"]
     assert layer.of_head(1)["mass_induction"] > 0.99
     assert layer.of_head(0)["mass_previous"] > 0.95  # the first token has none before it

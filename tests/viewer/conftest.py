@@ -1,5 +1,7 @@
 """A report whose heads are known."""
 
+import asyncio
+
 import pytest
 import torch
 
@@ -59,3 +61,12 @@ def session(tiny_model):
     from polyhead.viewer.session import Session
 
     return Session(tiny_model, "the cat sat on a mat and the", most=20)
+
+
+@pytest.fixture
+def own_loop():
+    """Playwright leaves its event loop running in the thread that all tests share."""
+    theirs = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(theirs)

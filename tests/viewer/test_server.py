@@ -1,6 +1,5 @@
 """The server: what it answers, to whom, and what it refuses."""
 
-import asyncio
 import hashlib
 import json
 import re
@@ -138,15 +137,6 @@ def test_a_host_that_is_not_this_machine_is_named(host):
     message = f"--host must be a name or an address of this machine; got {host}"
     with pytest.raises(ArgumentError, match=re.escape(message)):
         listen(host, 0)
-
-
-@pytest.fixture
-def own_loop():
-    """Playwright leaves its event loop running in the thread that all tests share."""
-    theirs = asyncio._get_running_loop()
-    asyncio._set_running_loop(None)
-    yield
-    asyncio._set_running_loop(theirs)
 
 
 @pytest.mark.usefixtures("own_loop")

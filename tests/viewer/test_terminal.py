@@ -34,8 +34,9 @@ def test_the_grid_names_heads_and_their_numbers(printed, report):
         "layer 0  I 1.40 P 1.60",
         "layer 1  S 1.10 L 3.20",
     ]
-    assert "I induction   P previous token   L local   B broad   S sink" in lines
+    assert "I induction   P previous token   L local   O other   S sink" in lines
     assert "Number: effective tokens, from 1.10 to 3.20 tokens." in "\n".join(lines)
+    assert "All tokens are among the last 16: local is true of every head." in lines
 
 
 def test_telling_heads_come_with_numbers_and_an_example(printed, report):

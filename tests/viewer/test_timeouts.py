@@ -5,8 +5,12 @@ import socket
 import threading
 import time
 
+import pytest
+
 from polyhead.viewer import timeouts
 from polyhead.viewer.server import listen, serve
+
+pytestmark = pytest.mark.usefixtures("own_loop")
 
 
 def exchanges(session, *talks):

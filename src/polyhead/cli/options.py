@@ -11,7 +11,13 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from polyhead.errors import ArgumentError
 
@@ -54,8 +60,12 @@ def read_text(text: str | None, file: Path | None) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """What to call with a step and the share done; cleared at the end."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    """What to call with a step and the share done; cleared at the end.
+
+    It shows the time so far, and the time that is left as the steps so far let expect.
+    """
+    left = (TimeRemainingColumn(elapsed_when_finished=False), TextColumn("left"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *left)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda step, done: bar.update(task, description=step, completed=done)

@@ -23,7 +23,7 @@ def name_head(stats: Mapping[str, float]) -> str:
     | previous token | `mass_previous` >= 0.4 | looks at the token just before |
     | sink | `mass_first` >= 0.5 | rests on the first token: it has little to say here |
     | local | `mass_recent` >= 0.5 | looks at the last 16 tokens, at no single one of them |
-    | broad | else | spreads over far more |
+    | other | else | farther back, several tokens at once, or everything alike |
 
     The numbers are means over one text, and a name holds for that text: an induction head rests on
     the first token where nothing repeats. Take 100 tokens at least: of fewer, the last 16 are so
@@ -46,4 +46,4 @@ def name_head(stats: Mapping[str, float]) -> str:
         return "sink"
     if stats["mass_recent"] >= LOCAL:
         return "local"
-    return "broad"
+    return "other"

@@ -19,7 +19,7 @@ KINDS = {
     "induction": "mass_induction",
     "previous token": "mass_previous",
     "local": "mass_recent",
-    "broad": "effective_keys",
+    "other": "effective_keys",
     "sink": "mass_first",
 }
 
@@ -48,7 +48,7 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
     """The heads worth a look first: the best of each kind, then the second best of each, and so on.
 
     They come kind by kind. The best of a kind has the largest of the number that names it
-    (`KINDS`): the induction head with the largest `mass_induction` and so on; the broad one spreads
+    (`KINDS`): the induction head with the largest `mass_induction` and so on; the other one spreads
     over the most keys. Of heads alike to two decimals the one that spreads less comes first.
 
     >>> import torch
@@ -56,7 +56,7 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
     >>> mha = ph.MultiHeadAttention(8, 8, context_length=200, dropout=0.0, num_heads=2)
     >>> report = ph.look.capture(mha, torch.zeros(1, 200, 8))        # equal weights
     >>> [(head.layer, head.head, head.name) for head in telling_heads(report, n=2)]
-    [(0, 0, 'broad'), (0, 1, 'broad')]
+    [(0, 0, 'other'), (0, 1, 'other')]
     """
     rows = report.rows()
     kinds = [
@@ -102,7 +102,7 @@ _SHOWS: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
     "induction": _after_the_same,
     "previous token": lambda ids, q, k: (k == q - 1) & (k > 0),
     "local": lambda ids, q, k: (k > 0) & (k < q) & (q - k < 16),
-    "broad": lambda ids, q, k: (k > 0) & (q - k >= 16),
+    "other": lambda ids, q, k: (k > 0) & (q - k >= 16),
     "sink": lambda ids, q, k: (k == 0) & (2 * q >= len(q)),
 }
 

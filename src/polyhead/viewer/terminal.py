@@ -19,6 +19,7 @@ from polyhead.viewer.telling import KINDS, Example, TellingHead, telling_heads
 
 __all__ = ["print_report"]
 
+_RECENT = 16  # tokens of `mass_recent`, by which a head is called local
 _LETTERS = {kind: kind[0].upper() for kind in KINDS}
 _WIDE, _NARROW = 7, 2  # columns of a cell: with its number, with a digit
 _EXAMPLE_AT = 59  # columns before the example
@@ -43,6 +44,8 @@ def print_report(report: HeadReport, console: Console, by: str = "entropy") -> N
     ):
         console.print()
         console.print(part)
+    if len(report.tokens) <= _RECENT:
+        console.print("All tokens are among the last 16: local is true of every head.")
     console.print()
     print_table(console, _telling(report, console.width), _LEAST)
 

@@ -32,7 +32,7 @@ HOSTILE = [
     "{{data}}",
 ]
 # One head of each kind, and two more to make two layers of three.
-HEADS = [["previous", "sink", "broad"], ["induction", "local", "sink"]]
+HEADS = [["previous", "sink", "other"], ["induction", "local", "sink"]]
 
 
 def _planted(kind: str, ids: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _planted(kind: str, ids: Tensor) -> Tensor:
             "sink": [0],
             "local": list(range(max(0, query - 3), query + 1)),
             "induction": before or [0],
-            "broad": list(range(query + 1)),
+            "other": list(range(query + 1)),
         }[kind]
         target[query, at] = 1 / len(at)
     return 0.9 * target + 0.1 * even

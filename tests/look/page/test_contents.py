@@ -18,7 +18,7 @@ def test_heads_their_names_and_numbers(planted):
     data = payload(report)
     rows = report.rows()
     assert data["heads"] == [[row["layer"], row["head"]] for row in rows]
-    assert data["kinds"] == ["previous token", "sink", "broad", "induction", "local", "sink"]
+    assert data["kinds"] == ["previous token", "sink", "other", "induction", "local", "sink"]
     assert data["numbers"]["entropy"] == [float(f"{row['entropy']:.4g}") for row in rows]
     assert set(data["kinds"]) <= set(data["legend"]["kinds"])
     assert data["numbers"].keys() == data["legend"]["numbers"].keys()

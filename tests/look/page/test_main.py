@@ -156,6 +156,7 @@ def test_axe_finds_nothing(open_page, planted, axe, scheme, width):
     page.select_option("#colour", index=3)
     assert axe(page) == []
     page.click("#compare")
+    opened.tile(2).click()
     page.locator("details").evaluate("(element) => { element.open = true }")
     assert axe(page) == []
 
@@ -193,3 +194,9 @@ def test_maps_that_were_never_scrolled_to_are_drawn(open_page, large):
     opened = open_page(large(20, layers=40, bins=20), viewport={"width": 900, "height": 300})
     opened.until("document.querySelectorAll('.tile canvas[data-drawn]').length === 360")
     assert opened.page.evaluate("scrollY") == 0
+
+
+@pytest.mark.parametrize(("tokens", "short"), [(16, True), (17, False)])
+def test_a_short_text_is_said_to_be_local(open_page, planted, tokens, short):
+    lead = open_page(planted(["a"] * tokens)).page.inner_text("#lead")
+    assert ("“local” is true of every head" in lead) == short

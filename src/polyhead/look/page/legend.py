@@ -10,7 +10,7 @@ KINDS = {
     "previous token": "looks at the token just before",
     "sink": "rests on the first token: it has little to say here",
     "local": "reads the last 16 tokens, no single one of them",
-    "broad": "reads farther back, or everything alike",
+    "other": "does none of these: farther back, several tokens at once, or everything alike",
 }
 
 # name: (label, unit, what it says). A "share" is of a token's weight, all of which is 1; its label

@@ -8,7 +8,8 @@
     page.byId("lead").textContent =
       `${data.model} read ${data.tokens.length} tokens with ${data.heads.length} attention ${data.heads.length === 1 ? "head" : "heads"}. ` +
       "Each square is one head: a row is a token, a column a token it looks at, and the stronger " +
-      "the colour, the more weight it puts there. Choose a head, and point at a word of the text.";
+      "the colour, the more weight it puts there. Choose a head, and point at a word of the text." +
+      (data.tokens.length > 16 ? "" : " Of so short a text all tokens are among the last 16: “local” is true of every head.");
   };
 
   const about = () => {
@@ -18,7 +19,7 @@
       const paragraph = page.element("p", {}, page.kindChip(data.kinds[place]), " ", page.sentence(place));
       if (other !== null) {
         const name = page.element("b", {}, `${page.shortName(place)} `);
-        name.style.color = page.hue(which);
+        name.style.color = page.ink(which);
         paragraph.prepend(name);
       }
       return paragraph;

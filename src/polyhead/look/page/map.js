@@ -118,7 +118,7 @@
     const hint = "Ctrl + wheel or double click zooms, drag moves, click picks a token.";
     const says = page.element("figcaption", { className: "note" }, hint);
     const title = page.element("p", { className: "map-title" }, page.headName(head));
-    if (page.state.other !== null) title.style.color = page.hue(which);
+    if (page.state.other !== null) title.style.color = page.ink(which);
     const figure = { place: head, canvas, says, hint, painted, frame: null };
     figure.element = page.element("figure", {}, ...(page.state.other === null ? [] : [title]), canvas, says);
     listen(figure);
