@@ -1,11 +1,14 @@
 """What several commands read in the same way."""
 
 import io
+import re
 import sys
 
 import pytest
+from rich.console import Console
 
-from polyhead.cli.options import read_text
+from polyhead.cli import options
+from polyhead.cli.options import progress_bar, read_text
 from polyhead.errors import ArgumentError
 
 
@@ -32,3 +35,14 @@ def test_a_closed_standard_input_is_told(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ArgumentError, match="TEXT must be readable; got standard input, which is"):
         read_text("-", None)
+
+
+def test_a_progress_bar_shows_the_time_so_far_and_left(monkeypatch):
+    shown = io.StringIO()
+    terminal = Console(file=shown, force_terminal=True, width=100)
+    monkeypatch.setattr(options, "Console", lambda stderr: terminal)
+    with progress_bar() as show:
+        show("layer 1", 0.25)
+        show("layer 2", 0.5)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.getvalue())
+    assert re.search(r"layer 2 .* 0:00:0\d (-:--:--|0:00:0\d) left", text)
