@@ -10,10 +10,10 @@ INPUT := $(if $(filter undefined,$(origin TEXT)),--file examples/persuasion.txt,
 DOCUMENTS := $(wildcard README.md docs/*.md docs/decisions/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run bench test test-all check clean
+.PHONY: help setup run bench test test-all install-check check clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: $(STAMP) ## read a text and show its attention: make run TEXT="..." ARGS="--option"
 	@$(BIN)/polyhead run $(ARGS) $(INPUT)
@@ -28,6 +28,9 @@ test-all: $(STAMP) ## every test, and the quick ones again under every instructi
 	$(BIN)/python -m pytest $(ARGS)
 	scripts/test_each_isa $(ARGS)
 
+install-check: ## install into fresh environments as users do: clone, editable, sdist, wheel, no compiler, no torch
+	scripts/install_check
+
 check: $(STAMP) ## formatting, lint, types, layers, examples in the documentation, links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,7 +43,7 @@ check: $(STAMP) ## formatting, lint, types, layers, examples in the documentatio
 setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)
 
 # Stamped last, so an interrupted set-up runs again.
-$(STAMP): pyproject.toml requirements.lock models.lock scripts/setup CMakeLists.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml requirements.lock models.lock scripts/setup scripts/build_backend.py CMakeLists.txt $(wildcard csrc/*)
 	@rm -f $@
 	@PYTHON="$(PYTHON)" scripts/setup
 	@touch $@

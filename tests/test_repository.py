@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def settings(root: Path) -> list[str]:
 
 
 def stray_tests(root: Path) -> list[str]:
-    """Return the test files that mirror no module, no script of a page and no example.
+    """Return the test files that mirror no module, no script and no example.
 
     One module may have several: test_cpu_dropout.py is of cpu.py too.
     """
@@ -51,7 +52,11 @@ def stray_tests(root: Path) -> list[str]:
         place = test.relative_to(root / "tests").with_name(test.stem.removeprefix("test_"))
         if "acceptance" in place.parts or place == Path("repository"):
             continue
-        folders = [root] if place.parts[0] == "examples" else [root / "src/polyhead", root / "src"]
+        folders = (
+            [root]
+            if place.parts[0] in ("examples", "scripts")
+            else [root / "src/polyhead", root / "src"]
+        )
         words = place.name.split("_")
         names = ["_".join(words[:n]) for n in range(1, len(words) + 1)]
         subjects = [folder / place.with_name(name) for folder in folders for name in names]
@@ -75,6 +80,7 @@ def test_the_rules_catch_a_breach(tmp_path):
         "csrc/tile.hpp": 'getenv("ROWS")' + "\n" * (MAX_LINES + 1),
         "examples/train.py": "",
         "examples/notes.ipynb": "",
+        "scripts/lock.py": "",
         "tests/test_mask.py": "",
         "tests/test_mask_errors.py": "",
         "tests/test_look.py": "",
@@ -82,6 +88,7 @@ def test_the_rules_catch_a_breach(tmp_path):
         "tests/acceptance/test_promise.py": "",
         "tests/examples/test_train.py": "",
         "tests/examples/test_notes.py": "",
+        "tests/scripts/test_lock.py": "",
         "tests/look/test_mask.py": "",
         "tests/look/test_mask_errors.py": "",
         "tests/test_masks.py": "",
@@ -196,3 +203,42 @@ def test_the_tables_of_performance_are_those_of_the_runs():
     command = [sys.executable, ROOT / "scripts/write_performance.py", "--check"]
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.stdout == "docs/performance.md is current\n"
+
+
+def test_importing_polyhead_loads_other_parts_on_use():
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import polyhead, sys; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    parts = {"check", "convert", "drop_in", "integrations", "look", "bench", "viewer", "cli"}
+    assert parts & {name.split(".")[1] for name in loaded if name.startswith("polyhead.")} == set()
+    for name in parts & set(polyhead.__all__):
+        assert getattr(polyhead, name).__name__ == f"polyhead.{name}"
+        assert name in dir(polyhead)
+
+
+def test_importing_polyhead_adds_a_tenth_of_a_second():
+    """Of the processor's time: others may be busy. Compiled once, as any installed package is."""
+    code = (
+        "import time, torch; begin = time.process_time(); import polyhead; "
+        "print(time.process_time() - begin)"
+    )
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    run = [sys.executable, "-c", code]
+    options = {"capture_output": True, "text": True, "check": True, "env": environment}
+    times = [float(subprocess.run(run, **options).stdout) for _ in range(4)]
+    assert min(times[1:]) < 0.1, times
+
+
+def test_version_without_metadata_is_no_error():
+    code = (
+        "import importlib.metadata as m\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version; import polyhead; print(polyhead.__version__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "0+unknown\n"

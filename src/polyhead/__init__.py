@@ -3,9 +3,13 @@
 Start with `MultiHeadAttention`, `attention` and `explain`; masks are in `polyhead.mask`.
 """
 
-from importlib.metadata import version
+from __future__ import annotations
 
-from polyhead import check, convert, drop_in, errors, integrations, look, mask
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from polyhead import errors, mask
 from polyhead.backends import Backend, backends, use_backend
 from polyhead.cache import Cache, KVCache, PagedKVCache
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
@@ -29,6 +33,9 @@ from polyhead.positions import (
     alibi_slopes,
 )
 from polyhead.trace import Trace, trace
+
+if TYPE_CHECKING:
+    from polyhead import check, convert, drop_in, integrations, look
 
 __all__ = [
     "AttentionCall",
@@ -69,4 +76,19 @@ __all__ = [
     "use_backend",
 ]
 
-__version__ = version("polyhead")
+_LOADED_ON_USE = {"check", "convert", "drop_in", "integrations", "look"}
+
+try:
+    __version__ = version("polyhead")
+except PackageNotFoundError:  # a checkout on the path, not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LOADED_ON_USE:
+        return importlib.import_module(f"polyhead.{name}")
+    raise AttributeError(f"module 'polyhead' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -167,7 +167,7 @@ def test_kernels_that_cannot_be_loaded_are_a_reason_and_no_crash(monkeypatch, tm
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     assert cpu_operators._load().startswith("was built, and could not be loaded: ")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "C++ compiler" in cpu_operators._load()
+    assert cpu_operators._load().startswith("was not built: ")
 
 
 def test_the_environment_chooses_the_instruction_set(isas):

@@ -3,8 +3,8 @@
 `torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative),
 `attention_output` (of that, the output alone), `attention_plain` (of nothing but query, key and
 value, checks included), `attention_stored` (over what a cache holds),
-`attention_backward` and `attention_weights` exist if the package was built with a C++ compiler;
-`missing` says if not.
+`attention_backward` and `attention_weights` exist if the package was built with them; `missing` is
+the reason if not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polyhead.backends.cpu_build import why_not_built
 from polyhead.backends.layout import side_by_side
 
 __all__ = ["choose_isa", "isa", "missing", "multiply_add"]
@@ -26,10 +27,7 @@ def _load() -> str:
     """Load the operators, or say why they are not there."""
     spec = importlib.util.find_spec("polyhead._kernels")
     if spec is None or spec.origin is None:
-        return (
-            "was not built, for want of a C++ compiler; "
-            "install one and run: pip install --no-build-isolation polyhead"
-        )
+        return why_not_built()
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:  # built for another torch or system: all else must go on working
