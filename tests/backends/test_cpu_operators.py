@@ -200,3 +200,16 @@ def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
     with pytest.raises(RuntimeError, match="lacks instruction set sse9"):
         cpu_operators.choose_isa("sse9")
     assert cpu_operators.isa() == before
+
+
+def test_kernels_can_be_switched_off():
+    code = "import polyhead as ph, torch; q = torch.ones(1, 1, 2, 8); print(ph.explain(q, q, q))"
+    explained = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "POLYHEAD_CPU_ISA": "none"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "runs: sdpa" in explained.stdout
+    assert "was switched off by POLYHEAD_CPU_ISA=none" in explained.stdout

@@ -113,3 +113,18 @@ def test_bench_exits_with_1_when_polyhead_is_wrong(bench):
     result = bench("--case", "P2", *TRIAL)
     assert result.exit_code == 1
     assert "polyhead is wrong, so it is not measured: output is off by 1" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("xyz", "'xyz' is no peer. The peers: "),
+        ("fle", "'fle' is no peer; did you mean 'flex'? The peers: "),
+        ("polyhead", "'polyhead' is no peer"),
+    ],
+)
+def test_bench_without_unknown_peer_names_the_peers(bench, name, hint):
+    result = bench("--without", name)
+    assert result.exit_code == 2
+    assert hint in " ".join(result.stderr.split())
+    assert "sdpa, sdpa, gathered" in " ".join(result.stderr.split())

@@ -138,6 +138,7 @@ def port():
         return held.getsockname()[1]
 
 
+@pytest.mark.usefixtures("own_loop")
 @pytest.mark.parametrize(("args", "begins"), [((), "Yusuf"), ((TEXT,), "the cat")])
 def test_it_serves_until_ctrl_c(look, port, monkeypatch, args, begins):
     told = []

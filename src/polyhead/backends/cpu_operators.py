@@ -24,7 +24,10 @@ __all__ = ["choose_isa", "isa", "missing", "multiply_add"]
 
 
 def _load() -> str:
-    """Load the operators, or say why they are not there."""
+    """Load the operators, or return why they are not there."""
+    asked = os.environ.get("POLYHEAD_CPU_ISA")
+    if asked == "none":
+        return "was switched off by POLYHEAD_CPU_ISA=none"
     spec = importlib.util.find_spec("polyhead._kernels")
     if spec is None or spec.origin is None:
         return why_not_built()
@@ -32,7 +35,6 @@ def _load() -> str:
         torch.ops.load_library(spec.origin)
     except OSError as error:  # built for another torch or system: all else must go on working
         return f"was built, and could not be loaded: {error}"
-    asked = os.environ.get("POLYHEAD_CPU_ISA")
     if asked and asked != isa():
         warnings.warn(
             f"POLYHEAD_CPU_ISA must name kernels of this processor and build; got {asked!r}; "

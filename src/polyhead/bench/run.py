@@ -40,7 +40,7 @@ class Settings:
         memory: whether peak memory is measured too, each peer in a process of its own.
         anyway: measure although other processes are busy.
         shrink: divide batch, heads and tokens by this: a trial of the benchmark itself.
-        without: beginnings of the names of peers that are left out.
+        without: names of peers that are left out.
         seed: of the inputs.
     """
 
@@ -136,7 +136,7 @@ def run_case(
     torch.compiler.reset()
     progress("preparing", 0.0)
     inputs = [case.inputs(settings.seed + i) for i in range(case.copies)]
-    peers = [peer for peer in peers_of(case) if not peer.name.startswith(settings.without)]
+    peers = [peer for peer in peers_of(case) if peer.name not in settings.without]
     reasons = {peer: peer.why_not(case) for peer in peers}
     with torch.set_grad_enabled(case.train):
         runs = {

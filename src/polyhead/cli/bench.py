@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from polyhead.bench import SUITES, Settings, find_cases, run_bench
+from polyhead.bench.lineup import peers_of
 from polyhead.bench.memory import check_memory_is_told
 from polyhead.bench.plot import check_can_plot, plot
 from polyhead.bench.report import print_result
@@ -52,6 +55,7 @@ def bench_command(
     chosen = SUITES[suite or "quick"]
     cases = find_cases(ids) if ids else chosen.select()
     # Found out before, not after, minutes of measuring.
+    _check_peers(without)
     if memory:
         check_memory_is_told()
     if plot_path is not None:
@@ -75,3 +79,16 @@ def bench_command(
     if result.refusal is not None:
         click.echo(f"polyhead: {result.refusal}", err=True)
     sys.exit(1 if result.wrong else 2 if result.refusal else 0)
+
+
+def _check_peers(names: Iterable[str]) -> None:
+    cases = [case for suite in SUITES.values() for case in suite.select()]
+    peers = sorted({peer.name for case in cases for peer in peers_of(case)} - {"polyhead"})
+    for name in names:
+        if name not in peers:
+            near = difflib.get_close_matches(name, peers, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            raise click.BadParameter(
+                f"{name!r} is no peer{hint} The peers: {', '.join(peers)}",
+                param_hint="--without",
+            )
