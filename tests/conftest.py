@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyhead as ph
-from polyhead.backends import cpu_operators
+from polyhead.backends.cpu import ops as cpu_operators
 
 
 @pytest.hookimpl(wrapper=True)
@@ -33,7 +33,7 @@ def pytest_pyfunc_call():
 @pytest.fixture(scope="session")
 def smollm2():
     """The default model, loaded once."""
-    from polyhead.integrations.models import load_model
+    from polyhead.models.load import load_model
 
     return load_model()
 
@@ -44,7 +44,7 @@ def tiny_model():
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from polyhead.integrations.models import LoadedModel
+    from polyhead.models.load import LoadedModel
 
     text = "[UNK] the cat sat on a mat and saw dog . , <b> one two three four"
     words = text.split()

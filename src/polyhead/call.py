@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from polyhead.mask import Mask
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 __all__ = ["NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
 

@@ -11,23 +11,15 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from polyhead.arguments import autocasts, build_call
-from polyhead.backends import (
-    BACKENDS,
-    Backend,
-    BackendChoice,
-    candidates,
-    choose,
-    cpu,
-    is_automatic,
-)
-from polyhead.backends.recording import is_traced
+from polyhead.validate import autocasts, build_call
+from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose, cpu, is_automatic
+from polyhead.backends.tracing import is_traced
 from polyhead.backends.reference import compute_aux
-from polyhead.backends.second_order import DIFFERENTIATED_AUX, run_twice_differentiable
+from polyhead.backends.double_backward import DIFFERENTIATED_AUX, run_twice_differentiable
 from polyhead.call import NO_AUX, AttentionCall, Aux, AuxRequest
 from polyhead.errors import BackendError
 from polyhead.mask import Mask
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 __all__ = ["Explanation", "attention", "explain", "observe"]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import polyhead as ph
 from polyhead.check import check_module
-from polyhead.check.target import build, load
+from polyhead.check.probe.target import build, load
 
 RIGHT = Path(__file__).parents[1] / "check/right"
 

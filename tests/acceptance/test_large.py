@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kernels")]
 BEYOND = 2**31

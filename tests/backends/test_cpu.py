@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.arguments import build_call
-from polyhead.backends import cpu, cpu_operators, reference
+from polyhead.validate import build_call
+from polyhead.backends import cpu, reference
+from polyhead.backends.cpu import ops as cpu_operators
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.arguments import build_call
+from polyhead.validate import build_call
 from polyhead.backends import cpu
 
 pytestmark = pytest.mark.usefixtures("kernels")

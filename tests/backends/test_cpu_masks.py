@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyhead as ph
-from polyhead.arguments import build_call
+from polyhead.validate import build_call
 from polyhead.backends import cpu
 
 pytestmark = pytest.mark.usefixtures("kernels")

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyhead as ph
-from polyhead.arguments import build_call
-from polyhead.backends import cpu, cpu_operators
+from polyhead.validate import build_call
+from polyhead.backends import cpu
+from polyhead.backends.cpu import ops as cpu_operators
 from polyhead.call import NO_AUX
 from polyhead.functional import observe
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 
 import polyhead as ph
-from polyhead.arguments import build_call
+from polyhead.validate import build_call
 from polyhead.backends import flex
 from polyhead.errors import BackendError
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import polyhead as ph
-from polyhead.arguments import build_call
+from polyhead.validate import build_call
 from polyhead.backends import REFERENCE, sdpa
 from polyhead.errors import BackendError
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from polyhead.bench.cases import Case
-from polyhead.bench.ceilings import Ceiling
-from polyhead.bench.machine import describe_machine
+from polyhead.bench.machine.ceilings import Ceiling
+from polyhead.bench.machine.describe import describe_machine
 from polyhead.bench.results import BenchResult, CaseResult, Target, VariantResult
 
 

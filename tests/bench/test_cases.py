@@ -6,7 +6,7 @@ import torch
 import polyhead as ph
 import polyhead.mask
 from polyhead.bench.cases import Case
-from polyhead.bench.peers import attention_run, eager_attention
+from polyhead.bench.peers.attention import attention_run, eager_attention
 
 P2 = Case("P2", 1, 12, 12, 4096, 4096, 64)
 D1 = Case("D1", 1, 32, 8, 1, 8192, 128, dtype=torch.bfloat16)

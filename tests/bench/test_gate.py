@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from polyhead.bench import gate as gate_module
 from polyhead.bench.gate import gate
-from polyhead.bench.peers import EAGER, POLYHEAD, SDPA, Peer, attention_run
+from polyhead.bench.peers.attention import EAGER, POLYHEAD, SDPA, Peer, attention_run
 
 
 def spoiled(change, peer=SDPA):

@@ -6,15 +6,15 @@ import re
 import pytest
 from click.testing import CliRunner
 
-import polyhead.run
+import polyhead.tour
 from polyhead.cli import main
 
 
 @pytest.fixture
 def cli(monkeypatch, smollm2):
-    load = polyhead.run.load_model
+    load = polyhead.tour.load_model
     monkeypatch.setattr(
-        polyhead.run, "load_model", lambda source: smollm2 if source is None else load(source)
+        polyhead.tour, "load_model", lambda source: smollm2 if source is None else load(source)
     )
 
     def invoke(*args, **kwargs):

@@ -94,7 +94,7 @@ def test_decoder_of_equal_length_has_its_own_ids():
 
 def test_page_shows_the_layers_of_its_own_text():
     from polyhead.look.page import payload
-    from polyhead.viewer.telling import telling_heads
+    from polyhead.viewer.highlights import telling_heads
 
     report = ph.look.capture(t5(), TEXT, decoder_input_ids=OTHER[None])
     data = payload(report)

@@ -73,7 +73,7 @@ def test_tokens_in_chunks(monkeypatch, example):
     one = example(17, 19)
     ids = torch.randint(4, (2, 19))
     whole = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
-    monkeypatch.setattr(importlib.import_module("polyhead.look.tokens"), "_CELLS", 2 * 19 * 3)
+    monkeypatch.setattr(importlib.import_module("polyhead.look.token_mass"), "_CELLS", 2 * 19 * 3)
     parts = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
     torch.testing.assert_close(parts.mass_induction, whole.mass_induction)
     torch.testing.assert_close(parts.mass_same_token, whole.mass_same_token)

@@ -15,8 +15,8 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from polyhead.backends.layout import side_by_side
-from polyhead.backends.recording import is_traced
-from polyhead.backends.refusals import (
+from polyhead.backends.tracing import is_traced
+from polyhead.backends.reasons import (
     custom_reasons,
     dtype_name,
     dtype_reasons,

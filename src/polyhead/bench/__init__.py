@@ -5,7 +5,7 @@ this machine's ceilings, measured in the same run. Nothing is told when other pr
 """
 
 from polyhead.bench.cases import Case
-from polyhead.bench.load import DisturbedError
+from polyhead.bench.machine.system_load import DisturbedError
 from polyhead.bench.results import BenchResult, CaseResult, VariantResult
 from polyhead.bench.run import Settings, run_bench
 from polyhead.bench.suites import CASES, SUITES, Suite, find_cases

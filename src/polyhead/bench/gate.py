@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from polyhead.bench.cases import Case, Inputs
-from polyhead.bench.lineup import definition_of
-from polyhead.bench.peers import Peer, Results, Run, eager_attention, eager_weights
+from polyhead.bench.peers.registry import definition_of
+from polyhead.bench.peers.attention import Peer, Results, Run, eager_attention, eager_weights
 
 __all__ = ["Check", "Gate", "gate"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from polyhead.bench.lineup import peers_of
+from polyhead.bench.peers.registry import peers_of
 from polyhead.bench.suites import find_cases
 from polyhead.errors import ArgumentError, PolyheadError
 

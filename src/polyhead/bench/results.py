@@ -6,8 +6,8 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from polyhead.bench.ceilings import Ceiling
-from polyhead.bench.machine import Machine
+from polyhead.bench.machine.ceilings import Ceiling
+from polyhead.bench.machine.describe import Machine
 
 __all__ = ["SCHEMA", "BenchResult", "CaseResult", "Target", "VariantResult"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from polyhead.arguments import check_is_tensor
-from polyhead.cache.formats import Format, Held, Int8, Plain
+from polyhead.validate import check_is_tensor
+from polyhead.cache.quantization import Format, Held, Int8, Plain
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 __all__ = ["Cache", "empty_like", "gathered", "halves"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from polyhead.cache.base import Cache, empty_like, gathered, halves
-from polyhead.cache.formats import Held
+from polyhead.cache.quantization import Held
 from polyhead.errors import ArgumentError, check_count
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 __all__ = ["PagedKVCache"]
 

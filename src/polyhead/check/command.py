@@ -17,8 +17,8 @@ from torch import nn
 from polyhead.check.function import check_function
 from polyhead.check.law import FUNCTION_LAWS, MODULE_LAWS, first_line
 from polyhead.check.report import Report
-from polyhead.check.run import check_module
-from polyhead.check.target import build, load, parse_arguments
+from polyhead.check.module import check_module
+from polyhead.check.probe.target import build, load, parse_arguments
 from polyhead.errors import ArgumentError, PolyheadError
 
 __all__ = ["check_target", "list_laws"]
@@ -40,7 +40,7 @@ def check_target(
     """Load a target, make an instance of it and check it.
 
     Args:
-        target: see `polyhead.check.target.load`.
+        target: see `polyhead.check.probe.target.load`.
         pairs: NAME=VALUE arguments of its constructor.
         timeout: seconds in all; what is known by then is reported.
         mask_true, only, seed, progress, claims: as in `check_module`.

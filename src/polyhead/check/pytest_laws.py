@@ -10,7 +10,7 @@ from torch import nn
 
 from polyhead.check.law import MODULE_LAWS, Outcome
 from polyhead.check.report import Report
-from polyhead.check.run import check_module, choose_laws
+from polyhead.check.module import check_module, choose_laws
 from polyhead.errors import DependencyError
 
 __all__ = ["parametrize_with_laws"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.calling import Calling, Result
+from polyhead.check.probe.invocation import Calling, Result
 from polyhead.check.law import OutOfTime
-from polyhead.check.sight import Pattern, band
+from polyhead.check.probe.sight import Pattern, band
 from polyhead.check.tolerance import allowed_difference, response
 
 _CASTS: dict[torch.dtype, Callable[[nn.Module], nn.Module]] = {

@@ -11,7 +11,7 @@ from polyhead.cli.options import NEW_FILE, show_in_browser
 from polyhead.lesson import lesson
 from polyhead.lesson.inputs import read_file, words
 from polyhead.lesson.page import render
-from polyhead.viewer.files import page_file
+from polyhead.viewer.page_file import page_file
 
 __all__ = ["lesson_command"]
 

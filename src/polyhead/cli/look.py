@@ -11,14 +11,14 @@ from rich.console import Console
 
 from polyhead.cli.options import progress_bar, read_text, show_in_browser
 from polyhead.errors import DependencyError
-from polyhead.integrations.models import load_model
-from polyhead.integrations.texts import check_text
+from polyhead.models.load import load_model
+from polyhead.models.text import check_text
 from polyhead.look import HeadReport
 from polyhead.look.page import render
 from polyhead.look.page.legend import NUMBERS
-from polyhead.viewer.files import page_file
+from polyhead.viewer.page_file import page_file
 from polyhead.viewer.reader import read
-from polyhead.viewer.telling import as_dict, telling_heads
+from polyhead.viewer.highlights import as_dict, telling_heads
 from polyhead.viewer.terminal import print_report
 
 __all__ = ["look_command"]
@@ -135,7 +135,7 @@ def _serve(
 ) -> None:
     try:
         from polyhead.viewer import server
-        from polyhead.viewer.guard import is_loopback
+        from polyhead.viewer.request_guard import is_loopback
         from polyhead.viewer.session import Session
     except ImportError as error:
         package = (error.name or "starlette").partition(".")[0]

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from polyhead.cli.options import read_text
-from polyhead.run import HeadRow, RunReport, run
-from polyhead.viewer.colours import coloured
+from polyhead.tour import HeadRow, RunReport, run
+from polyhead.viewer.colors import coloured
 from polyhead.viewer.tables import print_table
 
 __all__ = ["run_command"]

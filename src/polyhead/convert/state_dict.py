@@ -9,25 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.convert import (
-    bert,
-    bloom,
-    deepseek,
-    falcon,
-    fused,
-    gemma,
-    gpt2,
-    gpt_oss,
-    llama,
-    neox,
-    opt,
-    phi3,
-    qwen3,
-    stacked,
-    t5,
-    torch_mha,
-    vit,
-)
+from polyhead.convert.families import bert, bloom, deepseek, falcon, gemma, gpt2, gpt_oss, llama, neox, opt, phi3, qwen3, t5, vit
+from polyhead.convert import fused, stacked, torch_mha
 from polyhead.convert.find import (
     check_count_of_layers,
     check_whole,

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.call import AuxRequest
-from polyhead.drop_in.arguments import check_embed_dim, check_inputs, lower_masks
+from polyhead.drop_in.validate import check_embed_dim, check_inputs, lower_masks
 from polyhead.drop_in.nested import attend_nested, is_nested
 from polyhead.functional import attention
-from polyhead.modules.arguments import check_dropout
-from polyhead.modules.projecting import projecting
+from polyhead.modules.validate import check_dropout
+from polyhead.modules.linear import projecting
 
 __all__ = ["MultiheadAttention", "keep_from_fast_path"]
 

@@ -5,11 +5,11 @@ from polyhead.look.capture import capture
 from polyhead.look.importance import HeadImportance, head_importance, next_token_loss
 from polyhead.look.layers import AttentionLayer, attention_layers
 from polyhead.look.maps import attention_map, bin_edges
-from polyhead.look.names import name_head
+from polyhead.look.kinds import name_head
 from polyhead.look.prune import prune
 from polyhead.look.report import HeadReport, LayerReport
 from polyhead.look.stats import Statistics, stats
-from polyhead.look.top import TopKeys, top_keys
+from polyhead.look.top_keys import TopKeys, top_keys
 
 __all__ = [
     "AttentionLayer",

@@ -28,8 +28,8 @@ from polyhead.look.maps import map_of
 from polyhead.look.report import HeadReport, LayerReport
 from polyhead.look.sources import Sources, find_sources
 from polyhead.look.stats import BY_POSITION, stats_of
-from polyhead.look.sums import weights_by_chunk
-from polyhead.look.top import top_keys_of
+from polyhead.look.streaming import weights_by_chunk
+from polyhead.look.top_keys import top_keys_of
 from polyhead.modules.weights import read_parameter, why_not_linear
 
 __all__ = ["capture"]

@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from polyhead.arguments import build_call
+from polyhead.validate import build_call
 from polyhead.call import AttentionCall
 from polyhead.errors import ArgumentError
-from polyhead.look.sums import log_sums, log_totals, shares, weights_by_chunk
+from polyhead.look.streaming import log_sums, log_totals, shares, weights_by_chunk
 from polyhead.mask import Documents, Mask
 
 __all__ = ["attention_map", "bin_edges", "map_of"]

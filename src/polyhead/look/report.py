@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from polyhead.errors import ArgumentError, DependencyError, ModelError
-from polyhead.look.names import name_head
+from polyhead.look.kinds import name_head
 from polyhead.look.picture import grid_png
 
 if TYPE_CHECKING:

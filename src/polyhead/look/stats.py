@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from polyhead.arguments import build_call
+from polyhead.validate import build_call
 from polyhead.call import AttentionCall, AuxRequest
-from polyhead.look.sums import log_sums, log_totals, shares, stream_aux
-from polyhead.look.tokens import check_token_ids, token_masses
+from polyhead.look.streaming import log_sums, log_totals, shares, stream_aux
+from polyhead.look.token_mass import check_token_ids, token_masses
 from polyhead.mask import Mask, Window
 
 __all__ = ["BY_POSITION", "RECENT", "Statistics", "stats", "stats_of"]

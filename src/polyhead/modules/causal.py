@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.arguments import check_positions, check_request, check_scale
+from polyhead.validate import check_positions, check_request, check_scale
 from polyhead.backends import BackendChoice
 from polyhead.call import Aux, AuxRequest
 from polyhead.functional import attention
 from polyhead.mask import Mask
-from polyhead.modules.arguments import (
+from polyhead.modules.validate import (
     check_dropout,
     check_input,
     check_mask,
@@ -21,7 +21,7 @@ from polyhead.modules.arguments import (
     check_sizes,
 )
 from polyhead.modules.checkpoint import accept_lecture_mask
-from polyhead.modules.projecting import projecting
+from polyhead.modules.linear import projecting
 from polyhead.positions import Rope
 
 __all__ = ["CausalAttention"]

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.arguments import check_request, check_scale
+from polyhead.validate import check_request, check_scale
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
 from polyhead.errors import ArgumentError, DtypeError
 from polyhead.functional import attention
 from polyhead.mask import Mask
-from polyhead.modules.arguments import (
+from polyhead.modules.validate import (
     check_cache,
     check_dropout,
     check_input,
@@ -31,10 +31,10 @@ from polyhead.modules.arguments import (
 )
 from polyhead.modules.caching import fitting_cache
 from polyhead.modules.causal import both, turn
-from polyhead.modules.projecting import projecting
+from polyhead.modules.linear import projecting
 from polyhead.modules.weights import describe_layer, takes_what_it_holds
 from polyhead.positions import Rope
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 __all__ = ["MultiHeadLatentAttention"]
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.arguments import check_request, check_scale, check_softcap
+from polyhead.validate import check_request, check_scale, check_softcap
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
 from polyhead.call import Aux, AuxRequest
 from polyhead.errors import ArgumentError
 from polyhead.functional import attention
 from polyhead.mask import Mask
-from polyhead.modules.arguments import (
+from polyhead.modules.validate import (
     check_cache,
     check_dropout,
     check_input,
@@ -34,10 +34,10 @@ from polyhead.modules.causal import both, turn
 from polyhead.modules.checkpoint import accept_either_projection, accept_lecture_mask
 from polyhead.modules.contributions import split_by_head
 from polyhead.modules.fusing import fuse, unfuse
-from polyhead.modules.projecting import projecting
+from polyhead.modules.linear import projecting
 from polyhead.modules.pruning import prune_heads
 from polyhead.positions import Rope, alibi_slopes
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 __all__ = ["MultiHeadAttention"]
 

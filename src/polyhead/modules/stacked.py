@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.arguments import check_request
+from polyhead.validate import check_request
 from polyhead.backends import BackendChoice
 from polyhead.call import Aux, AuxRequest, HeadStats
 from polyhead.errors import ShapeError
 from polyhead.mask import Mask
-from polyhead.modules.arguments import check_sizes
+from polyhead.modules.validate import check_sizes
 from polyhead.modules.causal import CausalAttention
 from polyhead.modules.contributions import split_by_head
-from polyhead.modules.projecting import projecting
+from polyhead.modules.linear import projecting
 from polyhead.positions import Rope
 
 __all__ = ["MultiHeadAttentionWrapper"]

@@ -2,7 +2,7 @@
 T5's learned distances."""
 
 from polyhead.positions.alibi import alibi_slopes
-from polyhead.positions.growing import DynamicNTKScaling, LongRopeScaling
+from polyhead.positions.dynamic import DynamicNTKScaling, LongRopeScaling
 from polyhead.positions.relative import RelativeBias
 from polyhead.positions.rope import Rope, rotate
 from polyhead.positions.scaling import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.arguments import check_number
+from polyhead.validate import check_number
 from polyhead.errors import ArgumentError, ShapeError
 
 __all__ = [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.arguments import check_number
+from polyhead.validate import check_number
 from polyhead.errors import ArgumentError
 from polyhead.positions.scaling import RopeScaling, check_positive
 

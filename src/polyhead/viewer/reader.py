@@ -12,8 +12,8 @@ from torch import Tensor
 
 from polyhead.errors import ShapeError
 from polyhead.integrations import transformers
-from polyhead.integrations.models import LoadedModel
-from polyhead.integrations.texts import read_ids, token_texts
+from polyhead.models.load import LoadedModel
+from polyhead.models.text import read_ids, token_texts
 from polyhead.look import HeadReport, ablate, attention_layers, capture
 from polyhead.look.ablate import How
 from polyhead.look.layers import Head

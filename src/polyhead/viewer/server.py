@@ -22,7 +22,7 @@ from starlette.types import ASGIApp
 
 from polyhead.errors import ArgumentError, PolyheadError
 from polyhead.viewer import timeouts
-from polyhead.viewer.guard import Guard
+from polyhead.viewer.request_guard import Guard
 from polyhead.viewer.session import BusyError, Session, StoppedError
 
 __all__ = ["MAX_BYTES", "listen", "make_app", "serve"]

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from polyhead.errors import PolyheadError
-from polyhead.integrations.models import LoadedModel
+from polyhead.models.load import LoadedModel
 from polyhead.look.ablate import How
 from polyhead.look.layers import Head
 from polyhead.look.page import payload, render

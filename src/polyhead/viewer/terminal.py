@@ -13,9 +13,9 @@ from rich.text import Text
 
 from polyhead.look import HeadReport
 from polyhead.look.page.legend import NUMBERS
-from polyhead.viewer.colours import coloured
+from polyhead.viewer.colors import coloured
 from polyhead.viewer.tables import print_table
-from polyhead.viewer.telling import KINDS, Example, TellingHead, telling_heads
+from polyhead.viewer.highlights import KINDS, Example, TellingHead, telling_heads
 
 __all__ = ["print_report"]
 

@@ -6,7 +6,7 @@ import torch
 import polyhead as ph
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.integrations.transformers.call_mask import read_mask
-from polyhead.integrations.transformers.structured import StructuredMask
+from polyhead.integrations.transformers.structured_mask import StructuredMask
 
 B, H, D = 2, 3, 4
 

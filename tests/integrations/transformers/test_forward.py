@@ -6,7 +6,7 @@ import torch
 import polyhead as ph
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.integrations.transformers.forward import attention_forward
-from polyhead.integrations.transformers.structured import StructuredMask
+from polyhead.integrations.transformers.structured_mask import StructuredMask
 
 B, H, G, T, S, D = 2, 6, 2, 3, 5, 4
 

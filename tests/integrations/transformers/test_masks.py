@@ -10,7 +10,7 @@ from transformers import masking_utils as theirs
 import polyhead as ph
 from polyhead.integrations.transformers import mask_functions
 from polyhead.integrations.transformers.masks import make_mask
-from polyhead.integrations.transformers.structured import StructuredMask
+from polyhead.integrations.transformers.structured_mask import StructuredMask
 
 B = 3
 RULES = {

@@ -6,7 +6,7 @@ import pytest
 
 import polyhead as ph
 from polyhead.errors import DependencyError, ModelError
-from polyhead.integrations.transformers import report
+from polyhead.integrations.transformers import status as report
 
 transformers = pytest.importorskip("transformers")
 

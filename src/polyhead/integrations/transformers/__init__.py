@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from polyhead.integrations.transformers.registration import register
-from polyhead.integrations.transformers.report import LayerReport, ModelReport, report
+from polyhead.integrations.transformers.status import LayerReport, ModelReport, report
 
 if TYPE_CHECKING:
     from polyhead.integrations.transformers.cache import Cache

@@ -8,10 +8,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from polyhead.arguments import autocasts
+from polyhead.validate import autocasts
 from polyhead.cache import KVCache
 from polyhead.errors import ArgumentError
-from polyhead.integrations.transformers.held import as_tensor
+from polyhead.integrations.transformers.lazy_cache import as_tensor
 
 __all__ = ["Cache", "Layer"]
 

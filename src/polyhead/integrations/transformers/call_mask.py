@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import polyhead.mask
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.integrations.transformers.packing import packed_documents, restarting_documents
-from polyhead.integrations.transformers.structured import StructuredMask
+from polyhead.integrations.transformers.structured_mask import StructuredMask
 from polyhead.mask import Mask
 
 __all__ = ["read_mask"]

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.arguments import autocasts
+from polyhead.validate import autocasts
 from polyhead.call import AuxRequest
 from polyhead.errors import ArgumentError
 from polyhead.functional import attention
 from polyhead.integrations.transformers.call_mask import read_mask
-from polyhead.integrations.transformers.held import as_stored
+from polyhead.integrations.transformers.lazy_cache import as_stored
 from polyhead.integrations.transformers.packing import PACKING
-from polyhead.stored import Stored
+from polyhead.cache_view import Stored
 
 __all__ = ["KNOWN_ARGUMENTS", "attention_forward"]
 

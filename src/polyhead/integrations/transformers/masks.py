@@ -21,7 +21,7 @@ from polyhead.integrations.transformers.mask_functions import (
     recognise,
 )
 from polyhead.integrations.transformers.packing import is_traced
-from polyhead.integrations.transformers.structured import StructuredMask
+from polyhead.integrations.transformers.structured_mask import StructuredMask
 from polyhead.mask import Causal, Documents, Mask, Window
 
 __all__ = ["make_mask"]

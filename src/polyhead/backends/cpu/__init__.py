@@ -1,0 +1,234 @@
+"""polyhead's own C++ kernels for the processor (csrc/): no T x S tensor, every variant fused.
+
+Semantics are those of `reference`, with one difference in what is undefined anyway: NaN or
+infinity in a *value* that a query may not attend to reaches its output there (0 * NaN), and here
+only where it shares a tile with values that it may attend to.
+
+Any number of Python threads may call at once. So may a process forked after its parent called,
+where torch's own parallel operations hang: there the thread that forked runs each call of more than
+one thread on a new team.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from polyhead.backends.cpu import ops as cpu_operators
+from polyhead.backends import sdpa
+from polyhead.backends.layout import side_by_side
+from polyhead.backends.tracing import is_recorded, is_traced
+from polyhead.backends.reasons import (
+    custom_reasons,
+    dtype_reasons,
+    tracing_reasons,
+    transform_reasons,
+)
+from polyhead.backends.mask_ranges import read_structure
+from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
+from polyhead.mask import Causal, Mask
+from polyhead.cache_view import Stored
+
+__all__ = ["notes", "passed_over", "reads_stored", "run", "run_plain", "why_not"]
+
+_MAX_HEAD_SIZE = 576  # as in csrc/attention.hpp
+_MAX_TOKENS = 2**31 - 2
+# As in csrc/decode.hpp: so few queries, of so many keys each, are not worth packing keys for.
+_MAX_DECODE_TOKENS = 16
+_MAX_DECODE_ROWS = 32
+_MIN_DECODE_KEYS = 4
+_FEW_WEIGHTS = 2**14
+
+
+def why_not(call: AttentionCall) -> list[str]:
+    """Every reason why the kernels cannot run this call."""
+    reasons = []
+    if cpu_operators.missing:
+        reasons.append(cpu_operators.missing)
+    if not call.query.is_cpu:
+        reasons.append(f"runs on the CPU; got device {call.device}")
+    reasons.extend(dtype_reasons(call))
+    (T, D), (S, E) = call.query.shape[2:], call.value.shape[2:]
+    if max(D, E) > _MAX_HEAD_SIZE:
+        reasons.append(f"has heads of up to {_MAX_HEAD_SIZE}; got D = {D}, E = {E}")
+    if max(T, S) > _MAX_TOKENS:
+        reasons.append(f"has up to {_MAX_TOKENS} tokens; got T = {T}, S = {S}")
+    if call.alibi_slopes is not None and "alibi_slopes" in call.learnt:
+        reasons.append("gives no gradient to alibi_slopes")
+    reasons.extend(custom_reasons(call.mask))
+    reasons.extend(transform_reasons())
+    reasons.extend(tracing_reasons())
+    return reasons
+
+
+def passed_over(call: AttentionCall) -> list[str]:
+    """Why "auto" leaves a call to torch: matrix units that these kernels do not use, exported
+    programs, and small examples with dropout, whose digits should be those of the same lines typed
+    by hand."""
+    if call.dtype == torch.bfloat16 and _has_amx():
+        # Not what a cache holds, of which torch would need tensors made; and not decoding: reading
+        # keys is what takes time then, and matrix units read no faster. (torch.compile would make
+        # the question a graph for few queries alone.)
+        is_decoding = not torch.compiler.is_compiling() and _is_decoding(call)
+        if call.stored is None and not is_decoding and not sdpa.why_not(call):
+            return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
+    if is_recorded():
+        return ["would tie an exported program to this library; torch's own operators do not"]
+    if call.dropout > 0.0:
+        weights = call.B * call.H * call.T * call.S
+        if weights <= _FEW_WEIGHTS:
+            return [
+                f"drops by its own generator; {weights} weights are few enough to drop as "
+                "F.dropout does for this seed"
+            ]
+    return []
+
+
+def reads_stored(call: AttentionCall) -> bool:
+    """Whether keys and values are read where a cache holds them: in inference, unless weights,
+    which are T x S numbers anyway, are asked for."""
+    return not (call.needs_grad or call.aux.weights or call.aux.mean_weights)
+
+
+def notes(call: AttentionCall) -> list[str]:
+    """Instruction set, threads, and which way keys are read."""
+    threads = torch.get_num_threads()
+    many = f"up to {threads} threads" if threads > 1 else "1 thread"
+    noted = [f"{cpu_operators.isa()} kernels, {many}"]
+    if _is_decoding(call):
+        noted.append("few queries: keys are read once, in place, shared out among the threads")
+    else:
+        noted.append("many queries: keys and values are packed once a key head")
+    if call.stored is not None:
+        noted.append(f"keys and values read where the cache holds them: {call.stored[0]}")
+    rest = read_structure(call.mask, call.T, call.S).rest
+    if rest is not None:
+        noted.append(f"{rest!r} written out as booleans")
+    return noted
+
+
+def _is_decoding(call: AttentionCall) -> bool:
+    few = call.T <= _MAX_DECODE_TOKENS and call.group * call.T <= _MAX_DECODE_ROWS
+    has_keys = call.T == 1 or call.S >= _MIN_DECODE_KEYS * call.T
+    return few and has_keys and not call.needs_grad
+
+
+def run(call: AttentionCall) -> tuple[Tensor, Aux]:
+    """Output (B, H, T, E), and the aux asked for; of that only lse has a gradient."""
+    structure = read_structure(call.mask, call.T, call.S)
+    allowed = None
+    if structure.rest is not None:
+        allowed = structure.rest.materialize(call.T, call.S, device=call.device)
+    sinks, slopes = call.sinks, call.alibi_slopes
+    slopes = None if slopes is None else slopes.float().contiguous()
+    query = side_by_side(call.query)
+    softcap = 0.0 if call.softcap is None else call.softcap
+    variant = (
+        call.bias,
+        allowed,
+        structure.lengths,
+        structure.padding,
+        structure.documents,
+        None if sinks is None else sinks.float().contiguous(),
+        slopes,
+        torch.randint(2**62, (1,)) if call.dropout > 0.0 else None,
+        structure.band,
+        call.scale,
+        softcap,
+        call.dropout,
+    )
+    operators = torch.ops.polyhead
+    if call.stored is not None:
+        keys, values = call.stored
+        places = (keys.data, values.data, keys.scales, values.scales, keys.table, keys.tokens)
+        output, lse, details = operators.attention_stored(query, *places, *variant, call.aux.stats)
+    else:
+        key, value = side_by_side(call.key), side_by_side(call.value)
+        if call.needs_grad:
+            attend = operators.attention_forward
+        elif call.aux.names:
+            attend = operators.attention_inference
+        else:
+            return operators.attention_output(query, key, value, *variant), NO_AUX
+        output, lse, details = attend(query, key, value, *variant, call.aux.stats)
+
+    def weights(mean: bool) -> Tensor:
+        written: Tensor = operators.attention_weights(
+            query,
+            key,
+            call.bias,
+            allowed,
+            structure.lengths,
+            structure.padding,
+            structure.documents,
+            slopes,
+            structure.band,
+            call.scale,
+            softcap,
+            details,
+            mean,
+        )
+        return written.to(call.dtype)
+
+    if not call.aux.names:
+        return output, NO_AUX
+    return output, Aux(
+        weights=weights(mean=False) if call.aux.weights else None,
+        mean_weights=weights(mean=True) if call.aux.mean_weights else None,
+        lse=lse if call.aux.lse else None,
+        stats=HeadStats(*details[3:].unbind()) if call.aux.stats else None,
+    )
+
+
+def run_plain(
+    query: Tensor,
+    key: Tensor | Stored,
+    value: Tensor | Stored,
+    mask: Mask | None,
+    scale: float | None,
+) -> Tensor | None:
+    """The output of attention of every query to every key, in inference, without what comes before
+    a kernel: to check, describe and choose takes longer than to decode a token of a small model.
+
+    Returns:
+        What `run` gives, to the bit; or None: then the general way runs the call, or says what is
+        wrong with it.
+    """
+    if (
+        cpu_operators.missing
+        or torch.is_grad_enabled()
+        or isinstance(key, Stored)
+        or isinstance(value, Stored)
+        # A subclass has ways of its own.
+        or not (type(query) is type(key) is type(value) is Tensor)
+        or not (query.is_cpu and key.is_cpu and value.is_cpu)
+        or not (mask is None or _lets_last_see_all(mask, query))
+        or not (scale is None or -math.inf < scale < math.inf)
+        or (query.dtype == torch.bfloat16 and _has_amx() and not _decodes(query, key))
+        or transform_reasons()
+        or is_traced()
+    ):
+        return None
+    try:
+        return torch.ops.polyhead.attention_plain(query, key, value, scale)  # type: ignore[no-any-return]
+    except NotImplementedError:  # sparse or nested: the general way says so
+        return None
+
+
+def _lets_last_see_all(mask: Mask, query: Tensor) -> bool:
+    is_causal = type(mask) is Causal and mask.align == "end"
+    return is_causal and query.ndim == 4 and query.shape[2] == 1
+
+
+def _decodes(query: Tensor, key: Tensor) -> bool:
+    """As `_is_decoding`, of one query each head."""
+    is_one = query.ndim == key.ndim == 4 and query.shape[2] == 1
+    return is_one and query.shape[1] <= _MAX_DECODE_ROWS * key.shape[1]
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())

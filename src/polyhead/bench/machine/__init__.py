@@ -1,0 +1,1 @@
+"""The machine of a benchmark: its description, ceilings, load and clock."""

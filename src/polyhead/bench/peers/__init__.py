@@ -1,0 +1,1 @@
+"""Peers of the benchmark: implementations of one case each."""

@@ -1,0 +1,53 @@
+"""Who reads keys and values that a cache holds as codes or in blocks: polyhead, where they are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.bench.cases import Case, Inputs
+from polyhead.bench.peers.attention import POLYHEAD, Peer, Run, attention_run
+from polyhead.cache import Cache, KVCache, PagedKVCache
+from polyhead.functional import attention
+
+__all__ = ["CACHES"]
+
+
+def _filled(case: Case, inputs: Inputs) -> Cache:
+    key, value = inputs["key"], inputs["value"]
+    sizes = (case.B, case.S, case.G, case.D)
+    storage = torch.int8 if case.codes else None
+    cache: Cache
+    if case.blocks:
+        cache = PagedKVCache(*sizes, dtype=case.dtype, storage=storage, block_size=case.blocks)
+    else:
+        cache = KVCache(*sizes, dtype=case.dtype, storage=storage)
+    cache.append(key, value)
+    return cache
+
+
+def _prepare_in_place(case: Case, inputs: Inputs) -> Run:
+    cache = _filled(case, inputs)
+    return attention_run(case, inputs, lambda query, *_: attention(query, *cache.read_stored()))
+
+
+def _prepare_gathered(case: Case, inputs: Inputs) -> Run:
+    cache = _filled(case, inputs)
+
+    def attend(query: Tensor, *_: Tensor) -> Tensor:
+        key, value = cache.read()
+        return F.scaled_dot_product_attention(query, key, value, enable_gqa=case.H != case.G)
+
+    return attention_run(case, inputs, attend)
+
+
+CACHES = (
+    replace(POLYHEAD, prepare=_prepare_in_place),
+    # The same numbers, as tensors: what it costs that they are kept otherwise, or saves.
+    replace(POLYHEAD, name="side by side", ours=False),
+    # What is left to do where a kernel reads tensors only.
+    Peer("sdpa, gathered", lambda case: [], _prepare_gathered),
+)

@@ -1,0 +1,36 @@
+"""Which peers a case is measured against, and which of them is the truth in float64."""
+
+from __future__ import annotations
+
+from polyhead.bench.peers.cached import CACHES
+from polyhead.bench.cases import Case
+from polyhead.bench.peers.engines import ONNX_RUNTIME, OPENVINO
+from polyhead.bench.peers.flex import FLEX
+from polyhead.bench.peers.generate import GENERATORS, HF_EAGER
+from polyhead.bench.peers.modules import MODULES, OWN_CLASS
+from polyhead.bench.peers.attention import EAGER, OUTPUT_ONLY, POLYHEAD, SDPA, Peer
+
+__all__ = ["definition_of", "peers_of"]
+
+_ATTENTION = (POLYHEAD, SDPA, FLEX, EAGER, ONNX_RUNTIME, OPENVINO)
+
+
+def peers_of(case: Case) -> tuple[Peer, ...]:
+    """Everybody who computes such a case, polyhead first.
+
+    >>> from polyhead.bench.suites import find_cases
+    >>> [peer.name for peer in peers_of(find_cases(("P2",))[0])]
+    ['polyhead', 'sdpa', 'flex', 'eager', 'ONNX Runtime', 'OpenVINO']
+    """
+    if case.kind == "module":
+        return MODULES
+    if case.kind == "generate":
+        return GENERATORS
+    if case.statistics:
+        return (POLYHEAD, OUTPUT_ONLY)
+    return CACHES if case.cached else _ATTENTION
+
+
+def definition_of(case: Case) -> Peer:
+    """The peer that writes the formula out."""
+    return {"attention": EAGER, "module": OWN_CLASS, "generate": HF_EAGER}[case.kind]

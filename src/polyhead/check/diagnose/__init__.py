@@ -1,0 +1,1 @@
+"""Probable causes of broken laws."""

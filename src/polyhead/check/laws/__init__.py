@@ -1,0 +1,1 @@
+"""The laws of attention, by subject. `LAWS` lists them in the order of the report."""

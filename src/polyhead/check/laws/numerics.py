@@ -1,0 +1,276 @@
+"""Laws of numbers: finite, in the dtype asked for, as exact as it can be, whatever the layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.check.law import (
+    NotApplicable,
+    Verdict,
+    broken,
+    first_line,
+    holds,
+    module_law,
+    reported,
+)
+from polyhead.check.laws.causality import need_causal, worst
+from polyhead.check.probe.sight import band
+from polyhead.check.subject import Subject, by, difference
+from polyhead.check.tolerance import Narrowest, Spy
+
+__all__: list[str] = []
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+@module_law
+def output_is_finite(subject: Subject) -> Verdict:
+    """Ordinary numbers in, finite numbers out.
+
+    Why: one NaN in a row spreads to every token of the next layer.
+
+    Would have caught: a mask that hides everything from the first token; an inverted causal mask,
+    whose last row is empty.
+    """
+    bad = ~subject.run(subject.input(2)).isfinite()
+    if bad.any():
+        tokens = bad.any(dim=-1).any(dim=0).nonzero().flatten().tolist()
+        return broken(f"the output at tokens {tokens} is not a number", tokens=tokens)
+    return holds()
+
+
+@module_law
+def odd_sizes_run(subject: Subject) -> Verdict:
+    """Any number of rows and tokens runs: 1, odd, prime, no multiple of a block.
+
+    Why: the last batch is smaller, and a text is as long as it is.
+
+    Would have caught: kernels that need multiples of their block, `squeeze()` at one token.
+    """
+    most = subject.claims.max_tokens or 17
+    features = subject.run(subject.input()).shape[-1]
+    for B, T in ((1, 1), (3, 1), (2, min(3, most)), (1, min(17, most))):
+        y = subject.run(subject.input(B, T))
+        if y.shape != (B, T, features):
+            return broken(f"{B} rows of {T} tokens gave an output of shape {tuple(y.shape)}")
+        if not y.isfinite().all():
+            return broken(f"{B} rows of {T} tokens gave numbers that are not finite")
+    return holds()
+
+
+@module_law
+def layout_in_memory_does_not_matter(subject: Subject) -> Verdict:
+    """An input with other strides gives the same output.
+
+    Why: a slice or a transpose is a legal input, and looks the same.
+
+    Would have caught: kernels that read raw pointers, `view` where the caller's layout decides.
+    """
+    x = subject.input(2)
+    T, d_in = x.shape[1:]
+    wide = torch.full((2, T, 2 * d_in), float("nan"), dtype=x.dtype, device=x.device)
+    wide[..., ::2] = x
+    for name, other in (
+        ("transposed", x.transpose(1, 2).contiguous().transpose(1, 2)),
+        ("every other feature of a wider tensor", wide[..., ::2]),
+    ):
+        try:
+            y = subject.run(other, as_it_is=True)
+        except RuntimeError as error:
+            return reported(f"an input of other strides is refused: {str(error).splitlines()[0]}")
+        apart = difference(y, subject.run(x))
+        if apart.max() > subject.allowed(x):
+            return broken(f"the same numbers, {name}, gave another output, by {by(apart)}")
+    return holds()
+
+
+@module_law
+def input_is_left_alone(subject: Subject) -> Verdict:
+    """The call does not change its input.
+
+    Why: the residual connection adds the input to the output, after the call.
+
+    Would have caught: in-place scaling or rotary positions applied to a view of the input.
+    """
+    x = subject.input(2)
+    before = x.clone()
+    subject.run(x, as_it_is=True)
+    return holds() if torch.equal(x, before) else broken("the call changed its input")
+
+
+@module_law
+def dtype_is_kept(subject: Subject) -> Verdict:
+    """The dtype of the input and weights is the dtype of the output.
+
+    Why: a silent cast costs memory or digits, and the next layer refuses the dtype.
+
+    Would have caught: masks and rotary tables made in float32, which pull a bfloat16 module's
+    output up to float32; modules that cast to bfloat16 silently.
+    """
+    for dtype in (torch.float32, *_HALVES):
+        try:
+            with torch.no_grad():
+                y = subject.call(subject.copy(dtype), subject.input().to(dtype)).output
+        except RuntimeError as error:
+            if dtype == torch.float32:
+                raise
+            return reported(f"{dtype} does not run: {first_line(error)}")
+        if y.dtype != dtype:
+            return broken(f"{dtype} in gave {y.dtype} out")
+    return holds()
+
+
+@module_law
+def nothing_is_computed_narrower(subject: Subject) -> Verdict:
+    """In float32, nothing inside is computed in half precision.
+
+    Why: bfloat16 has 8 bits. Who asked for it gave bfloat16; who gave float32 did not.
+
+    Would have caught: wrappers of kernels that cast their inputs to half precision, and the output
+    back, without a word.
+    """
+    x, spy = subject.input().float(), Narrowest()
+    module = subject.copy(torch.float32)
+    with torch.no_grad(), spy:
+        subject.call(module, x)
+    if torch.finfo(spy.dtype).eps > torch.finfo(torch.float32).eps:
+        return broken(f"a module in float32 computes in {spy.dtype} inside")
+    return holds()
+
+
+@module_law
+def float32_is_close_to_float64(subject: Subject) -> Verdict:
+    """In float32 the output is that of float64, within what rounding does to this module.
+
+    Why: an approximation that is not told is a bug that looks like noise.
+
+    Would have caught: softmax or rotary tables computed in half precision whatever the dtype.
+    """
+    return _close(subject, torch.float32)
+
+
+@module_law
+def half_precision_is_close_to_float64(subject: Subject) -> Verdict:
+    """In bfloat16 and float16 the output is that of float64, within what rounding does.
+
+    Why: a fused kernel sums in float32; one that does not loses digits with every key.
+
+    Would have caught: masks filled with -1e9, which float16 does not have, sums kept in half
+    precision, positions that bfloat16 cannot count.
+    """
+    for dtype in _HALVES:
+        verdict = _close(subject, dtype)
+        if verdict.message:
+            return verdict
+    return holds()
+
+
+def _close(subject: Subject, dtype: torch.dtype) -> Verdict:
+    if not subject.runs_in_float64:
+        raise NotApplicable("it does not run in float64")
+    x = subject.input(2).to(dtype)
+    rounded = subject.copy(dtype)
+    with torch.no_grad():
+        actual = subject.call(rounded, x).output.double()
+        exact = subject.call(rounded.double(), x.double()).output
+    allowed = subject.allowed(x.double(), dtype)
+    apart = difference(actual, exact)
+    if apart.max() > allowed:
+        return broken(f"in {dtype} the output is {by(apart)} off, allowed are {allowed:.2g}")
+    return holds()
+
+
+@module_law
+def large_inputs_stay_finite(subject: Subject) -> Verdict:
+    """Inputs 10,000 times as large give finite outputs and gradients.
+
+    Why: activations of trained models have outliers, and softmax of large scores is still a
+    softmax.
+
+    Would have caught: exp() without subtracting the largest score first.
+    """
+    module = subject.copy(torch.float32)
+    x = (1e4 * subject.input()).float().requires_grad_()
+    with torch.enable_grad():
+        y = subject.call(module, x).output
+    if not y.isfinite().all():
+        return broken("inputs 10,000 times as large gave an output that is not finite")
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    if not gradient.isfinite().all():
+        return broken("inputs 10,000 times as large gave a gradient that is not finite")
+    return holds()
+
+
+@module_law
+def mask_survives_large_scores(subject: Subject) -> Verdict:
+    """The future stays hidden when scores are large.
+
+    Why: a masked score must be -inf, or below every score there may be.
+
+    Would have caught: masked scores set to 0, or to a modest number such as -100, which scores of
+    outliers exceed; scores multiplied by the mask.
+    """
+    need_causal(subject)
+    x, other = 64 * subject.input(), 64 * subject.input(salt=1)
+    T = x.shape[1]
+    before = subject.run(x)
+    columns = []
+    for s in range(T):
+        changed = x.clone()
+        changed[:, s] = other[:, s]
+        columns.append(difference(subject.run(changed), before).amax(dim=(0, 2)))
+    influence = torch.stack(columns, dim=1)
+    future = ~band(T, True, None).to(influence.device)
+    t, s, change = worst(influence, future & influence.isfinite())
+    if change > subject.allowed(x):
+        return broken(
+            f"with inputs 64 times as large the output at token {t} changed by {change:.2g} when "
+            f"token {s} changed: masked scores are not low enough"
+        )
+    return holds()
+
+
+@module_law
+def memory_growth(subject: Subject) -> Verdict:
+    """How the largest tensor grows when the text doubles: linearly or with its square.
+
+    Why: T x T scores of every head fill the memory long before the model does. It is reported and
+    not judged.
+
+    Would have caught: fused kernels that silently fall back to the formula.
+    """
+    T = min(128, subject.claims.max_tokens or 128)
+    if T < 32:
+        raise NotApplicable(f"it takes {T} tokens only")
+    module = subject.copy(torch.float32)
+    largest = []
+    for tokens in (T // 2, T):
+        sizes = _LargestTensor()
+        try:
+            with torch.no_grad(), sizes:
+                subject.call(module, subject.input(1, tokens).float())
+        except (RuntimeError, ValueError, IndexError):
+            raise NotApplicable(f"it does not take {tokens} tokens") from None
+        largest.append(sizes.largest)
+    growth = largest[1] / largest[0]
+    kind = "quadratic" if growth > 3 else "linear"
+    return reported(f"{kind}: twice the tokens, {growth:.1f} times the largest tensor")
+
+
+class _LargestTensor(Spy):
+    """Counts the elements of the largest tensor that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, Tensor):
+                held = item.untyped_storage().nbytes() // item.element_size()
+                self.largest = max(self.largest, held)
+        return result

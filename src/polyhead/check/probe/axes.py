@@ -1,0 +1,91 @@
+"""Axes of the input, found by trying: tokens first, one number of tokens, one row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from polyhead.check.law import NotApplicable, first_line
+from polyhead.check.probe.transformers import is_transformers_own
+from polyhead.check.subject import Subject, difference
+from polyhead.errors import ArgumentError
+
+__all__ = ["find_axes"]
+
+
+def find_axes(subject: Subject) -> None:
+    """Find which axis is the tokens', and whether it has one size.
+
+    Raises:
+        ArgumentError: a layer of transformers takes one row only.
+    """
+    _turn(subject)
+    _fix_length(subject)
+    _need_rows(subject)
+
+
+def _turn(subject: Subject) -> None:
+    """Put tokens first where the module has them first: where batch rows see each other, and
+    tokens of a row do not, and the other way about once they are transposed."""
+    calling = subject.calling
+    told = calling.style == "yours" or hasattr(subject.module, "batch_first")
+    if told or not calling.batch_first or _across(subject) != (True, False):
+        return
+    subject.calling = replace(calling, batch_first=False, told="tokens first")
+    if _across(subject) == (False, True):
+        subject.claims.how["layout"] = "(tokens, batch, features), found by trying"
+    else:
+        subject.calling = calling
+
+
+def _across(subject: Subject) -> tuple[bool, bool]:
+    """Whether a token's output depends on another batch row, and on another token of its row."""
+    x, other = subject.input(2), subject.input(2, salt=1)
+    row, token = x.clone(), x.clone()
+    row[1], token[:, 0] = other[1], other[:, 0]
+    try:
+        before, by_row, by_token = (subject.run(tokens) for tokens in (x, row, token))
+    except Exception:  # of unknown code
+        return False, False
+    rounding = subject.allowed(x)
+    rows = difference(by_row, before)[0].max() > rounding
+    tokens = difference(by_token, before)[:, 1:].max() > rounding
+    return bool(rows), bool(tokens)
+
+
+def _need_rows(subject: Subject) -> None:
+    """A layer of transformers that takes one row only was not called as its model calls it."""
+    if not is_transformers_own(subject.module):
+        return
+    try:
+        subject.run(subject.input(2))
+    except Exception as error:  # of unknown code
+        raise ArgumentError(
+            "call",
+            "must be given for a layer that takes one row as it was called, and not two",
+            f"{type(error).__name__}: {first_line(error)}",
+            "pass call=lambda module, x: ...",
+        ) from error
+
+
+def _fix_length(subject: Subject) -> None:
+    """Where no number of tokens but one is taken, no law is held to another: windows of images are
+    of one size."""
+    T = subject.T
+    if "tokens" not in subject.claims.how or any(
+        subject.takes(n) for n in (1, T - 1, T + 1, 2 * T)
+    ):
+        return
+    run = subject.calling.run
+
+    def only(module: nn.Module, x: Tensor, keywords: dict[str, Any]) -> Any:
+        tokens = x.shape[1 if subject.calling.batch_first else 0]
+        if tokens != T:
+            raise NotApplicable(f"it takes {T} tokens and no other number")
+        return run(module, x, keywords)
+
+    subject.calling = replace(subject.calling, run=only)
+    subject.claims.window = None
+    subject.claims.how["tokens"] = f"{T} and no other number ({subject.claims.how['tokens']})"

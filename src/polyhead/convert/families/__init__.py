@@ -1,0 +1,1 @@
+"""Model families: the layout of each one's attention weights, and how its options are read."""

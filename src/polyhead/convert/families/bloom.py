@@ -1,0 +1,40 @@
+"""The layout of Bloom: GPT-NeoX's, head by head a query, a key and a value; and ALiBi.
+
+    query_key_value (H * 3 * D, d)        dense (d, d)
+
+    +---------+-------+---------+---------+-------+---------+-----
+    | query 0 | key 0 | value 0 | query 1 | key 1 | value 1 | ...
+    +---------+-------+---------+---------+-------+---------+-----
+
+Theirs adds the residual it is called with to the output; ours is called without one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead.convert.families import neox
+from polyhead.convert.config import UNLIMITED, causal
+from polyhead.convert.layout import Layout
+from polyhead.modules import MultiHeadAttention
+
+__all__ = ["LAYOUT", "build"]
+
+LAYOUT = Layout("bloom", neox.PROJECTIONS)
+
+
+def build(layer: Any) -> MultiHeadAttention:
+    """The layer's options as a MultiHeadAttention without numbers."""
+    dropout = layer.attention_dropout
+    d = layer.hidden_size
+    return MultiHeadAttention(
+        d,
+        d,
+        UNLIMITED,
+        dropout.p,
+        layer.num_heads,
+        qkv_bias=True,
+        alibi=True,
+        mask=causal(),
+        device="meta",
+    )

@@ -1,0 +1,23 @@
+"""The layout of GPT-OSS: Llama's with biases, and a learned sink a head.
+
+    q_proj (H * D, d_in)    k_proj, v_proj (G * D, d_in)    o_proj (d_in, H * D)    sinks (H,)
+
+Every name but those of the projections is the same in MultiHeadAttention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead.convert.families import llama
+from polyhead.convert.layout import Layout, parameter
+from polyhead.modules import MultiHeadAttention
+
+__all__ = ["LAYOUT", "build"]
+
+LAYOUT = Layout("gpt_oss", llama.PROJECTIONS, parameter("sinks"))
+
+
+def build(layer: Any) -> MultiHeadAttention:
+    """The layer's options as a MultiHeadAttention without numbers."""
+    return llama.build(layer, sinks=True)

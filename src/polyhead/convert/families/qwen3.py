@@ -1,0 +1,26 @@
+"""The layout of Qwen 3: Llama's, and a norm of each head's queries and keys before rope.
+
+    q_proj (H * D, d_in)    k_proj, v_proj (G * D, d_in)    o_proj (d_in, H * D)
+    q_norm, k_norm (D,)     one for all heads
+
+The norms are called as they are in MultiHeadAttention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polyhead.convert.families import llama
+from polyhead.convert.layout import Layout, parameter
+from polyhead.convert.linear import rms_norm
+from polyhead.modules import MultiHeadAttention
+
+__all__ = ["LAYOUT", "NORMS", "build"]
+
+NORMS = (*parameter("q_norm.weight"), *parameter("k_norm.weight"))
+LAYOUT = Layout("qwen3", llama.PROJECTIONS, NORMS)
+
+
+def build(layer: Any, **options: Any) -> MultiHeadAttention:
+    """The layer's options as a MultiHeadAttention without numbers."""
+    return llama.build(layer, qk_norm=rms_norm(layer.q_norm), **options)

@@ -1,0 +1,100 @@
+"""What runs in each attention layer of a transformers model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from polyhead.integrations.transformers.guard import NAME
+from polyhead.integrations.transformers.attention_layers import AttentionLayer, attention_layers
+
+__all__ = ["LayerReport", "ModelReport", "report"]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One attention layer.
+
+    Attributes:
+        name: as in `model.named_modules()`.
+        cls: its class.
+        runs: "polyhead", the name of another attention, "its own", or "nothing": polyhead refuses
+            what the layer passes.
+        reason: why not polyhead, and what to do; empty where it is.
+    """
+
+    name: str
+    cls: str
+    runs: str
+    reason: str = ""
+
+    @property
+    def attends_through_polyhead(self) -> bool:
+        return self.runs == NAME
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """All attention layers of a model. Printing it gives a table.
+
+    Attributes:
+        model: its class.
+        layers: in the order of `model.named_modules()`.
+    """
+
+    model: str
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        ours = sum(layer.attends_through_polyhead for layer in self.layers)
+        lines = [f"{self.model}: {ours} of {len(self.layers)} attention layers run polyhead"]
+        if self.layers:
+            widths = [
+                max(map(len, column)) for column in zip(*map(_columns, self.layers), strict=True)
+            ]
+        for layer in self.layers:
+            cells = zip(_columns(layer), widths, strict=True)
+            line = "  ".join(text.ljust(width) for text, width in cells)
+            lines.append(f"  {line}  {layer.reason}".rstrip())
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> ModelReport:
+    """Say for each attention layer whether it attends through polyhead, and if not why.
+
+    Told from the layers' code and the model's config; nothing is run.
+
+    >>> import polyhead
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> polyhead.integrations.transformers.register()
+    >>> config = LlamaConfig(
+    ...     hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
+    ...     vocab_size=31, attn_implementation="polyhead",
+    ... )
+    >>> print(report(LlamaModel(config)))
+    LlamaModel: 2 of 2 attention layers run polyhead
+      layers.0.self_attn  LlamaAttention  polyhead
+      layers.1.self_attn  LlamaAttention  polyhead
+    """
+    return ModelReport(type(model).__name__, tuple(map(_reported, attention_layers(model))))
+
+
+def _reported(layer: AttentionLayer) -> LayerReport:
+    runs, reason = "its own", "computes attention in its forward, and asks no attention function"
+    if layer.is_polyheads:
+        runs, reason = NAME, ""
+    elif layer.is_torchs:
+        reason = "is torch's; call polyhead.drop_in.replace_attention(model)"
+    elif layer.refused:
+        runs = str(getattr(layer.config, "_attn_implementation", None))
+        runs = "nothing" if runs == NAME else runs
+        reason = f'passes {", ".join(layer.refused)}, which polyhead does not know; keep "eager"'
+    elif layer.asks:
+        runs = str(getattr(layer.config, "_attn_implementation", None))
+        reason = "" if runs == NAME else f'call model.set_attn_implementation("{NAME}")'
+    return LayerReport(layer.name, type(layer.module).__name__, runs, reason)
+
+
+def _columns(layer: LayerReport) -> tuple[str, str, str]:
+    return layer.name, layer.cls, layer.runs

@@ -1,0 +1,53 @@
+"""A mask that keeps its structure on its way through a transformers model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polyhead.integrations.transformers.lazy_tensor import StandIn
+from polyhead.mask import Mask
+
+__all__ = ["StructuredMask"]
+
+
+class StructuredMask(StandIn):
+    """A bool tensor (B, 1, T, S), True = may attend, of which only the rule is held.
+
+    A model that slices, adds or moves its mask gets what it would have got of the booleans.
+
+    Attributes:
+        rule: the mask, or None for everybody.
+
+    >>> import polyhead as ph
+    >>> mask = StructuredMask(ph.mask.causal(), batch=1, T=2, S=3, device="cpu")
+    >>> mask
+    StructuredMask(causal(), shape=(1, 1, 2, 3))
+    >>> mask[0, 0].int()
+    tensor([[1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+
+    rule: Mask | None
+
+    def __new__(
+        cls, rule: Mask | None, *, batch: int, T: int, S: int, device: torch.device | str
+    ) -> StructuredMask:
+        mask: StructuredMask = cls._of_shape((batch, 1, T, S), torch.bool, torch.device(device))
+        mask.rule = rule
+        return mask
+
+    def _make(self) -> Tensor:
+        T, S = self.shape[2:]
+        if self.rule is None:
+            allowed = torch.ones(1, dtype=torch.bool, device=self.device)
+        else:
+            allowed = self.rule.materialize(T, S, device=self.device)
+        return allowed.expand(self.shape)
+
+    def _again(self) -> StructuredMask:
+        batch, _, T, S = self.shape
+        return StructuredMask(self.rule, batch=batch, T=T, S=S, device=self.device)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"StructuredMask({self.rule!r}, shape={tuple(self.shape)})"

@@ -1,0 +1,182 @@
+"""Sums over keys, streamed: what every number about heads is made of.
+
+The weight that a query puts on a set of keys is exp(lse over the set - lse over all its keys), and
+a fused kernel gives an lse without a T x S tensor. So a share of weight, whatever the set, is one
+more pass of the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from polyhead.validate import autocasts
+from polyhead.backends import REFERENCE, candidates
+from polyhead.backends.reference import compute_aux
+from polyhead.backends.mask_ranges import read_structure
+from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
+from polyhead.mask import Dense, LeftPadding, Mask, Prefix
+
+__all__ = [
+    "chunks",
+    "log_sums",
+    "log_totals",
+    "part_of",
+    "shares",
+    "stream_aux",
+    "weights_by_chunk",
+]
+
+# Without a kernel the scores of some queries are held at a time; this many cells of them.
+_CELLS = 2**22
+
+
+def log_totals(call: AttentionCall, log_sums_bht: Tensor) -> Tensor:
+    """The logarithm of what exp(score) is divided by, (B, H, T): the sum of keys and sink."""
+    if call.sinks is None:
+        return log_sums_bht
+    return torch.logaddexp(log_sums_bht, call.sinks.to(log_sums_bht.dtype)[:, None])
+
+
+def shares(log_sums_bht: Tensor, log_totals_bht: Tensor) -> Tensor:
+    """The weight on the keys whose log-sum is given; 0 for a query with nothing to attend to."""
+    return torch.exp(log_sums_bht - log_totals_bht).masked_fill(log_sums_bht == -torch.inf, 0.0)
+
+
+def log_sums(call: AttentionCall, keys: tuple[int, int] | None = None) -> Tensor:
+    """log sum exp(score) over the keys each query may attend to, (B, H, T); -inf over none.
+
+    Args:
+        call: whose scores; its output is not computed.
+        keys: (first, last), to sum over keys first .. last - 1 only.
+    """
+    lse = stream_aux(call, AuxRequest(lse=True), keys).lse
+    assert lse is not None
+    return lse
+
+
+def stream_aux(
+    call: AttentionCall, request: AuxRequest, keys: tuple[int, int] | None = None
+) -> Aux:
+    """lse and stats as of `attention(..., return_aux=request)`, in memory that grows with T alone.
+
+    By the first backend, of those that would run here, that has them from its own pass; else by
+    the definition, chunk by chunk. With `keys` = (first, last), as if there were no other keys
+    than first .. last - 1.
+    """
+    first, last = (0, call.S) if keys is None else keys
+    # Values of no features: there is no output to compute.
+    asked = replace(
+        call,
+        value=call.key[..., :0],
+        mask=_within(call, first, last),
+        dropout=0.0,
+        aux=request,
+    )
+    for backend in candidates("auto") if _keeps_structure(asked) else ():
+        streams = backend is not REFERENCE and backend.aux.issuperset(request.names)
+        if streams and not backend.why_not(asked):
+            with _autocast_off(call.query):
+                return backend.run(asked)[1]
+    with _autocast_off(call.query):
+        return _by_definition(replace(asked, mask=call.mask), first, last)
+
+
+def weights_by_chunk(call: AttentionCall) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, weights of queries start .. stop - 1), in the compute dtype: by the definition.
+
+    The weights are of keys 0 .. last - 1, as many as the mask lets these queries reach.
+    """
+    wide = {n: getattr(call, n).to(call.compute_dtype) for n in ("query", "key")}
+    call = replace(call, **wide, value=wide["key"][..., :0], aux=AuxRequest(weights=True))
+    for start, stop in chunks(call, call.B * call.H * call.S, _CELLS):
+        last = call.S
+        if call.mask is not None:
+            last = max(0, call.mask.reach(start, stop, call.T, call.S)[1])
+        part = part_of(call, start, stop, 0, last)
+        with _autocast_off(call.query):
+            weights = compute_aux(part, first_position=call.S - call.T + start).weights
+        assert weights is not None
+        yield start, stop, weights
+
+
+def chunks(call: AttentionCall, cells_a_row: int, cells: int) -> Iterator[tuple[int, int]]:
+    """Queries start .. stop - 1 at a time, of at most `cells` cells (and at least one query)."""
+    rows = max(1, cells // max(1, cells_a_row))
+    for start in range(0, max(call.T, 1), rows):
+        yield start, min(start + rows, call.T)
+
+
+def part_of(call: AttentionCall, start: int, stop: int, first: int, last: int) -> AttentionCall:
+    """The call of queries start .. stop - 1 against keys first .. last - 1, its mask written out.
+
+    Query 0 of it stands at call.S - call.T + start - first among its keys.
+    """
+    mask = None
+    if call.mask is not None:
+        rows = call.mask.rows(start, stop, call.T, call.S, keys=(first, last), device=call.device)
+        mask = Dense(rows)
+    bias = call.bias
+    if bias is not None:
+        bias = bias if bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., start:stop, :]
+        bias = bias if bias.shape[-1] == 1 else bias[..., first:last]
+    return replace(
+        call,
+        query=call.query[:, :, start:stop],
+        key=call.key[:, :, first:last],
+        value=call.value[:, :, first:last],
+        mask=mask,
+        bias=bias,
+    )
+
+
+def _within(call: AttentionCall, first: int, last: int) -> Mask | None:
+    """The call's mask, and only keys first .. last - 1: rules whose structure a kernel knows."""
+    mask = call.mask
+    rules: list[Mask] = []
+    if first > 0:
+        rules.append(LeftPadding(torch.full((call.B,), first, device=call.device)))
+    if last < call.S:
+        rules.append(Prefix(last))
+    for rule in rules:
+        mask = rule if mask is None else mask & rule
+    return mask
+
+
+def _keeps_structure(call: AttentionCall) -> bool:
+    """Whether a kernel can read the mask without writing out T x S booleans that are not there."""
+    rest = read_structure(call.mask, call.T, call.S).rest
+    return rest is None or isinstance(rest, Dense) or call.T * call.S <= _CELLS
+
+
+@contextmanager
+def _autocast_off(query: Tensor) -> Iterator[None]:
+    """As `attention` does: a caller's autocast decides the dtype of queries and keys, no more."""
+    if autocasts(query):
+        with torch.autocast(query.device.type, enabled=False):
+            yield
+    else:
+        yield
+
+
+def _by_definition(call: AttentionCall, first: int, last: int) -> Aux:
+    parts = []
+    for start, stop in chunks(call, call.B * call.H * (last - first), _CELLS):
+        end = last
+        if call.mask is not None:
+            end = min(last, max(first, call.mask.reach(start, stop, call.T, call.S)[1]))
+        part = part_of(call, start, stop, first, end)
+        parts.append(compute_aux(part, first_position=call.S - call.T + start - first))
+    return Aux(
+        lse=torch.cat([p.lse for p in parts if p.lse is not None], dim=2) if call.aux.lse else None,
+        stats=_joined([p.stats for p in parts if p.stats is not None]) if call.aux.stats else None,
+    )
+
+
+def _joined(parts: list[HeadStats]) -> HeadStats:
+    names = [field.name for field in fields(HeadStats)]
+    return HeadStats(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in names))

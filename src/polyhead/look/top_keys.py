@@ -1,0 +1,79 @@
+"""The most attended keys of every query."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.validate import build_call
+from polyhead.call import AttentionCall
+from polyhead.errors import ArgumentError
+from polyhead.look.streaming import weights_by_chunk
+from polyhead.mask import Mask
+
+__all__ = ["TopKeys", "top_keys", "top_keys_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class TopKeys:
+    """The most attended keys of every query, the most attended first.
+
+    Attributes:
+        keys: (B, H, T, n) their numbers; -1 where a query has fewer keys with any weight.
+        weights: (B, H, T, n) the weight on each, in the compute dtype; 0 where there is none.
+    """
+
+    keys: Tensor
+    weights: Tensor
+
+
+@torch.no_grad()
+def top_keys(
+    query: Tensor,
+    key: Tensor,
+    n: int = 8,
+    *,
+    mask: Mask | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> TopKeys:
+    """The n most attended keys of every query of every head, and the weight on each.
+
+    Exact; the weights of some queries are held at a time. No gradients.
+
+    Args:
+        query: (B, H, T, D).
+        key: (B, G, S, D), G a divisor of H.
+        n: how many; fewer if there are fewer keys.
+        mask, bias, scale, softcap, sinks, alibi_slopes: as in `polyhead.attention`.
+
+    >>> import polyhead as ph
+    >>> query, key = torch.ones(1, 1, 3, 1), torch.tensor([1.0, 3.0, 2.0])[None, None, :, None]
+    >>> ph.look.top_keys(query, key, n=2, mask=ph.mask.causal()).keys[0, 0]
+    tensor([[ 0, -1],
+            [ 1,  0],
+            [ 1,  2]])
+    """
+    call = build_call(query, key, key, mask, bias, scale, softcap, sinks, alibi_slopes)
+    return top_keys_of(call, n)
+
+
+def top_keys_of(call: AttentionCall, n: int) -> TopKeys:
+    """The same, of a call."""
+    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+        raise ArgumentError("n", "must be an integer of at least 1", repr(n), "say 8")
+    n = min(n, call.S)
+    found = []
+    for _, _, weights_bhts in weights_by_chunk(call):
+        most, keys = weights_bhts.topk(min(n, weights_bhts.shape[-1]), dim=-1)
+        keys = keys.masked_fill(most == 0.0, -1)
+        missing = (0, n - most.shape[-1])
+        found.append((F.pad(most, missing), F.pad(keys, missing, value=-1)))
+    weights, keys = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+    return TopKeys(keys, weights)

@@ -1,0 +1,1 @@
+"""Models and texts: transformers folders, GGUF files, and the words of a text."""

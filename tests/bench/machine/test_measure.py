@@ -1,0 +1,83 @@
+"""Turns, medians, quartiles; by a clock that the test winds."""
+
+import pytest
+
+from polyhead.bench.machine.measure import Timing, interleave
+from polyhead.errors import ArgumentError
+
+
+class Clock:
+    """Calls move it; looking at it does not."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.log = []
+
+    def __call__(self):
+        return self.now
+
+    def call(self, name, *seconds):
+        """A call that takes these seconds in turn, the last again and again."""
+        left = list(seconds)
+
+        def run():
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def test_a_round_is_one_sample_of_each_and_each_begins_in_turn():
+    clock = Clock()
+    calls = {name: clock.call(name, 1.0) for name in "abc"}
+    interleave(calls, rounds=5, seconds=0.0, clock=clock)
+    assert "".join(clock.log) == "aabbcc" + "abc" + "bca" + "cab" + "abc" + "bca"
+
+
+def test_medians_and_quartiles():
+    clock = Clock()
+    warm = (9.0, 9.0)  # what comes before the samples does not count
+    calls = {"a": clock.call("a", *warm, 5.0, 1.0, 2.0, 90.0, 3.0)}
+    timing = interleave(calls, rounds=5, seconds=0.0, clock=clock)["a"]
+    assert timing.samples == (5.0, 1.0, 2.0, 90.0, 3.0)
+    assert timing.median == 3.0
+    assert timing.quartiles == (2.0, 5.0)
+
+
+def test_it_goes_on_for_the_seconds_asked_and_no_less_than_the_rounds():
+    for seconds, expected in ((0.0, 7), (20.0, 20)):
+        clock = Clock()
+        calls = {"a": clock.call("a", 1.0)}
+        timing = interleave(calls, rounds=7, seconds=seconds, clock=clock)["a"]
+        assert len(timing.samples) == expected
+
+
+def test_short_calls_are_repeated_within_a_sample_after_one_that_does_not_count():
+    clock = Clock()
+    calls = {"short": clock.call("short", 2.0**-9), "long": clock.call("long", 1.0)}
+    timings = interleave(calls, rounds=5, seconds=0.0, clock=clock)
+    repeats = 6  # of 2 ms, to reach 10 ms
+    assert clock.log.count("short") == 2 + 5 * (1 + repeats)
+    assert clock.log.count("long") == 2 + 5
+    assert timings["short"].median == 2.0**-9
+
+
+def test_progress_ends_at_one():
+    clock, done = Clock(), []
+    calls = {"a": clock.call("a", 1.0)}
+    interleave(calls, rounds=5, seconds=9.5, clock=clock, progress=done.append)
+    assert done == sorted(done)
+    assert done[-2:] == [9 / 9.5, 1.0]
+
+
+def test_nobody_to_measure():
+    assert interleave({}, rounds=5, seconds=1.0) == {}
+
+
+def test_fewer_than_five_rounds_say_little():
+    with pytest.raises(ArgumentError, match="rounds must be at least 5; got 4; medians of fewer"):
+        interleave({"a": lambda: None}, rounds=4, seconds=0.0)
+
+
+def test_a_timing_of_equal_samples():
+    assert Timing((2.0,) * 5).quartiles == (2.0, 2.0)

@@ -1,0 +1,77 @@
+"""When other processes are busy: wait, try again, then refuse."""
+
+import pytest
+
+from polyhead.bench.machine.system_load import CpuTimes, DisturbedError, others_share, quietly, read_cpu_times
+
+
+class Machine:
+    """Two processors for ten seconds a measurement; others take these shares in turn."""
+
+    def __init__(self, *shares):
+        self.times = []
+        for i, share in enumerate(shares):
+            start = CpuTimes(100.0 * i, 1000.0 * i, 50.0 * i)
+            end = CpuTimes(start.busy + 8 + 20 * share, start.total + 20, start.own + 8)
+            self.times += [start, end]
+        self.waits = []
+        self.measured = 0
+
+    def measure(self):
+        self.measured += 1
+        return self.measured
+
+    def quietly(self, **options):
+        times = iter(self.times)
+        return quietly(self.measure, read=lambda: next(times), sleep=self.waits.append, **options)
+
+
+def test_the_share_of_others_leaves_out_ours_and_idle_time():
+    before = CpuTimes(busy=100, total=1000, own=50)
+    assert others_share(before, CpuTimes(busy=112, total=1020, own=60)) == pytest.approx(0.1)
+    # Ticks are coarse: a little less than nothing is nothing.
+    assert others_share(before, CpuTimes(busy=109.9, total=1020, own=60)) == 0.0
+    assert others_share(before, before) == 0.0
+
+
+def test_a_quiet_machine_is_measured_once():
+    machine = Machine(0.05)
+    result, share = machine.quietly()
+    assert (result, machine.waits) == (1, [])
+    assert share == pytest.approx(0.05)
+
+
+def test_a_disturbance_that_passes_is_waited_for():
+    machine = Machine(0.5, 0.06, 0.01)
+    result, share = machine.quietly()
+    assert result == 3
+    assert share == pytest.approx(0.01)
+    assert machine.waits == [5.0, 20.0]
+
+
+def test_a_disturbance_that_stays_is_refused_with_every_share():
+    machine = Machine(0.5, 0.25, 0.06)
+    with pytest.raises(DisturbedError, match=r"at most 5%.*got 50%, 25%, 6% in 3 tries.*--anyway"):
+        machine.quietly()
+    assert machine.measured == 3
+
+
+def test_anyway_takes_the_first_and_tells_the_share():
+    machine = Machine(0.5)
+    result, share = machine.quietly(anyway=True)
+    assert result == 1
+    assert share == pytest.approx(0.5)
+
+
+def test_a_system_that_does_not_tell_is_measured_without_a_share():
+    assert quietly(lambda: "done", read=lambda: None) == ("done", None)
+
+
+def test_times_are_read_from_the_kernel(tmp_path):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 10 50 1000 40 5 5 30 7 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+    times = read_cpu_times(stat)
+    hertz = 1240 / times.total  # user is 100 ticks, guests are part of it
+    assert times.busy == pytest.approx(200 / hertz)
+    assert times.own > 0
+    assert read_cpu_times(tmp_path / "none") is None

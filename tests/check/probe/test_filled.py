@@ -1,0 +1,66 @@
+"""Parameters that nobody filled are found, named, and the same for the same seed."""
+
+import pytest
+import torch
+from torch import nn
+
+from polyhead.check import check_module
+from polyhead.check.probe.filled import filled, unfilled
+
+MAKES = {
+    "torch.empty": lambda: torch.empty(6, 6),
+    "torch.Tensor": lambda: torch.Tensor(6, 6),
+    "FloatTensor": lambda: torch.FloatTensor(6, 6),
+    "empty_like": lambda: torch.empty_like(torch.zeros(6, 6)),
+    "new_empty": lambda: torch.zeros(1).new_empty(6, 6),
+}
+
+
+class Mixed(nn.Module):
+    def __init__(self, make, fill=False):
+        super().__init__()
+        self.mix = nn.Parameter(make())
+        self.in_proj = nn.Linear(6, 6)
+        if fill:
+            nn.init.xavier_uniform_(self.mix)
+
+    def forward(self, x):
+        return self.in_proj(x) @ self.mix
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_memory_that_nobody_filled_is_found(name):
+    assert list(unfilled(lambda: Mixed(MAKES[name]), 0)) == ["mix"]
+    assert list(unfilled(lambda: Mixed(MAKES[name], fill=True), 0)) == []
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_what_was_not_filled_is_filled_from_the_seed():
+    module = Mixed(MAKES["torch.empty"])
+    one, same, other = (filled(module, ["mix"], seed).mix for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.isfinite().all()
+
+
+def test_a_check_names_them_and_repeats():
+    make = lambda: Mixed(MAKES["torch.empty"])  # noqa: E731
+    torch.manual_seed(0)
+    module = make()
+    reports = [check_module(module, make=make, seed=3) for _ in range(2)]
+    for report in reports:
+        failed = {failure.law: failure.verdict.message for failure in report.failures}
+        assert failed["parameters_are_filled"].startswith("mix: made by torch.empty")
+        assert report.diagnosis[0] == "parameters that are never filled: mix"
+        assert report.facts["unfilled"] == "mix (the check fills them from its seed)"
+    messages = [
+        [(r.verdict.outcome, r.verdict.message) for r in report.results] for report in reports
+    ]
+    assert messages[0] == messages[1]
+
+
+def test_what_raises_while_it_is_made_is_no_finding():
+    def make():
+        raise RuntimeError("no")
+
+    assert list(unfilled(make, 0)) == []

@@ -1,0 +1,121 @@
+"""Keys and values that are tensors to whoever looks, and codes to the attention."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache
+
+import polyhead as ph
+from polyhead.integrations.transformers.cache import Cache
+from polyhead.integrations.transformers.lazy_cache import HeldTensor, as_stored, as_tensor
+
+
+@pytest.fixture
+def stored():
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(2, 3, 5, 4, generator=generator)
+    key, _ = ph.KVCache(2, 8, 3, 4, storage=torch.int8).append_stored(numbers, numbers)
+    return key
+
+
+@pytest.fixture
+def nobody_makes_numbers(monkeypatch):
+    def refuse(self):
+        raise AssertionError("a tensor was made of what a cache holds")
+
+    monkeypatch.setattr(HeldTensor, "_make", refuse)
+
+
+def test_it_looks_like_the_tensor_it_stands_for(stored):
+    held, numbers = as_tensor(stored), stored.gather()
+    assert isinstance(held, torch.Tensor)
+    assert held.shape == numbers.shape
+    assert (held.dtype, held.device, held.requires_grad) == (torch.float32, numbers.device, False)
+    assert as_stored(held) is stored
+    assert as_stored(numbers) is numbers
+    assert as_tensor(numbers) is numbers
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda key: key[:, :, -1:, :2],
+        lambda key: key.transpose(2, 3),
+        lambda key: torch.ones(2, 3, 1, 4) @ key.mT,
+        lambda key: torch.cat([key, key], dim=2),
+        lambda key: key.repeat_interleave(2, dim=1),
+        lambda key: key.to(torch.float64),
+        lambda key: torch.nn.functional.scaled_dot_product_attention(key, key, key),
+        torch.clone,
+        torch.Tensor.detach,
+        copy.deepcopy,
+    ],
+)
+def test_whatever_is_done_with_it_is_done_with_the_numbers(stored, use):
+    used = use(as_tensor(stored))
+    assert type(used) is torch.Tensor
+    assert torch.equal(used, use(stored.gather()))
+
+
+def test_numbers_are_made_once(stored):
+    held = as_tensor(stored)
+    assert held.dense() is held.dense()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+@pytest.mark.parametrize("asked", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.usefixtures("nobody_makes_numbers", "kernels")
+def test_generation_makes_no_tensor_of_codes(name, asked, build, inputs):
+    given, _ = inputs(name, "left")
+    model = build(name, "polyhead")
+    cache = Cache(model.config, 40, storage=torch.int8)
+    model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False, **asked)
+
+
+@pytest.mark.parametrize("other", ["eager", "sdpa"])
+def test_other_attentions_get_tensors(other, build, inputs):
+    given, _ = inputs("Llama", "left")
+    logits = []
+    for attention in ("polyhead", other):
+        model = build("Llama", attention)
+        cache = Cache(model.config, 40, storage=torch.int8)
+        with torch.no_grad():
+            model(**given, past_key_values=cache)
+            mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
+            token = torch.tensor([[4]] * len(mask))
+            answer = model(token, attention_mask=mask, past_key_values=cache)
+        logits.append(answer.logits)
+    torch.testing.assert_close(*logits)
+
+
+def test_cross_attention_reads_codes_too(build, inputs):
+    given, _ = inputs("Bart", "left")
+    given.pop("decoder_input_ids")
+    model = build("Bart", "polyhead")
+    caches = EncoderDecoderCache(
+        Cache(model.config, 40, storage=torch.int8), Cache(model.config, 40, storage=torch.int8)
+    )
+    asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
+    asked["return_dict_in_generate"] = True
+    plain = EncoderDecoderCache(
+        DynamicCache(config=model.config), DynamicCache(config=model.config)
+    )
+    ours, theirs = (
+        model.generate(**given, past_key_values=cache, **asked).logits[0]
+        for cache in (caches, plain)
+    )
+    assert 0 < (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+# transformers 4 warns of every other attention, and returns the weights all the same.
+@pytest.mark.filterwarnings("ignore:.output_attentions=True. is not supported:UserWarning")
+@pytest.mark.usefixtures("kernels")
+def test_weights_are_those_of_the_numbers(build, inputs):
+    given, _ = inputs("Llama", "no mask")
+    model = build("Llama", "polyhead")
+    cache = Cache(model.config, 40, storage=torch.int8)
+    with torch.no_grad():
+        answer = model(**given, past_key_values=cache, output_attentions=True)
+    sums = answer.attentions[0].sum(dim=-1)
+    torch.testing.assert_close(sums, torch.ones_like(sums))

@@ -1,0 +1,56 @@
+"""`report(model)`: what runs in each layer."""
+
+import pytest
+import torch
+
+import polyhead as ph
+from polyhead.integrations.transformers import status as report
+
+
+def test_every_layer_that_calls_is_reported_as_such(family, build, inputs, calls):
+    model = build(family, "polyhead")
+    given, _ = inputs(family)
+    model(**given)
+    layers = report(model).layers
+    assert len(layers) == len(calls)
+    assert all(layer.attends_through_polyhead for layer in layers)
+
+
+def test_a_layer_under_another_name_says_what_to_call(build):
+    (layer, _) = report(build("Llama", "eager")).layers
+    assert (layer.name, layer.cls) == ("model.layers.0.self_attn", "LlamaAttention")
+    assert layer.runs == "eager"
+    assert layer.reason == 'call model.set_attn_implementation("polyhead")'
+
+
+def test_a_layer_that_computes_its_own():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BloomConfig(vocab_size=31, hidden_size=24, n_layer=2, n_head=6)
+    assert str(report(transformers.BloomModel(config))).splitlines() == [
+        "BloomModel: 0 of 2 attention layers run polyhead",
+        *(
+            f"  h.{layer}.self_attention  BloomAttention  its own  "
+            "computes attention in its forward, and asks no attention function"
+            for layer in range(2)
+        ),
+    ]
+
+
+def test_torchs_layers_and_ours():
+    model = torch.nn.ModuleDict(
+        {
+            "theirs": torch.nn.MultiheadAttention(24, 6),
+            "ours": ph.drop_in.MultiheadAttention(24, 6),
+            "split": ph.MultiHeadAttention(24, 24, 9, 0.0, 6),
+        }
+    )
+    theirs, *ours = report(model).layers
+    assert theirs.runs == "its own"
+    assert theirs.reason == "is torch's; call polyhead.drop_in.replace_attention(model)"
+    assert [layer.runs for layer in ours] == ["polyhead", "polyhead"]
+
+
+def test_a_model_without_attention():
+    assert str(ph.integrations.transformers.report(torch.nn.Linear(2, 3))) == (
+        "Linear: 0 of 0 attention layers run polyhead"
+    )

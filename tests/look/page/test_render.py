@@ -1,0 +1,104 @@
+"""The document: what it holds, and what it lets run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+
+from polyhead.look.page import render as document, payload, render
+
+# Beside the hostile ones: what HTML or JSON would read as something else, and blanks.
+ODD = ["{{script}} \\u003c & &amp; &lt;", "\x85", "\t", "\r\n", "\n", " ", ""]
+
+
+class Elements(HTMLParser):
+    """The elements of a document as (tag, attributes, text within)."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.found = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs), []))
+
+    def handle_data(self, data):
+        if self.found:
+            self.found[-1][2].append(data)
+
+    def handle_endtag(self, tag):
+        self.found.append((f"/{tag}", {}, []))
+
+    def of(self, tag):
+        return [(attrs, "".join(text)) for name, attrs, text in self.found if name == tag]
+
+
+def test_a_policy_that_names_all_that_runs(planted):
+    elements = Elements(render(planted()))
+    (policy,) = [a["content"] for a, _ in elements.of("meta") if "http-equiv" in a]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'"
+    assert "unsafe" not in policy
+    assert "connect-src" not in rules
+
+    def hashes(tag, skip=()):
+        digests = [
+            hashlib.sha256(text.encode()).digest()
+            for attrs, text in elements.of(tag)
+            if attrs.get("type") not in skip
+        ]
+        return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+
+    assert rules["script-src"].split() == hashes("script", skip=["application/json"])
+    assert rules["style-src"].split() == hashes("style")
+    assert not [a for _, a, _ in elements.found if "style" in a or any(n[:2] == "on" for n in a)]
+    assert not [a for _, a, _ in elements.found if "src" in a]
+
+
+def test_live_adds_what_a_server_needs(planted):
+    still, live = render(planted()), render(planted(), live=True)
+    assert "connect-src 'self'" in live
+    assert document._file("live.js") in live
+    assert document._file("live.js") not in still
+
+
+def test_data_as_it_was(planted, hostile):
+    report = planted([*hostile, *ODD] * 2)
+    elements = Elements(render(report))
+    (data,) = [text for attrs, text in elements.of("script") if attrs.get("id") == "data"]
+    assert json.loads(data) == payload(report)
+    assert "<" not in data
+    data.encode()
+
+
+def test_no_more_elements_whatever_the_text(planted, hostile):
+    plain = Elements(render(planted()))
+    odd = Elements(render(planted([*hostile, *ODD] * 2)))
+    assert [tag for tag, *_ in odd.found] == [tag for tag, *_ in plain.found]
+
+
+def test_every_script_of_the_package_is_used():
+    files = document.resources.files("polyhead.look.page").iterdir()
+    scripts = {file.name for file in files if file.name.endswith(".js")}
+    assert scripts == {*document._SCRIPTS, "live.js"}
+
+
+def test_written_to_a_file(planted, tmp_path):
+    planted().to_html(tmp_path / "heads.html")
+    assert (tmp_path / "heads.html").read_text("utf-8") == render(planted())
+
+
+def test_a_notebook_gets_a_frame_that_can_only_draw(planted):
+    ((attributes, _),) = Elements(planted()._repr_html_()).of("iframe")
+    assert attributes["sandbox"] == "allow-scripts"
+    assert attributes["srcdoc"] == html.unescape(render(planted(), budget=1_500_000))
+
+
+def test_the_title_is_text(planted):
+    ((_, title),) = Elements(render(replace(planted(), model="<b>x</b>"))).of("title")
+    assert title == "What the heads of <b>x</b> do"

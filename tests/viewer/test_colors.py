@@ -1,0 +1,24 @@
+"""Numbers as colours: in order, and with ink that can be read on them."""
+
+from polyhead.viewer.colors import coloured
+
+
+def luminance(triplet):
+    channels = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in triplet]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
+
+
+def test_ink_is_legible_and_light_grows_with_the_share():
+    before = -1.0
+    for step in range(101):
+        style = coloured("x", step / 100).style
+        ground, ink = (luminance(colour.triplet) for colour in (style.bgcolor, style.color))
+        assert ground > before
+        before = ground
+        light, dark = max(ground, ink), min(ground, ink)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG's contrast for small text
+
+
+def test_shares_outside_take_the_ends():
+    assert coloured("x", -1.0).style == coloured("x", 0.0).style
+    assert coloured("x", 2.0).style == coloured("x", 1.0).style
