@@ -7,6 +7,7 @@ STAMP := .venv/.setup-done
 export POLYHEAD_TEXT := $(value TEXT)
 INPUT := $(if $(filter undefined,$(origin TEXT)),--file examples/persuasion.txt,-- "$$POLYHEAD_TEXT")
 
+CXX_FILES := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 DOCUMENTS := $(wildcard README.md docs/*.md docs/decisions/*.md)
 
 .DEFAULT_GOAL := help
@@ -34,7 +35,7 @@ install-check: ## install into fresh environments as users do: clone, editable, 
 check: $(STAMP) ## formatting, lint, types, layers, examples in the documentation, links
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/csrc/*
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) tests/csrc/*
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob="*.md" src/polyhead $(DOCUMENTS)
@@ -43,7 +44,7 @@ check: $(STAMP) ## formatting, lint, types, layers, examples in the documentatio
 setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)
 
 # Stamped last, so an interrupted set-up runs again.
-$(STAMP): pyproject.toml requirements.lock models.lock scripts/setup scripts/build_backend.py CMakeLists.txt $(wildcard csrc/*)
+$(STAMP): pyproject.toml requirements.lock models.lock scripts/setup scripts/build_backend.py CMakeLists.txt $(CXX_FILES)
 	@rm -f $@
 	@PYTHON="$(PYTHON)" scripts/setup
 	@touch $@

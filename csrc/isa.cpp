@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "attention.hpp"
+#include "params.hpp"
 
 #if defined(__x86_64__)
 #include <cpuid.h>

@@ -1,46 +1,46 @@
 // The kernels of one instruction set: compiled once for each, with its flags and its namespace.
 #include <type_traits>
 
-#include "backward.hpp"
-#include "ceiling.hpp"
-#include "decode.hpp"
-#include "prefill.hpp"
-#include "stream.hpp"
-#include "weights.hpp"
+#include "flash/attention_weights.hpp"
+#include "flash/backward.hpp"
+#include "flash/chunked_prefill.hpp"
+#include "flash/decode.hpp"
+#include "flash/peak_flops.hpp"
+#include "flash/prefill.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 namespace {
 
-using PairIfAny = std::conditional_t<kHasPairs, Pair, float>;
+using PairIfAny = std::conditional_t<kHasBF16Dot, BF16Pair, float>;
 
 template <class Element>
-void forward_packed(const Attention& a, const Output& out) {
-  if (is_streaming(a)) {
-    Stream<Element>(a, out).run();
+void forward_packed(const AttentionParams& a, const ForwardOutput& out) {
+  if (use_chunked_prefill(a)) {
+    ChunkedPrefill<Element>(a, out).run();
   } else {
     Prefill<Element>(a, out).run();
   }
 }
 
-void forward(const Attention& a, const Output& out) {
+void forward(const AttentionParams& a, const ForwardOutput& out) {
   if (is_decoding(a)) {
-    by_stored_dtype(a.key.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
-  } else if (kHasPairs && a.query.dtype == Dtype::bf16) {
+    dispatch_kv_dtype(a.key.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
+  } else if (kHasBF16Dot && a.query.dtype == Dtype::bf16) {
     forward_packed<PairIfAny>(a, out);
   } else {
     forward_packed<float>(a, out);
   }
 }
 
-void backward(const Attention& a, const Gradients& g) {
-  if (kHasPairs && a.query.dtype == Dtype::bf16) {
+void backward(const AttentionParams& a, const BackwardParams& g) {
+  if (kHasBF16Dot && a.query.dtype == Dtype::bf16) {
     Backward<PairIfAny>(a, g).run();
   } else {
     Backward<float>(a, g).run();
   }
 }
 
-void weights(const Attention& a, const Weights& out) { WriteWeights(a, out).run(); }
+void weights(const AttentionParams& a, const WeightsOutput& out) { WriteWeights(a, out).run(); }
 
 }  // namespace
 

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyhead as ph
-from polyhead.backends.cpu import ops as cpu_operators
+from polyhead.backends.cpu import ops
 
 
 @pytest.hookimpl(wrapper=True)
@@ -25,8 +25,8 @@ def pytest_pyfunc_call():
     try:
         return (yield)
     except (ph.errors.BackendError, AssertionError) as error:
-        if cpu_operators.missing and f"cpu: {cpu_operators.missing}" in str(error):
-            pytest.skip(f"needs the kernels: {cpu_operators.missing}")
+        if ops.unavailable and f"cpu: {ops.unavailable}" in str(error):
+            pytest.skip(f"needs the kernels: {ops.unavailable}")
         raise
 
 
@@ -118,25 +118,25 @@ def own_loop():
 
 
 def _runs(isa: str) -> bool:
-    before = cpu_operators.isa()
+    before = ops.isa()
     try:
-        cpu_operators.choose_isa(isa)
+        ops.choose_isa(isa)
     except RuntimeError:
         return False
-    cpu_operators.choose_isa(before)
+    ops.choose_isa(before)
     return True
 
 
 INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
-ISAS = [] if cpu_operators.missing else [isa for isa in INSTRUCTION_SETS if _runs(isa)]
+ISAS = [] if ops.unavailable else [isa for isa in INSTRUCTION_SETS if _runs(isa)]
 
 
 @pytest.fixture(scope="session")
 def kernels() -> None:
     """The C++ kernels. Not built, the test skips; in CI, which has a compiler, it fails."""
-    if cpu_operators.missing:
+    if ops.unavailable:
         absent = pytest.fail if os.environ.get("CI") else pytest.skip
-        absent(f"needs the kernels: {cpu_operators.missing}")
+        absent(f"needs the kernels: {ops.unavailable}")
 
 
 @pytest.fixture(scope="session")
@@ -148,10 +148,10 @@ def isas() -> list[str]:
 @pytest.fixture(params=ISAS)
 def isa(request, kernels):
     """The name of each of them in turn, whose kernels run in the test."""
-    before = cpu_operators.isa()
-    cpu_operators.choose_isa(request.param)
+    before = ops.isa()
+    ops.choose_isa(request.param)
     yield request.param
-    cpu_operators.choose_isa(before)
+    ops.choose_isa(before)
 
 
 @pytest.fixture

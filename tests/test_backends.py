@@ -152,7 +152,7 @@ def taking(name, note):
 
 ABLE, LATER = taking("able", "as it can"), taking("later", "never seen")
 SHY = ph.Backend(
-    "shy", lambda c: [], lambda c: pytest.fail("not asked"), passed_over=lambda c: ["is slow"]
+    "shy", lambda c: [], lambda c: pytest.fail("not asked"), auto_skip=lambda c: ["is slow"]
 )
 
 
@@ -190,7 +190,7 @@ def test_explain_prints_the_choice_and_every_reason(monkeypatch, backend, option
 
 
 def test_explain_says_that_a_gradient_of_statistics_comes_from_the_definition():
-    kernel = replace(ABLE, aux=frozenset({"lse", "stats"}), first_order=True)
+    kernel = replace(ABLE, aux=frozenset({"lse", "stats"}), first_order_only=True)
     query, key, value = tensors()
     asked = {"return_aux": ph.AuxRequest(lse=True, stats=True), "backend": kernel}
     assert ph.explain(query, key, value, **asked).notes == ("as it can",)
@@ -217,7 +217,7 @@ def test_auto_passes_over_what_a_name_gets(monkeypatch):
     assert choose(call, ["auto", LATER]) is ABLE
     assert choose(call, "shy") is SHY
     assert choose(call, [SHY, "auto"]) is SHY
-    assert ph.explain(*tensors()).passed_over == {"shy": ("is slow",)}
+    assert ph.explain(*tensors()).auto_skip == {"shy": ("is slow",)}
 
 
 def test_use_backend_is_what_auto_means_within():

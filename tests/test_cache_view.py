@@ -9,11 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import cpu
+from polyhead.cache_view import CacheView
 from polyhead.errors import DtypeError
 from polyhead.functional import observe
-from polyhead.cache_view import Stored
+from polyhead.validate import build_call
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -32,13 +32,13 @@ def filled_cache(kind, key, value, block_size=5):
     sizes = {"value_head_dim": value.shape[-1], "dtype": key.dtype}
     storage = torch.int8 if "int8" in kind else None
     if "blocks" not in kind:
-        cache = ph.KVCache(B, S + 30, G, D, **sizes, storage=storage, preallocate=True)
+        cache = ph.KVCache(B, S + 30, G, D, **sizes, storage_dtype=storage, preallocate=True)
         poison(cache._held)
         cache.append(key, value)
         return cache
     spare = 9
     cache = ph.PagedKVCache(
-        B, S + 30, G, D, **sizes, storage=storage, block_size=block_size,
+        B, S + 30, G, D, **sizes, storage_dtype=storage, block_size=block_size,
         num_blocks=B * math.ceil(S / block_size) + spare,
     )  # fmt: skip
     poison(cache.pools)
@@ -51,7 +51,7 @@ def filled_cache(kind, key, value, block_size=5):
 
 
 def exact_numbers(stored):
-    """What `Stored` stands for, in float64, token by token."""
+    """What `CacheView` stands for, in float64, token by token."""
     numbers = stored.data.double()
     if stored.scales is not None:
         numbers = numbers * stored.scales.double()[..., None]
@@ -70,8 +70,8 @@ def case(kind, B=2, H=6, G=2, T=3, S=70, D=24, E=None, dtype=torch.float32, bloc
     # Tokens of different size, so that another's scale would be seen.
     key[:, :, 1::3] *= 4
     value[:, :, ::2] *= 0.25
-    stored = filled_cache(kind, key, value, block_size).read_stored()
-    assert all(isinstance(part, Stored) for part in stored)
+    stored = filled_cache(kind, key, value, block_size).read_as_views()
+    assert all(isinstance(part, CacheView) for part in stored)
     return query, *stored
 
 
@@ -201,7 +201,7 @@ def test_nothing_the_size_of_the_cache_is_made(kind, T):
         cache = filled_cache(kind, blank, blank)
         with Made(cache.pools if "blocks" in kind else cache._held) as made:
             mha(torch.randn(1, T, 8), cache=cache)
-    assert "attention_stored" in made.operations
+    assert "attention_cached" in made.operations
     assert made.largest < 400 * 2 * 4 / 4
 
 
@@ -211,7 +211,7 @@ def test_modules_agree_with_themselves_without_a_cache(backend, kind):
     torch.manual_seed(0)
     mha = ph.MultiHeadAttention(12, 24, 64, 0.0, 6, num_kv_heads=2, backend=backend).eval()
     x = torch.randn(2, 30, 12)
-    options = {"storage": torch.int8 if "int8" in kind else None}
+    options = {"storage_dtype": torch.int8 if "int8" in kind else None}
     make = ph.PagedKVCache if "blocks" in kind else ph.KVCache
     with torch.no_grad():
         cache = make(2, 64, 2, 4, **options)
@@ -283,9 +283,9 @@ def operator_arguments(kind, **sizes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_opcheck(kind):
     arguments = operator_arguments(kind)
-    torch.library.opcheck(torch.ops.polyhead.attention_stored, arguments)
+    torch.library.opcheck(torch.ops.polyhead.attention_cached, arguments)
     query, key, value = case(kind)
-    output = torch.ops.polyhead.attention_stored(*arguments)[0]
+    output = torch.ops.polyhead.attention_cached(*arguments)[0]
     assert torch.equal(output, ph.attention(query, key, value, scale=0.2, backend="cpu"))
 
 
@@ -310,7 +310,7 @@ def test_the_operator_reads_nothing_beyond_what_it_is_given(change, message):
     for at, what in change.items():
         arguments[at] = what
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.polyhead.attention_stored(*arguments)
+        torch.ops.polyhead.attention_cached(*arguments)
 
 
 @pytest.mark.parametrize("T", [1, 20])
@@ -326,11 +326,13 @@ def test_a_step_over_an_int8_cache_compiles_to_one_graph(T):
 
     compiled = torch.compile(mha, fullgraph=True, backend=backend)
     with torch.no_grad():
-        ours, theirs = (mha.make_cache(1, storage=torch.int8, preallocate=True) for _ in range(2))
+        ours, theirs = (
+            mha.make_cache(1, storage_dtype=torch.int8, preallocate=True) for _ in range(2)
+        )
         for cache in (ours, theirs):
             mha(x[:, :40], cache=cache)
         assert torch.equal(compiled(x[:, 40:], cache=ours), mha(x[:, 40:], cache=theirs))
-    assert "attention_stored" in graphs[0].code
+    assert "attention_cached" in graphs[0].code
 
 
 def test_exports():
@@ -340,14 +342,14 @@ def test_exports():
     class Attend(torch.nn.Module):
         def forward(self, query, codes, key_scales, value_codes, value_scales, table):
             stored = (
-                Stored(data, torch.float32, key.tokens, key.gather, scales, table)
+                CacheView(data, torch.float32, key.tokens, key.gather, scales, table)
                 for data, scales in ((codes, key_scales), (value_codes, value_scales))
             )
             return ph.attention(query, *stored, mask=mask, backend="cpu")
 
     inputs = (query, key.data, key.scales, value.data, value.scales, key.table)
     program = torch.export.export(Attend(), inputs)
-    assert "attention_stored" in str(program.graph)
+    assert "attention_cached" in str(program.graph)
     want = ph.attention(query, key, value, mask=mask, backend="cpu")
     assert torch.equal(program.module()(*inputs), want)
 
@@ -355,5 +357,5 @@ def test_exports():
 def test_notes_and_amx_of_a_stored_call(monkeypatch):
     monkeypatch.setattr(cpu, "_has_amx", lambda: True)
     inputs = case("int8", dtype=torch.bfloat16)
-    assert not cpu.passed_over(build_call(*inputs))
+    assert not cpu.auto_skip(build_call(*inputs))
     assert ph.explain(*inputs).chosen == "cpu"

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Stored"]
+__all__ = ["CacheView"]
 
 
 @dataclass(frozen=True, eq=False)
-class Stored:
+class CacheView:
     """Keys or values, (B, G, S, size), where a cache holds them: `attention` takes it for either.
 
     No tensor is made of it unless the backend that runs reads tensors only. Valid until the cache
@@ -31,8 +31,8 @@ class Stored:
         gather: makes the tensor, (B, G, S, size) in `dtype`.
 
     >>> import polyhead as ph
-    >>> cache = ph.PagedKVCache(1, 64, 2, 4, storage=torch.int8)
-    >>> key, value = cache.append_stored(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+    >>> cache = ph.PagedKVCache(1, 64, 2, 4, storage_dtype=torch.int8)
+    >>> key, value = cache.append_as_views(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
     >>> print(key)
     int8 codes in blocks of 16
     >>> ph.attention(torch.ones(1, 2, 1, 4), key, value).shape
@@ -60,7 +60,7 @@ class Stored:
         nan = self.data.new_full((1, 1, 1, 1), math.nan, dtype=self.dtype)
         return nan.expand(self.shape)
 
-    def first(self, size: int) -> Stored:
+    def first(self, size: int) -> CacheView:
         """The first so many features of each token, in the same place."""
         return replace(self, data=self.data[..., :size], gather=lambda: self.gather()[..., :size])
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from polyhead.cache_view import CacheView
 from polyhead.mask import Mask
-from polyhead.cache_view import Stored
 
 __all__ = ["NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
 
@@ -122,9 +122,9 @@ class AttentionCall:
             None.
         dropout: probability with which a weight is dropped; kept ones grow by 1 / (1 - dropout).
         aux: what to return beside the output.
-        stored: (key, value) where a cache holds them; then `key` and `value` have the shapes,
+        cache_views: (key, value) where a cache holds them; then `key` and `value` have the shapes,
             dtype and device, and NaN for numbers. A `Backend` gets this only if it
-            `reads_stored`; others get the call `gathered()`.
+            `reads_cache_views`; others get the call `materialized()`.
     """
 
     query: Tensor
@@ -138,7 +138,7 @@ class AttentionCall:
     alibi_slopes: Tensor | None
     dropout: float
     aux: AuxRequest
-    stored: tuple[Stored, Stored] | None = None
+    cache_views: tuple[CacheView, CacheView] | None = None
 
     @property
     def B(self) -> int:
@@ -196,7 +196,7 @@ class AttentionCall:
         return given
 
     @property
-    def learnt(self) -> tuple[str, ...]:
+    def grad_names(self) -> tuple[str, ...]:
         """The names of the tensors that a gradient will be asked of."""
         if not torch.is_grad_enabled():
             return ()
@@ -205,14 +205,14 @@ class AttentionCall:
     @property
     def needs_grad(self) -> bool:
         """Whether a gradient will be asked of any tensor of this call."""
-        return bool(self.learnt)
+        return bool(self.grad_names)
 
-    def gathered(self) -> AttentionCall:
+    def materialized(self) -> AttentionCall:
         """The same call, with keys and values made of what a cache holds."""
-        if self.stored is None:
+        if self.cache_views is None:
             return self
-        key, value = self.stored
-        return replace(self, key=key.gather(), value=value.gather(), stored=None)
+        key, value = self.cache_views
+        return replace(self, key=key.gather(), value=value.gather(), cache_views=None)
 
     def without_aux(self) -> AttentionCall:
         """The same call, asking for the output only."""

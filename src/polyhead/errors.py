@@ -128,7 +128,7 @@ def check_count(
 
 
 # Kinds of tensors with operators of their own that compute attention as plain tensors do.
-_TRANSPARENT = ("AsyncCollectiveTensor", "FakeTensor", "FunctionalTensor", "HeldTensor")
+_TRANSPARENT = ("AsyncCollectiveTensor", "FakeTensor", "FunctionalTensor", "LazyCacheTensor")
 
 
 # And those without the numbers that they stand for, whichever these are.

@@ -11,15 +11,23 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from polyhead.validate import autocasts, build_call
-from polyhead.backends import BACKENDS, Backend, BackendChoice, candidates, choose, cpu, is_automatic
-from polyhead.backends.tracing import is_traced
-from polyhead.backends.reference import compute_aux
+from polyhead.backends import (
+    BACKENDS,
+    Backend,
+    BackendChoice,
+    candidates,
+    choose,
+    cpu,
+    is_automatic,
+)
 from polyhead.backends.double_backward import DIFFERENTIATED_AUX, run_twice_differentiable
+from polyhead.backends.reference import compute_aux
+from polyhead.backends.tracing import is_traced
+from polyhead.cache_view import CacheView
 from polyhead.call import NO_AUX, AttentionCall, Aux, AuxRequest
 from polyhead.errors import BackendError
 from polyhead.mask import Mask
-from polyhead.cache_view import Stored
+from polyhead.validate import autocasts, build_call
 
 __all__ = ["Explanation", "attention", "explain", "observe"]
 
@@ -31,8 +39,8 @@ _OUTPUT_ONLY = AuxRequest()
 @overload
 def attention(
     query: Tensor,
-    key: Tensor | Stored,
-    value: Tensor | Stored,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -49,8 +57,8 @@ def attention(
 @overload
 def attention(
     query: Tensor,
-    key: Tensor | Stored,
-    value: Tensor | Stored,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -66,8 +74,8 @@ def attention(
 
 def attention(
     query: Tensor,
-    key: Tensor | Stored,
-    value: Tensor | Stored,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -84,8 +92,8 @@ def attention(
     Args:
         query: (B, H, T, D) float32, bfloat16, float16 or float64; the output has its dtype.
         key: (B, G, S, D), G a divisor of H: query head h uses key head h // (H / G).
-        value: (B, G, S, E). Key and value may also be what a cache's `append_stored` or
-            `read_stored` gives: a backend that can reads it there, others get tensors made of it.
+        value: (B, G, S, E). Key and value may also be what a cache's `append_as_views` or
+            `read_as_views` gives: a backend that can reads it there, others get tensors made of it.
         mask: who may attend (`polyhead.mask`); None: everybody. A query with nothing to attend
             to gives zeros.
         bias: numbers added to the scores, broadcastable to (B, H, T, S); the query's dtype or
@@ -123,7 +131,7 @@ def attention(
         and is_automatic(backend)
         and not torch.compiler.is_compiling()  # which traces no ContextVar
         and _observer.get() is None
-        and (output := cpu.run_plain(query, key, value, mask, scale)) is not None
+        and (output := cpu.try_fast_path(query, key, value, mask, scale)) is not None
     ):
         return output if return_aux is None else (output, NO_AUX)
     call = build_call(
@@ -141,7 +149,7 @@ def attention(
     )
     # (Nobody looks into a compiled graph.)
     if not torch.compiler.is_compiling() and (observer := _observer.get()) is not None:
-        observer(call.gathered())
+        observer(call.materialized())
     chosen = choose(call, backend)
     # Autocast would cast inside a backend, and degrade even the definition: a caller's autocast
     # decides the dtype of query, key and value, and that is the dtype of the output.
@@ -178,13 +186,13 @@ class Explanation:
         chosen: name of the backend that runs, or None if all refuse.
         notes: how it would run the call.
         reasons: for every backend, each reason against it; empty where it could run.
-        passed_over: for backends that could run and that "auto" leaves out all the same, why.
+        auto_skip: for backends that could run and that "auto" leaves out all the same, why.
     """
 
     chosen: str | None
     notes: tuple[str, ...]
     reasons: dict[str, tuple[str, ...]]
-    passed_over: dict[str, tuple[str, ...]]
+    auto_skip: dict[str, tuple[str, ...]]
 
     def __str__(self) -> str:
         lines = [f"runs: {self.chosen or 'nothing, every backend asked for refuses'}"]
@@ -192,10 +200,10 @@ class Explanation:
         for name, reasons in self.reasons.items():
             if name == self.chosen:
                 continue
-            passed_over = self.passed_over.get(name, ())
-            could = "could run, if asked for by name" if passed_over else "could run"
+            auto_skip = self.auto_skip.get(name, ())
+            could = "could run, if asked for by name" if auto_skip else "could run"
             lines.append(f"{name}: " + ("cannot run" if reasons else could))
-            lines += [f"  {reason}" for reason in (*reasons, *passed_over)]
+            lines += [f"  {reason}" for reason in (*reasons, *auto_skip)]
         return "\n".join(lines)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -205,8 +213,8 @@ class Explanation:
 
 def explain(
     query: Tensor,
-    key: Tensor | Stored,
-    value: Tensor | Stored,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
     *,
     mask: Mask | None = None,
     bias: Tensor | None = None,
@@ -252,18 +260,18 @@ def explain(
     names = {entry.name for entry in asked}
     others = [entry for entry in BACKENDS if entry.name not in names]
     reasons = {entry.name: tuple(entry.why_not(call)) for entry in (*asked, *others)}
-    passed_over = {
-        entry.name: tuple(entry.passed_over(call))
+    auto_skip = {
+        entry.name: tuple(entry.auto_skip(call))
         for entry in (*asked, *others)
-        if entry.passed_over is not None and not reasons[entry.name]
+        if entry.auto_skip is not None and not reasons[entry.name]
     }
     try:
         chosen = choose(call, backend)
     except BackendError:
-        return Explanation(None, (), reasons, passed_over)
+        return Explanation(None, (), reasons, auto_skip)
     seen = _as_read_by(chosen, call)
     notes = chosen.notes(seen)
-    if call.stored is not None and seen.stored is None:
+    if call.cache_views is not None and seen.cache_views is None:
         notes.append(_gathering_note(call, seen))
     if _gives_first_derivative_only(chosen, call):
         notes.append("second derivatives through the definition: they hold T x S scores")
@@ -275,7 +283,7 @@ def explain(
         )
     if left:
         notes.append(f"{', '.join(left)} computed apart, by reference: holds T x S scores")
-    return Explanation(chosen.name, tuple(notes), reasons, passed_over)
+    return Explanation(chosen.name, tuple(notes), reasons, auto_skip)
 
 
 def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
@@ -293,24 +301,30 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
     else:
         output, aux = chosen.run(asked)
     if left:
-        rest = compute_aux(replace(call.gathered(), aux=AuxRequest(**dict.fromkeys(left, True))))
+        rest = compute_aux(
+            replace(call.materialized(), aux=AuxRequest(**dict.fromkeys(left, True)))
+        )
         aux = replace(aux, **{name: getattr(rest, name) for name in left})
     return output, aux
 
 
 def _as_read_by(chosen: Backend, call: AttentionCall) -> AttentionCall:
     """The call as this backend takes it: keys and values as tensors, unless it reads a cache."""
-    return call if call.stored is None or chosen.reads_stored(call) else call.gathered()
+    return (
+        call if call.cache_views is None or chosen.reads_cache_views(call) else call.materialized()
+    )
 
 
 def _gathering_note(call: AttentionCall, gathered: AttentionCall) -> str:
-    assert call.stored is not None
+    assert call.cache_views is not None
     mebibytes = (gathered.key.nbytes + gathered.value.nbytes) / 2**20
-    return f"keys and values made of what the cache holds ({call.stored[0]}): {mebibytes:.1f} MiB"
+    return (
+        f"keys and values made of what the cache holds ({call.cache_views[0]}): {mebibytes:.1f} MiB"
+    )
 
 
 def _gives_first_derivative_only(chosen: Backend, call: AttentionCall) -> bool:
-    return chosen.first_order and call.needs_grad
+    return chosen.first_order_only and call.needs_grad
 
 
 def _without_gradient(chosen: Backend, call: AttentionCall) -> tuple[str, ...]:

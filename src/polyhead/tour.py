@@ -17,9 +17,9 @@ from polyhead.convert import from_transformers, split_to_stacked
 from polyhead.errors import ArgumentError, ModelError
 from polyhead.functional import explain
 from polyhead.integrations import transformers
+from polyhead.look import stats
 from polyhead.models.load import LoadedModel, load_model
 from polyhead.models.text import NextToken, check_text, most_likely, read_ids
-from polyhead.look import stats
 from polyhead.modules import MultiHeadAttention, MultiHeadAttentionWrapper
 
 __all__ = ["HeadRow", "MechanismRow", "NextToken", "RunReport", "run"]

@@ -8,10 +8,10 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from polyhead.cache_view import CacheView
 from polyhead.call import AttentionCall, AuxRequest
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_is_plain
 from polyhead.mask import Mask
-from polyhead.cache_view import Stored
 
 __all__ = [
     "autocasts",
@@ -36,8 +36,8 @@ def autocasts(tensor: Tensor) -> bool:
 
 def build_call(
     query: Tensor,
-    key: Tensor | Stored,
-    value: Tensor | Stored,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
     mask: Mask | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
@@ -48,12 +48,15 @@ def build_call(
     aux: AuxRequest = AuxRequest(),
 ) -> AttentionCall:
     """Check what `attention` was asked. Every error names the argument, the rule and the remedy."""
-    stored = None
-    if isinstance(key, Stored) or isinstance(value, Stored):
-        stored = _both_stored(key, value)
-        key = value = stored[0].placeholder()
-        if stored[1].shape != stored[0].shape or stored[1].dtype != stored[0].dtype:
-            value = stored[1].placeholder()
+    cache_views = None
+    if isinstance(key, CacheView) or isinstance(value, CacheView):
+        cache_views = _both_views(key, value)
+        key = value = cache_views[0].placeholder()
+        if (
+            cache_views[1].shape != cache_views[0].shape
+            or cache_views[1].dtype != cache_views[0].dtype
+        ):
+            value = cache_views[1].placeholder()
     _check_tensors(query, key, value)
     _check_shapes(query, key, value)
     S, D = key.shape[2:]
@@ -78,7 +81,18 @@ def build_call(
         raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
     check_request(aux)
     return AttentionCall(
-        query, key, value, mask, bias, scale, softcap, sinks, alibi_slopes, dropout, aux, stored
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        scale,
+        softcap,
+        sinks,
+        alibi_slopes,
+        dropout,
+        aux,
+        cache_views,
     )
 
 
@@ -87,14 +101,14 @@ def _nameable(number: float) -> float:
     return float(number) if torch.compiler.is_compiling() else number
 
 
-def _both_stored(key: Tensor | Stored, value: Tensor | Stored) -> tuple[Stored, Stored]:
+def _both_views(key: Tensor | CacheView, value: Tensor | CacheView) -> tuple[CacheView, CacheView]:
     for name, given in (("key", key), ("value", value)):
-        if not isinstance(given, Stored):
+        if not isinstance(given, CacheView):
             raise DtypeError(
                 name,
                 "must come from a cache if the other of key and value does",
                 type(given).__name__,
-                "pass both as append_stored or read_stored gave them, or both as tensors",
+                "pass both as append_as_views or read_as_views gave them, or both as tensors",
             )
     return key, value  # type: ignore[return-value]
 

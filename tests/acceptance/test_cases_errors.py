@@ -117,7 +117,7 @@ def test_draft_over_a_filled_windowed_cache_is_right_or_refused():
     draft = copy.deepcopy(model)
     ids = torch.randint(3, 31, (1, 9))
     expected = model.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
-    cache = ph.integrations.transformers.Cache(config)
+    cache = ph.integrations.transformers.PolyheadCache(config)
     with torch.no_grad():
         model(ids[:, :6], past_key_values=cache)
     with contextlib.suppress(ArgumentError):  # a refusal by name is right, too

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.cache_view import Stored
+from polyhead.cache_view import CacheView
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kernels")]
 BEYOND = 2**31
@@ -62,11 +62,11 @@ def test_bias_and_mask_spread_over_more(axis):
 @pytest.mark.parametrize("T", [2, 40])
 def test_a_pool_of_more(T):
     query, key, value = inputs(T, dtype=torch.float32)
-    cache = ph.PagedKVCache(2, 70, 2, 24, value_head_dim=16, storage=torch.int8)
+    cache = ph.PagedKVCache(2, 70, 2, 24, value_head_dim=16, storage_dtype=torch.int8)
     cache.append(key, value)
-    parts = cache.read_stored()
+    parts = cache.read_as_views()
     apart = [
-        Stored(spread(x.data, 0), x.dtype, x.tokens, x.gather, spread(x.scales, 0), x.table)
+        CacheView(spread(x.data, 0), x.dtype, x.tokens, x.gather, spread(x.scales, 0), x.table)
         for x in parts
     ]
     want, got = (ph.attention(query, *given, backend="cpu") for given in (parts, apart))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import cpu, reference
-from polyhead.backends.cpu import ops as cpu_operators
+from polyhead.backends.cpu import ops
+from polyhead.validate import build_call
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -204,7 +204,7 @@ def test_why_not_with_numbers(tensors, sizes, reasons):
 def test_why_not_on_another_device_and_without_the_kernels(tensors, monkeypatch):
     call = build_call(*(x.to("meta") for x in tensors()))
     assert cpu.why_not(call) == ["runs on the CPU; got device meta"]
-    monkeypatch.setattr(cpu_operators, "missing", "was not built")
+    monkeypatch.setattr(ops, "unavailable", "was not built")
     assert cpu.why_not(build_call(*tensors())) == ["was not built"]
 
 
@@ -214,7 +214,7 @@ def test_auto_leaves_bfloat16_to_torch_where_only_it_uses_amx(tensors, monkeypat
     explained = ph.explain(*inputs)
     assert explained.chosen == "sdpa"
     reason = "uses no AMX, and torch's own bfloat16 kernel does on this processor"
-    assert explained.passed_over["cpu"] == (reason,)
+    assert explained.auto_skip["cpu"] == (reason,)
     # What torch's kernel cannot do, or is asked for by name, stays here.
     assert ph.explain(*inputs, softcap=2.0).chosen == "cpu"
     assert ph.explain(*inputs, backend="cpu").chosen == "cpu"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import cpu
+from polyhead.validate import build_call
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

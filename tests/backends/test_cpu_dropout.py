@@ -85,7 +85,7 @@ def test_auto_leaves_small_dropout_to_the_seed_everybody_knows(tensors):
         outputs.append(ph.attention(*small, dropout=0.5, backend=backend))
     assert torch.equal(*outputs)
     assert ph.explain(*large, dropout=0.5).chosen == "cpu"
-    assert ph.explain(*small, dropout=0.5).passed_over["cpu"] == (
+    assert ph.explain(*small, dropout=0.5).auto_skip["cpu"] == (
         "drops by its own generator; 432 weights are few enough to drop as F.dropout does for "
         "this seed",
     )

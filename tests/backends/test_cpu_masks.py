@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import cpu
+from polyhead.validate import build_call
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

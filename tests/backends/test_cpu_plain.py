@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import cpu
-from polyhead.backends.cpu import ops as cpu_operators
+from polyhead.backends.cpu import ops
 from polyhead.call import NO_AUX
 from polyhead.functional import observe
+from polyhead.validate import build_call
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -20,9 +20,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CAUSAL = ph.mask.causal()
 
 
-def run_plain(query, key, value, mask=None, scale=None):
+def try_fast_path(query, key, value, mask=None, scale=None):
     with torch.no_grad():
-        return cpu.run_plain(query, key, value, mask, scale)
+        return cpu.try_fast_path(query, key, value, mask, scale)
 
 
 @settings(deadline=None, max_examples=100)
@@ -59,7 +59,7 @@ def test_it_gives_the_bits_of_the_general_way(B, G, group, T, S, D, E, dtype, sc
 
     inputs = tensor(G * group, T, D), tensor(G, S, D), tensor(G, S, E)
     for mask in (None, CAUSAL) if T == 1 else (None,):
-        output = run_plain(*inputs, mask, scale)
+        output = try_fast_path(*inputs, mask, scale)
         expected, _ = cpu.run(build_call(*inputs, mask=mask, scale=scale))
         assert output.dtype == dtype
         assert output.is_contiguous()
@@ -109,8 +109,8 @@ class Subclass(torch.Tensor):
 )
 def test_what_is_not_plain_goes_the_general_way(tensors, change):
     inputs = change[1](*tensors(T=1))
-    assert run_plain(*inputs) is None
-    assert run_plain(*inputs, CAUSAL) is None
+    assert try_fast_path(*inputs) is None
+    assert try_fast_path(*inputs, CAUSAL) is None
 
 
 @pytest.mark.parametrize(
@@ -125,35 +125,35 @@ def test_what_is_not_plain_goes_the_general_way(tensors, change):
     ],
 )
 def test_masks_and_scales_that_go_the_general_way(tensors, mask, scale):
-    assert run_plain(*tensors(T=1), mask, scale) is None
+    assert try_fast_path(*tensors(T=1), mask, scale) is None
 
 
 def test_several_causal_queries_go_the_general_way(tensors):
-    assert run_plain(*tensors(T=2), CAUSAL) is None
+    assert try_fast_path(*tensors(T=2), CAUSAL) is None
 
 
 def test_surroundings_that_go_the_general_way(tensors, monkeypatch):
     inputs = tensors(T=1)
-    assert cpu.run_plain(*inputs, None, None) is None  # gradients may be asked for
+    assert cpu.try_fast_path(*inputs, None, None) is None  # gradients may be asked for
     half = tuple(x.bfloat16() for x in inputs)
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "_has_amx", lambda: True)
-        assert run_plain(*half) is not None
-        assert run_plain(*(x.bfloat16() for x in tensors(T=2))) is None
-        assert run_plain(*tensors(T=2)) is not None
+        assert try_fast_path(*half) is not None
+        assert try_fast_path(*(x.bfloat16() for x in tensors(T=2))) is None
+        assert try_fast_path(*tensors(T=2)) is not None
         # So many heads of one key head are no decoding to the general way.
         many = tensors(H=33, G=1, T=1, dtype=torch.bfloat16)
-        assert run_plain(*many) is None
+        assert try_fast_path(*many) is None
         assert ph.explain(*many).chosen == "sdpa"
     with monkeypatch.context() as patch:
-        patch.setattr(cpu_operators, "missing", "was not built")
-        assert run_plain(*inputs) is None
+        patch.setattr(ops, "unavailable", "was not built")
+        assert try_fast_path(*inputs) is None
     with torch.no_grad():
         for transform in (torch.func.vmap, torch.func.functionalize):
             seen = []
-            transform(lambda x, seen=seen: seen.append(cpu.run_plain(*inputs, None, None)) or x)(
-                half[0]
-            )
+            transform(
+                lambda x, seen=seen: seen.append(cpu.try_fast_path(*inputs, None, None)) or x
+            )(half[0])
             assert seen == [None]
 
 
@@ -172,7 +172,9 @@ def test_surroundings_that_go_the_general_way(tensors, monkeypatch):
     ids=lambda options: next(iter(options)),
 )
 def test_whatever_else_is_asked_goes_the_general_way(tensors, monkeypatch, options):
-    monkeypatch.setattr(cpu, "run_plain", lambda *arguments: pytest.fail("the short way was taken"))
+    monkeypatch.setattr(
+        cpu, "try_fast_path", lambda *arguments: pytest.fail("the short way was taken")
+    )
     with torch.no_grad():
         ph.attention(*tensors(T=1), **options)
 
@@ -189,5 +191,5 @@ def test_another_backend_and_an_observer_are_heeded(tensors):
 
 
 def test_opcheck(tensors):
-    torch.library.opcheck(torch.ops.polyhead.attention_plain, (*tensors(T=1), None))
-    torch.library.opcheck(torch.ops.polyhead.attention_plain, (*tensors(T=3), 0.5))
+    torch.library.opcheck(torch.ops.polyhead.attention_fast, (*tensors(T=1), None))
+    torch.library.opcheck(torch.ops.polyhead.attention_fast, (*tensors(T=3), 0.5))

@@ -60,7 +60,7 @@ class _Once(torch.autograd.Function):
         return grad
 
 
-ONCE = ph.Backend("once", lambda call: [], once, first_order=True)
+ONCE = ph.Backend("once", lambda call: [], once, first_order_only=True)
 
 
 def test_every_tensor_of_a_call_gets_its_second_derivative():
@@ -108,7 +108,7 @@ def test_a_retained_graph_keeps_its_dropout():
     def run(call):
         return REFERENCE.run(call)
 
-    own = ph.Backend("own", lambda call: [], run, first_order=True)
+    own = ph.Backend("own", lambda call: [], run, first_order_only=True)
     inputs = tensors()
     output = ph.attention(*inputs, dropout=0.5, backend=own).sum()
     state = torch.get_rng_state()
@@ -128,7 +128,7 @@ def test_what_the_kernel_saved_goes_with_the_backward_pass():
         return output, aux
 
     output = ph.attention(
-        *tensors(), backend=ph.Backend("own", lambda call: [], run, first_order=True)
+        *tensors(), backend=ph.Backend("own", lambda call: [], run, first_order_only=True)
     ).sum()
     gc.collect()
     assert kept[0]() is not None
@@ -155,7 +155,7 @@ def test_the_dropout_of_another_backend_cannot_be_repeated():
     def run(call):
         return REFERENCE.run(call)
 
-    own = ph.Backend("own", lambda call: [], run, first_order=True)
+    own = ph.Backend("own", lambda call: [], run, first_order_only=True)
     with pytest.raises(BackendError, match=r"dropout = 0\.5 and create_graph=True"):
         penalty(tensors(), dropout=0.5, backend=own)
 
@@ -195,7 +195,7 @@ def test_aux_asked_beside_a_kernel_keeps_its_gradient():
 
 
 ALL_AUX = ph.AuxRequest(weights=True, lse=True, stats=True, mean_weights=True)
-GIVING = ph.Backend("giving", lambda call: [], once, aux=REFERENCE.aux, first_order=True)
+GIVING = ph.Backend("giving", lambda call: [], once, aux=REFERENCE.aux, first_order_only=True)
 
 
 def named(output, aux):
@@ -377,7 +377,7 @@ def test_what_the_kernel_saved_goes_with_a_pass_through_the_weights_too():
         kept.append(weakref.ref(output))
         return output, aux
 
-    own = ph.Backend("own", lambda call: [], run, aux=REFERENCE.aux, first_order=True)
+    own = ph.Backend("own", lambda call: [], run, aux=REFERENCE.aux, first_order_only=True)
     _, aux = ph.attention(*tensors(), backend=own, return_aux=ph.AuxRequest(weights=True))
     gc.collect()
     assert kept[0]() is not None

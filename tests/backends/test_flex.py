@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention as torch_flex
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import flex
 from polyhead.errors import BackendError
+from polyhead.validate import build_call
 
-FLEX = ph.Backend("flex", flex.why_not, flex.run, flex.notes, passed_over=flex.passed_over)
+FLEX = ph.Backend("flex", flex.why_not, flex.run, flex.notes, auto_skip=flex.auto_skip)
 
 
 def tensors(B=2, H=6, G=2, T=5, S=7, D=16, E=None, dtype=torch.float32, device="cpu"):
@@ -131,12 +131,12 @@ def test_on_cuda_it_has_gradients_and_sinks_but_no_small_heads(D, E, triton, rea
         query, key, value = tensors(D=D, E=E, device="cuda")
         call = build_call(query.requires_grad_(), key, value, sinks=torch.zeros(6, device="cuda"))
     assert flex.why_not(call) == reasons
-    assert flex.passed_over(call) == []
+    assert flex.auto_skip(call) == []
 
 
 def test_auto_leaves_a_cpu_to_others():
     call = build_call(*tensors())
-    assert flex.passed_over(call) == ["compiles for seconds each new size and kind of mask on cpu"]
+    assert flex.auto_skip(call) == ["compiles for seconds each new size and kind of mask on cpu"]
 
 
 def test_it_reads_no_values_to_choose():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import REFERENCE, sdpa
 from polyhead.errors import BackendError
+from polyhead.validate import build_call
 
 FALL = "torch then holds T x S scores and repeats key heads (its math path on CPU)"
 FUSED = "_scaled_dot_product_flash_attention_for_cpu"

@@ -96,7 +96,7 @@ def test_many_operations_a_byte_are_work_and_not_reading(H, reads):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_codes_keep_the_numbers_of_such_a_case_exactly(dtype):
     case = Case("D", 2, 4, 2, 1, 40, 24, codes=True, dtype=dtype)
-    cache = ph.KVCache(2, 40, 2, 24, dtype=dtype, storage=torch.int8)
+    cache = ph.KVCache(2, 40, 2, 24, dtype=dtype, storage_dtype=torch.int8)
     inputs = case.inputs(seed=0)
     cache.append(inputs["key"], inputs["value"])
     assert all(map(torch.equal, cache.read(), (inputs["key"], inputs["value"])))

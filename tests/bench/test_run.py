@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from polyhead.bench import run as run_module
-from polyhead.bench.peers.registry import peers_of
 from polyhead.bench.machine.system_load import DisturbedError
 from polyhead.bench.peers.attention import SDPA, Peer
+from polyhead.bench.peers.registry import peers_of
 from polyhead.bench.run import Settings, judge, run_bench, too_slow
 from polyhead.bench.suites import CASES, find_cases
 

@@ -28,8 +28,8 @@ def preallocated(batch, **options):
     return KVCache(batch, MAX_TOKENS, **SIZES, **options, preallocate=True)
 
 
-def rolling(batch, window=3, rewindable=2, **options):
-    return KVCache(batch, None, **SIZES, **options, window=window, rewindable=rewindable)
+def rolling(batch, window=3, max_rewind=2, **options):
+    return KVCache(batch, None, **SIZES, **options, window=window, max_rewind=max_rewind)
 
 
 def paged(batch, **options):
@@ -48,7 +48,7 @@ def resaved(cache):
 
 
 every_cache = pytest.mark.parametrize("make", [dense, preallocated, rolling, paged])
-every_storage = pytest.mark.parametrize("storage", [None, torch.int8], ids=["plain", "int8"])
+every_storage = pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +149,9 @@ def assert_outputs(cache, history, chunk, held, mask, naive_attention):
     output = ph.attention(query, key, value, mask=mask_of_chunk, backend="reference")
     allowed = mask(B, S, S).materialize(S, S)
     want = naive_attention(*history.tensors, allowed=allowed)[:, :, S - T :]
-    assert bool(((output - want).abs() <= largest_difference(history, T, cache.storage)).all())
+    assert bool(
+        ((output - want).abs() <= largest_difference(history, T, cache.storage_dtype)).all()
+    )
 
 
 @every_storage
@@ -161,7 +163,7 @@ def test_any_chunks_give_the_rows_of_one_uncached_call(make, storage, naive_atte
     while sum(chunks) > MAX_TOKENS:
         chunks.pop()
     history = History(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1000)))
-    cache = make(history.batch, dtype=torch.float64, storage=storage)
+    cache = make(history.batch, dtype=torch.float64, storage_dtype=storage)
     mask = draw_mask(data.draw, getattr(cache, "window", None))
     outputs = []
     for T in chunks:
@@ -182,7 +184,7 @@ def test_any_chunks_give_the_rows_of_one_uncached_call(make, storage, naive_atte
 @settings(max_examples=30, deadline=None)
 def test_the_law_survives_rewinds_reorders_and_clones(make, storage, naive_attention, data):
     history = History(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1000)))
-    cache = make(history.batch, dtype=torch.float64, storage=storage)
+    cache = make(history.batch, dtype=torch.float64, storage_dtype=storage)
     mask = draw_mask(data.draw, getattr(cache, "window", None))
     operations = st.sampled_from(["append", "append", "rewind", "reorder", "clone", "reset"])
     for operation in data.draw(st.lists(operations, max_size=14)):
@@ -236,7 +238,7 @@ def test_what_was_put_in_comes_out_to_the_bit(make, dtype):
 @every_cache
 def test_read_gives_what_a_one_token_append_gave(make, storage):
     history = History(2, seed=0, dtype=torch.float32)
-    cache = make(2, storage=storage)
+    cache = make(2, storage_dtype=storage)
     for T in (7, 1, 1):
         held, start = cache.append(*history.draw(T)[1:]), cache.start
     assert all(map(torch.equal, cache.read(), held))
@@ -248,7 +250,7 @@ def test_read_gives_what_a_one_token_append_gave(make, storage):
 @pytest.mark.parametrize("copied", [copy.deepcopy, repickled, Cache.clone])
 def test_a_copy_goes_on_alone(make, storage, copied):
     history = History(2, seed=0, dtype=torch.float32)
-    cache = make(2, storage=storage)
+    cache = make(2, storage_dtype=storage)
     cache.append(*history.draw(7)[1:])
     twin = copied(cache)
     before = [x.clone() for x in cache.read()]
@@ -269,7 +271,7 @@ def test_copy_made_in_inference_mode_is_written_outside(make, storage, copied):
     """litgpt#837: `copy.deepcopy` there made tensors that no append could write."""
     history = History(2, seed=0, dtype=torch.float32)
     with torch.inference_mode():
-        cache = make(2, storage=storage)
+        cache = make(2, storage_dtype=storage)
         cache.append(*history.draw(5)[1:])
         twin = copied(cache)
         twin.reorder(torch.tensor([1, 0]))
@@ -347,7 +349,7 @@ def test_what_is_refused_changes_nothing(make):
 @every_cache
 def test_a_cache_takes_parameters_projections_without_their_graph(make, storage):
     key, value = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 2)
-    cache = make(2, storage=storage)
+    cache = make(2, storage_dtype=storage)
     with torch.no_grad():
         held = cache.append(key, value)
     assert not any(x.requires_grad for x in (*held, *cache.read()))
@@ -356,7 +358,7 @@ def test_a_cache_takes_parameters_projections_without_their_graph(make, storage)
 @every_storage
 @every_cache
 def test_inference_mode_leaves_a_cache_that_others_can_write(make, storage):
-    cache = make(2, storage=storage)
+    cache = make(2, storage_dtype=storage)
     for T in (1, 2, 3, 20):
         with torch.inference_mode():
             cache.append(torch.zeros(2, 3, T, 5), torch.zeros(2, 3, T, 2))
@@ -378,7 +380,7 @@ def test_bad_sizes_are_refused(make):
     with pytest.raises(
         DtypeError, match=r"storage must be None .* or torch.int8; got torch.float16"
     ):
-        make(1, storage=torch.float16)
+        make(1, storage_dtype=torch.float16)
 
 
 @pytest.mark.parametrize("kind", [KVCache, PagedKVCache])
@@ -397,8 +399,8 @@ def test_each_size_is_checked(kind, size, bad):
 @every_storage
 @every_cache
 def test_a_latent_cache_has_no_values(make, storage):
-    cache = make(2, storage=storage)
-    latent = type(cache)(2, 8, 1, 5, value_head_dim=0, storage=storage)
+    cache = make(2, storage_dtype=storage)
+    latent = type(cache)(2, 8, 1, 5, value_head_dim=0, storage_dtype=storage)
     key, value = latent.append(torch.randn(2, 1, 3, 5), torch.empty(2, 1, 3, 0))
     assert (key.shape, value.shape) == ((2, 1, 3, 5), (2, 1, 3, 0))
 

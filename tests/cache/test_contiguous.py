@@ -85,7 +85,7 @@ def test_few_tokens_of_a_large_window_take_little():
 
 
 def test_a_chunk_longer_than_the_memory_is_returned_whole_and_its_end_kept():
-    cache = KVCache(2, None, 3, 5, window=3, rewindable=1)
+    cache = KVCache(2, None, 3, 5, window=3, max_rewind=1)
     cache.append(*tokens(6))
     held = cache.append(*tokens(20, 6))
     assert cache.start == 3
@@ -115,14 +115,14 @@ def test_a_window_larger_than_max_tokens_holds_all():
 @given(st.data())
 @settings(max_examples=100, deadline=None)
 def test_rewindable_is_kept_behind_the_largest_length(data):
-    window, rewindable = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
-    cache = KVCache(2, None, 3, 5, window=window, rewindable=rewindable)
+    window, max_rewind = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
+    cache = KVCache(2, None, 3, 5, window=window, max_rewind=max_rewind)
     furthest = 0
     # Small chunks fill the memory and then move its end; large ones pass it by.
     for T in data.draw(st.lists(st.integers(0, 3) | st.integers(0, 20), min_size=4, max_size=25)):
         cache.append(*tokens(T, cache.length))
         furthest = max(furthest, cache.length)
-        back_to = data.draw(st.integers(max(0, furthest - rewindable), furthest))
+        back_to = data.draw(st.integers(max(0, furthest - max_rewind), furthest))
         cache.rewind(max(0, cache.length - back_to))
         length = cache.length
         assert cache.start == max(0, length - 1 - window)
@@ -133,11 +133,11 @@ def test_rewindable_is_kept_behind_the_largest_length(data):
 
 
 def test_a_rewind_past_what_is_held_is_refused_with_the_numbers():
-    cache = KVCache(2, None, 3, 5, window=3, rewindable=2)
+    cache = KVCache(2, None, 3, 5, window=3, max_rewind=2)
     cache.append(*tokens(40))
     message = (
         "n must be at most 2: with window = 3 the tokens before position 34 are gone; got 5; "
-        "make the cache with rewindable = 5 or more, or reset it"
+        "make the cache with max_rewind = 5 or more, or reset it"
     )
     with pytest.raises(ArgumentError, match=message):
         cache.rewind(5)
@@ -153,38 +153,38 @@ def test_a_rewind_past_what_is_held_is_refused_with_the_numbers():
 def test_options_are_checked():
     with pytest.raises(ArgumentError, match="max_tokens must be given without a window; got None"):
         KVCache(2, None, 3, 5)
-    for name in ("window", "rewindable"):
+    for name in ("window", "max_rewind"):
         with pytest.raises(ArgumentError, match=f"{name} must be an integer of at least 0; got -1"):
             KVCache(2, 8, 3, 5, **{name: -1})
 
 
 def test_int8_takes_a_byte_a_number_and_a_scale_a_token_and_head():
-    cache = KVCache(2, 7, 3, 64, dtype=torch.bfloat16, storage=torch.int8, preallocate=True)
+    cache = KVCache(2, 7, 3, 64, dtype=torch.bfloat16, storage_dtype=torch.int8, preallocate=True)
     assert cache.nbytes == 2 * 7 * (2 * 3 * (64 + 4))
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_codes_and_scales_are_what_read_decodes(window):
-    cache = KVCache(2, 64, 3, 5, value_head_dim=4, storage=torch.int8, window=window)
+    cache = KVCache(2, 64, 3, 5, value_head_dim=4, storage_dtype=torch.int8, window=window)
     for T in (9, 1, 30, 1):
         cache.append(torch.randn(2, 3, T, 5), torch.randn(2, 3, T, 4))
         key, value = cache.read()
         start = cache.start
-        key_codes, key_scales, value_codes, value_scales = cache.quantised()
+        key_codes, key_scales, value_codes, value_scales = cache.quantized()
         assert cache.start == start
         assert (key_codes.dtype, value_codes.dtype) == (torch.int8, torch.int8)
         assert torch.equal(key_codes * key_scales[..., None], key)
         assert torch.equal(value_codes * value_scales[..., None], value)
-        assert key_codes.data_ptr() == cache.quantised()[0].data_ptr()  # a view
+        assert key_codes.data_ptr() == cache.quantized()[0].data_ptr()  # a view
 
 
 def test_a_plain_cache_has_no_codes():
     with pytest.raises(ArgumentError, match=r"storage must be torch.int8 to have codes; got None"):
-        KVCache(2, 8, 3, 5).quantised()
+        KVCache(2, 8, 3, 5).quantized()
 
 
 @pytest.mark.parametrize(
-    ("window", "storage"),
+    ("window", "storage_dtype"),
     [
         (None, None),
         pytest.param(None, torch.int8, marks=pytest.mark.slow),
@@ -205,7 +205,7 @@ def test_a_step_compiles_whole_and_lengths_do_not_compile_again(window, storage)
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     max_tokens = 64 if window is None else None
     caches = [
-        KVCache(2, max_tokens, 3, 5, window=window, storage=storage, preallocate=True)
+        KVCache(2, max_tokens, 3, 5, window=window, storage_dtype=storage, preallocate=True)
         for _ in range(2)
     ]
     compiles = []
@@ -228,10 +228,10 @@ def test_rewindable_set_anew_holds_for_the_tokens_that_come():
     for T in (9, 1, 1):
         x = torch.zeros(1, 2, T, 4)
         cache.append(x, x)
-    cache.rewindable = 20
+    cache.max_rewind = 20
     token = torch.arange(11.0, 41.0)[None, None, :, None].expand(1, 2, 30, 4)
     cache.append(token, token)
     cache.rewind(20)
     assert cache.read()[0][0, 0, :, 0].tolist() == [17.0, 18.0, 19.0, 20.0]
-    with pytest.raises(ArgumentError, match=r"rewindable must be an integer of at least 0; got -1"):
-        cache.rewindable = -1
+    with pytest.raises(ArgumentError, match=r"max_rewind must be an integer of at least 0; got -1"):
+        cache.max_rewind = -1

@@ -32,7 +32,7 @@ def test_rows_of_one_prompt_share_its_blocks_and_copy_nothing():
     cache.reorder(torch.tensor([0, 0, 0]))
     assert cache.batch == 3
     assert table(cache) == [[0, 1, 2]] * 3
-    assert cache.block_uses.tolist() == [3, 3, 3]
+    assert cache.block_refcounts.tolist() == [3, 3, 3]
     assert [pool.data_ptr() for pool in cache.pools] == before
     for got, want in zip(cache.read(), (key, value), strict=True):
         assert torch.equal(got, want.expand(3, -1, -1, -1))
@@ -45,7 +45,7 @@ def test_only_the_partly_filled_block_is_copied_and_its_first_row_keeps_it():
     new = tokens(3, 1)
     held = cache.append(*new)
     assert table(cache) == [[0, 1], [0, 2], [0, 3]]
-    assert cache.block_uses[:4].tolist() == [3, 1, 1, 1]
+    assert cache.block_refcounts[:4].tolist() == [3, 1, 1, 1]
     for got, before, after in zip(held, prompt, new, strict=True):
         assert torch.equal(got, torch.cat((before.expand(3, -1, -1, -1), after), dim=2))
 
@@ -75,11 +75,11 @@ def test_blocks_that_rewind_and_reorder_free_are_used_again():
     cache.append(*tokens(2, 5))
     assert table(cache) == [[0, 1, 2], [3, 4, 5]]
     cache.reorder(torch.tensor([1, 1]))
-    assert cache.block_uses.tolist() == [0, 0, 0, 2, 2, 2]
+    assert cache.block_refcounts.tolist() == [0, 0, 0, 2, 2, 2]
     cache.append(*tokens(2, 4))
     assert table(cache) == [[3, 4, 5, 1], [3, 4, 0, 2]]
     cache.reset()
-    assert cache.block_uses.tolist() == [0] * 6
+    assert cache.block_refcounts.tolist() == [0] * 6
     assert cache.num_blocks == 6
 
 
@@ -108,9 +108,9 @@ def test_the_pool_doubles_up_to_what_rows_can_fill():
     assert cache.nbytes == 20 * 3 * 4 * (5 + 2) * 4 + cache.block_table.nbytes
 
 
-@pytest.mark.parametrize("storage", [None, torch.int8], ids=["plain", "int8"])
+@pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
 def test_a_kernel_finds_every_token_through_the_table(storage):
-    cache = paged(3, storage=storage)
+    cache = paged(3, storage_dtype=storage)
     cache.append(*tokens(3, 11))
     cache.reorder(torch.tensor([2, 0, 2]))
     key, value = cache.append(*tokens(3, 3))
@@ -151,7 +151,7 @@ def test_no_block_is_lost_or_written_for_two(data):
         rows = table(cache)
         assert all(len(row) == -(-cache.length // 4) for row in rows)
         flat = [block for row in rows for block in row]
-        assert cache.block_uses.tolist() == [flat.count(b) for b in range(cache.num_blocks)]
+        assert cache.block_refcounts.tolist() == [flat.count(b) for b in range(cache.num_blocks)]
         for a in rows:
             for b in rows:
                 shared = [one == other for one, other in zip(a, b, strict=True)]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyhead.cache.quantization import Int8, Plain
+from polyhead.cache.quantization import Int8, Unquantized
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # float16 ends at 65504; the smallest are below the normal numbers of float32.
@@ -28,10 +28,10 @@ def test_int8_is_within_half_a_step_of_each_token_and_head(dtype, data):
     x = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
     x = (x * 2.0 ** (exponent + spread[..., None])).to(dtype)
     int8 = Int8(dtype)
-    codes, scales = int8.encode(x)
+    codes, scales = int8.quantize(x)
     assert (codes.dtype, scales.dtype) == (torch.int8, torch.float32)
     assert (codes.shape, scales.shape) == (x.shape, x.shape[:3])
-    back = int8.decode((codes, scales))
+    back = int8.dequantize((codes, scales))
     assert back.dtype == dtype
     absmax = x.abs().amax(dim=-1, keepdim=True).double()
     # The scale and the product are rounded to float32: 2^-24 each, and below the normal numbers
@@ -45,7 +45,7 @@ def test_int8_is_within_half_a_step_of_each_token_and_head(dtype, data):
 def test_zeros_and_empty_heads_are_exact():
     int8 = Int8(torch.float32)
     for x in (torch.zeros(2, 3, 5, 7), torch.zeros(2, 3, 5, 0), torch.zeros(2, 3, 0, 7)):
-        assert torch.equal(int8.decode(int8.encode(x)), x)
+        assert torch.equal(int8.dequantize(int8.quantize(x)), x)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -53,14 +53,14 @@ def test_a_token_that_is_not_finite_does_not_look_finite(bad):
     x = torch.ones(1, 1, 2, 3)
     x[0, 0, 1, 1] = bad
     int8 = Int8(torch.float32)
-    back = int8.decode(int8.encode(x))
+    back = int8.dequantize(int8.quantize(x))
     assert bool(back[0, 0, 0].isfinite().all())
     assert not bool(back[0, 0, 1].isfinite().any())
 
 
 def test_plain_is_the_same_numbers_without_their_graph():
     x = torch.randn(2, 3, 5, 7, requires_grad=True)
-    (held,) = Plain().encode(x)
+    (held,) = Unquantized().quantize(x)
     assert held.data_ptr() == x.data_ptr()
     assert not held.requires_grad
-    assert Plain().decode((held,)) is held
+    assert Unquantized().dequantize((held,)) is held

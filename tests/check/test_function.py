@@ -22,7 +22,7 @@ TWINS = {
     "inverted": "boolean_masks_are_right",
     "numbers_as_booleans": "additive_masks_are_right",
     "nan_rows": "empty_rows_stay_finite",
-    "tiled": "grouped_calls_are_right",
+    "tiled": "gqa_matches_reference",
     "cuts_values": "values_may_have_another_size",
     "drops_scale": "scale_is_obeyed",
     "wrong_softcap": "softcap_is_obeyed",
@@ -30,8 +30,8 @@ TWINS = {
     "over_heads": "rows_and_heads_do_not_mix",
     "drops_causal": "every_argument_counts",
     "unscaled_dropout": "dropout_keeps_the_mean",
-    "always_float32": "dtype_comes_back",
-    "in_place": "inputs_are_left_alone",
+    "always_float32": "dtype_is_preserved",
+    "in_place": "inputs_are_not_modified",
     "detached": "gradients_are_right",
 }
 

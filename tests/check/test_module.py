@@ -75,7 +75,7 @@ def test_weights_that_names_do_not_tell_can_be_given():
         weights = (
             None if not roles else lambda m: {r: getattr(m, n).weight for r, n in roles.items()}
         )
-        only = ["output_is_the_definitions"]
+        only = ["output_matches_reference"]
         report = ph.check.check_module(Odd(), weights=weights, only=only)
         return report.results[0].verdict.outcome
 
@@ -99,7 +99,7 @@ class WithProperty(Book):
 def test_words_that_contain_rope_or_position_give_no_positions():
     report = ph.check.check_module(WithProperty(inverted=True))
     assert "positions" not in report.facts
-    assert "output_is_the_definitions" in [failure.law for failure in report.failures]
+    assert "output_matches_reference" in [failure.law for failure in report.failures]
 
 
 class TokensFirst(Book):
@@ -188,7 +188,7 @@ NAMES = ["num_head", "n_local_heads", "nheads", "heads", "num_attn_heads", "enco
 
 @pytest.mark.parametrize("name", [*NAMES, ""])
 def test_a_bug_is_found_whatever_the_number_of_heads_is_called(name):
-    only = ["output_is_the_definitions"]
+    only = ["output_matches_reference"]
     report = ph.check.check_module(Counted(name), only=only)
     assert report.count(ph.check.Outcome.HOLDS) == 1, report
     how = f"attribute {name}" if name else "its softmax has 4 rows for each token"

@@ -12,7 +12,7 @@
 #include <random>
 #include <vector>
 
-#include "attention.hpp"
+#include "params.hpp"
 
 namespace polyhead {
 
@@ -20,8 +20,8 @@ using Sizes = std::array<int64_t, 4>;
 
 inline std::mt19937_64 generator;
 
-inline int64_t integer(int64_t least, int64_t most) {
-  return std::uniform_int_distribution<int64_t>(least, most)(generator);
+inline int64_t integer(int64_t least, int64_t row_max) {
+  return std::uniform_int_distribution<int64_t>(least, row_max)(generator);
 }
 inline int64_t one_of(std::initializer_list<int64_t> choices) {
   return choices.begin()[integer(0, static_cast<int64_t>(choices.size()) - 1)];
@@ -129,7 +129,7 @@ struct Tensor {
   Layout layout;
   int64_t skip = one_of({0, 0, 1, 3});  // so that it starts anywhere in a vector
   Memory memory;
-  View view;
+  TensorView view;
 
   Tensor(Dtype dtype, const Sizes& sizes, bool last_is_dense = true)
       : sizes(sizes), layout(sizes, last_is_dense), memory(dtype, skip + layout.extent) {
@@ -158,7 +158,7 @@ struct Table {
   Table(int64_t rows, int64_t tokens) : block_size(one_of({1, 2, 5, 16, 40, 64})) {
     columns = (tokens + block_size - 1) / block_size;
     blocks = rows * columns + integer(0, 3);
-    std::vector<int32_t> all(blocks);
+    std::vector<int32_t> splat(blocks);
     std::iota(all.begin(), all.end(), 0);
     std::shuffle(all.begin(), all.end(), generator);
     numbers.assign(all.begin(), all.begin() + rows * columns);
@@ -170,7 +170,7 @@ struct Table {
 // Keys or values of some tokens as a cache holds them. What no token is in is NaN.
 class Stored {
  public:
-  View view;
+  TensorView view;
 
   Stored(Dtype dtype, bool are_codes, const Table& table, const Sizes& sizes)
       : table_(table), data_(are_codes ? Dtype::i8 : dtype, pool_sizes(table, sizes)) {
@@ -184,7 +184,7 @@ class Stored {
       std::copy_n(scales_->view.stride, 3, view.scale_stride);
     }
     if (table.block_size == 0) return;
-    view.table = table_.numbers.data();
+    view.block_table = table_.numbers.data();
     view.table_stride = table.columns, view.block_size = table.block_size;
     std::vector<bool> is_used(pool[0] * pool[2]);
     for (int64_t b = 0; b < sizes[0]; ++b)

@@ -28,7 +28,7 @@ struct Result {
 };
 
 struct Case {
-  Attention a{};
+  AttentionParams a{};
   Dtype dtype;
   std::string text;
   std::unique_ptr<Tensor> query, bias, grad_output;
@@ -77,23 +77,23 @@ Case::Case() {
     const Layout layout(some_axes(), false);
     allowed = std::make_unique<bool[]>(layout.extent);
     std::generate_n(allowed.get(), layout.extent, [] { return chance(2); });
-    a.allowed = reinterpret_cast<const uint8_t*>(allowed.get());
+    a.dense_mask = reinterpret_cast<const uint8_t*>(allowed.get());
     std::copy(layout.stride.begin(), layout.stride.end(), a.allowed_stride);
   }
   const bool by_batch = chance(2), is_causal = chance(2);
-  a.range_stride = by_batch ? a.T : 0;
+  a.kv_range_stride = by_batch ? a.T : 0;
   for (int64_t row = 0; row < (by_batch ? a.B : 1) * a.T; ++row) {
     const int64_t end = is_causal ? a.position(row % a.T) + 1 : integer(0, a.S);
     last.push_back(static_cast<int32_t>(end));
     first.push_back(static_cast<int32_t>(chance(2) ? 0 : integer(0, end)));
     if (first.back() == end) first.back() = last.back() = 0;
   }
-  a.first = first.data(), a.last = last.data();
+  a.kv_begin = first.data(), a.kv_end = last.data();
   if (chance(4)) {
     a.document_stride = chance(2) ? a.S : 0;
     for (int64_t i = 0; i < (a.document_stride ? a.B : 1) * a.S; ++i)
       document.push_back(static_cast<int32_t>(integer(0, 2)));
-    a.document = document.data();
+    a.doc_ids = document.data();
   }
   const auto by_head = [&](std::vector<float>& numbers, double factor) {
     for (int64_t h = 0; h < a.H; ++h) numbers.push_back(static_cast<float>(factor * normal()));
@@ -123,7 +123,7 @@ Case::Case() {
   for (auto [name, is_there] :
        std::initializer_list<std::pair<const char*, bool>>{{"bias ", bias != nullptr},
                                                            {"allowed ", allowed != nullptr},
-                                                           {"documents ", a.document != nullptr},
+                                                           {"documents ", a.doc_ids != nullptr},
                                                            {"sinks ", a.sinks != nullptr},
                                                            {"alibi ", a.alibi_slopes != nullptr},
                                                            {"softcap ", a.softcap != 0.0F},
@@ -135,7 +135,7 @@ Case::Case() {
 }
 
 bool Case::may_attend(int64_t b, int64_t h, int64_t t, int64_t s) const {
-  const int64_t row = b * a.range_stride + t;
+  const int64_t row = b * a.kv_range_stride + t;
   if (s < first[row] || s >= last[row]) return false;
   const int64_t* stride = a.allowed_stride;
   if (allowed && !allowed[b * stride[0] + h * stride[1] + t * stride[2] + s * stride[3]])
@@ -174,11 +174,11 @@ double Case::score(int64_t b, int64_t h, int64_t t, int64_t s, double& terms, do
 
 int Case::check() const {
   const int64_t rows = a.B * a.H * a.T;
-  Memory output(dtype, rows * a.E), lse(Dtype::f32, rows), shifts(Dtype::f32, 3 * rows),
+  Memory output(dtype, rows * a.E), lse(Dtype::f32, rows), softmax_state(Dtype::f32, 3 * rows),
       stats(Dtype::f32, 6 * rows);
   const auto floats = [](Memory& memory) { return static_cast<float*>(memory.data()); };
   POLYHEAD_ISA::kTable.forward(
-      a, {output.data(), floats(lse), floats(shifts), chance(2) ? floats(stats) : nullptr});
+      a, {output.data(), floats(lse), floats(softmax_state), chance(2) ? floats(stats) : nullptr});
   const bool has_stats = !std::isnan(stats.get(0));
   const auto zeros = [](int64_t size) {
     Memory memory(Dtype::f32, size);
@@ -190,10 +190,10 @@ int Case::check() const {
   Memory query_grad(Dtype::f32, rows * a.D), key_grad = zeros(a.B * a.G * a.S * a.D),
                                              value_grad = zeros(a.B * a.G * a.S * a.E),
                                              bias_grad = zeros(bias_size), sinks_grad = zeros(a.H);
-  Gradients g;
+  BackwardParams g;
   g.grad_output = grad_output->view;
   g.output = {output.data(), dtype, {a.H * a.T * a.E, a.T * a.E, a.E, 1}};
-  g.shifts = floats(shifts);
+  g.softmax_state = floats(softmax_state);
   g.grad_lse = grad_lse.empty() ? nullptr : grad_lse.data();
   g.query = floats(query_grad), g.key = floats(key_grad), g.value = floats(value_grad);
   Sizes bias_stride{};
@@ -207,7 +207,7 @@ int Case::check() const {
   if (is_plain) POLYHEAD_ISA::kTable.backward(a, g);
   const bool is_mean = chance(2);
   Memory weights = zeros((is_mean ? a.B * a.T : rows) * a.S);
-  if (is_plain) POLYHEAD_ISA::kTable.weights(a, {floats(shifts), floats(weights), is_mean});
+  if (is_plain) POLYHEAD_ISA::kTable.weights(a, {floats(softmax_state), floats(weights), is_mean});
 
   // The error allowed is this many roundings in all terms of a sum, those of the scores included,
   // and what 16 bits lose in weights and output.
@@ -215,7 +215,7 @@ int Case::check() const {
   constexpr double kFlushed = 0x1p-126;  // a weight below float32's normal numbers may be 0
   const double loss = dtype == Dtype::f32 ? 0.0 : 2.1 * unit_of(dtype);
   // Products of pairs take P and dS rounded to bfloat16.
-  const bool has_pairs = POLYHEAD_ISA::kHasPairs && dtype == Dtype::bf16;
+  const bool has_pairs = POLYHEAD_ISA::kHasBF16Dot && dtype == Dtype::bf16;
   const double pair_loss = has_pairs ? 1.01 * unit_of(dtype) : 0.0;
   // And so is code * scale.
   const double code_loss = are_codes ? pair_loss : 0.0;
@@ -236,21 +236,21 @@ int Case::check() const {
       if (a.dropout > 0.0)
         kept[s] = dropout.kept(dropout.row_key(row), s)[0] ? 1.0 / (1.0 - a.dropout) : 0.0;
     }
-    const double most = *std::max_element(scores.begin(), scores.end());
-    if (most == -INFINITY) {
+    const double row_max = *std::max_element(scores.begin(), scores.end());
+    if (row_max == -INFINITY) {
       lses.want[row] = all_stats.want[5 * rows + row] = -INFINITY;
       continue;
     }
     const double rounding = kRoundings * unit_of(Dtype::f32) * (4.0 + 2.0 * largest_terms) +
                             2.0 * code_loss * largest_terms;
     double keys_total = 0.0;
-    for (double x : scores) keys_total += std::exp(x - most);
-    // Shifted by the larger: beside a large sink exp(sink - most) would be infinite.
-    const double sink = a.sinks == nullptr ? -INFINITY : sinks[h], shift = std::max(most, sink);
-    const double total = keys_total * std::exp(most - shift) + std::exp(sink - shift);
-    lses.add(row, most + std::log(keys_total), rounding);
+    for (double x : scores) keys_total += std::exp(x - row_max);
+    // Shifted by the max: beside a large sink exp(sink - row_max) would be infinite.
+    const double sink = a.sinks == nullptr ? -INFINITY : sinks[h], shift = std::max(row_max, sink);
+    const double total = keys_total * std::exp(row_max - shift) + std::exp(sink - shift);
+    lses.add(row, row_max + std::log(keys_total), rounding);
     Numbers row_stats(6), row_terms(6), o(a.E), o_terms(a.E);
-    row_stats[5] = most, row_terms[5] = 1.0;
+    row_stats[5] = row_max, row_terms[5] = 1.0;
     for (int64_t s = 0; s < a.S; ++s) {
       if (scores[s] == -INFINITY) continue;
       const double weight = std::exp(scores[s] - shift) / total;
@@ -298,7 +298,7 @@ int Case::check() const {
                      (rounding + pair_loss) * std::abs(dV) + kFlushed * std::abs(kept[s] * grad));
       }
       const double from_lse =
-          grad_lse.empty() ? 0.0 : grad_lse[row] * std::exp(scores[s] - most) / keys_total;
+          grad_lse.empty() ? 0.0 : grad_lse[row] * std::exp(scores[s] - row_max) / keys_total;
       const double dZ = weight * (dP - delta) + from_lse;
       const double dZ_error = weight * (rounding * (dP_terms + delta_terms) + delta_loss) +
                               rounding * std::abs(from_lse) + kFlushed * (dP_terms + delta_terms);

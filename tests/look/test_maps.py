@@ -32,7 +32,9 @@ def pooled(weights, bins):
 def either_way(request, monkeypatch):
     """A pass over each bin of keys, or weights held for some queries at a time."""
     monkeypatch.setattr(maps, "_KEYS_A_PASS", request.param)
-    monkeypatch.setattr(importlib.import_module("polyhead.look.streaming"), "_CELLS", 2 * 6 * 19 * 2)
+    monkeypatch.setattr(
+        importlib.import_module("polyhead.look.streaming"), "_CELLS", 2 * 6 * 19 * 2
+    )
 
 
 @pytest.mark.usefixtures("either_way")

@@ -94,13 +94,13 @@ def test_decoder_of_equal_length_has_its_own_ids():
 
 def test_page_shows_the_layers_of_its_own_text():
     from polyhead.look.page import payload
-    from polyhead.viewer.highlights import telling_heads
+    from polyhead.viewer.highlights import highlights
 
     report = ph.look.capture(t5(), TEXT, decoder_input_ids=OTHER[None])
     data = payload(report)
     assert data["left_out"] == [layer.name for layer in report.layers[2:]]
     assert {layer for layer, _ in data["heads"]} == {0, 1}
-    for head in telling_heads(report, 36):
+    for head in highlights(report, 36):
         assert head.example is None or head.layer < 2
 
 

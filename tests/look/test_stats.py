@@ -1,4 +1,4 @@
-"""Statistics in one pass against what the weights say, and against numbers by hand."""
+"""HeadStats in one pass against what the weights say, and against numbers by hand."""
 
 from __future__ import annotations
 

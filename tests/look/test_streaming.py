@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.call import AuxRequest
 from polyhead.look import streaming as sums
+from polyhead.validate import build_call
 
 SIZES = [(7, 7), (3, 7), (11, 7), (1, 7), (257, 257)]
 
@@ -22,9 +22,9 @@ def call_of(example):
 def test_a_range_of_keys_has_its_share(example, tolerance, mask, T, S, dtype):
     one = example(T, S, mask, dtype=dtype)
     call = call_of(one)
-    totals = sums.log_totals(call, sums.log_sums(call))
+    totals = sums.total_logsumexp(call, sums.key_logsumexp(call))
     for first, last in ((0, S), (0, 3), (2, 5), (S - 1, S)):
-        got = sums.shares(sums.log_sums(call, (first, last)), totals)
+        got = sums.shares(sums.key_logsumexp(call, (first, last)), totals)
         want = one.weights[..., first:last].sum(dim=-1)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance(one.lse, dtype))
 
@@ -33,9 +33,9 @@ def test_a_range_of_keys_has_its_share(example, tolerance, mask, T, S, dtype):
 def test_every_kind_of_score(example, tolerance, options, dtype):
     one = example(5, 9, options=options, dtype=dtype)
     call = call_of(one)
-    lse = sums.log_sums(call)
+    lse = sums.key_logsumexp(call)
     torch.testing.assert_close(lse.double(), one.lse, rtol=0, atol=tolerance(one.lse, dtype))
-    got = sums.shares(sums.log_sums(call, (2, 6)), sums.log_totals(call, lse))
+    got = sums.shares(sums.key_logsumexp(call, (2, 6)), sums.total_logsumexp(call, lse))
     want = one.weights[..., 2:6].sum(dim=-1)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance(one.lse, dtype))
 
@@ -61,16 +61,16 @@ def test_the_kernel_runs_where_it_can(monkeypatch, example):
     if ph.explain(call.query, call.key, call.key).chosen != "cpu":
         pytest.skip("the kernels are not built")
     monkeypatch.setattr(sums, "compute_aux", refuse)
-    sums.log_sums(call, (2, 5))
+    sums.key_logsumexp(call, (2, 5))
     with ph.use_backend("sdpa"), pytest.raises(AssertionError, match="the definition ran"):
-        sums.log_sums(call, (2, 5))
+        sums.key_logsumexp(call, (2, 5))
 
 
 def test_autocast_does_not_degrade_the_definition(example):
     one = example(17, 17, mask="custom", dtype=torch.float32)
-    alone = sums.log_sums(call_of(one))
+    alone = sums.key_logsumexp(call_of(one))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(sums.log_sums(call_of(one)), alone)
+        assert torch.equal(sums.key_logsumexp(call_of(one)), alone)
 
 
 def test_no_more_keys_are_scored_than_the_mask_reaches(tensor_sizes):
@@ -78,5 +78,5 @@ def test_no_more_keys_are_scored_than_the_mask_reaches(tensor_sizes):
     query = torch.randn(1, 2, T, 8, dtype=torch.float64)
     call = build_call(query, query, query, ph.mask.causal() & ph.mask.window(before=3))
     with tensor_sizes:
-        sums.log_sums(call, (0, 40))
+        sums.key_logsumexp(call, (0, 40))
     assert tensor_sizes.largest <= 2 * T * 40

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from polyhead.errors import ArgumentError
 from polyhead.mask import (
-    All,
-    AnyOf,
+    And,
     Mask,
+    Or,
     causal,
     custom,
     dense,
@@ -135,7 +135,7 @@ def test_rows_and_for_queries_are_slices_of_the_whole(case, data):
     start = data.draw(st.integers(0, T))
     stop = data.draw(st.integers(start, T))
     want = written_out(mask, B, T, S)[:, :, start:stop]
-    rows = mask.rows(start, stop, T, S).expand(B, H, stop - start, S)
+    rows = mask.materialize_rows(start, stop, T, S).expand(B, H, stop - start, S)
     assert torch.equal(rows, want)
     chunk = mask.for_queries(start, stop, T)
     chunk.check(B, H, stop - start, S, CPU)
@@ -154,7 +154,7 @@ def test_keys_and_for_keys_are_slices_of_the_whole(case, data):
     first = data.draw(st.integers(0, S))
     last = data.draw(st.integers(first, S))
     want = written_out(mask, B, T, S)[..., first:last]
-    rows = mask.rows(0, T, T, S, keys=(first, last))
+    rows = mask.materialize_rows(0, T, T, S, keys=(first, last))
     assert torch.equal(rows.expand(B, H, T, last - first), want)
     if S - first < T and "documents" in repr(mask):
         return  # documents name the queries by their keys, which would be gone
@@ -180,7 +180,7 @@ def test_no_key_out_of_reach_is_allowed(case, data):
     for rule, keys in ((mask, S), (mask.for_queries(0, T, T), S), (mask.for_keys(cut, S), S - cut)):
         if keys < T and "documents" in repr(mask):
             continue
-        first, last = rule.reach(start, stop, T, keys)
+        first, last = rule.key_range(start, stop, T, keys)
         outside = written_out(rule, B, T, keys)[:, :, start:stop].clone()
         if first < last:
             assert 0 <= first < last <= keys
@@ -207,12 +207,12 @@ def test_no_key_out_of_reach_is_allowed(case, data):
 )
 def test_reach_is_as_narrow_as_the_structure_tells(mask, reach):
     """Queries 2 and 3 of 7 against 9 keys stand at 4 and 5."""
-    assert mask.reach(2, 4, 7, 9) == reach
+    assert mask.key_range(2, 4, 7, 9) == reach
 
 
 def test_reach_of_a_chunk_counts_from_the_chunk():
     chunk = (causal() & window(before=2)).for_queries(1, 6, 7)
-    assert chunk.reach(1, 3, 5, 9) == (2, 6)
+    assert chunk.key_range(1, 3, 5, 9) == (2, 6)
 
 
 @given(cases(count=3))
@@ -250,8 +250,8 @@ def test_and_or_flatten_and_keep_each_part_once():
     a, b, c = causal(), window(before=2), window(after=1)
     assert (a & (b & (a & c))).conjuncts == (a, b, c)
     assert ((a | b) | (c | a)).parts == (a, b, c)
-    assert isinstance(a & b, All)
-    assert isinstance(a | b, AnyOf)
+    assert isinstance(a & b, And)
+    assert isinstance(a | b, Or)
     assert a.conjuncts == (a,)
     assert ((a & b) | c).conjuncts == ((a & b) | c,)
     assert (~a).conjuncts == (~a,)

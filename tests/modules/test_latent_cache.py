@@ -62,7 +62,7 @@ def test_a_cached_token_takes_the_promised_bytes(latent, dtype):
         cache = mla.make_cache(2, 257, preallocate=True)
         assert cache.nbytes == 2 * 257 * (rank + R) * dtype.itemsize
         sizes.add(cache.nbytes)
-        eighth = mla.make_cache(2, 257, preallocate=True, storage=torch.int8)
+        eighth = mla.make_cache(2, 257, preallocate=True, storage_dtype=torch.int8)
         assert eighth.nbytes <= 2 * 257 * (rank + R + 8)  # a byte a number, and its scales
     assert len(sizes) == 1
     assert mla.make_cache(3).max_tokens == mla.context_length == 17
@@ -73,7 +73,7 @@ def test_an_int8_cache_stays_within_its_bound(latent, all_aux, absorb):
     mla, x = latent.build_double(scale=1.5)
     H, _, nope, R, E = latent.sizes
     with torch.no_grad():
-        plain, coded = mla.make_cache(2), mla.make_cache(2, storage=torch.int8)
+        plain, coded = mla.make_cache(2), mla.make_cache(2, storage_dtype=torch.int8)
         exact, aux = mla(x, cache=plain, return_aux=all_aux, absorb=absorb)
         y, coded_aux = mla(x, cache=coded, return_aux=all_aux, absorb=absorb)
         latent, _ = plain.read()
@@ -190,12 +190,14 @@ def test_a_cache_of_another_module_or_window_is_refused(latent):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("storage", [None, torch.int8], ids=str)
+@pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=str)
 def test_the_absorbed_form_reads_a_cache_where_it_is(latent, storage, monkeypatch):
     mla, (_, rank, _, R, _) = latent.build(), latent.sizes
     x = torch.randn(2, 12, 19)
-    paged = ph.PagedKVCache(2, 16, 1, rank + R, value_head_dim=0, block_size=3, storage=storage)
-    numbers = mla.make_cache(2, storage=storage)
+    paged = ph.PagedKVCache(
+        2, 16, 1, rank + R, value_head_dim=0, block_size=3, storage_dtype=storage
+    )
+    numbers = mla.make_cache(2, storage_dtype=storage)
     with torch.no_grad():
         for cache in (paged, numbers):
             mla(x[:, :11], cache=cache)

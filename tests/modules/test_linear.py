@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import polyhead as ph
-from polyhead.modules import linear as projecting
+from polyhead.modules import linear
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="needs a torch with oneDNN"
@@ -21,7 +21,7 @@ ONEDNN = "_linear_pointwise"
 @pytest.fixture(autouse=True)
 def slow_mkl(monkeypatch):
     """As on a processor whose MKL is slow."""
-    monkeypatch.setattr(projecting, "_mkl_is_slow", lambda: True)
+    monkeypatch.setattr(linear, "_mkl_is_slow", lambda: True)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_nothing_else_changes(case, module, tensor_sizes):
 
 
 def test_outside_of_it_linear_is_torchs(module, tensor_sizes):
-    with torch.no_grad(), projecting.projecting(x(), nn.Module()):
+    with torch.no_grad(), linear.onednn_linear(x(), nn.Module()):
         pass
     with torch.no_grad(), tensor_sizes:
         F.linear(x(), module.W_query.weight)

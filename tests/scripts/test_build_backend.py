@@ -43,7 +43,9 @@ CMake Error: CMake was unable to find a build program corresponding to "Unix Mak
 CMake Error: CMAKE_CXX_COMPILER not set, after EnableLanguage
 """
 NO_CMAKE = "scikit_build_core.errors.CMakeNotFoundError: Could not find CMake with version >=3.19"
-WRONG = "[1/2] Building\ncsrc/vec.hpp:7:1: error: 'omp' was not declared\nsome.cpp:8: error: b\n"
+WRONG = (
+    "[1/2] Building\ncsrc/simd/vec.hpp:7:1: error: 'omp' was not declared\nsome.cpp:8: error: b\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +55,7 @@ WRONG = "[1/2] Building\ncsrc/vec.hpp:7:1: error: 'omp' was not declared\nsome.c
         (NO_NINJA, "cmake with ninja or make was not there when", "pip install cmake ninja"),
         (NO_CMAKE, "cmake with ninja or make was not there when", "pip install cmake ninja"),
         ("Could NOT find OpenMP_CXX", "the C++ compiler has no OpenMP", "CXX=g++"),
-        (WRONG, "its C++ did not compile: csrc/vec.hpp:7:1: error: 'omp' was not", "CXX=g++"),
+        (WRONG, "its C++ did not compile: csrc/simd/vec.hpp:7:1: error: 'omp' was not", "CXX=g++"),
         ("killed\n", "its C++ did not compile: killed", "CXX=g++"),
         ("ModuleNotFoundError: No module named 'x'", "ModuleNotFoundError: No", "CXX=g++"),
         ("", "it printed nothing", "CXX=g++"),
@@ -88,11 +90,14 @@ def test_build_that_fails_gives_plain_wheel_with_reason(backend, monkeypatch, tm
     assert calls[1]["wheel.cmake"] == "false"
     assert calls[1]["wheel.build-tag"] == "0without_kernels"
     assert (
-        "WITHOUT its C++ kernels: its C++ did not compile: csrc/vec.hpp" in capsys.readouterr()[0]
+        "WITHOUT its C++ kernels: its C++ did not compile: csrc/simd/vec.hpp"
+        in capsys.readouterr()[0]
     )
     with zipfile.ZipFile(tmp_path / name) as archive:
         kept = archive.read("a-1.dist-info/no_kernels.txt").decode()
-        assert kept.splitlines()[0].startswith("its C++ did not compile: csrc/vec.hpp:7:1: error")
+        assert kept.splitlines()[0].startswith(
+            "its C++ did not compile: csrc/simd/vec.hpp:7:1: error"
+        )
         assert b"a-1.dist-info/no_kernels.txt,sha256=" in archive.read("a-1.dist-info/RECORD")
         assert archive.read("a/b.py") == b"x = 1\n"
 

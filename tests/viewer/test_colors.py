@@ -1,6 +1,6 @@
-"""Numbers as colours: in order, and with ink that can be read on them."""
+"""Numbers as colors: in order, and with ink that can be read on them."""
 
-from polyhead.viewer.colors import coloured
+from polyhead.viewer.colors import colored
 
 
 def luminance(triplet):
@@ -11,8 +11,8 @@ def luminance(triplet):
 def test_ink_is_legible_and_light_grows_with_the_share():
     before = -1.0
     for step in range(101):
-        style = coloured("x", step / 100).style
-        ground, ink = (luminance(colour.triplet) for colour in (style.bgcolor, style.color))
+        style = colored("x", step / 100).style
+        ground, ink = (luminance(color.triplet) for color in (style.bgcolor, style.color))
         assert ground > before
         before = ground
         light, dark = max(ground, ink), min(ground, ink)
@@ -20,5 +20,5 @@ def test_ink_is_legible_and_light_grows_with_the_share():
 
 
 def test_shares_outside_take_the_ends():
-    assert coloured("x", -1.0).style == coloured("x", 0.0).style
-    assert coloured("x", 2.0).style == coloured("x", 1.0).style
+    assert colored("x", -1.0).style == colored("x", 0.0).style
+    assert colored("x", 2.0).style == colored("x", 1.0).style

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from polyhead.viewer.highlights import Example, as_dict, telling_heads
+from polyhead.viewer.highlights import Example, as_dict, highlights
 
 
 def called(heads):
@@ -10,7 +10,7 @@ def called(heads):
 
 
 def test_the_best_of_each_kind_with_the_place_that_shows_it(report):
-    heads = telling_heads(report)
+    heads = highlights(report)
     assert called(heads) == [
         ("induction", 0, 0),
         ("previous token", 0, 1),
@@ -33,16 +33,16 @@ def test_few_are_of_different_kinds_and_ties_go_to_the_head_that_spreads_less(re
     stats["mass_induction"] -= 0.001
     second = dataclasses.replace(first, index=2, stats=stats)
     more = dataclasses.replace(report, layers=(*report.layers, second))
-    assert called(telling_heads(more, 2)) == [("induction", 2, 0), ("previous token", 2, 1)]
-    assert len(telling_heads(more)) == 6
+    assert called(highlights(more, 2)) == [("induction", 2, 0), ("previous token", 2, 1)]
+    assert len(highlights(more)) == 6
 
 
 def test_without_ids_no_token_comes_again(report):
-    assert telling_heads(dataclasses.replace(report, token_ids=None))[0].example is None
+    assert highlights(dataclasses.replace(report, token_ids=None))[0].example is None
 
 
 def test_as_json(report):
     data = as_dict(report)
     assert data["tokens"][1] == " Tom"
     assert [row["head"] for row in data["heads"]] == [0, 1, 0, 1]
-    assert data["telling"][2]["example"] == dataclasses.asdict(Example(5, 3, 0.5))
+    assert data["highlights"][2]["example"] == dataclasses.asdict(Example(5, 3, 0.5))

@@ -1,4 +1,4 @@
-"""A report in the terminal, with colours and without, wide and narrow."""
+"""A report in the terminal, with colors and without, wide and narrow."""
 
 import dataclasses
 import io
@@ -13,12 +13,12 @@ from polyhead.viewer.terminal import print_report
 
 @pytest.fixture
 def printed():
-    """`printed(report, by=, width=, colours=)`: the lines that the terminal gets."""
+    """`printed(report, by=, width=, colors=)`: the lines that the terminal gets."""
 
-    def show(report, by="effective_keys", width=80, colours=None):
+    def show(report, by="effective_keys", width=80, colors=None):
         out = io.StringIO()
         console = Console(
-            file=out, width=width, color_system=colours, force_terminal=colours is not None
+            file=out, width=width, color_system=colors, force_terminal=colors is not None
         )
         print_report(report, console, by)
         return out.getvalue().splitlines()
@@ -53,15 +53,15 @@ def test_telling_heads_come_with_numbers_and_an_example(printed, report):
 
 
 def test_a_number_is_a_colour_from_the_least_to_the_most(printed, report):
-    lines = printed(report, colours="truecolor")
+    lines = printed(report, colors="truecolor")
     yellow, dark = "48;2;253;231;37", "48;2;68;1;84"
     cells = re.findall(r"\x1b\[[\d;]*;(48;2;[\d;]+)m ([A-Z] [\d.]+)", "\n".join(lines[3:5]))
-    colours = {cell.split()[1]: colour for colour, cell in cells}
-    assert (colours["1.10"], colours["3.20"]) == (dark, yellow)
-    assert len(set(colours.values())) == 4
+    colors = {cell.split()[1]: color for color, cell in cells}
+    assert (colors["1.10"], colors["3.20"]) == (dark, yellow)
+    assert len(set(colors.values())) == 4
     assert "Colour: effective tokens" in "\n".join(lines)
     # Shares stand between 0 and 1, whatever the heads have.
-    shares = printed(report, "mass_first", colours="truecolor")
+    shares = printed(report, "mass_first", colors="truecolor")
     assert yellow not in "\n".join(shares[3:5])
 
 

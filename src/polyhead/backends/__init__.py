@@ -43,11 +43,11 @@ class Backend:
         run: the output (B, H, T, E), and the aux this backend has at hand.
         notes: how it would run a call, for `explain`.
         aux: names of what it gives beside the output; the definition computes the rest.
-        passed_over: why "auto" leaves a call to others though it could run.
-        first_order: whether `run` has first derivatives only, of its output and its lse; the
+        auto_skip: why "auto" leaves a call to others though it could run.
+        first_order_only: whether `run` has first derivatives only, of its output and its lse; the
             definition then gives all others, of a `weights` or `stats` too.
-        reads_stored: whether `run` reads a call's keys and values where a cache holds them
-            (`call.stored`); otherwise it is given the call `gathered()`.
+        reads_cache_views: whether `run` reads a call's keys and values where a cache holds them
+            (`call.cache_views`); otherwise it is given the call `materialized()`.
         summary: what it is, in a line.
     """
 
@@ -56,9 +56,9 @@ class Backend:
     run: Callable[[AttentionCall], tuple[Tensor, Aux]]
     notes: Callable[[AttentionCall], list[str]] = lambda call: []
     aux: frozenset[str] = frozenset()
-    passed_over: Callable[[AttentionCall], list[str]] | None = None
-    first_order: bool = False
-    reads_stored: Callable[[AttentionCall], bool] = lambda call: False
+    auto_skip: Callable[[AttentionCall], list[str]] | None = None
+    first_order_only: bool = False
+    reads_cache_views: Callable[[AttentionCall], bool] = lambda call: False
     summary: str = ""
 
     def __str__(self) -> str:
@@ -82,9 +82,9 @@ BACKENDS: tuple[Backend, ...] = (
         cpu.run,
         cpu.notes,
         aux=frozenset({"weights", "mean_weights", "lse", "stats"}),
-        passed_over=cpu.passed_over,
-        first_order=True,
-        reads_stored=cpu.reads_stored,
+        auto_skip=cpu.auto_skip,
+        first_order_only=True,
+        reads_cache_views=cpu.reads_cache_views,
         summary="polyhead's own C++ kernels for the processor; every mask and variant fused",
     ),
     Backend(
@@ -92,7 +92,7 @@ BACKENDS: tuple[Backend, ...] = (
         sdpa.why_not,
         sdpa.run,
         sdpa.notes,
-        first_order=True,
+        first_order_only=True,
         summary="torch's scaled_dot_product_attention, where a fused kernel of it runs",
     ),
     Backend(
@@ -100,8 +100,8 @@ BACKENDS: tuple[Backend, ...] = (
         flex.why_not,
         flex.run,
         flex.notes,
-        passed_over=flex.passed_over,
-        first_order=True,
+        auto_skip=flex.auto_skip,
+        first_order_only=True,
         summary="torch's flex_attention, compiled for each kind of call",
     ),
     REFERENCE,
@@ -196,8 +196,8 @@ def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
     refused: dict[str, list[str]] = {}
     for candidate, automatic in _expanded(_preference(backend)):
         reasons = candidate.why_not(call)
-        if automatic and not reasons and candidate.passed_over is not None:
-            reasons = candidate.passed_over(call)
+        if automatic and not reasons and candidate.auto_skip is not None:
+            reasons = candidate.auto_skip(call)
         if not reasons:
             return candidate
         refused[candidate.name] = reasons

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["side_by_side"]
+__all__ = ["maybe_contiguous"]
 
 
-def side_by_side(tensor: Tensor) -> Tensor:
+def maybe_contiguous(tensor: Tensor) -> Tensor:
     """The tensor with its features side by side, the one layout that fused kernels ask for."""
     if tensor.stride(-1) == 1:
         return tensor

@@ -1,4 +1,4 @@
-"""What a mask's structure says to a kernel that takes ranges of keys instead of T x S booleans."""
+"""What a mask's ranges says to a kernel that takes ranges of keys instead of T x S booleans."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 from polyhead.mask import (
-    All,
-    AnyOf,
+    And,
     Causal,
     Documents,
     LeftPadding,
     Lengths,
     Mask,
+    Or,
     Prefix,
-    Rows,
+    QuerySlice,
     Window,
 )
 
-__all__ = ["Structure", "read_structure"]
+__all__ = ["MaskRanges", "read_ranges"]
 
 UNBOUNDED = 2**40  # beyond any number of tokens, and far from overflow when one is added
 
 
 @dataclass
-class Structure:
+class MaskRanges:
     """A mask as rules that must all hold for query t to attend to key s.
 
     Attributes:
@@ -35,7 +35,7 @@ class Structure:
         joined_upper, joined_prefix: s <= t + joined_upper or s < joined_prefix.
         lengths, padding: (B,) as in `mask.lengths` and `mask.left_padding`, or None.
         documents: (S,) or (B, S) as in `mask.documents`, or None.
-        rest: what has no such structure, or None: it has to be written out.
+        unstructured: what has no such ranges, or None: it has to be written out.
     """
 
     lower: int = -UNBOUNDED
@@ -46,92 +46,95 @@ class Structure:
     lengths: Tensor | None = None
     padding: Tensor | None = None
     documents: Tensor | None = None
-    rest: Mask | None = None
+    unstructured: Mask | None = None
 
     @property
     def band(self) -> list[int]:
-        """The rules that depend on positions alone, in the order that csrc/ranges.hpp takes."""
+        """The rules that depend on positions alone, in the order that csrc/key_ranges.hpp takes."""
         return [self.lower, self.upper, self.stop, self.joined_upper, self.joined_prefix]
 
 
-def read_structure(mask: Mask | None, T: int, S: int) -> Structure:
-    """The structure of a mask for T queries and S keys. Reads no tensor's values.
+def read_ranges(mask: Mask | None, T: int, S: int) -> MaskRanges:
+    """The ranges of a mask for T queries and S keys. Reads no tensor's values.
 
     >>> import polyhead as ph
-    >>> structure = read_structure(ph.mask.causal() & ph.mask.window(before=2), 3, 5)
-    >>> structure.lower, structure.upper                  # query t stands at key t + 2
+    >>> ranges = read_ranges(ph.mask.causal() & ph.mask.window(before=2), 3, 5)
+    >>> ranges.lower, ranges.upper                  # query t stands at key t + 2
     (0, 2)
     """
-    structure = Structure()
+    ranges = MaskRanges()
     if mask is None:
-        return structure
-    rest = [part for part in mask.conjuncts if not _narrow(structure, part, S, S - T, 0)]
+        return ranges
+    rest = [part for part in mask.conjuncts if not _intersect(ranges, part, S, S - T, 0)]
     if rest:
-        structure.rest = rest[0] if len(rest) == 1 else All(tuple(rest))
-    return structure
+        ranges.unstructured = rest[0] if len(rest) == 1 else And(tuple(rest))
+    return ranges
 
 
-def _narrow(structure: Structure, part: Mask, S: int, end: int, start: int) -> bool:
-    """Add a rule to the structure; False, and the structure as it was, if it has no place there.
+def _intersect(ranges: MaskRanges, part: Mask, S: int, end: int, start: int) -> bool:
+    """Add a rule to the ranges; False, and the ranges as it was, if it has no place there.
 
     Query t stands at key t + end where positions count from the end, else at key t + start.
     """
     if isinstance(part, Causal):
         here = end if part.align == "end" else start
-        structure.upper = min(structure.upper, here)
+        ranges.upper = min(ranges.upper, here)
     elif isinstance(part, Window):
         here = end if part.align == "end" else start
         if part.before is not None:
-            structure.lower = max(structure.lower, here - part.before)
+            ranges.lower = max(ranges.lower, here - part.before)
         if part.after is not None:
-            structure.upper = min(structure.upper, here + part.after)
+            ranges.upper = min(ranges.upper, here + part.after)
     elif isinstance(part, Prefix):
-        structure.stop = min(structure.stop, part.n)
+        ranges.stop = min(ranges.stop, part.n)
     elif isinstance(part, Lengths):
-        old = structure.lengths
-        structure.lengths = part.lengths if old is None else torch.minimum(old, part.lengths)
+        old = ranges.lengths
+        ranges.lengths = part.lengths if old is None else torch.minimum(old, part.lengths)
     elif isinstance(part, LeftPadding):
-        old = structure.padding
-        structure.padding = part.padding if old is None else torch.maximum(old, part.padding)
+        old = ranges.padding
+        ranges.padding = part.padding if old is None else torch.maximum(old, part.padding)
     elif isinstance(part, Documents):
-        if structure.documents is not None:
+        if ranges.documents is not None:
             return False
-        structure.documents = part.ids
-    elif isinstance(part, AnyOf):
-        return _narrow_by_union(structure, part, S, end, start)
-    elif isinstance(part, Rows):
-        return _narrow_by_rows(structure, part, S, start)
+        ranges.documents = part.ids
+    elif isinstance(part, Or):
+        return _intersect_union(ranges, part, S, end, start)
+    elif isinstance(part, QuerySlice):
+        return _intersect_rows(ranges, part, S, start)
     else:
         return False
     return True
 
 
-def _narrow_by_rows(structure: Structure, rows: Rows, S: int, start: int) -> bool:
+def _intersect_rows(ranges: MaskRanges, rows: QuerySlice, S: int, start: int) -> bool:
     """Some queries' rows of a mask: the same rules, of queries that stand elsewhere."""
     parts = rows.part.conjuncts
     if any(isinstance(part, Documents) for part in parts):
         return False  # a kernel takes the queries for the last of the keys, and these may not be
     start += rows.start
-    narrowed = replace(structure)
-    if not all(_narrow(narrowed, part, S, S - rows.T + start, start) for part in parts):
+    narrowed = replace(ranges)
+    if not all(_intersect(narrowed, part, S, S - rows.T + start, start) for part in parts):
         return False
-    vars(structure).update(vars(narrowed))
+    vars(ranges).update(vars(narrowed))
     return True
 
 
-def _narrow_by_union(structure: Structure, union: AnyOf, S: int, end: int, start: int) -> bool:
+def _intersect_union(ranges: MaskRanges, union: Or, S: int, end: int, start: int) -> bool:
     """`causal() | prefix(n)`: what begins at the first key is still one range of keys."""
-    if structure.joined_upper != UNBOUNDED:
+    if ranges.joined_upper != UNBOUNDED:
         return False
     upper, prefix = -UNBOUNDED, 0
     for part in union.parts:
-        alone = Structure()
-        is_range = _narrow(alone, part, S, end, start)
-        if not is_range or alone not in (Structure(upper=alone.upper), Structure(stop=alone.stop)):
+        alone = MaskRanges()
+        is_range = _intersect(alone, part, S, end, start)
+        if not is_range or alone not in (
+            MaskRanges(upper=alone.upper),
+            MaskRanges(stop=alone.stop),
+        ):
             return False
         if alone.upper != UNBOUNDED:
             upper = max(upper, alone.upper)
         else:
             prefix = max(prefix, alone.stop)
-    structure.joined_upper, structure.joined_prefix = upper, prefix
+    ranges.joined_upper, ranges.joined_prefix = upper, prefix
     return True

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from polyhead.backends.layout import side_by_side
-from polyhead.backends.tracing import is_traced
+from polyhead.backends.layout import maybe_contiguous
 from polyhead.backends.reasons import (
     custom_reasons,
     dtype_name,
     dtype_reasons,
     transform_reasons,
 )
+from polyhead.backends.tracing import is_traced
 from polyhead.call import AttentionCall, Aux
-from polyhead.mask import All, Causal, Mask
+from polyhead.mask import And, Causal, Mask
 
 __all__ = ["notes", "run", "why_not"]
 
@@ -118,7 +118,7 @@ def simplify(mask: Mask | None, T: int, S: int) -> Mask | None:
     )
     if len(parts) == len(mask.conjuncts):
         return mask
-    return All(parts) if len(parts) > 1 else next(iter(parts), None)
+    return And(parts) if len(parts) > 1 else next(iter(parts), None)
 
 
 def _wide_bias_reasons(call: AttentionCall) -> list[str]:
@@ -145,7 +145,7 @@ def _math_path_reasons(call: AttentionCall) -> list[str]:
         reasons.append(f"needs E = D; got D = {call.D}, E = {call.E}; {fall}")
     reasons += [
         f"gives no gradient to {name}; {fall}"
-        for name in call.learnt
+        for name in call.grad_names
         if name in ("bias", "alibi_slopes")
     ]
     return reasons
@@ -194,7 +194,8 @@ def _chunks(call: AttentionCall, mask: Mask | None) -> list[tuple[int, int, int,
     spans = [(start, min(start + _ROWS, call.T)) for start in starts]
     reach = (0, call.S)
     return [
-        (*span, *(reach if mask is None else mask.reach(*span, call.T, call.S))) for span in spans
+        (*span, *(reach if mask is None else mask.key_range(*span, call.T, call.S)))
+        for span in spans
     ]
 
 
@@ -223,7 +224,7 @@ def _written_out(
     allowed = None
     if mask is not None:
         keys = (first, last)
-        allowed = mask.rows(start, stop, call.T, call.S, keys=keys, device=call.device)
+        allowed = mask.materialize_rows(start, stop, call.T, call.S, keys=keys, device=call.device)
     bias = _bias(call, start, stop, first, last)
     if bias is None:
         assert allowed is not None
@@ -262,9 +263,9 @@ def _kernel(
     is_causal: bool = False,
 ) -> Tensor:
     return F.scaled_dot_product_attention(
-        side_by_side(query),
-        side_by_side(key),
-        side_by_side(value),
+        maybe_contiguous(query),
+        maybe_contiguous(key),
+        maybe_contiguous(value),
         attn_mask=attn_mask,
         dropout_p=call.dropout,
         is_causal=is_causal,

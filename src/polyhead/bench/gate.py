@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from polyhead.bench.cases import Case, Inputs
-from polyhead.bench.peers.registry import definition_of
 from polyhead.bench.peers.attention import Peer, Results, Run, eager_attention, eager_weights
+from polyhead.bench.peers.registry import definition_of
 
 __all__ = ["Check", "Gate", "gate"]
 
@@ -152,7 +152,7 @@ def _attention_rows(case: Case, inputs: Inputs, rows: list[int], dtype: torch.dt
     query, key, value = (inputs[name].to(dtype) for name in ("query", "key", "value"))
     query, forbidden = query[:, :, rows], None
     if case.mask is not None:
-        allowed = [case.mask.rows(row, row + 1, case.T, case.S) for row in rows]
+        allowed = [case.mask.materialize_rows(row, row + 1, case.T, case.S) for row in rows]
         forbidden = ~torch.cat(allowed)
     results = {"output": eager_attention(query, key, value, forbidden)}
     if case.statistics:

@@ -102,7 +102,7 @@ def _summary(result: BenchResult) -> Table:
 
 
 def _verdict(target: Target) -> Text:
-    """Said in words, not in colour alone."""
+    """Said in words, not in color alone."""
     share = target.what.startswith("of ")
 
     def shown(value: float) -> str:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from polyhead.bench.cases import Case
-from polyhead.bench.machine.ceilings import Ceiling, ceiling_loops, measure_ceilings
 from polyhead.bench.gate import Gate, gate
-from polyhead.bench.peers.registry import peers_of
-from polyhead.bench.machine.system_load import DisturbedError, quietly
+from polyhead.bench.machine.ceilings import Ceiling, ceiling_loops, measure_ceilings
 from polyhead.bench.machine.describe import describe_machine
 from polyhead.bench.machine.measure import Timing, interleave
+from polyhead.bench.machine.system_load import DisturbedError, quietly
 from polyhead.bench.memory import peak_mebibytes
 from polyhead.bench.peers.attention import Peer, Run
+from polyhead.bench.peers.registry import peers_of
 from polyhead.bench.results import BenchResult, CaseResult, Target, VariantResult
 
 __all__ = ["Settings", "run_bench"]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from polyhead.validate import check_is_tensor
-from polyhead.cache.quantization import Format, Held, Int8, Plain
+from polyhead.cache.quantization import Int8, Parts, StorageFormat, Unquantized
+from polyhead.cache_view import CacheView
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
-from polyhead.cache_view import Stored
+from polyhead.validate import check_is_tensor
 
-__all__ = ["Cache", "empty_like", "gathered", "halves"]
+__all__ = ["Cache", "allocate_like", "materialize", "split_kv"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,7 +55,7 @@ class Cache(ABC):
         head_dim: int,
         value_head_dim: int | None,
         dtype: torch.dtype,
-        storage: torch.dtype | None,
+        storage_dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> None:
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
@@ -68,9 +68,12 @@ class Cache(ABC):
         if dtype not in _DTYPES:
             names = ", ".join(map(str, _DTYPES))
             raise DtypeError("dtype", f"must be one of {names}", dtype, "pass that of the keys")
-        if storage not in (None, torch.int8):
+        if storage_dtype not in (None, torch.int8):
             raise DtypeError(
-                "storage", "must be None (held in dtype) or torch.int8", storage, "pass one of them"
+                "storage_dtype",
+                "must be None (held in dtype) or torch.int8",
+                storage_dtype,
+                "pass one of them",
             )
         self.batch = batch
         self.max_tokens = max_tokens
@@ -78,9 +81,9 @@ class Cache(ABC):
         self.head_dim = head_dim
         self.value_head_dim = value_head_dim
         self.dtype = dtype
-        self.storage = storage
+        self.storage_dtype = storage_dtype
         self.device = torch.empty(0, device=device).device  # with its index: cuda is cuda:0
-        self._format: Format = Plain() if storage is None else Int8(dtype)
+        self._format: StorageFormat = Unquantized() if storage_dtype is None else Int8(dtype)
         self.length = 0
         self.start = 0
 
@@ -108,17 +111,19 @@ class Cache(ABC):
         Views of the cache where possible: use them before the next call.
         """
 
-    def append_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor | Stored, Tensor | Stored]:
+    def append_as_views(
+        self, key: Tensor, value: Tensor
+    ) -> tuple[Tensor | CacheView, Tensor | CacheView]:
         """As `append`, without making tensors of int8 codes or of blocks.
 
         Returns:
             what `attention` takes for key and value: tensors where the cache holds them so, or
-            `Stored`. Pass it on before the next call.
+            `CacheView`. Pass it on before the next call.
         """
         return self.append(key, value)
 
-    def read_stored(self) -> tuple[Tensor | Stored, Tensor | Stored]:
-        """As `read`, without making tensors of int8 codes or of blocks: see `append_stored`."""
+    def read_as_views(self) -> tuple[Tensor | CacheView, Tensor | CacheView]:
+        """As `read`, without making tensors of int8 codes or of blocks: see `append_as_views`."""
         return self.read()
 
     @abstractmethod
@@ -167,10 +172,10 @@ class Cache(ABC):
         # By its length an empty cache would be false, and `if cache:` skip the first append.
         return True
 
-    def _encode(self, key: Tensor, value: Tensor) -> Held:
-        return self._format.encode(key) + self._format.encode(value)
+    def _encode(self, key: Tensor, value: Tensor) -> Parts:
+        return self._format.quantize(key) + self._format.quantize(value)
 
-    def _nothing(self) -> Held:
+    def _nothing(self) -> Parts:
         """What is held of no tokens: it has the dtypes and sizes to allocate with."""
         shape = (self.batch, self.num_kv_heads, 0)
         key = torch.empty(*shape, self.head_dim, dtype=self.dtype, device=self.device)
@@ -253,7 +258,9 @@ class Cache(ABC):
         sizes += f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}"
         if self.value_head_dim != self.head_dim:
             sizes += f", value_head_dim={self.value_head_dim}"
-        held = f"dtype={self.dtype}" + (f", storage={self.storage}" if self.storage else "")
+        held = f"dtype={self.dtype}" + (
+            f", storage_dtype={self.storage_dtype}" if self.storage_dtype else ""
+        )
         state = f"length={self.length}, nbytes={self.nbytes}"
         return f"{type(self).__name__}({sizes}, {held}{self._extra_repr()}): {state}"
 
@@ -267,21 +274,21 @@ def _writable(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.is_inference() else tensor
 
 
-def halves(held: Held) -> tuple[Held, Held]:
+def split_kv(held: Parts) -> tuple[Parts, Parts]:
     """What is held of keys, and of values."""
     half = len(held) // 2
     return held[:half], held[half:]
 
 
-def gathered(key: Tensor | Stored, value: Tensor | Stored) -> tuple[Tensor, Tensor]:
+def materialize(key: Tensor | CacheView, value: Tensor | CacheView) -> tuple[Tensor, Tensor]:
     """Tensors of both."""
     return (
-        key.gather() if isinstance(key, Stored) else key,
-        value.gather() if isinstance(value, Stored) else value,
+        key.gather() if isinstance(key, CacheView) else key,
+        value.gather() if isinstance(value, CacheView) else value,
     )
 
 
-def empty_like(held: Held, rows: int, tokens: int) -> Held:
+def allocate_like(held: Parts, rows: int, tokens: int) -> Parts:
     """Uninitialised memory of the same kind, with other numbers of rows and tokens."""
     # An inference tensor could never be written outside of inference mode again.
     with torch.inference_mode(False):

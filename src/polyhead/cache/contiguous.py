@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from polyhead.cache.base import Cache, empty_like, gathered, halves
-from polyhead.cache.quantization import Held
+from polyhead.cache.base import Cache, allocate_like, materialize, split_kv
+from polyhead.cache.quantization import Parts
+from polyhead.cache_view import CacheView
 from polyhead.errors import ArgumentError, check_count
-from polyhead.cache_view import Stored
 
 __all__ = ["KVCache"]
 
@@ -18,7 +18,7 @@ __all__ = ["KVCache"]
 class KVCache(Cache):
     """Keys and values side by side; memory grows by doubling, and `append` gives views of it.
 
-    With `window` it holds about 2 * (window + 1 + rewindable) tokens, however many it is given:
+    With `window` it holds about 2 * (window + 1 + max_rewind) tokens, however many it is given:
     new tokens go behind the old, and when the memory is full the needed end moves to its front,
     O(1) a token on average. A chunk longer than the memory is returned with the window before it,
     and its end is kept.
@@ -30,7 +30,7 @@ class KVCache(Cache):
         head_dim: D.
         value_head_dim: E; None: D. 0 is allowed: a latent cache keeps everything in the key.
         dtype: of what goes in and comes out.
-        storage: None: numbers are held as they come. torch.int8: as codes with one float32 scale
+        storage_dtype: None: numbers are held as they come. torch.int8: as codes with one float32 scale
             for each token and head. Then, with a = the largest |number| of a token and head, each
             number comes back within a / 254 (and rounding). Let a_k and a_v be the largest of all
             keys' and values' a, and d = scale * sum |query| * a_k / 254. A score moves by at most
@@ -41,7 +41,7 @@ class KVCache(Cache):
         device: where to hold it.
         window: the `before` of the `polyhead.mask.window(before=...)` it serves: a query needs
             the `window` tokens before it, and itself. None: every token is held.
-        rewindable: with a window, how far `rewind` can always go back: to this many tokens before
+        max_rewind: with a window, how far `rewind` can always go back: to this many tokens before
             the largest length there has been. Set anew, it holds for the tokens that come then.
         preallocate: take all memory now: addresses then never change (but by a `reorder` that
             changes `batch`). Under torch.compile(fullgraph=True) a step with `append` is one graph,
@@ -67,14 +67,14 @@ class KVCache(Cache):
         *,
         value_head_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
-        storage: torch.dtype | None = None,
+        storage_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         window: int | None = None,
-        rewindable: int = 0,
+        max_rewind: int = 0,
         preallocate: bool = False,
     ) -> None:
         super().__init__(
-            batch, max_tokens, num_kv_heads, head_dim, value_head_dim, dtype, storage, device
+            batch, max_tokens, num_kv_heads, head_dim, value_head_dim, dtype, storage_dtype, device
         )
         if window is not None:
             check_count("window", window, 0)
@@ -83,28 +83,30 @@ class KVCache(Cache):
                 "max_tokens", "must be given without a window", None, "say how many tokens at most"
             )
         self.window = window
-        self.rewindable = rewindable
+        self.max_rewind = max_rewind
         self._first_held = 0  # the position whose token is in slot 0
-        self._held = empty_like(self._nothing(), batch, self._most_slots if preallocate else 0)
+        self._held = allocate_like(self._nothing(), batch, self._most_slots if preallocate else 0)
 
     @property
-    def rewindable(self) -> int:
+    def max_rewind(self) -> int:
         return self._rewindable
 
-    @rewindable.setter
-    def rewindable(self, tokens: int) -> None:
-        check_count("rewindable", tokens, 0)
+    @max_rewind.setter
+    def max_rewind(self, tokens: int) -> None:
+        check_count("max_rewind", tokens, 0)
         self._rewindable = tokens
         self._most_slots = _most_slots(self.max_tokens, self.window, tokens)
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return gathered(*self.append_stored(key, value))
+        return materialize(*self.append_as_views(key, value))
 
-    def append_stored(self, key: Tensor, value: Tensor) -> tuple[Tensor | Stored, Tensor | Stored]:
+    def append_as_views(
+        self, key: Tensor, value: Tensor
+    ) -> tuple[Tensor | CacheView, Tensor | CacheView]:
         self._check_chunk(key, value)
         new, T = self._encode(key, value), key.shape[2]
         if self.length - self._first_held + T > self._most_slots:
-            end = self._needed_from(self.length - self.rewindable)
+            end = self._needed_from(self.length - self.max_rewind)
             if self.length - end + T > self._most_slots:
                 return self._append_long(new, T)
             self._drop_before(end)
@@ -115,13 +117,13 @@ class KVCache(Cache):
         return self._stored(self._slots(self.start, self.length))
 
     def read(self) -> tuple[Tensor, Tensor]:
-        return gathered(*self.read_stored())
+        return materialize(*self.read_as_views())
 
-    def read_stored(self) -> tuple[Tensor | Stored, Tensor | Stored]:
+    def read_as_views(self) -> tuple[Tensor | CacheView, Tensor | CacheView]:
         self.start = self._needed_from(self.length - 1)
         return self._stored(self._slots(self.start, self.length))
 
-    def quantised(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def quantized(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What `read` decodes, as it is held: views, not to be written to.
 
         Returns:
@@ -129,11 +131,14 @@ class KVCache(Cache):
             value scales (B, G, S). A number is code * scale.
 
         Raises:
-            ArgumentError: the cache was not made with storage=torch.int8.
+            ArgumentError: the cache was not made with storage_dtype=torch.int8.
         """
-        if self.storage != torch.int8:
+        if self.storage_dtype != torch.int8:
             raise ArgumentError(
-                "storage", "must be torch.int8 to have codes", self.storage, "use read()"
+                "storage_dtype",
+                "must be torch.int8 to have codes",
+                self.storage_dtype,
+                "use read()",
             )
         self.start = self._needed_from(self.length - 1)
         key_codes, key_scales, value_codes, value_scales = self._slots(self.start, self.length)
@@ -149,7 +154,7 @@ class KVCache(Cache):
                 f"must be at most {most}: with window = {self.window} the tokens before position "
                 f"{self._first_held} are gone",
                 n,
-                f"make the cache with rewindable = {n} or more, or reset it",
+                f"make the cache with max_rewind = {n} or more, or reset it",
             )
 
     def rewind(self, n: int) -> None:
@@ -166,7 +171,7 @@ class KVCache(Cache):
         held = self._slots(self._first_held, self.length)
         moved = tuple(part.index_select(0, rows) for part in held)
         if len(rows) != self.batch:
-            self._held = empty_like(self._held, len(rows), self._held[0].shape[2])
+            self._held = allocate_like(self._held, len(rows), self._held[0].shape[2])
             self.batch = len(rows)
         _copy(moved, self._slots(self._first_held, self.length))
 
@@ -181,7 +186,7 @@ class KVCache(Cache):
         """The first position that a query at this one may need."""
         return 0 if self.window is None else max(0, position - self.window)
 
-    def _slots(self, first: int, stop: int) -> Held:
+    def _slots(self, first: int, stop: int) -> Parts:
         """Views of the tokens at positions first .. stop - 1."""
         first, stop = first - self._first_held, stop - self._first_held
         return tuple(part[:, :, first:stop] for part in self._held)
@@ -189,7 +194,9 @@ class KVCache(Cache):
     def _reserve(self, tokens: int) -> None:
         slots = self._held[0].shape[2]
         if tokens > slots:
-            held = empty_like(self._held, self.batch, min(max(2 * slots, tokens), self._most_slots))
+            held = allocate_like(
+                self._held, self.batch, min(max(2 * slots, tokens), self._most_slots)
+            )
             used = self.length - self._first_held
             _copy(self._slots(self._first_held, self.length), tuple(p[:, :, :used] for p in held))
             self._held = held
@@ -200,24 +207,26 @@ class KVCache(Cache):
         self._first_held = position
         _copy(kept, self._slots(position, self.length))
 
-    def _stored(self, held: Held) -> tuple[Tensor | Stored, Tensor | Stored]:
-        if self.storage is None:
+    def _stored(self, held: Parts) -> tuple[Tensor | CacheView, Tensor | CacheView]:
+        if self.storage_dtype is None:
             return held[0], held[1]
         tokens = held[0].shape[2]
         key, value = (
-            Stored(codes, self.dtype, tokens, partial(self._format.decode, (codes, scales)), scales)
-            for codes, scales in halves(held)
+            CacheView(
+                codes, self.dtype, tokens, partial(self._format.dequantize, (codes, scales)), scales
+            )
+            for codes, scales in split_kv(held)
         )
         return key, value
 
-    def _append_long(self, new: Held, T: int) -> tuple[Tensor | Stored, Tensor | Stored]:
+    def _append_long(self, new: Parts, T: int) -> tuple[Tensor | CacheView, Tensor | CacheView]:
         """A chunk that the memory cannot hold beside its window: only its end is kept."""
         first = self._needed_from(self.length)
         before = self._slots(first, self.length)
         seen = new
         if first < self.length:
             seen = tuple(torch.cat(parts, dim=2) for parts in zip(before, new, strict=True))
-        end = self._needed_from(self.length + T - 1 - self.rewindable)
+        end = self._needed_from(self.length + T - 1 - self.max_rewind)
         self._reserve(self.length + T - end)
         self.start = first
         self.length += T
@@ -228,17 +237,17 @@ class KVCache(Cache):
 
     def _extra_repr(self) -> str:
         return (
-            "" if self.window is None else f", window={self.window}, rewindable={self.rewindable}"
+            "" if self.window is None else f", window={self.window}, max_rewind={self.max_rewind}"
         )
 
 
-def _most_slots(max_tokens: int | None, window: int | None, rewindable: int) -> int:
+def _most_slots(max_tokens: int | None, window: int | None, max_rewind: int) -> int:
     """How many tokens the memory may hold. Twice the needed end: half of it moves at most."""
     limits = [] if max_tokens is None else [max_tokens]
-    limits += [] if window is None else [2 * (window + 1 + rewindable)]
+    limits += [] if window is None else [2 * (window + 1 + max_rewind)]
     return min(limits)
 
 
-def _copy(source: Held, target: Held) -> None:
+def _copy(source: Parts, target: Parts) -> None:
     for from_part, to_part in zip(source, target, strict=True):
         to_part.copy_(from_part)

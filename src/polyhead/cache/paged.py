@@ -7,10 +7,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from polyhead.cache.base import Cache, empty_like, gathered, halves
-from polyhead.cache.quantization import Held
+from polyhead.cache.base import Cache, allocate_like, materialize, split_kv
+from polyhead.cache.quantization import Parts
+from polyhead.cache_view import CacheView
 from polyhead.errors import ArgumentError, check_count
-from polyhead.cache_view import Stored
 
 __all__ = ["PagedKVCache"]
 
@@ -23,7 +23,7 @@ class PagedKVCache(Cache):
     one prompt, and copies nothing. A partly filled block that several rows hold is copied when
     they append. A block that no row holds any more is used again.
 
-    `append` and `read` gather a copy. `append_stored` and `read_stored` gather none: backend `cpu`
+    `append` and `read` gather a copy. `append_as_views` and `read_as_views` gather none: backend `cpu`
     reads blocks where they are, and modules go this way by themselves.
 
     Args:
@@ -33,7 +33,7 @@ class PagedKVCache(Cache):
         head_dim: D.
         value_head_dim: E; None: D. 0 is allowed.
         dtype: of what goes in and comes out.
-        storage: None or torch.int8, as in `KVCache`.
+        storage_dtype: None or torch.int8, as in `KVCache`.
         device: where to hold the pools and the table.
         block_size: tokens in a block.
         num_blocks: size of the pool, allocated now; None: it grows by doubling.
@@ -65,14 +65,14 @@ class PagedKVCache(Cache):
         *,
         value_head_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
-        storage: torch.dtype | None = None,
+        storage_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         block_size: int = 16,
         num_blocks: int | None = None,
     ) -> None:
         check_count("max_tokens", max_tokens, 1)
         super().__init__(
-            batch, max_tokens, num_kv_heads, head_dim, value_head_dim, dtype, storage, device
+            batch, max_tokens, num_kv_heads, head_dim, value_head_dim, dtype, storage_dtype, device
         )
         check_count("block_size", block_size, 1)
         if num_blocks is not None:
@@ -80,7 +80,7 @@ class PagedKVCache(Cache):
         self.block_size = block_size
         self._fixed = num_blocks is not None
         self._most_columns = -(-max_tokens // block_size)
-        self._pools = empty_like(self._nothing(), num_blocks or 0, block_size)
+        self._pools = allocate_like(self._nothing(), num_blocks or 0, block_size)
         self._set_table(torch.empty(batch, 0, dtype=torch.int32))
 
     @property
@@ -89,43 +89,43 @@ class PagedKVCache(Cache):
         return self._pools[0].shape[0]
 
     @property
-    def block_uses(self) -> Tensor:
+    def block_refcounts(self) -> Tensor:
         """(num_blocks,) int64 on the CPU: how many rows hold each block; 0: it is free."""
         return torch.bincount(self._table.flatten(), minlength=self.num_blocks)
 
     @property
-    def pools(self) -> Held:
+    def pools(self) -> Parts:
         """What the blocks hold. Not to be written.
 
         Returns:
-            (key, value), (num_blocks, G, block_size, D) and (..., E); with storage=torch.int8
+            (key, value), (num_blocks, G, block_size, D) and (..., E); with storage_dtype=torch.int8
             (key codes, key scales, value codes, value scales), the scales (..., block_size).
         """
         return self._pools
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return gathered(*self.append_stored(key, value))
+        return materialize(*self.append_as_views(key, value))
 
-    def append_stored(self, key: Tensor, value: Tensor) -> tuple[Stored, Stored]:
+    def append_as_views(self, key: Tensor, value: Tensor) -> tuple[CacheView, CacheView]:
         self._check_chunk(key, value)
         new, T = self._encode(key, value), key.shape[2]
         if T:
-            self._make_room(T)
+            self._ensure_capacity(T)
             position = torch.arange(self.length, self.length + T, device=self.device)
             block_bt = self.block_table[:, position // self.block_size]
             slot_t = position % self.block_size
             for pool, part in zip(self._pools, new, strict=True):
                 pool[block_bt, :, slot_t] = part.transpose(1, 2)
             self.length += T
-        return self.read_stored()
+        return self.read_as_views()
 
     def read(self) -> tuple[Tensor, Tensor]:
-        return gathered(*self.read_stored())
+        return materialize(*self.read_as_views())
 
-    def read_stored(self) -> tuple[Stored, Stored]:
+    def read_as_views(self) -> tuple[CacheView, CacheView]:
         table, tokens = self.block_table, self.length
         key, value = (
-            Stored(
+            CacheView(
                 pools[0],
                 self.dtype,
                 tokens,
@@ -133,14 +133,14 @@ class PagedKVCache(Cache):
                 scales=pools[1] if len(pools) > 1 else None,
                 table=table,
             )
-            for pools in halves(self._pools)
+            for pools in split_kv(self._pools)
         )
         return key, value
 
-    def _gather(self, pools: Held, table: Tensor, tokens: int) -> Tensor:
+    def _gather(self, pools: Parts, table: Tensor, tokens: int) -> Tensor:
         # (B, blocks, G, block_size, ...) to (B, G, tokens, ...)
         blocks = (pool[table].transpose(1, 2).flatten(2, 3) for pool in pools)
-        return self._format.decode(tuple(part[:, :, :tokens] for part in blocks))
+        return self._format.dequantize(tuple(part[:, :, :tokens] for part in blocks))
 
     def rewind(self, n: int) -> None:
         self.check_rewind(n)
@@ -167,13 +167,13 @@ class PagedKVCache(Cache):
         self._table = table
         self.block_table = table.to(self.device)
 
-    def _make_room(self, T: int) -> None:
+    def _ensure_capacity(self, T: int) -> None:
         """Blocks for T more tokens; afterwards no row writes into a block that another holds."""
         columns = self._columns(self.length + T) - self._table.shape[1]
-        sharing = self._rows_to_part()
+        sharing = self._rows_to_copy_on_write()
         if not columns and not sharing:
             return
-        taken = self._take(len(sharing) + self.batch * columns)
+        taken = self._allocate_blocks(len(sharing) + self.batch * columns)
         table = torch.cat((self._table, taken[len(sharing) :].view(self.batch, columns)), dim=1)
         if sharing:
             last, copies = self._table.shape[1] - 1, taken[: len(sharing)]
@@ -183,7 +183,7 @@ class PagedKVCache(Cache):
             table[sharing, last] = copies
         self._set_table(table)
 
-    def _rows_to_part(self) -> list[int]:
+    def _rows_to_copy_on_write(self) -> list[int]:
         """Rows about to write into a block that a row before them holds too.
 
         Rows share whole pasts, so a block is at the same place in each of them.
@@ -193,9 +193,9 @@ class PagedKVCache(Cache):
         last = self._table[:, -1].tolist()
         return [row for row, block in enumerate(last) if block in last[:row]]
 
-    def _take(self, count: int) -> Tensor:
+    def _allocate_blocks(self, count: int) -> Tensor:
         """The numbers of `count` free blocks, int32."""
-        uses = self.block_uses
+        uses = self.block_refcounts
         missing = count - int((uses == 0).sum())
         if missing > 0:
             if self._fixed:
@@ -207,12 +207,12 @@ class PagedKVCache(Cache):
                     "rewind or reset the cache, or make one with more num_blocks",
                 )
             self._grow(self.num_blocks + missing)
-            uses = self.block_uses
+            uses = self.block_refcounts
         return (uses == 0).nonzero().flatten()[:count].int()
 
     def _grow(self, least: int) -> None:
         num_blocks = self.num_blocks
-        pools = empty_like(
+        pools = allocate_like(
             self._pools,
             max(least, min(2 * num_blocks, self.batch * self._most_columns)),
             self.block_size,
@@ -222,5 +222,5 @@ class PagedKVCache(Cache):
         self._pools = pools
 
     def _extra_repr(self) -> str:
-        in_use = int((self.block_uses > 0).sum())
+        in_use = int((self.block_refcounts > 0).sum())
         return f", block_size={self.block_size}, blocks in use={in_use} of {self.num_blocks}"

@@ -12,27 +12,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Format", "Held", "Int8", "Plain"]
+__all__ = ["Int8", "Parts", "StorageFormat", "Unquantized"]
 
-Held = tuple[Tensor, ...]
+Parts = tuple[Tensor, ...]
 
 
-class Format(Protocol):
-    def encode(self, x: Tensor) -> Held:
+class StorageFormat(Protocol):
+    def quantize(self, x: Tensor) -> Parts:
         """What is held of x, (B, G, T, D): tensors that begin with (B, G, T)."""
 
-    def decode(self, held: Held) -> Tensor:
+    def dequantize(self, held: Parts) -> Tensor:
         """x again, as near as the format holds it."""
 
 
 @dataclass(frozen=True)
-class Plain:
+class Unquantized:
     """As it came, to the bit."""
 
-    def encode(self, x: Tensor) -> Held:
+    def quantize(self, x: Tensor) -> Parts:
         return (x.detach(),)
 
-    def decode(self, held: Held) -> Tensor:
+    def dequantize(self, held: Parts) -> Tensor:
         return held[0]
 
 
@@ -48,7 +48,7 @@ class Int8:
     Args:
         dtype: of the decoded numbers.
 
-    >>> codes, scales = Int8(torch.float32).encode(torch.tensor([[[[-127.0, 63.6]]]]))
+    >>> codes, scales = Int8(torch.float32).quantize(torch.tensor([[[[-127.0, 63.6]]]]))
     >>> codes.tolist(), scales.tolist()
     ([[[[-127, 64]]]], [[[1.0]]])
     """
@@ -59,7 +59,7 @@ class Int8:
     def _compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def encode(self, x: Tensor) -> Held:
+    def quantize(self, x: Tensor) -> Parts:
         x = x.detach().to(self._compute_dtype)
         # An empty head (E = 0) has no largest number.
         absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.sum(dim=-1)
@@ -70,7 +70,7 @@ class Int8:
         codes = (x / divisors[..., None]).round().clamp(-127.0, 127.0).to(torch.int8)
         return codes, scales
 
-    def decode(self, held: Held) -> Tensor:
+    def dequantize(self, held: Parts) -> Tensor:
         codes, scales = held
         compute = self._compute_dtype
         return (codes.to(compute) * scales.to(compute)[..., None]).to(self.dtype)

@@ -24,9 +24,9 @@ from polyhead.check.laws import function as laws_function
 # ruff: isort: on
 from polyhead.check.function import check_function
 from polyhead.check.law import Law, Outcome, Verdict
+from polyhead.check.module import check_module
 from polyhead.check.pytest_laws import parametrize_with_laws
 from polyhead.check.report import LawResult, Report
-from polyhead.check.module import check_module
 
 __all__ = [
     "Law",

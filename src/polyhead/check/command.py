@@ -16,9 +16,9 @@ from torch import nn
 
 from polyhead.check.function import check_function
 from polyhead.check.law import FUNCTION_LAWS, MODULE_LAWS, first_line
-from polyhead.check.report import Report
 from polyhead.check.module import check_module
 from polyhead.check.probe.target import build, load, parse_arguments
+from polyhead.check.report import Report
 from polyhead.errors import ArgumentError, PolyheadError
 
 __all__ = ["check_target", "list_laws"]

@@ -15,8 +15,8 @@ from polyhead.call import AttentionCall, AuxRequest
 from polyhead.check.diagnose.cases import Case
 from polyhead.check.law import FUNCTION_LAWS, NotApplicable
 from polyhead.check.modes import own_modes
-from polyhead.check.report import Report
 from polyhead.check.module import Progress, choose_laws, run_laws
+from polyhead.check.report import Report
 from polyhead.errors import ArgumentError
 from polyhead.mask import causal, dense
 

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyhead.check.diagnose.diagnosis import diagnose
+from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
+from polyhead.check.modes import own_modes
 from polyhead.check.probe import signature
 from polyhead.check.probe.axes import find_axes
 from polyhead.check.probe.caches import claim_cache
-from polyhead.check.diagnose.diagnosis import diagnose
 from polyhead.check.probe.claims import band, claim_causal, read_claims
 from polyhead.check.probe.filled import filled, unfilled
-from polyhead.check.probe.ops import NarrowMasks, look_inside
-from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
 from polyhead.check.probe.mask_argument import claim_mask
-from polyhead.check.modes import own_modes
+from polyhead.check.probe.ops import NarrowMasks, look_inside
 from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Narrowest

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from polyhead.check.law import MODULE_LAWS, Outcome
-from polyhead.check.report import Report
 from polyhead.check.module import check_module, choose_laws
+from polyhead.check.report import Report
 from polyhead.errors import DependencyError
 
 __all__ = ["parametrize_with_laws"]

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.probe.invocation import Calling, Result
 from polyhead.check.law import OutOfTime
+from polyhead.check.probe.invocation import Calling, Result
 from polyhead.check.probe.sight import Pattern, band
 from polyhead.check.tolerance import allowed_difference, response
 

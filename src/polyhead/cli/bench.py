@@ -11,8 +11,8 @@ import click
 from rich.console import Console
 
 from polyhead.bench import SUITES, Settings, find_cases, run_bench
-from polyhead.bench.peers.registry import peers_of
 from polyhead.bench.memory import check_memory_is_told
+from polyhead.bench.peers.registry import peers_of
 from polyhead.bench.plot import check_can_plot, plot
 from polyhead.bench.report import print_result
 from polyhead.cli.options import NEW_FILE, progress_bar

@@ -11,14 +11,14 @@ from rich.console import Console
 
 from polyhead.cli.options import progress_bar, read_text, show_in_browser
 from polyhead.errors import DependencyError
-from polyhead.models.load import load_model
-from polyhead.models.text import check_text
 from polyhead.look import HeadReport
 from polyhead.look.page import render
 from polyhead.look.page.legend import NUMBERS
+from polyhead.models.load import load_model
+from polyhead.models.text import check_text
+from polyhead.viewer.highlights import as_dict, highlights
 from polyhead.viewer.page_file import page_file
 from polyhead.viewer.reader import read
-from polyhead.viewer.highlights import as_dict, telling_heads
 from polyhead.viewer.terminal import print_report
 
 __all__ = ["look_command"]
@@ -52,7 +52,7 @@ _TEXT = (
 @click.option(
     "--by",
     type=click.Choice(list(NUMBERS)),
-    help="What gives the heads their colours with --terminal; default entropy.",
+    help="What gives the heads their colors with --terminal; default entropy.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object; no page unless --out."
@@ -126,7 +126,7 @@ def _tell_of_page(path: Path, report: HeadReport, quiet: bool) -> None:
         err=quiet,
     )
     if not quiet:
-        first = ", ".join(f"{h.layer}.{h.head} ({h.name})" for h in telling_heads(report, 5))
+        first = ", ".join(f"{h.layer}.{h.head} ({h.name})" for h in highlights(report, 5))
         click.echo(f"Look first at heads {first}.")
 
 

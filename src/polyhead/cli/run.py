@@ -14,7 +14,7 @@ from rich.text import Text
 
 from polyhead.cli.options import read_text
 from polyhead.tour import HeadRow, RunReport, run
-from polyhead.viewer.colors import coloured
+from polyhead.viewer.colors import colored
 from polyhead.viewer.tables import print_table
 
 __all__ = ["run_command"]
@@ -96,7 +96,7 @@ def _mechanism_table(report: RunReport) -> Table:
 
 
 def _head_table(report: RunReport) -> Table:
-    """One line a head; shares coloured from 0 to 1, the rest up to the largest possible."""
+    """One line a head; shares colored from 0 to 1, the rest up to the largest possible."""
     table = Table(title="What each head looks at, on average", title_justify="left")
     table.add_column("head", justify="right")
     for heading in ("first token", "previous", "itself", "mean distance", "entropy (nats)"):
@@ -111,9 +111,9 @@ def _head_table(report: RunReport) -> Table:
 def _head_cells(head: HeadRow, most_distance: float, most_entropy: float) -> list[Text]:
     shares = [head.mass_first, head.mass_previous, head.mass_self]
     return [
-        *(coloured(f" {share:6.1%} ", share) for share in shares),
-        coloured(f" {head.mean_distance:7.1f} ", head.mean_distance / most_distance),
-        coloured(f" {head.entropy:6.2f} ", head.entropy / most_entropy),
+        *(colored(f" {share:6.1%} ", share) for share in shares),
+        colored(f" {head.mean_distance:7.1f} ", head.mean_distance / most_distance),
+        colored(f" {head.entropy:6.2f} ", head.entropy / most_entropy),
     ]
 
 

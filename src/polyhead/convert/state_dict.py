@@ -9,8 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.convert.families import bert, bloom, deepseek, falcon, gemma, gpt2, gpt_oss, llama, neox, opt, phi3, qwen3, t5, vit
 from polyhead.convert import fused, stacked, torch_mha
+from polyhead.convert.families import (
+    bert,
+    bloom,
+    deepseek,
+    falcon,
+    gemma,
+    gpt2,
+    gpt_oss,
+    llama,
+    neox,
+    opt,
+    phi3,
+    qwen3,
+    t5,
+    vit,
+)
 from polyhead.convert.find import (
     check_count_of_layers,
     check_whole,

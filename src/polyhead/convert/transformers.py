@@ -8,7 +8,22 @@ from typing import TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
-from polyhead.convert.families import bert, bloom, deepseek, falcon, gemma, gpt2, gpt_oss, llama, neox, opt, phi3, qwen3, t5, vit
+from polyhead.convert.families import (
+    bert,
+    bloom,
+    deepseek,
+    falcon,
+    gemma,
+    gpt2,
+    gpt_oss,
+    llama,
+    neox,
+    opt,
+    phi3,
+    qwen3,
+    t5,
+    vit,
+)
 from polyhead.convert.layout import Layout, Sizes
 from polyhead.convert.linear import (
     copy_of,

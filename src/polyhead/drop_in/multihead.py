@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.call import AuxRequest
-from polyhead.drop_in.validate import check_embed_dim, check_inputs, lower_masks
 from polyhead.drop_in.nested import attend_nested, is_nested
+from polyhead.drop_in.validate import check_embed_dim, check_inputs, lower_masks
 from polyhead.functional import attention
+from polyhead.modules.linear import onednn_linear
 from polyhead.modules.validate import check_dropout
-from polyhead.modules.linear import projecting
 
 __all__ = ["MultiheadAttention", "keep_from_fast_path"]
 
@@ -126,7 +126,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         check_inputs(self, query, key, value)
         batch_dim = 0 if self.batch_first else 1
         is_batched = query.ndim == 3
-        with projecting(query, self):
+        with onednn_linear(query, self):
             heads = self._project(query, key, value)
         if not is_batched:
             heads = tuple(x.unsqueeze(batch_dim) for x in heads)
@@ -151,7 +151,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             ),
         )
         y = self._merge(contexts_bhtd)
-        with projecting(y, self):
+        with onednn_linear(y, self):
             y = self.out_proj(y)
         weights = aux.mean_weights if average_attn_weights else aux.weights
         if weights is not None and extra:

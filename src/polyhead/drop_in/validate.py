@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.validate import autocasts, check_is_tensor
 from polyhead.errors import DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
 from polyhead.modules.validate import check_sizes
+from polyhead.validate import autocasts, check_is_tensor
 
 __all__ = ["check_embed_dim", "check_inputs", "lower_masks"]
 
@@ -121,7 +121,7 @@ def lower_masks(
         else:
             rules.append(polyhead.mask.dense(~full))
     # Not &, which compares masks by their values: torch.compile cannot trace that.
-    rule = polyhead.mask.All(tuple(rules)) if len(rules) > 1 else next(iter(rules), None)
+    rule = polyhead.mask.And(tuple(rules)) if len(rules) > 1 else next(iter(rules), None)
     return rule, functools.reduce(operator.add, biases) if biases else None
 
 

@@ -3,20 +3,20 @@
 from polyhead.look.ablate import ablate
 from polyhead.look.capture import capture
 from polyhead.look.importance import HeadImportance, head_importance, next_token_loss
+from polyhead.look.kinds import name_head
 from polyhead.look.layers import AttentionLayer, attention_layers
 from polyhead.look.maps import attention_map, bin_edges
-from polyhead.look.kinds import name_head
 from polyhead.look.prune import prune
 from polyhead.look.report import HeadReport, LayerReport
-from polyhead.look.stats import Statistics, stats
+from polyhead.look.stats import HeadStats, stats
 from polyhead.look.top_keys import TopKeys, top_keys
 
 __all__ = [
     "AttentionLayer",
     "HeadImportance",
     "HeadReport",
+    "HeadStats",
     "LayerReport",
-    "Statistics",
     "TopKeys",
     "ablate",
     "attention_layers",

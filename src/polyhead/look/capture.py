@@ -22,7 +22,7 @@ from polyhead.look.layers import (
     attention_layers,
     check_heads,
     check_not_compiled,
-    unneeded,
+    inference_kwargs,
 )
 from polyhead.look.maps import map_of
 from polyhead.look.report import HeadReport, LayerReport
@@ -92,7 +92,7 @@ def capture(
         heads = {(layer.index, head) for layer in layers for head in range(layer.num_heads)}
     check_heads(heads, layers)
     ids = None if input_ids.is_floating_point() else input_ids[0]
-    options = unneeded(model) | inputs
+    options = inference_kwargs(model) | inputs
     watches = []
     with ExitStack() as stack:
         stack.enter_context(_attending_by_polyhead(model))
@@ -103,7 +103,7 @@ def capture(
             chosen = sorted(head for index, head in heads if index == layer.index)
             if chosen:
                 source = sources.get(layer.index, Sources(is_self=False))
-                watch = _Watch(layer, chosen, source, weights, bins, n_keys)
+                watch = _LayerRecorder(layer, chosen, source, weights, bins, n_keys)
                 stack.enter_context(watch.watching())
                 watches.append(watch)
         model(input_ids, **options)
@@ -121,7 +121,7 @@ def capture(
 
 
 @dataclass(eq=False)
-class _Watch:
+class _LayerRecorder:
     """One layer, from when it is entered until it returns."""
 
     layer: AttentionLayer

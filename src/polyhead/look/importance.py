@@ -17,7 +17,13 @@ from torch import Tensor, nn
 
 from polyhead.errors import ModelError
 from polyhead.look.ablate import How, ablate
-from polyhead.look.layers import Head, attention_layers, check_heads, check_not_compiled, unneeded
+from polyhead.look.layers import (
+    Head,
+    attention_layers,
+    check_heads,
+    check_not_compiled,
+    inference_kwargs,
+)
 
 __all__ = ["HeadImportance", "head_importance", "next_token_loss"]
 
@@ -55,7 +61,7 @@ def next_token_loss(model: nn.Module, input_ids: Tensor) -> Tensor:
         model: from (B, T) token ids to logits (B, T, vocabulary), or what has them as `.logits`.
         input_ids: (B, T).
     """
-    spared = {name: value for name, value in unneeded(model).items() if name == "use_cache"}
+    spared = {name: value for name, value in inference_kwargs(model).items() if name == "use_cache"}
     output = model(input_ids, **spared)
     logits = output if isinstance(output, Tensor) else output.logits
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten())
@@ -99,7 +105,7 @@ def head_importance(
         heads = [(layer.index, head) for layer in layers for head in range(layer.num_heads)]
     check_heads(heads, layers)
     whole = loss(model, input_ids).item()
-    diary = _Diary(resume, _fingerprint(model, input_ids, how), whole)
+    diary = _ResumeFile(resume, _fingerprint(model, input_ids, how), whole)
     for done, head in enumerate(heads):
         progress(done, len(heads))
         if head not in diary.losses:
@@ -109,7 +115,7 @@ def head_importance(
     return HeadImportance(whole, {head: diary.losses[head] - whole for head in heads})
 
 
-class _Diary:
+class _ResumeFile:
     """Losses by removed head, on disk after each if there is a path."""
 
     def __init__(

@@ -30,7 +30,7 @@ def name_head(stats: Mapping[str, float]) -> str:
     many that a head which spreads evenly is called local.
 
     Args:
-        stats: numbers by name, as `Statistics.per_head` has them for one head. Without
+        stats: numbers by name, as `HeadStats.per_head` has them for one head. Without
             `mass_induction` no head is called that.
 
     Sources: induction heads: Olsson et al. 2022; attention sinks: Xiao et al. 2024.

@@ -25,9 +25,9 @@ __all__ = [
     "bound_arguments",
     "check_heads",
     "check_not_compiled",
+    "inference_kwargs",
     "input_embeddings",
     "is_ours",
-    "unneeded",
 ]
 
 Head = tuple[int, int]  # layer, head
@@ -169,7 +169,7 @@ def check_not_compiled(model: nn.Module) -> None:
             )
 
 
-def unneeded(model: nn.Module) -> dict[str, Any]:
+def inference_kwargs(model: nn.Module) -> dict[str, Any]:
     """Keywords that spare a model of transformers a cache and the logits of a long text."""
     known = inspect.signature(model.forward).parameters
     spared = {"use_cache": False, "logits_to_keep": 1}

@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from polyhead.validate import build_call
 from polyhead.call import AttentionCall
 from polyhead.errors import ArgumentError
-from polyhead.look.streaming import log_sums, log_totals, shares, weights_by_chunk
+from polyhead.look.streaming import key_logsumexp, total_logsumexp, weight_mass, weights_by_chunk
 from polyhead.mask import Documents, Mask
+from polyhead.validate import build_call
 
 __all__ = ["attention_map", "bin_edges", "map_of"]
 
@@ -67,7 +67,7 @@ def map_of(call: AttentionCall, bins: int) -> Tensor:
         raise ArgumentError("bins", "must be an integer of at least 1", repr(bins), "say 128")
     if call.S // bins < _KEYS_A_PASS:
         return _from_weights(call, bins)
-    return _from_sums(call, bins, log_totals(call, log_sums(call)))
+    return _from_sums(call, bins, total_logsumexp(call, key_logsumexp(call)))
 
 
 def _from_weights(call: AttentionCall, bins: int) -> Tensor:
@@ -91,8 +91,8 @@ def _from_sums(call: AttentionCall, bins: int, log_totals_bht: Tensor) -> Tensor
     cells = []
     for first, last in pairwise(columns.edges.tolist()):
         start = _first_query(call, rows.edges.tolist(), first)
-        sums_bht = log_sums(_from_query(call, start), (first, last))
-        mass_bht = shares(sums_bht, log_totals_bht[..., start:])
+        sums_bht = key_logsumexp(_from_query(call, start), (first, last))
+        mass_bht = weight_mass(sums_bht, log_totals_bht[..., start:])
         total = mass_bht.new_zeros(call.B, call.H, rows.n)
         cells.append(total.index_add_(2, rows.bin_of[start:], mass_bht))
     return torch.stack(cells, dim=-1) / rows.sizes[:, None] / columns.sizes
@@ -113,7 +113,9 @@ def _first_query(call: AttentionCall, rows: list[int], key: int) -> int:
     mask = call.mask
     if mask is None or any(isinstance(rule, Documents) for rule in mask.primitives()):
         return 0  # documents have a structure only for all queries at once
-    seen = bisect_left(rows, True, key=lambda stop: mask.reach(0, stop, call.T, call.S)[1] > key)
+    seen = bisect_left(
+        rows, True, key=lambda stop: mask.key_range(0, stop, call.T, call.S)[1] > key
+    )
     return rows[max(0, seen - 1)]
 
 

@@ -17,8 +17,8 @@ from polyhead.look.layers import (
     AttentionLayer,
     Head,
     attention_layers,
+    inference_kwargs,
     input_embeddings,
-    unneeded,
 )
 from polyhead.modules import MultiHeadAttention
 
@@ -124,7 +124,7 @@ class Proof:
                 type(model).__name__,
                 "pass inputs=dict(...), as the model is called",
             )
-        spared = {n: v for n, v in unneeded(model).items() if n == "use_cache"}
+        spared = {n: v for n, v in inference_kwargs(model).items() if n == "use_cache"}
         return lambda: model(**(spared | given_inputs))
 
     def _run(

@@ -38,7 +38,7 @@ class LayerReport:
         index: the layer's number in the model.
         name: its name in the model.
         heads: numbers of the heads seen, N of them; the first dimension of every tensor.
-        stats: one number a head by name, each (N,): `Statistics.per_head`, and `contribution`,
+        stats: one number a head by name, each (N,): `HeadStats.per_head`, and `contribution`,
             the mean norm of what the head alone adds to the layer's output (where that is mixed
             by a plain linear layer).
         map: (N, rows, columns) as of `attention_map`.
@@ -121,7 +121,7 @@ class HeadReport:
         return pandas.DataFrame(self.rows())
 
     def plot_grid(self, statistic: str = "entropy") -> matplotlib.figure.Figure:
-        """One number of every head as colours: a row a layer, a column a head.
+        """One number of every head as colors: a row a layer, a column a head.
 
         Args:
             statistic: a column of `to_dataframe`, such as "mass_first" or "contribution".

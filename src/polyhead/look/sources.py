@@ -239,7 +239,7 @@ class _Probe:
         values: list[Tensor] = []
 
         def see(call: AttentionCall) -> None:
-            call = call.gathered()
+            call = call.materialized()
             values.append(call.value.repeat_interleave(call.group, dim=1))
             marks.append((_mark(call.query), _mark(call.key)))
 

@@ -1,4 +1,4 @@
-"""Statistics of attention weights at any length: exact, and linear in T in memory."""
+"""HeadStats of attention weights at any length: exact, and linear in T in memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from polyhead.validate import build_call
 from polyhead.call import AttentionCall, AuxRequest
-from polyhead.look.streaming import log_sums, log_totals, shares, stream_aux
+from polyhead.look.streaming import key_logsumexp, stream_aux, total_logsumexp, weight_mass
 from polyhead.look.token_mass import check_token_ids, token_masses
 from polyhead.mask import Mask, Window
+from polyhead.validate import build_call
 
-__all__ = ["BY_POSITION", "RECENT", "Statistics", "stats", "stats_of"]
+__all__ = ["BY_POSITION", "RECENT", "HeadStats", "stats", "stats_of"]
 
 RECENT = 16  # tokens
 # Numbers that compare the positions of queries and keys; without meaning if these are of two texts.
@@ -22,7 +22,7 @@ _MASSES = ("mass_first", "mass_previous", "mass_self", "mass_recent")
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class HeadStats:
     """What each head does, for every query: tensors of shape (B, H, T), in the compute dtype.
 
     Distances are between absolute positions: query t of T against S keys stands at S - T + t.
@@ -96,7 +96,7 @@ def stats(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-) -> Statistics:
+) -> HeadStats:
     """What each head does for every query: entropy, distances, mass on the first token, and so on.
 
     Exact, against the definition; memory grows with T, not with T x S. The C++ kernels give most
@@ -112,7 +112,7 @@ def stats(
         bias, scale, softcap, sinks, alibi_slopes: as in `polyhead.attention`.
 
     Returns:
-        `Statistics` of (B, H, T) tensors; `.per_head()` gives one number a head.
+        `HeadStats` of (B, H, T) tensors; `.per_head()` gives one number a head.
 
     >>> import polyhead as ph
     >>> query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8)   # equal weights
@@ -127,22 +127,22 @@ def stats(
     return stats_of(call, token_ids)
 
 
-def stats_of(call: AttentionCall, token_ids: Tensor | None = None) -> Statistics:
+def stats_of(call: AttentionCall, token_ids: Tensor | None = None) -> HeadStats:
     """The same, of a call."""
     if token_ids is not None:
         check_token_ids(token_ids, call)
     aux = stream_aux(call, AuxRequest(lse=True, stats=True))
     assert aux.lse is not None
     assert aux.stats is not None
-    totals = log_totals(call, aux.lse)
+    totals = total_logsumexp(call, aux.lse)
     window = Window(before=RECENT - 1, after=0)
     recent = replace(call, mask=window if call.mask is None else call.mask & window)
     same = induction = repeats = None
     if token_ids is not None:
         same, induction, repeats = token_masses(call, token_ids, totals)
-    return Statistics(
+    return HeadStats(
         **vars(aux.stats),
-        mass_recent=shares(log_sums(recent), totals),
+        mass_recent=weight_mass(key_logsumexp(recent), totals),
         mass_same_token=same,
         mass_induction=induction,
         repeats=repeats,

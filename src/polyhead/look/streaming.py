@@ -14,20 +14,20 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from polyhead.validate import autocasts
 from polyhead.backends import REFERENCE, candidates
+from polyhead.backends.mask_ranges import read_ranges
 from polyhead.backends.reference import compute_aux
-from polyhead.backends.mask_ranges import read_structure
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
 from polyhead.mask import Dense, LeftPadding, Mask, Prefix
+from polyhead.validate import autocasts
 
 __all__ = [
     "chunks",
-    "log_sums",
-    "log_totals",
-    "part_of",
-    "shares",
+    "key_logsumexp",
+    "slice_call",
     "stream_aux",
+    "total_logsumexp",
+    "weight_mass",
     "weights_by_chunk",
 ]
 
@@ -35,19 +35,19 @@ __all__ = [
 _CELLS = 2**22
 
 
-def log_totals(call: AttentionCall, log_sums_bht: Tensor) -> Tensor:
+def total_logsumexp(call: AttentionCall, log_sums_bht: Tensor) -> Tensor:
     """The logarithm of what exp(score) is divided by, (B, H, T): the sum of keys and sink."""
     if call.sinks is None:
         return log_sums_bht
     return torch.logaddexp(log_sums_bht, call.sinks.to(log_sums_bht.dtype)[:, None])
 
 
-def shares(log_sums_bht: Tensor, log_totals_bht: Tensor) -> Tensor:
+def weight_mass(log_sums_bht: Tensor, log_totals_bht: Tensor) -> Tensor:
     """The weight on the keys whose log-sum is given; 0 for a query with nothing to attend to."""
     return torch.exp(log_sums_bht - log_totals_bht).masked_fill(log_sums_bht == -torch.inf, 0.0)
 
 
-def log_sums(call: AttentionCall, keys: tuple[int, int] | None = None) -> Tensor:
+def key_logsumexp(call: AttentionCall, keys: tuple[int, int] | None = None) -> Tensor:
     """log sum exp(score) over the keys each query may attend to, (B, H, T); -inf over none.
 
     Args:
@@ -96,8 +96,8 @@ def weights_by_chunk(call: AttentionCall) -> Iterator[tuple[int, int, Tensor]]:
     for start, stop in chunks(call, call.B * call.H * call.S, _CELLS):
         last = call.S
         if call.mask is not None:
-            last = max(0, call.mask.reach(start, stop, call.T, call.S)[1])
-        part = part_of(call, start, stop, 0, last)
+            last = max(0, call.mask.key_range(start, stop, call.T, call.S)[1])
+        part = slice_call(call, start, stop, 0, last)
         with _autocast_off(call.query):
             weights = compute_aux(part, first_position=call.S - call.T + start).weights
         assert weights is not None
@@ -111,14 +111,16 @@ def chunks(call: AttentionCall, cells_a_row: int, cells: int) -> Iterator[tuple[
         yield start, min(start + rows, call.T)
 
 
-def part_of(call: AttentionCall, start: int, stop: int, first: int, last: int) -> AttentionCall:
+def slice_call(call: AttentionCall, start: int, stop: int, first: int, last: int) -> AttentionCall:
     """The call of queries start .. stop - 1 against keys first .. last - 1, its mask written out.
 
     Query 0 of it stands at call.S - call.T + start - first among its keys.
     """
     mask = None
     if call.mask is not None:
-        rows = call.mask.rows(start, stop, call.T, call.S, keys=(first, last), device=call.device)
+        rows = call.mask.materialize_rows(
+            start, stop, call.T, call.S, keys=(first, last), device=call.device
+        )
         mask = Dense(rows)
     bias = call.bias
     if bias is not None:
@@ -149,7 +151,7 @@ def _within(call: AttentionCall, first: int, last: int) -> Mask | None:
 
 def _keeps_structure(call: AttentionCall) -> bool:
     """Whether a kernel can read the mask without writing out T x S booleans that are not there."""
-    rest = read_structure(call.mask, call.T, call.S).rest
+    rest = read_ranges(call.mask, call.T, call.S).unstructured
     return rest is None or isinstance(rest, Dense) or call.T * call.S <= _CELLS
 
 
@@ -168,8 +170,8 @@ def _by_definition(call: AttentionCall, first: int, last: int) -> Aux:
     for start, stop in chunks(call, call.B * call.H * (last - first), _CELLS):
         end = last
         if call.mask is not None:
-            end = min(last, max(first, call.mask.reach(start, stop, call.T, call.S)[1]))
-        part = part_of(call, start, stop, first, end)
+            end = min(last, max(first, call.mask.key_range(start, stop, call.T, call.S)[1]))
+        part = slice_call(call, start, stop, first, end)
         parts.append(compute_aux(part, first_position=call.S - call.T + start - first))
     return Aux(
         lse=torch.cat([p.lse for p in parts if p.lse is not None], dim=2) if call.aux.lse else None,

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from polyhead.validate import check_is_tensor
 from polyhead.call import AttentionCall
 from polyhead.errors import DtypeError, ShapeError
-from polyhead.look.streaming import chunks, log_sums, part_of, shares
+from polyhead.look.streaming import chunks, key_logsumexp, slice_call, weight_mass
 from polyhead.mask import Dense
+from polyhead.validate import check_is_tensor
 
 __all__ = ["check_token_ids", "token_masses"]
 
@@ -37,9 +37,11 @@ def token_masses(
         same_bts = (ids_bs[:, first_query:last, None] == ids_bs[:, None, :last]) & earlier_ts
         after_bts = torch.zeros_like(same_bts)
         after_bts[..., 1:] = same_bts[..., :-1]
-        part = part_of(call, start, stop, 0, last)
+        part = slice_call(call, start, stop, 0, last)
         total = log_totals_bht[..., start:stop]
-        same, after = (shares(log_sums(_only(part, on)), total) for on in (same_bts, after_bts))
+        same, after = (
+            weight_mass(key_logsumexp(_only(part, on)), total) for on in (same_bts, after_bts)
+        )
         masses.append((same, after, same_bts.any(dim=-1)[:, None]))
     same, after, repeats = (torch.cat(parts, dim=2) for parts in zip(*masses, strict=True))
     return same, after, repeats

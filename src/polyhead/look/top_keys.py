@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.validate import build_call
 from polyhead.call import AttentionCall
 from polyhead.errors import ArgumentError
 from polyhead.look.streaming import weights_by_chunk
 from polyhead.mask import Mask
+from polyhead.validate import build_call
 
 __all__ = ["TopKeys", "top_keys", "top_keys_of"]
 

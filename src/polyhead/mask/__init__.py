@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ArgumentError, DtypeError, ShapeError, check_count, check_is_plain
-from polyhead.mask.algebra import All, AnyOf, Columns, Mask, Not, Rows
+from polyhead.mask.algebra import And, KeySlice, Mask, Not, Or, QuerySlice
 from polyhead.mask.primitives import (
     Align,
     Causal,
@@ -37,19 +37,19 @@ from polyhead.mask.primitives import (
 _FARTHEST = 2**40
 
 __all__ = [
-    "All",
-    "AnyOf",
+    "And",
     "Causal",
-    "Columns",
     "Custom",
     "Dense",
     "Documents",
+    "KeySlice",
     "LeftPadding",
     "Lengths",
     "Mask",
     "Not",
+    "Or",
     "Prefix",
-    "Rows",
+    "QuerySlice",
     "Window",
     "causal",
     "cu_seqlens",

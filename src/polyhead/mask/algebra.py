@@ -14,10 +14,10 @@ from torch import Tensor
 
 from polyhead.errors import ArgumentError, ShapeError
 
-__all__ = ["All", "AnyOf", "Block", "Columns", "Mask", "Not", "Rows"]
+__all__ = ["And", "KeySlice", "Mask", "MaskBlock", "Not", "Or", "QuerySlice"]
 
 
-class Block(NamedTuple):
+class MaskBlock(NamedTuple):
     """Queries start .. stop - 1 of T against keys first .. last - 1 of S."""
 
     start: int
@@ -48,9 +48,9 @@ class Mask:
         >>> ph.mask.causal().materialize(2, 3).int().tolist()
         [[1, 1, 0], [1, 1, 1]]
         """
-        return self.rows(0, T, T, S, device=device)
+        return self.materialize_rows(0, T, T, S, device=device)
 
-    def rows(
+    def materialize_rows(
         self,
         start: int,
         stop: int,
@@ -65,15 +65,15 @@ class Mask:
         With `keys` = (first, last) only the columns of keys first .. last - 1.
 
         >>> import polyhead as ph
-        >>> ph.mask.causal().rows(1, 2, 2, 3).int().tolist()
+        >>> ph.mask.causal().materialize_rows(1, 2, 2, 3).int().tolist()
         [[1, 1, 1]]
-        >>> ph.mask.causal().rows(0, 2, 2, 3, keys=(1, 3)).int().tolist()
+        >>> ph.mask.causal().materialize_rows(0, 2, 2, 3, keys=(1, 3)).int().tolist()
         [[1, 0], [1, 1]]
         """
         first, last = (0, S) if keys is None else keys
-        return self._block(Block(start, stop, T, first, last, S, device))
+        return self._materialize_block(MaskBlock(start, stop, T, first, last, S, device))
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         raise NotImplementedError
 
     def for_queries(self, start: int, stop: int, T: int) -> Mask:
@@ -83,7 +83,7 @@ class Mask:
         >>> ph.mask.causal().for_queries(1, 2, 2).materialize(1, 3).int().tolist()
         [[1, 1, 1]]
         """
-        return Rows(self, start, stop, T)
+        return QuerySlice(self, start, stop, T)
 
     def for_keys(self, start: int, S: int) -> Mask:
         """This mask for a call on keys start .. S - 1 of S, the queries where they stood.
@@ -94,21 +94,21 @@ class Mask:
         >>> ph.mask.prefix(3).for_keys(1, 5)                        # keys 1 and 2 are left of it
         prefix(2)
         """
-        return self if start == 0 else self._from_key(start, S)
+        return self if start == 0 else self._drop_keys_before(start, S)
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         """Keys first .. last - 1: every key that queries start .. stop - 1 may attend to is there.
 
         Told from the mask's structure; tensors are not read, so the range can be too wide.
 
         >>> import polyhead as ph
-        >>> (ph.mask.causal() & ph.mask.window(before=2)).reach(10, 12, 100, 100)
+        >>> (ph.mask.causal() & ph.mask.window(before=2)).key_range(10, 12, 100, 100)
         (8, 12)
         """
         return 0, S
 
-    def _from_key(self, start: int, S: int) -> Mask:
-        return Columns(self, start, S)
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
+        return KeySlice(self, start, S)
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         """Raise ShapeError or DeviceError if this mask cannot apply to such a call."""
@@ -148,15 +148,15 @@ class Mask:
         return "\n".join(" ".join("x" if may else "." for may in row) for row in rows)
 
     @property
-    def _own_size(self) -> tuple[int | None, int | None]:
+    def _fixed_size(self) -> tuple[int | None, int | None]:
         """The T and S that this mask fits; None where it fits any."""
         return None, None
 
     def __and__(self, other: Mask) -> Mask:
-        return _combine(All, self, other)
+        return _combine(And, self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return _combine(AnyOf, self, other)
+        return _combine(Or, self, other)
 
     def __invert__(self) -> Mask:
         return Not(self)
@@ -172,7 +172,7 @@ class Mask:
 
     def __str__(self) -> str:
         # 8 is small, and large enough to show a rule that fits any size.
-        T, S = (8 if size is None else size for size in self._own_size)
+        T, S = (8 if size is None else size for size in self._fixed_size)
         return f"{self!r}\n{self.draw(T, S)}"
 
     def __eq__(self, other: object) -> bool:
@@ -199,26 +199,28 @@ class _Several(Mask):
         for part in self.parts:
             yield from part.primitives()
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return type(self)(tuple(part.for_keys(start, S) for part in self.parts))
 
     @property
-    def _own_size(self) -> tuple[int | None, int | None]:
+    def _fixed_size(self) -> tuple[int | None, int | None]:
         # A part with a size of its own decides; documents fit any smaller T, the others any size.
-        sizes = [part._own_size for part in self.parts]
+        sizes = [part._fixed_size for part in self.parts]
         T = min((T for T, _ in sizes if T is not None), default=None)
         S = min((S for _, S in sizes if S is not None), default=None)
         return T, S
 
 
-class All(_Several):
+class And(_Several):
     """All parts must allow."""
 
-    def _block(self, at: Block) -> Tensor:
-        return functools.reduce(operator.and_, (part._block(at) for part in self.parts))
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
+        return functools.reduce(operator.and_, (part._materialize_block(at) for part in self.parts))
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        firsts, lasts = zip(*(part.reach(start, stop, T, S) for part in self.parts), strict=True)
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        firsts, lasts = zip(
+            *(part.key_range(start, stop, T, S) for part in self.parts), strict=True
+        )
         return max(firsts), min(lasts)
 
     @property
@@ -229,14 +231,16 @@ class All(_Several):
         return " & ".join(_bracketed(part) for part in self.parts)
 
 
-class AnyOf(_Several):
+class Or(_Several):
     """One part allowing is enough."""
 
-    def _block(self, at: Block) -> Tensor:
-        return functools.reduce(operator.or_, (part._block(at) for part in self.parts))
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
+        return functools.reduce(operator.or_, (part._materialize_block(at) for part in self.parts))
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        firsts, lasts = zip(*(part.reach(start, stop, T, S) for part in self.parts), strict=True)
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        firsts, lasts = zip(
+            *(part.key_range(start, stop, T, S) for part in self.parts), strict=True
+        )
         return min(firsts), max(lasts)
 
     def __repr__(self) -> str:
@@ -249,21 +253,21 @@ class Not(Mask):
 
     part: Mask
 
-    def _block(self, at: Block) -> Tensor:
-        return ~self.part._block(at)
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
+        return ~self.part._materialize_block(at)
 
     def primitives(self) -> Iterator[Mask]:
         return self.part.primitives()
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return Not(self.part.for_keys(start, S))
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         self.part.check(B, H, T, S, device)
 
     @property
-    def _own_size(self) -> tuple[int | None, int | None]:
-        return self.part._own_size
+    def _fixed_size(self) -> tuple[int | None, int | None]:
+        return self.part._fixed_size
 
     def __invert__(self) -> Mask:
         return self.part
@@ -273,7 +277,7 @@ class Not(Mask):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rows(Mask):
+class QuerySlice(Mask):
     """Some of the queries of a mask: what one chunk of queries may attend to."""
 
     part: Mask
@@ -281,18 +285,18 @@ class Rows(Mask):
     stop: int
     T: int
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         start, stop = self.start + at.start, self.start + at.stop
-        return self.part._block(at._replace(start=start, stop=stop, T=self.T))
+        return self.part._materialize_block(at._replace(start=start, stop=stop, T=self.T))
 
     def primitives(self) -> Iterator[Mask]:
         return self.part.primitives()
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        return self.part.reach(self.start + start, self.start + stop, self.T, S)
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        return self.part.key_range(self.start + start, self.start + stop, self.T, S)
 
-    def _from_key(self, start: int, S: int) -> Mask:
-        return Rows(self.part.for_keys(start, S), self.start, self.stop, self.T)
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
+        return QuerySlice(self.part.for_keys(start, S), self.start, self.stop, self.T)
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         if self.stop - self.start != T:
@@ -305,8 +309,8 @@ class Rows(Mask):
         self.part.check(B, H, self.T, S, device)
 
     @property
-    def _own_size(self) -> tuple[int | None, int | None]:
-        S = self.part._own_size[1]
+    def _fixed_size(self) -> tuple[int | None, int | None]:
+        S = self.part._fixed_size[1]
         return self.stop - self.start, self.T if S is None else S
 
     def __repr__(self) -> str:
@@ -314,25 +318,25 @@ class Rows(Mask):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Columns(Mask):
+class KeySlice(Mask):
     """Some of the keys of a mask: the last S - first of S."""
 
     part: Mask
     first: int
     S: int
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         first, last = self.first + at.first, self.first + at.last
-        return self.part._block(at._replace(first=first, last=last, S=self.S))
+        return self.part._materialize_block(at._replace(first=first, last=last, S=self.S))
 
     def primitives(self) -> Iterator[Mask]:
         return self.part.primitives()
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        first, last = self.part.reach(start, stop, T, self.S)
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+        first, last = self.part.key_range(start, stop, T, self.S)
         return max(first - self.first, 0), last - self.first
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return self.part.for_keys(self.first + start, self.S)
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
@@ -346,8 +350,8 @@ class Columns(Mask):
         self.part.check(B, H, T, self.S, device)
 
     @property
-    def _own_size(self) -> tuple[int | None, int | None]:
-        return self.part._own_size[0], self.S - self.first
+    def _fixed_size(self) -> tuple[int | None, int | None]:
+        return self.part._fixed_size[0], self.S - self.first
 
     def __repr__(self) -> str:
         return f"{_bracketed(self.part)}.for_keys({self.first}, {self.S})"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import DeviceError, DtypeError, ShapeError
-from polyhead.mask.algebra import Block, Mask
+from polyhead.mask.algebra import Mask, MaskBlock
 
 __all__ = [
     "Align",
@@ -31,15 +31,15 @@ Align = Literal["end", "start"]
 class Causal(Mask):
     align: Align = "end"
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         query, key = _positions(at, self.align)
         return key <= query
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         return 0, min(S, max(0, stop + _offset(T, S, self.align)))
 
-    def _from_key(self, start: int, S: int) -> Mask:
-        return self if self.align == "end" else super()._from_key(start, S)
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
+        return self if self.align == "end" else super()._drop_keys_before(start, S)
 
     def __repr__(self) -> str:
         return "causal()" if self.align == "end" else f'causal(align="{self.align}")'
@@ -51,7 +51,7 @@ class Window(Mask):
     after: int | None
     align: Align = "end"
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         query, key = _positions(at, self.align)
         allowed = torch.ones(1, dtype=torch.bool, device=at.device)
         if self.before is not None:
@@ -60,14 +60,14 @@ class Window(Mask):
             allowed = allowed & (key <= query + self.after)
         return allowed
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         offset = _offset(T, S, self.align)
         first = 0 if self.before is None else start + offset - self.before
         last = S if self.after is None else stop + offset + self.after
         return min(S, max(0, first)), min(S, max(0, last))
 
-    def _from_key(self, start: int, S: int) -> Mask:
-        return self if self.align == "end" else super()._from_key(start, S)
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
+        return self if self.align == "end" else super()._drop_keys_before(start, S)
 
     def __repr__(self) -> str:
         sides = {"before": self.before, "after": self.after}
@@ -81,11 +81,11 @@ class Window(Mask):
 class Lengths(Mask):
     lengths: Tensor
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         key = torch.arange(at.first, at.last, device=self.lengths.device)
         return (key < self.lengths[:, None])[:, None, None, :]
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return Lengths((self.lengths - start).clamp(min=0))
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
@@ -99,11 +99,11 @@ class Lengths(Mask):
 class LeftPadding(Mask):
     padding: Tensor
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         key = torch.arange(at.first, at.last, device=self.padding.device)
         return (key >= self.padding[:, None])[:, None, None, :]
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return LeftPadding((self.padding - start).clamp(min=0))
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
@@ -117,15 +117,15 @@ class LeftPadding(Mask):
 class Prefix(Mask):
     n: int
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         return (torch.arange(at.first, at.last, device=at.device) < self.n).expand(
             at.stop - at.start, -1
         )
 
-    def reach(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         return 0, min(S, self.n)
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return Prefix(max(0, self.n - start))
 
     def __repr__(self) -> str:
@@ -136,7 +136,7 @@ class Prefix(Mask):
 class Documents(Mask):
     ids: Tensor
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         self._check_sizes(at.T, at.S)
         offset = at.S - at.T
         query_ids = self.ids[..., offset + at.start : offset + at.stop]
@@ -144,7 +144,7 @@ class Documents(Mask):
         allowed = query_ids[..., :, None] == key_ids[..., None, :]
         return allowed if allowed.ndim == 2 else allowed[:, None]
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return Documents(self.ids[..., start:])
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
@@ -164,7 +164,7 @@ class Documents(Mask):
             )
 
     @property
-    def _own_size(self) -> tuple[int | None, int | None]:
+    def _fixed_size(self) -> tuple[int | None, int | None]:
         return self.ids.shape[-1], self.ids.shape[-1]
 
     def __repr__(self) -> str:
@@ -176,7 +176,7 @@ class Documents(Mask):
 class Dense(Mask):
     allowed: Tensor
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         allowed = self.allowed
         if allowed.shape[-2] not in (1, at.T) or allowed.shape[-1] not in (1, at.S):
             raise ShapeError(
@@ -189,7 +189,7 @@ class Dense(Mask):
             allowed = allowed[..., at.start : at.stop, :]
         return allowed if allowed.shape[-1] == 1 else allowed[..., at.first : at.last]
 
-    def _from_key(self, start: int, S: int) -> Mask:
+    def _drop_keys_before(self, start: int, S: int) -> Mask:
         return self if self.allowed.shape[-1] == 1 else Dense(self.allowed[..., start:])
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
@@ -204,7 +204,7 @@ class Dense(Mask):
         _check_device("mask.dense(allowed)", self.allowed, device)
 
     @property
-    def _own_size(self) -> tuple[int | None, int | None]:
+    def _fixed_size(self) -> tuple[int | None, int | None]:
         T, S = self.allowed.shape[-2:]
         return None if T == 1 else T, None if S == 1 else S
 
@@ -219,7 +219,7 @@ class Custom(Mask):
     heads: int = 1
     align: Align = "end"
 
-    def _block(self, at: Block) -> Tensor:
+    def _materialize_block(self, at: MaskBlock) -> Tensor:
         batch = torch.arange(self.batch, device=at.device)[:, None, None, None]
         head = torch.arange(self.heads, device=at.device)[:, None, None]
         query, key = _positions(at, self.align)
@@ -262,7 +262,7 @@ def _offset(T: int, S: int, align: Align) -> int:
     return S - T if align == "end" else 0
 
 
-def _positions(at: Block, align: Align) -> tuple[Tensor, Tensor]:
+def _positions(at: MaskBlock, align: Align) -> tuple[Tensor, Tensor]:
     """Absolute positions of the queries as a column, and of the keys as a row."""
     query = torch.arange(at.start, at.stop, device=at.device)[:, None]
     key = torch.arange(at.first, at.last, device=at.device)[None, :]

@@ -25,7 +25,7 @@ def fitting_cache(
     """An empty cache of these sizes in the module's dtype, on its device.
 
     Args:
-        module: what will fill it; its projections may be adapters or quantised.
+        module: what will fill it; its projections may be adapters or quantized.
         batch, max_tokens, num_kv_heads, head_dim, value_head_dim: as in `KVCache`.
         options: more of `KVCache`'s keywords, dtype and device among them where asked for.
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.validate import check_positions, check_request, check_scale
 from polyhead.backends import BackendChoice
 from polyhead.call import Aux, AuxRequest
 from polyhead.functional import attention
 from polyhead.mask import Mask
+from polyhead.modules.checkpoint import accept_lecture_mask
+from polyhead.modules.linear import onednn_linear
 from polyhead.modules.validate import (
     check_dropout,
     check_input,
@@ -20,9 +21,8 @@ from polyhead.modules.validate import (
     check_rope,
     check_sizes,
 )
-from polyhead.modules.checkpoint import accept_lecture_mask
-from polyhead.modules.linear import projecting
 from polyhead.positions import Rope
+from polyhead.validate import check_positions, check_request, check_scale
 
 __all__ = ["CausalAttention"]
 
@@ -154,7 +154,7 @@ class CausalAttention(nn.Module):
         if memory is not None:
             check_input("memory", memory, self.W_query, self.d_in)
         source = x if memory is None else memory
-        with projecting(x, self):
+        with onednn_linear(x, self):
             query, key, value = self.W_query(x), self.W_key(source), self.W_value(source)
         query_bhtd, key_bgsd, value_bgse = query[:, None], key[:, None], value[:, None]
         if self.rope is not None:

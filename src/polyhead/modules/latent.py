@@ -12,13 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.validate import check_request, check_scale
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
+from polyhead.cache_view import CacheView
 from polyhead.call import Aux, AuxRequest
 from polyhead.errors import ArgumentError, DtypeError
 from polyhead.functional import attention
 from polyhead.mask import Mask
+from polyhead.modules.caching import fitting_cache
+from polyhead.modules.causal import both, turn
+from polyhead.modules.linear import onednn_linear
 from polyhead.modules.validate import (
     check_cache,
     check_dropout,
@@ -29,12 +32,9 @@ from polyhead.modules.validate import (
     check_sizes,
     split_heads,
 )
-from polyhead.modules.caching import fitting_cache
-from polyhead.modules.causal import both, turn
-from polyhead.modules.linear import projecting
 from polyhead.modules.weights import describe_layer, takes_what_it_holds
 from polyhead.positions import Rope
-from polyhead.cache_view import Stored
+from polyhead.validate import check_request, check_scale
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -226,17 +226,17 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is not None:
             check_cache(cache, rule, x, None, self.num_heads, self.context_length)
             first = cache.length
-        with projecting(x, self):
+        with onednn_linear(x, self):
             q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions, first)
-        latent_b1sd: Tensor | Stored = new_b1td
+        latent_b1sd: Tensor | CacheView = new_b1td
         if cache is not None:
-            latent_b1sd, _ = cache.append_stored(new_b1td, new_b1td[..., :0])
+            latent_b1sd, _ = cache.append_as_views(new_b1td, new_b1td[..., :0])
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)
         if absorb is None:
             absorb = self._absorbing_is_less(x.shape[1], latent_b1sd.shape[2])
-        form: Callable[..., tuple[Tensor, Tensor | Stored, Tensor | Stored]]
+        form: Callable[..., tuple[Tensor, Tensor | CacheView, Tensor | CacheView]]
         form = self._absorbed if absorb else self._expanded
-        with projecting(q_nope_bhtn, self):
+        with onednn_linear(q_nope_bhtn, self):
             query, key, value = form(q_nope_bhtn, q_rope_bhtr, latent_b1sd)
         contexts_bhte, aux = attention(
             query,
@@ -251,7 +251,7 @@ class MultiHeadLatentAttention(nn.Module):
         if absorb:
             contexts_bhte = self._values_of(contexts_bhte)
         y = contexts_bhte.transpose(1, 2).flatten(2)
-        with projecting(y, self):
+        with onednn_linear(y, self):
             y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
@@ -264,7 +264,7 @@ class MultiHeadLatentAttention(nn.Module):
         Args:
             batch: rows.
             max_tokens: None: context_length.
-            options: more of `KVCache`'s keywords, such as window= or storage=torch.int8.
+            options: more of `KVCache`'s keywords, such as window= or storage_dtype=torch.int8.
         """
         most = self.context_length if max_tokens is None else max_tokens
         return fitting_cache(self, batch, most, 1, self.kv_rank + self.rope_head_dim, 0, options)
@@ -291,10 +291,10 @@ class MultiHeadLatentAttention(nn.Module):
         return q_nope_bhtn, q_rope_bhtr, torch.cat((c_b1tc, k_rope_b1tr), dim=-1)
 
     def _expanded(
-        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor | Stored
+        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor | CacheView
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of H heads: W_key and W_value act on the latent of every key."""
-        if isinstance(latent_b1sd, Stored):
+        if isinstance(latent_b1sd, CacheView):
             latent_b1sd = latent_b1sd.gather()
         c_bsc = latent_b1sd[:, 0, :, : self.kv_rank]
         k_rope_bhsr = latent_b1sd[..., self.kv_rank :].expand(-1, self.num_heads, -1, -1)
@@ -306,13 +306,13 @@ class MultiHeadLatentAttention(nn.Module):
         return query_bhtd, torch.cat((k_nope_bhsn, k_rope_bhsr), dim=-1), value_bhse
 
     def _absorbed(
-        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor | Stored
-    ) -> tuple[Tensor, Tensor | Stored, Tensor | Stored]:
+        self, q_nope_bhtn: Tensor, q_rope_bhtr: Tensor, latent_b1sd: Tensor | CacheView
+    ) -> tuple[Tensor, Tensor | CacheView, Tensor | CacheView]:
         """Queries on which W_key has acted; the latent is their one key, and its c their value."""
         W_key_hnc = self.W_key.weight.unflatten(0, (self.num_heads, self.nope_head_dim))
         q_latent_bhtc = torch.einsum("bhtn,hnc->bhtc", q_nope_bhtn, W_key_hnc)
         query_bhtd = torch.cat((q_latent_bhtc, q_rope_bhtr), dim=-1)
-        if isinstance(latent_b1sd, Stored):
+        if isinstance(latent_b1sd, CacheView):
             # A backend that takes tensors makes one, for both.
             latent_b1sd = replace(latent_b1sd, gather=functools.cache(latent_b1sd.gather))
             return query_bhtd, latent_b1sd, latent_b1sd.first(self.kv_rank)

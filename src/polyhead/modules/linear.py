@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from polyhead.validate import autocasts
-from polyhead.backends.tracing import is_recorded
 from polyhead.backends.reasons import transform_reasons
+from polyhead.backends.tracing import is_recorded
 from polyhead.errors import DeviceError
 from polyhead.modules.weights import takes_what_it_holds
+from polyhead.validate import autocasts
 
-__all__ = ["projecting"]
+__all__ = ["onednn_linear"]
 
 # With a weight on the meta device and an input elsewhere these return uninitialized memory.
 _PRODUCTS = (F.linear, F.conv1d, torch.addmm, torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -26,7 +26,7 @@ _PRODUCTS = (F.linear, F.conv1d, torch.addmm, torch.matmul, Tensor.matmul, Tenso
 _FEW = 2**18
 
 
-def projecting(x: Tensor, module: nn.Module) -> AbstractContextManager[object]:
+def onednn_linear(x: Tensor, module: nn.Module) -> AbstractContextManager[object]:
     """A context for the projections of x, in which `F.linear` is the faster of torch's two.
 
     torch multiplies float32 through MKL, and on AMD processors MKL is slower than oneDNN, which

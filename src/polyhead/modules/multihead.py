@@ -9,13 +9,20 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.validate import check_request, check_scale, check_softcap
 from polyhead.backends import BackendChoice
 from polyhead.cache import Cache, KVCache
+from polyhead.cache_view import CacheView
 from polyhead.call import Aux, AuxRequest
 from polyhead.errors import ArgumentError
 from polyhead.functional import attention
 from polyhead.mask import Mask
+from polyhead.modules.caching import fitting_cache
+from polyhead.modules.causal import both, turn
+from polyhead.modules.checkpoint import accept_either_projection, accept_lecture_mask
+from polyhead.modules.contributions import split_by_head
+from polyhead.modules.fusing import fuse, unfuse
+from polyhead.modules.linear import onednn_linear
+from polyhead.modules.pruning import prune_heads
 from polyhead.modules.validate import (
     check_cache,
     check_dropout,
@@ -29,15 +36,8 @@ from polyhead.modules.validate import (
     kv_heads,
     split_heads,
 )
-from polyhead.modules.caching import fitting_cache
-from polyhead.modules.causal import both, turn
-from polyhead.modules.checkpoint import accept_either_projection, accept_lecture_mask
-from polyhead.modules.contributions import split_by_head
-from polyhead.modules.fusing import fuse, unfuse
-from polyhead.modules.linear import projecting
-from polyhead.modules.pruning import prune_heads
 from polyhead.positions import Rope, alibi_slopes
-from polyhead.cache_view import Stored
+from polyhead.validate import check_request, check_scale, check_softcap
 
 __all__ = ["MultiHeadAttention"]
 
@@ -233,7 +233,7 @@ class MultiHeadAttention(nn.Module):
         contexts_bhte, aux = self._attend(x, memory, mask, cache, positions, request)
         y = contexts_bhte.transpose(1, 2).flatten(2)
         if self.out_proj is not None:
-            with projecting(y, self):
+            with onednn_linear(y, self):
                 y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
 
@@ -243,7 +243,7 @@ class MultiHeadAttention(nn.Module):
         Args:
             batch: rows.
             max_tokens: None: context_length.
-            options: more of `KVCache`'s keywords, such as window= or storage=torch.int8.
+            options: more of `KVCache`'s keywords, such as window= or storage_dtype=torch.int8.
         """
         most = self.context_length if max_tokens is None else max_tokens
         sizes = (self.num_kv_heads, self.head_dim, self.value_head_dim)
@@ -276,7 +276,7 @@ class MultiHeadAttention(nn.Module):
         check_input("x", x, projection, self.d_in, self.context_length)
         if memory is not None:
             check_input("memory", memory, projection, self.d_in)
-        with projecting(x, self):
+        with onednn_linear(x, self):
             query, key, value = self._project(x, memory)
         query_bhtd = split_heads("W_query", query, self.num_heads, self.head_dim)
         key_bgsd = split_heads("W_key", key, self.num_kv_heads, self.head_dim)
@@ -355,10 +355,10 @@ class MultiHeadAttention(nn.Module):
         if cache is not None:
             check_cache(cache, rule, x, memory, self.num_heads, self.context_length)
             first = cache.length
-        key: Tensor | Stored
-        value: Tensor | Stored
+        key: Tensor | CacheView
+        value: Tensor | CacheView
         query, *new = self.project_qkv(x, memory, positions=positions, first_position=first)
-        key, value = new if cache is None else cache.append_stored(*new)
+        key, value = new if cache is None else cache.append_as_views(*new)
         if cache is not None:
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)
         T, S = query.shape[2], key.shape[2]
@@ -377,7 +377,7 @@ class MultiHeadAttention(nn.Module):
             return_aux=request,
         )
         if self.W_gate is not None:
-            with projecting(x, self):
+            with onednn_linear(x, self):
                 gate = torch.sigmoid(self.W_gate(x)).unflatten(2, (self.num_heads, -1))
             contexts_bhte = contexts_bhte * gate.transpose(1, 2)
         return contexts_bhte, aux

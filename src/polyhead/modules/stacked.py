@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import polyhead.mask
-from polyhead.validate import check_request
 from polyhead.backends import BackendChoice
 from polyhead.call import Aux, AuxRequest, HeadStats
 from polyhead.errors import ShapeError
 from polyhead.mask import Mask
-from polyhead.modules.validate import check_sizes
 from polyhead.modules.causal import CausalAttention
 from polyhead.modules.contributions import split_by_head
-from polyhead.modules.linear import projecting
+from polyhead.modules.linear import onednn_linear
+from polyhead.modules.validate import check_sizes
 from polyhead.positions import Rope
+from polyhead.validate import check_request
 
 __all__ = ["MultiHeadAttentionWrapper"]
 
@@ -151,7 +151,7 @@ class MultiHeadAttentionWrapper(nn.Module):
         ]
         y = torch.cat([output for output, _ in runs], dim=-1)
         if self.out_proj is not None:
-            with projecting(y, self):
+            with onednn_linear(y, self):
                 y = self.out_proj(y)
         return y if return_aux is None else (y, _side_by_side([aux for _, aux in runs]))
 

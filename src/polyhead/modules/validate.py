@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from polyhead.validate import autocasts, check_is_tensor, check_number
 from polyhead.cache import Cache
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
-from polyhead.mask import AnyOf, Mask, Not, Prefix, Window
+from polyhead.mask import Mask, Not, Or, Prefix, Window
 from polyhead.modules.weights import takes_what_it_holds
 from polyhead.positions import Rope
+from polyhead.validate import autocasts, check_is_tensor, check_number
 
 __all__ = [
     "check_cache",
@@ -172,7 +172,7 @@ def check_cache(
 def _window_remedy(rule: Mask | None, window: int) -> str:
     """A window may be added to rules that only forbid; it would drop what another rule allows."""
     parts = () if rule is None else rule.conjuncts
-    if any(isinstance(part, (AnyOf, Not, Prefix)) for part in parts):
+    if any(isinstance(part, (Or, Not, Prefix)) for part in parts):
         return "use a cache without a window: its mask allows keys that a window forgets"
     return f"add & polyhead.mask.window(before={window}) to it, or use a cache without a window"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.validate import check_is_tensor, check_number, check_positions
 from polyhead.errors import ArgumentError, DtypeError, ShapeError
 from polyhead.positions.scaling import RopeScaling, inverse_frequencies
+from polyhead.validate import check_is_tensor, check_number, check_positions
 
 __all__ = ["Rope", "rotate"]
 

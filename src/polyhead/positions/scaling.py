@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.validate import check_number
 from polyhead.errors import ArgumentError, ShapeError
+from polyhead.validate import check_number
 
 __all__ = [
     "LinearScaling",

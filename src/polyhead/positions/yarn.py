@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.validate import check_number
 from polyhead.errors import ArgumentError
 from polyhead.positions.scaling import RopeScaling, check_positive
+from polyhead.validate import check_number
 
 __all__ = ["YarnScaling"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from polyhead.look import HeadReport, LayerReport
 
-__all__ = ["KINDS", "Example", "TellingHead", "telling_heads"]
+__all__ = ["KINDS", "Example", "Highlight", "highlights"]
 
 # What a head is called, and the number that says how much it is so.
 KINDS = {
@@ -34,7 +34,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class TellingHead:
+class Highlight:
     """A head, what it is called, its numbers, and the place where that shows best."""
 
     layer: int
@@ -44,7 +44,7 @@ class TellingHead:
     example: Example | None
 
 
-def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
+def highlights(report: HeadReport, n: int = 10) -> tuple[Highlight, ...]:
     """The heads worth a look first: the best of each kind, then the second best of each, and so on.
 
     They come kind by kind. The best of a kind has the largest of the number that names it
@@ -55,7 +55,7 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(8, 8, context_length=200, dropout=0.0, num_heads=2)
     >>> report = ph.look.capture(mha, torch.zeros(1, 200, 8))        # equal weights
-    >>> [(head.layer, head.head, head.name) for head in telling_heads(report, n=2)]
+    >>> [(head.layer, head.head, head.name) for head in highlights(report, n=2)]
     [(0, 0, 'other'), (0, 1, 'other')]
     """
     rows = report.rows()
@@ -72,7 +72,7 @@ def telling_heads(report: HeadReport, n: int = 10) -> tuple[TellingHead, ...]:
     for row in sorted(in_turn[:n], key=lambda row: list(KINDS).index(row["name"])):
         numbers = {k: v for k, v in row.items() if k not in ("layer", "head", "name")}
         example = _example(report, layers[row["layer"]], row["head"], row["name"])
-        found.append(TellingHead(row["layer"], row["head"], row["name"], numbers, example))
+        found.append(Highlight(row["layer"], row["head"], row["name"], numbers, example))
     return tuple(found)
 
 
@@ -113,5 +113,5 @@ def as_dict(report: HeadReport) -> dict[str, Any]:
         "model": report.model,
         "tokens": report.tokens,
         "heads": report.rows(),
-        "telling": [asdict(head) for head in telling_heads(report)],
+        "highlights": [asdict(head) for head in highlights(report)],
     }

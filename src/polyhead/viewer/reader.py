@@ -12,12 +12,12 @@ from torch import Tensor
 
 from polyhead.errors import ShapeError
 from polyhead.integrations import transformers
-from polyhead.models.load import LoadedModel
-from polyhead.models.text import read_ids, token_texts
 from polyhead.look import HeadReport, ablate, attention_layers, capture
 from polyhead.look.ablate import How
 from polyhead.look.layers import Head
 from polyhead.look.sources import is_probing
+from polyhead.models.load import LoadedModel
+from polyhead.models.text import read_ids, token_texts
 
 __all__ = ["NextTokens", "Progress", "Reading", "compare_next", "read"]
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from polyhead.errors import PolyheadError
-from polyhead.models.load import LoadedModel
 from polyhead.look.ablate import How
 from polyhead.look.layers import Head
 from polyhead.look.page import payload, render
+from polyhead.models.load import LoadedModel
 from polyhead.viewer.reader import Progress, Reading, compare_next, read
 
 __all__ = ["BusyError", "Session", "StoppedError"]

@@ -1,4 +1,4 @@
-"""A report in the terminal: the grid of layers x heads in colour, and the most telling heads."""
+"""A report in the terminal: the grid of layers x heads in color, and the most telling heads."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from rich.text import Text
 
 from polyhead.look import HeadReport
 from polyhead.look.page.legend import NUMBERS
-from polyhead.viewer.colors import coloured
+from polyhead.viewer.colors import colored
+from polyhead.viewer.highlights import KINDS, Example, Highlight, highlights
 from polyhead.viewer.tables import print_table
-from polyhead.viewer.highlights import KINDS, Example, TellingHead, telling_heads
 
 __all__ = ["print_report"]
 
@@ -32,7 +32,7 @@ def print_report(report: HeadReport, console: Console, by: str = "entropy") -> N
 
     Args:
         report: with token ids and the text of each token.
-        by: the number that gives the cells their colours, one of those of `HeadReport.rows`.
+        by: the number that gives the cells their colors, one of those of `HeadReport.rows`.
     """
     rows = report.rows()
     scale = _Scale([row[by] for row in rows if by in row], by)
@@ -68,7 +68,7 @@ class _Scale:
 
 
 def _grid(rows: list[dict[str, Any]], scale: _Scale, width: int) -> Text:
-    """A line a layer, a cell a head: its letter, its number, and the number as a colour.
+    """A line a layer, a cell a head: its letter, its number, and the number as a color.
 
     Where that is too wide, a digit from 0 to 9 stands for the number; where that is too wide, too,
     the heads stand in several blocks.
@@ -105,8 +105,8 @@ def _cell(row: dict[str, Any] | None, scale: _Scale, wide: bool) -> Text:
         return Text(f" {letter}".ljust(_WIDE) if wide else letter.ljust(_NARROW))
     place = scale.place(row[scale.by])
     if wide:
-        return coloured(f" {letter}{scale.text(row[scale.by]):>5}", place)
-    return coloured(f"{letter}{min(int(place * 10), 9)}", place)
+        return colored(f" {letter}{scale.text(row[scale.by]):>5}", place)
+    return colored(f"{letter}{min(int(place * 10), 9)}", place)
 
 
 def _legend(scale: _Scale, coloured_too: bool) -> Text:
@@ -118,7 +118,7 @@ def _legend(scale: _Scale, coloured_too: bool) -> Text:
     if coloured_too:
         legend.append(" ")
         for step in range(16):
-            legend.append_text(coloured(" ", step / 15))
+            legend.append_text(colored(" ", step / 15))
     legend.append(f" to {scale.text(scale.most)}" + ("" if unit == "share" else f" {unit}"))
     return legend.append(f". {says}")
 
@@ -141,14 +141,14 @@ def _telling(report: HeadReport, width: int) -> Table:
     for heading in ("first", "prev", "near", "next", "keys"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("for example", overflow="fold")
-    for head in telling_heads(report):
+    for head in highlights(report):
         numbers = (_number(head, name) for name in _COLUMNS)
         example = _example(head.example, report.tokens, width - _EXAMPLE_AT)
         table.add_row(f"{head.layer}.{head.head}", head.name, *numbers, example)
     return table
 
 
-def _number(head: TellingHead, name: str) -> Text:
+def _number(head: Highlight, name: str) -> Text:
     value = head.numbers.get(name)
     decimals = 2 if NUMBERS[name][1] == "share" else 1
     text = "" if value is None else f"{value:.{decimals}f}"

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.validate import build_call
 from polyhead.backends import cpu
-from polyhead.backends.cpu import ops as cpu_operators
+from polyhead.backends.cpu import ops
+from polyhead.validate import build_call
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -166,14 +166,14 @@ def test_kernels_that_cannot_be_loaded_are_a_reason_and_no_crash(monkeypatch, tm
     broken.write_bytes(b"no library")
     spec = importlib.util.spec_from_file_location("polyhead._kernels", broken)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    assert cpu_operators._load().startswith("was built, and could not be loaded: ")
+    assert ops._load().startswith("was built, and could not be loaded: ")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert cpu_operators._load().startswith("was not built: ")
+    assert ops._load().startswith("was not built: ")
 
 
 def test_the_environment_chooses_the_instruction_set(isas):
     isa = isas[-1]
-    code = "from polyhead.backends import cpu_operators; print(cpu_operators.isa())"
+    code = "from polyhead.backends import ops; print(ops.isa())"
     chosen = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "POLYHEAD_CPU_ISA": isa},
@@ -197,10 +197,10 @@ def test_an_unknown_instruction_set_in_the_environment_is_warned_of():
 
 
 def test_an_unknown_instruction_set_is_refused_and_changes_nothing():
-    before = cpu_operators.isa()
+    before = ops.isa()
     with pytest.raises(RuntimeError, match="lacks instruction set sse9"):
-        cpu_operators.choose_isa("sse9")
-    assert cpu_operators.isa() == before
+        ops.choose_isa("sse9")
+    assert ops.isa() == before
 
 
 def test_kernels_can_be_switched_off():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polyhead.backends.cpu import ops as cpu_operators
+from polyhead.backends.cpu import ops
 from polyhead.bench.machine.ceilings import Loop, ceiling_loops, measure_ceilings
 
 
@@ -37,8 +37,8 @@ def test_the_best_loop_at_its_shortest_time():
 def registers(request, monkeypatch):
     """The sources of the loops that our kernels add, if they were built."""
     if request.param == "without":
-        monkeypatch.setattr(cpu_operators, "missing", "was not built")
-    return [] if cpu_operators.missing else ["registers"]
+        monkeypatch.setattr(ops, "unavailable", "was not built")
+    return [] if ops.unavailable else ["registers"]
 
 
 def test_the_loops_here_count_their_work(registers):
@@ -60,19 +60,19 @@ def test_without_products_of_bfloat16_float32_bounds_it():
     assert loops["bfloat16"] == loops["float32"]
 
 
-@pytest.mark.skipif(bool(cpu_operators.missing), reason="the kernels were not built")
+@pytest.mark.skipif(bool(ops.unavailable), reason="the kernels were not built")
 def test_the_loop_of_registers_counts_every_step_thread_and_lane():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = cpu_operators.multiply_add(False, 1)
-        assert cpu_operators.multiply_add(False, 7) == 7 * alone
+        alone = ops.multiply_add(False, 1)
+        assert ops.multiply_add(False, 7) == 7 * alone
         torch.set_num_threads(2)
-        assert cpu_operators.multiply_add(False, 1) == 2 * alone
+        assert ops.multiply_add(False, 1) == 2 * alone
     finally:
         torch.set_num_threads(threads)
-    isa = cpu_operators.isa()
+    isa = ops.isa()
     lanes, sums = {"avx2": (8, 12), "portable": (4, 12)}.get(isa, (16, 24))
     assert alone == 2 * lanes * sums
-    pairs = cpu_operators.multiply_add(True, 1) / cpu_operators.multiply_add(False, 1)
+    pairs = ops.multiply_add(True, 1) / ops.multiply_add(False, 1)
     assert pairs == (2 if isa == "avx512_bf16" else 1)

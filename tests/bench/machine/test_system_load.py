@@ -2,7 +2,13 @@
 
 import pytest
 
-from polyhead.bench.machine.system_load import CpuTimes, DisturbedError, others_share, quietly, read_cpu_times
+from polyhead.bench.machine.system_load import (
+    CpuTimes,
+    DisturbedError,
+    others_share,
+    quietly,
+    read_cpu_times,
+)
 
 
 class Machine:

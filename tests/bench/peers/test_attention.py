@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polyhead.bench.peers import attention as peers
 from polyhead.bench.gate import gate
+from polyhead.bench.peers import attention as peers
 from polyhead.bench.peers.attention import EAGER, OUTPUT_ONLY, POLYHEAD, SDPA
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polyhead.bench.peers.cached import CACHES
 from polyhead.bench.gate import gate
+from polyhead.bench.peers.cached import CACHES
 from polyhead.bench.peers.registry import peers_of
 
 
@@ -18,9 +18,9 @@ def test_every_peer_is_right_and_reads_what_the_case_says(small, dtype, changes,
     assert peers_of(case) == CACHES
     inputs = case.inputs(seed=0)
     seen = []
-    real = torch.ops.polyhead.attention_stored
+    real = torch.ops.polyhead.attention_cached
     monkeypatch.setattr(
-        torch.ops.polyhead, "attention_stored", lambda *a: seen.append(a) or real(*a)
+        torch.ops.polyhead, "attention_cached", lambda *a: seen.append(a) or real(*a)
     )
     runs = {peer: peer.prepare(case, inputs) for peer in CACHES}
     verdict = gate(case, runs, inputs)

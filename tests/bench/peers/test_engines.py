@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from polyhead.bench.peers.engines import ONNX_RUNTIME, OPENVINO
 from polyhead.bench.gate import gate
+from polyhead.bench.peers.engines import ONNX_RUNTIME, OPENVINO
 
 
 @pytest.mark.parametrize("peer", [ONNX_RUNTIME, OPENVINO], ids=lambda peer: peer.name)

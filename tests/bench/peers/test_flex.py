@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from polyhead.bench.peers.flex import FLEX, _block_mask
 from polyhead.bench.gate import gate
+from polyhead.bench.peers.flex import FLEX, _block_mask
 
 
 @pytest.mark.parametrize("tokens", [17, 257, 1024])

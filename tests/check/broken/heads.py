@@ -6,7 +6,7 @@ from torch import nn
 
 
 class MergedWithoutTransposing(Plain):
-    law, cause = "heads_work_alone", "heads merged without transposing back"
+    law, cause = "heads_are_independent", "heads merged without transposing back"
 
     def merge(self, contexts):
         B, _, T, _ = contexts.shape
@@ -14,7 +14,7 @@ class MergedWithoutTransposing(Plain):
 
 
 class SplitByView(Plain):
-    law, cause = "heads_work_alone", "split"
+    law, cause = "heads_are_independent", "split"
 
     def split(self, projected):
         B, T, features = projected.shape
@@ -22,14 +22,14 @@ class SplitByView(Plain):
 
 
 class EncoderSplitByView(SplitByView):
-    law, cause, flags = "order_alone_changes_nothing", "split", {"causal": False}
+    law, cause, flags = "permutation_equivariant", "split", {"causal": False}
 
     def hidden(self, T):
         return torch.zeros(T, T, dtype=torch.bool)
 
 
 class TiledGroups(Plain):
-    law, cause = "key_heads_are_shared_in_order", "tiled"
+    law, cause = "kv_heads_are_shared_in_order", "tiled"
 
     def __init__(self, **sizes):
         super().__init__(n_kv_heads=2, **sizes)

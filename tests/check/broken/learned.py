@@ -39,14 +39,14 @@ class _HeadsFeaturesRoles(nn.Module):
 
 
 class OtherRowsNoScale(_HeadsFeaturesRoles):
-    law, cause = "output_is_the_definitions", "missing scale"
+    law, cause = "output_matches_reference", "missing scale"
 
     def scale(self, q):
         return 1.0
 
 
 class OtherRowsOddScale(_HeadsFeaturesRoles):
-    law, cause = "output_is_the_definitions", "wrong scale: 0.3"
+    law, cause = "output_matches_reference", "wrong scale: 0.3"
 
     def scale(self, q):
         return 0.3
@@ -69,7 +69,7 @@ class OtherRowsMergedByView(_HeadsFeaturesRoles):
 
 
 class OtherRowsSplitByViewInAnEncoder(OtherRowsSplitByView):
-    law, cause = "order_alone_changes_nothing", ""
+    law, cause = "permutation_equivariant", ""
     causal = False
 
     def weights(self, scores):
@@ -85,7 +85,7 @@ class OtherRowsSoftmaxOverQueries(_HeadsFeaturesRoles):
 
 
 class OtherRowsSeesTheNext(_HeadsFeaturesRoles):
-    law, cause = "output_is_the_definitions", "off-by-one mask"
+    law, cause = "output_matches_reference", "off-by-one mask"
 
     def weights(self, scores):
         future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(2)
@@ -93,14 +93,14 @@ class OtherRowsSeesTheNext(_HeadsFeaturesRoles):
 
 
 class OtherRowsMaskedByZero(_HeadsFeaturesRoles):
-    law, cause = "output_is_the_definitions", "masked scores are 0"
+    law, cause = "output_matches_reference", "masked scores are 0"
 
     def weights(self, scores):
         return (scores * torch.ones_like(scores[0, 0]).tril()).softmax(-1)
 
 
 class OtherRowsScaledByTheLength(_HeadsFeaturesRoles):
-    law, cause = "output_is_the_definitions", "wrong scale"
+    law, cause = "output_matches_reference", "wrong scale"
 
     def scale(self, q):
         return q.shape[-2] ** -0.5
@@ -116,7 +116,7 @@ class NormedNoScale(OtherRowsNoScale):
 class PartsOfTheInputNoScale(nn.Module):
     """The queries' layer is given parts of x, and they are multiplied by no scale."""
 
-    law, cause = "output_is_the_definitions", "missing scale"
+    law, cause = "output_matches_reference", "missing scale"
 
     def __init__(self, embed_dim=20, heads=4):
         super().__init__()
@@ -144,7 +144,7 @@ class PartsOfTheInputScaledByTheWidth(PartsOfTheInputNoScale):
 class WeightsInBareParameters(nn.Module):
     """No layers at all, and no scale."""
 
-    law, cause = "output_is_the_definitions", "missing scale"
+    law, cause = "output_matches_reference", "missing scale"
 
     def __init__(self, d_model=20, n_heads=4):
         super().__init__()

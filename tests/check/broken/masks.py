@@ -95,7 +95,7 @@ class GradientSkipsTheMask(Plain):
 
 
 class MaskOfTheFirstLength(Plain):
-    law, cause = "earlier_calls_leave_no_trace", ""
+    law, cause = "calls_are_stateless", ""
     kept = None
 
     def hidden(self, T):

@@ -33,7 +33,7 @@ class SumsInHalf(Plain):
 
 
 class ScalesItsInput(Plain):
-    law, cause = "input_is_left_alone", "changes its input in place"
+    law, cause = "inputs_are_not_modified", "changes its input in place"
 
     def forward(self, x):
         if not x.requires_grad:
@@ -110,7 +110,7 @@ class _OneOfTheGroup(torch.autograd.Function):
 
 
 class GroupGradientNotSummed(Plain):
-    law, cause = "gradients_are_the_definitions", ""
+    law, cause = "gradients_match_reference", ""
 
     def __init__(self, **sizes):
         super().__init__(n_kv_heads=2, **sizes)
@@ -128,7 +128,7 @@ class NotUsed(Plain):
 
 
 class TableNotSaved(Plain):
-    law, cause = "state_dict_comes_back", ""
+    law, cause = "state_dict_round_trips", ""
 
     def __init__(self, **sizes):
         super().__init__(**sizes)
@@ -177,7 +177,7 @@ class WeightsUnnormalised(WeightsBeforeTheMask):
 class CastsToHalf(Plain):
     """As wrappers of kernels do that have half precision only."""
 
-    law, cause = "nothing_is_computed_narrower", ""
+    law, cause = "no_hidden_downcast", ""
 
     def attend(self, x):
         weights, v = super().attend(x)

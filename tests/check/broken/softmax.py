@@ -28,21 +28,21 @@ class EncoderOverQueries(Plain):
 
 
 class NoScale(Plain):
-    law, cause = "output_is_the_definitions", "missing scale"
+    law, cause = "output_matches_reference", "missing scale"
 
     def scores(self, q, k):
         return q @ k.mT
 
 
 class ScaledByTheWholeWidth(Plain):
-    law, cause = "output_is_the_definitions", "wrong scale"
+    law, cause = "output_matches_reference", "wrong scale"
 
     def scores(self, q, k):
         return q @ k.mT / math.sqrt(self.head_dim * self.n_heads)
 
 
 class ScaledUp(Plain):
-    law, cause = "output_is_the_definitions", "wrong scale: multiplied"
+    law, cause = "output_matches_reference", "wrong scale: multiplied"
 
     def scores(self, q, k):
         return q @ k.mT * math.sqrt(self.head_dim)
@@ -71,21 +71,21 @@ class NeverNormalised(Plain):
 
 
 class ScoresTurned(Plain):
-    law, cause = "output_is_the_definitions", "keys ask and queries answer"
+    law, cause = "output_matches_reference", "keys ask and queries answer"
 
     def scores(self, q, k):
         return super().scores(k, q)
 
 
 class ScaledByAnOddNumber(Plain):
-    law, cause = "output_is_the_definitions", "wrong scale: 0.137"
+    law, cause = "output_matches_reference", "wrong scale: 0.137"
 
     def scores(self, q, k):
         return q @ k.mT / 7.3
 
 
 class KeysAndValuesSwapped(Plain):
-    law, cause = "output_is_the_definitions", "keys and values are swapped"
+    law, cause = "output_matches_reference", "keys and values are swapped"
 
     def attend(self, x):
         q = self.split(self.W_query(x))
@@ -100,7 +100,7 @@ class QueriesAreKeys(Plain):
 
 
 class OutputLayerForgotten(Plain):
-    law, cause = "output_is_the_definitions", "the output projection is not applied"
+    law, cause = "output_matches_reference", "the output projection is not applied"
 
     def forward(self, x):
         weights, v = self.attend(x)

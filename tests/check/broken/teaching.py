@@ -21,7 +21,7 @@ class _Small(right.SmallGPT):
 
 
 class SmallGPTNoScale(_Small):
-    law, cause = "output_is_the_definitions", "missing scale"
+    law, cause = "output_matches_reference", "missing scale"
 
     def scale(self, q):
         return 1.0
@@ -37,14 +37,14 @@ class SmallGPTMergedByView(_Small):
 class HeadScaledByTheWidth(right.LectureHead):
     """The lecture's own first scale."""
 
-    law, cause = "output_is_the_definitions", "wrong scale: 0.2041"
+    law, cause = "output_matches_reference", "wrong scale: 0.2041"
 
     def scale(self, x, k):
         return x.shape[-1] ** -0.5
 
 
 class HeadsScaledByTheWidth(right.LectureHeads):
-    law, cause = "output_is_the_definitions", "wrong scale: 1 / sqrt of all heads' features"
+    law, cause = "output_matches_reference", "wrong scale: 1 / sqrt of all heads' features"
     kind = HeadScaledByTheWidth
 
 
@@ -58,14 +58,14 @@ class EinsumKeysAreQueries(right.EinsumWeights):
 
 
 class EinsumRolesTurned(right.EinsumWeights):
-    law, cause = "output_is_the_definitions", "W_value gives the keys, not the values"
+    law, cause = "output_matches_reference", "W_value gives the keys, not the values"
 
     def parameters_of_roles(self):
         return self.W_query, self.W_value, self.W_key
 
 
 class FromScratchScaledByTheWidth(right.FromScratch):
-    law, cause = "output_is_the_definitions", "wrong scale: 1 / sqrt of all heads' features"
+    law, cause = "output_matches_reference", "wrong scale: 1 / sqrt of all heads' features"
 
     def size(self, e, s):
         return e
@@ -74,7 +74,7 @@ class FromScratchScaledByTheWidth(right.FromScratch):
 class SequenceFirst(right.ModulesOfModules):
     """Split by a view alone."""
 
-    law, cause = "order_alone_changes_nothing", "by a view"
+    law, cause = "permutation_equivariant", "by a view"
 
     def split(self, tensor):
         n, length, d_model = tensor.size()
@@ -84,7 +84,7 @@ class SequenceFirst(right.ModulesOfModules):
 class ResidualTwice(right.WithItsResidual):
     """Scaled twice, behind a norm and a residual."""
 
-    law, cause = "output_is_the_definitions", "wrong scale"
+    law, cause = "output_matches_reference", "wrong scale"
 
     def forward(self, q, k, v, mask=None):
         n, residual = q.size(0), q

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from polyhead.check import Outcome, check_module
-from polyhead.check.probe.core import core_of
 from polyhead.check.law import NotApplicable
-from polyhead.check.probe.rows import learned_rows
 from polyhead.check.module import find_subject
+from polyhead.check.probe.core import core_of
+from polyhead.check.probe.rows import learned_rows
 from polyhead.check.probe.target import load
 
 ORDERS = load(f"{Path(__file__).parent / 'right/row_orders'}.py:CLASSES")
@@ -41,10 +41,10 @@ def test_rows_in_any_order_are_learned(name, causal):
 
 
 LAWS = [
-    "output_is_the_definitions",
-    "gradients_are_the_definitions",
-    "heads_work_alone",
-    "key_heads_are_shared_in_order",
+    "output_matches_reference",
+    "gradients_match_reference",
+    "heads_are_independent",
+    "kv_heads_are_shared_in_order",
     "contexts_are_weighted_means",
 ]
 
@@ -136,7 +136,7 @@ def test_a_bias_of_places_is_no_part_of_the_rows():
 
 def test_positions_that_nothing_names_break_no_law():
     torch.manual_seed(0)
-    report = check_module(AROUND["TurnedElsewhere"](), only=["order_alone_changes_nothing", *LAWS])
+    report = check_module(AROUND["TurnedElsewhere"](), only=["permutation_equivariant", *LAWS])
     assert report.ok, report
 
 

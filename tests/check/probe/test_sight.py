@@ -13,8 +13,8 @@ AROUND = load(f"{Path(__file__).parent / 'right/around'}.py:__dict__")
 SEEING = {name: kind for name, kind in AROUND.items() if "sees" in getattr(kind, "__dict__", {})}
 LAWS = [
     "past_is_used",
-    "order_alone_changes_nothing",
-    "output_is_the_definitions",
+    "permutation_equivariant",
+    "output_matches_reference",
     "window_counts_its_tokens",
     "no_future_leak_in_long_texts",
 ]

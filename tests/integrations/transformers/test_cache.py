@@ -27,12 +27,12 @@ def test_generation(decoder, side, asked, build, inputs):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "DeepseekV3"])
-@pytest.mark.parametrize("storage", [None, torch.int8], ids=["plain", "int8"])
+@pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
 def test_under_autocast(name, storage, build, inputs):
     """Keys come rotated in float32, and values in bfloat16."""
     given, _ = inputs(name, "left")
     model = build(name, "polyhead")
-    cache = Cache(model.config, max_tokens=40, storage=storage)
+    cache = Cache(model.config, max_tokens=40, storage_dtype=storage)
     with torch.autocast("cpu", torch.bfloat16):
         tokens = generate(model, given, cache)
         expected = generate(model, given, DynamicCache(config=model.config))
@@ -100,7 +100,7 @@ def test_the_keys_of_all_tokens_stay_where_they_are(build, inputs):
 def test_int8_takes_less_memory_and_gives_nearly_the_same(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
-    caches = [Cache(model.config, 40), Cache(model.config, 40, storage=torch.int8)]
+    caches = [Cache(model.config, 40), Cache(model.config, 40, storage_dtype=torch.int8)]
     with torch.no_grad():
         plain, int8 = (model(**given, past_key_values=cache).logits for cache in caches)
         token = torch.tensor([[4]] * 3)
@@ -182,7 +182,7 @@ def test_layers_that_keep_something_else_are_refused():
     from transformers import Lfm2Config
 
     with pytest.raises(ArgumentError, match=r"keep keys and values; got layer 0: conv"):
-        ph.integrations.transformers.Cache(
+        ph.integrations.transformers.PolyheadCache(
             Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
         )
 
@@ -223,7 +223,7 @@ def test_recording_that_ended_lets_go_of_the_past():
     layer.record_past = False  # as generate leaves it
     for length in range(500, 520):
         layer.update(numbered(length, 1), numbered(length, 1))
-    assert layer._cache.rewindable == 0
+    assert layer._cache.max_rewind == 0
     with pytest.raises(ArgumentError, match=r"tokens_to_remove must be at most"):
         layer.crop(-300)
 

@@ -8,14 +8,14 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import polyhead as ph
 from polyhead.integrations.transformers.cache import Cache
-from polyhead.integrations.transformers.lazy_cache import HeldTensor, as_stored, as_tensor
+from polyhead.integrations.transformers.lazy_cache import LazyCacheTensor, unwrap, wrap
 
 
 @pytest.fixture
-def stored():
+def cache_view():
     generator = torch.Generator().manual_seed(0)
     numbers = torch.randn(2, 3, 5, 4, generator=generator)
-    key, _ = ph.KVCache(2, 8, 3, 4, storage=torch.int8).append_stored(numbers, numbers)
+    key, _ = ph.KVCache(2, 8, 3, 4, storage_dtype=torch.int8).append_as_views(numbers, numbers)
     return key
 
 
@@ -24,17 +24,17 @@ def nobody_makes_numbers(monkeypatch):
     def refuse(self):
         raise AssertionError("a tensor was made of what a cache holds")
 
-    monkeypatch.setattr(HeldTensor, "_make", refuse)
+    monkeypatch.setattr(LazyCacheTensor, "_make", refuse)
 
 
-def test_it_looks_like_the_tensor_it_stands_for(stored):
-    held, numbers = as_tensor(stored), stored.gather()
+def test_it_looks_like_the_tensor_it_stands_for(cache_view):
+    held, numbers = wrap(cache_view), cache_view.gather()
     assert isinstance(held, torch.Tensor)
     assert held.shape == numbers.shape
     assert (held.dtype, held.device, held.requires_grad) == (torch.float32, numbers.device, False)
-    assert as_stored(held) is stored
-    assert as_stored(numbers) is numbers
-    assert as_tensor(numbers) is numbers
+    assert unwrap(held) is cache_view
+    assert unwrap(numbers) is numbers
+    assert wrap(numbers) is numbers
 
 
 @pytest.mark.parametrize(
@@ -52,14 +52,14 @@ def test_it_looks_like_the_tensor_it_stands_for(stored):
         copy.deepcopy,
     ],
 )
-def test_whatever_is_done_with_it_is_done_with_the_numbers(stored, use):
-    used = use(as_tensor(stored))
+def test_whatever_is_done_with_it_is_done_with_the_numbers(cache_view, use):
+    used = use(wrap(cache_view))
     assert type(used) is torch.Tensor
-    assert torch.equal(used, use(stored.gather()))
+    assert torch.equal(used, use(cache_view.gather()))
 
 
-def test_numbers_are_made_once(stored):
-    held = as_tensor(stored)
+def test_numbers_are_made_once(cache_view):
+    held = wrap(cache_view)
     assert held.dense() is held.dense()
 
 
@@ -69,7 +69,7 @@ def test_numbers_are_made_once(stored):
 def test_generation_makes_no_tensor_of_codes(name, asked, build, inputs):
     given, _ = inputs(name, "left")
     model = build(name, "polyhead")
-    cache = Cache(model.config, 40, storage=torch.int8)
+    cache = Cache(model.config, 40, storage_dtype=torch.int8)
     model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False, **asked)
 
 
@@ -79,7 +79,7 @@ def test_other_attentions_get_tensors(other, build, inputs):
     logits = []
     for attention in ("polyhead", other):
         model = build("Llama", attention)
-        cache = Cache(model.config, 40, storage=torch.int8)
+        cache = Cache(model.config, 40, storage_dtype=torch.int8)
         with torch.no_grad():
             model(**given, past_key_values=cache)
             mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
@@ -94,7 +94,8 @@ def test_cross_attention_reads_codes_too(build, inputs):
     given.pop("decoder_input_ids")
     model = build("Bart", "polyhead")
     caches = EncoderDecoderCache(
-        Cache(model.config, 40, storage=torch.int8), Cache(model.config, 40, storage=torch.int8)
+        Cache(model.config, 40, storage_dtype=torch.int8),
+        Cache(model.config, 40, storage_dtype=torch.int8),
     )
     asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
     asked["return_dict_in_generate"] = True
@@ -114,7 +115,7 @@ def test_cross_attention_reads_codes_too(build, inputs):
 def test_weights_are_those_of_the_numbers(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
-    cache = Cache(model.config, 40, storage=torch.int8)
+    cache = Cache(model.config, 40, storage_dtype=torch.int8)
     with torch.no_grad():
         answer = model(**given, past_key_values=cache, output_attentions=True)
     sums = answer.attentions[0].sum(dim=-1)

@@ -51,6 +51,6 @@ def test_torchs_layers_and_ours():
 
 
 def test_a_model_without_attention():
-    assert str(ph.integrations.transformers.report(torch.nn.Linear(2, 3))) == (
+    assert str(ph.integrations.transformers.status(torch.nn.Linear(2, 3))) == (
         "Linear: 0 of 0 attention layers run polyhead"
     )

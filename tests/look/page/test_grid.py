@@ -47,7 +47,7 @@ def test_frames_in_the_colours_of_a_number(opened):
     kinds = [frame(opened, place) for place in range(6)]
     assert kinds[1] == kinds[5]  # both sinks
     assert len(set(kinds)) == 5
-    page.select_option("#colour", "mass_first")
+    page.select_option("#color", "mass_first")
     opened.until(
         f"getComputedStyle(document.querySelector('.tile')).backgroundColor != '{kinds[0]}'"
     )
@@ -58,7 +58,7 @@ def test_frames_in_the_colours_of_a_number(opened):
     assert max(light.values()) > 2 * min(light.values())
     assert page.inner_text("#scale-says") == "Weight on the first token of the text."
     page.get_by_role("button", name="Colour by entropy").click()
-    assert page.input_value("#colour") == "entropy"
+    assert page.input_value("#color") == "entropy"
 
 
 def test_sorted_and_filtered(opened):

@@ -153,7 +153,7 @@ def test_axe_finds_nothing(open_page, planted, axe, scheme, width):
         page.locator(f'#modes input[value="{mode}"]').check()
         opened.token(7).click()
         assert axe(page) == [], mode
-    page.select_option("#colour", index=3)
+    page.select_option("#color", index=3)
     assert axe(page) == []
     page.click("#compare")
     opened.tile(2).click()

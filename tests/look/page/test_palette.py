@@ -21,7 +21,7 @@ def test_light_and_dark(open_page, planted):
     assert paper < 40
     assert sheet < 40
     assert sink > 150
-    opened.page.get_by_role("button", name="Light colours").click()
+    opened.page.get_by_role("button", name="Light colors").click()
     paper, sheet, sink = brightness(opened)
     assert paper > 240
     assert sheet > 240

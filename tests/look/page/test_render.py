@@ -9,7 +9,8 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from polyhead.look.page import render as document, payload, render
+from polyhead.look.page import payload, render
+from polyhead.look.page import render as document
 
 # Beside the hostile ones: what HTML or JSON would read as something else, and blanks.
 ODD = ["{{script}} \\u003c & &amp; &lt;", "\x85", "\t", "\r\n", "\n", " ", ""]

@@ -15,8 +15,8 @@ def backgrounds(page):
             .map((token) => [token.dataset.token, token.style.background]))"""
     )
     return {
-        int(token): [float(alpha) for alpha in re.findall(r"rgba?\([^)]*?([\d.]+)\)", colour)]
-        for token, colour in found.items()
+        int(token): [float(alpha) for alpha in re.findall(r"rgba?\([^)]*?([\d.]+)\)", color)]
+        for token, color in found.items()
     }
 
 

@@ -17,26 +17,26 @@ import math
 import torch
 from torch import Tensor
 
-from polyhead.backends.cpu import ops as cpu_operators
 from polyhead.backends import sdpa
-from polyhead.backends.layout import side_by_side
-from polyhead.backends.tracing import is_recorded, is_traced
+from polyhead.backends.cpu import ops
+from polyhead.backends.layout import maybe_contiguous
+from polyhead.backends.mask_ranges import read_ranges
 from polyhead.backends.reasons import (
     custom_reasons,
     dtype_reasons,
     tracing_reasons,
     transform_reasons,
 )
-from polyhead.backends.mask_ranges import read_structure
+from polyhead.backends.tracing import is_recorded, is_traced
+from polyhead.cache_view import CacheView
 from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
 from polyhead.mask import Causal, Mask
-from polyhead.cache_view import Stored
 
-__all__ = ["notes", "passed_over", "reads_stored", "run", "run_plain", "why_not"]
+__all__ = ["auto_skip", "notes", "reads_cache_views", "run", "try_fast_path", "why_not"]
 
-_MAX_HEAD_SIZE = 576  # as in csrc/attention.hpp
+_MAX_HEAD_SIZE = 576  # as in csrc/params.hpp
 _MAX_TOKENS = 2**31 - 2
-# As in csrc/decode.hpp: so few queries, of so many keys each, are not worth packing keys for.
+# As in csrc/flash/decode.hpp: so few queries, of so many keys each, are not worth packing keys for.
 _MAX_DECODE_TOKENS = 16
 _MAX_DECODE_ROWS = 32
 _MIN_DECODE_KEYS = 4
@@ -46,8 +46,8 @@ _FEW_WEIGHTS = 2**14
 def why_not(call: AttentionCall) -> list[str]:
     """Every reason why the kernels cannot run this call."""
     reasons = []
-    if cpu_operators.missing:
-        reasons.append(cpu_operators.missing)
+    if ops.unavailable:
+        reasons.append(ops.unavailable)
     if not call.query.is_cpu:
         reasons.append(f"runs on the CPU; got device {call.device}")
     reasons.extend(dtype_reasons(call))
@@ -56,7 +56,7 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"has heads of up to {_MAX_HEAD_SIZE}; got D = {D}, E = {E}")
     if max(T, S) > _MAX_TOKENS:
         reasons.append(f"has up to {_MAX_TOKENS} tokens; got T = {T}, S = {S}")
-    if call.alibi_slopes is not None and "alibi_slopes" in call.learnt:
+    if call.alibi_slopes is not None and "alibi_slopes" in call.grad_names:
         reasons.append("gives no gradient to alibi_slopes")
     reasons.extend(custom_reasons(call.mask))
     reasons.extend(transform_reasons())
@@ -64,7 +64,7 @@ def why_not(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def passed_over(call: AttentionCall) -> list[str]:
+def auto_skip(call: AttentionCall) -> list[str]:
     """Why "auto" leaves a call to torch: matrix units that these kernels do not use, exported
     programs, and small examples with dropout, whose digits should be those of the same lines typed
     by hand."""
@@ -73,7 +73,7 @@ def passed_over(call: AttentionCall) -> list[str]:
         # keys is what takes time then, and matrix units read no faster. (torch.compile would make
         # the question a graph for few queries alone.)
         is_decoding = not torch.compiler.is_compiling() and _is_decoding(call)
-        if call.stored is None and not is_decoding and not sdpa.why_not(call):
+        if call.cache_views is None and not is_decoding and not sdpa.why_not(call):
             return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
     if is_recorded():
         return ["would tie an exported program to this library; torch's own operators do not"]
@@ -87,7 +87,7 @@ def passed_over(call: AttentionCall) -> list[str]:
     return []
 
 
-def reads_stored(call: AttentionCall) -> bool:
+def reads_cache_views(call: AttentionCall) -> bool:
     """Whether keys and values are read where a cache holds them: in inference, unless weights,
     which are T x S numbers anyway, are asked for."""
     return not (call.needs_grad or call.aux.weights or call.aux.mean_weights)
@@ -97,14 +97,14 @@ def notes(call: AttentionCall) -> list[str]:
     """Instruction set, threads, and which way keys are read."""
     threads = torch.get_num_threads()
     many = f"up to {threads} threads" if threads > 1 else "1 thread"
-    noted = [f"{cpu_operators.isa()} kernels, {many}"]
+    noted = [f"{ops.isa()} kernels, {many}"]
     if _is_decoding(call):
         noted.append("few queries: keys are read once, in place, shared out among the threads")
     else:
         noted.append("many queries: keys and values are packed once a key head")
-    if call.stored is not None:
-        noted.append(f"keys and values read where the cache holds them: {call.stored[0]}")
-    rest = read_structure(call.mask, call.T, call.S).rest
+    if call.cache_views is not None:
+        noted.append(f"keys and values read where the cache holds them: {call.cache_views[0]}")
+    rest = read_ranges(call.mask, call.T, call.S).unstructured
     if rest is not None:
         noted.append(f"{rest!r} written out as booleans")
     return noted
@@ -118,35 +118,35 @@ def _is_decoding(call: AttentionCall) -> bool:
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E), and the aux asked for; of that only lse has a gradient."""
-    structure = read_structure(call.mask, call.T, call.S)
+    ranges = read_ranges(call.mask, call.T, call.S)
     allowed = None
-    if structure.rest is not None:
-        allowed = structure.rest.materialize(call.T, call.S, device=call.device)
+    if ranges.unstructured is not None:
+        allowed = ranges.unstructured.materialize(call.T, call.S, device=call.device)
     sinks, slopes = call.sinks, call.alibi_slopes
     slopes = None if slopes is None else slopes.float().contiguous()
-    query = side_by_side(call.query)
+    query = maybe_contiguous(call.query)
     softcap = 0.0 if call.softcap is None else call.softcap
     variant = (
         call.bias,
         allowed,
-        structure.lengths,
-        structure.padding,
-        structure.documents,
+        ranges.lengths,
+        ranges.padding,
+        ranges.documents,
         None if sinks is None else sinks.float().contiguous(),
         slopes,
         torch.randint(2**62, (1,)) if call.dropout > 0.0 else None,
-        structure.band,
+        ranges.band,
         call.scale,
         softcap,
         call.dropout,
     )
     operators = torch.ops.polyhead
-    if call.stored is not None:
-        keys, values = call.stored
+    if call.cache_views is not None:
+        keys, values = call.cache_views
         places = (keys.data, values.data, keys.scales, values.scales, keys.table, keys.tokens)
-        output, lse, details = operators.attention_stored(query, *places, *variant, call.aux.stats)
+        output, lse, details = operators.attention_cached(query, *places, *variant, call.aux.stats)
     else:
-        key, value = side_by_side(call.key), side_by_side(call.value)
+        key, value = maybe_contiguous(call.key), maybe_contiguous(call.value)
         if call.needs_grad:
             attend = operators.attention_forward
         elif call.aux.names:
@@ -161,11 +161,11 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
             key,
             call.bias,
             allowed,
-            structure.lengths,
-            structure.padding,
-            structure.documents,
+            ranges.lengths,
+            ranges.padding,
+            ranges.documents,
             slopes,
-            structure.band,
+            ranges.band,
             call.scale,
             softcap,
             details,
@@ -183,10 +183,10 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     )
 
 
-def run_plain(
+def try_fast_path(
     query: Tensor,
-    key: Tensor | Stored,
-    value: Tensor | Stored,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
     mask: Mask | None,
     scale: float | None,
 ) -> Tensor | None:
@@ -198,10 +198,10 @@ def run_plain(
         wrong with it.
     """
     if (
-        cpu_operators.missing
+        ops.unavailable
         or torch.is_grad_enabled()
-        or isinstance(key, Stored)
-        or isinstance(value, Stored)
+        or isinstance(key, CacheView)
+        or isinstance(value, CacheView)
         # A subclass has ways of its own.
         or not (type(query) is type(key) is type(value) is Tensor)
         or not (query.is_cpu and key.is_cpu and value.is_cpu)
@@ -213,7 +213,7 @@ def run_plain(
     ):
         return None
     try:
-        return torch.ops.polyhead.attention_plain(query, key, value, scale)  # type: ignore[no-any-return]
+        return torch.ops.polyhead.attention_fast(query, key, value, scale)  # type: ignore[no-any-return]
     except NotImplementedError:  # sparse or nested: the general way says so
         return None
 

@@ -1,9 +1,9 @@
 """The compiled operators of csrc/: loaded, with what torch must know to trace and differentiate.
 
 `torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative),
-`attention_output` (of that, the output alone), `attention_plain` (of nothing but query, key and
-value, checks included), `attention_stored` (over what a cache holds),
-`attention_backward` and `attention_weights` exist if the package was built with them; `missing` is
+`attention_output` (of that, the output alone), `attention_fast` (of nothing but query, key and
+value, checks included), `attention_cached` (over what a cache holds),
+`attention_backward` and `attention_weights` exist if the package was built with them; `unavailable` is
 the reason if not.
 """
 
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from polyhead.backends.cpu_build import why_not_built
-from polyhead.backends.layout import side_by_side
+from polyhead.backends.layout import maybe_contiguous
 
-__all__ = ["choose_isa", "isa", "missing", "multiply_add"]
+__all__ = ["choose_isa", "isa", "multiply_add", "unavailable"]
 
 
 def _load() -> str:
@@ -49,7 +49,7 @@ def isa() -> str:
     return str(torch.ops.polyhead.cpu_isa(""))
 
 
-missing = _load()
+unavailable = _load()
 
 
 def choose_isa(name: str) -> None:
@@ -136,7 +136,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_
         grad_output = torch.zeros_like(result)
     needs_bias, needs_sinks = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
     grads = torch.ops.polyhead.attention_backward(
-        side_by_side(grad_output),
+        maybe_contiguous(grad_output),
         None if grad_lse is None else grad_lse.contiguous(),
         result,
         details,
@@ -166,12 +166,12 @@ def _refuse(ctx: Any, *grads: Any) -> None:
     )
 
 
-if not missing:
+if not unavailable:
     torch.library.register_fake("polyhead::attention_forward", _forward_shapes)
     torch.library.register_fake("polyhead::attention_inference", _forward_shapes)
     torch.library.register_fake("polyhead::attention_output", _output_shape)
-    torch.library.register_fake("polyhead::attention_plain", _output_shape)
-    torch.library.register_fake("polyhead::attention_stored", _forward_shapes)
+    torch.library.register_fake("polyhead::attention_fast", _output_shape)
+    torch.library.register_fake("polyhead::attention_cached", _forward_shapes)
     torch.library.register_fake("polyhead::attention_backward", _backward_shapes)
     torch.library.register_fake("polyhead::attention_weights", _weights_shape)
     torch.library.register_autograd("polyhead::attention_forward", _gradients, setup_context=_save)

@@ -18,7 +18,7 @@ from polyhead.backends.flex import block_mask as flex_mask
 from polyhead.backends.reasons import dtype_reasons, tracing_reasons, transform_reasons
 from polyhead.call import AttentionCall, Aux
 
-__all__ = ["notes", "passed_over", "run", "why_not"]
+__all__ = ["auto_skip", "notes", "run", "why_not"]
 
 _MIN_CUDA_HEAD_DIM = 16  # Triton's smallest matrix product
 # torch's 8 would be used up by a few head sizes and masks; beyond the limit it raises.
@@ -49,7 +49,7 @@ def why_not(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def passed_over(call: AttentionCall) -> list[str]:
+def auto_skip(call: AttentionCall) -> list[str]:
     """Why "auto" does not take it although it could run."""
     if call.device.type == "cpu":
         return ["compiles for seconds each new size and kind of mask on cpu"]
@@ -110,7 +110,7 @@ def _cpu_reasons(call: AttentionCall) -> list[str]:
     if call.sinks is not None:
         reasons.append(f"gives no lse on cpu, which sinks need; got sinks for {call.H} heads")
     if call.needs_grad:
-        reasons.append(f"has no backward on cpu; got requires_grad of {', '.join(call.learnt)}")
+        reasons.append(f"has no backward on cpu; got requires_grad of {', '.join(call.grad_names)}")
     return reasons
 
 

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from polyhead.mask import (
-    All,
-    AnyOf,
+    And,
     Causal,
-    Columns,
     Custom,
     Dense,
     Documents,
+    KeySlice,
     LeftPadding,
     Lengths,
     Mask,
     Not,
+    Or,
     Prefix,
-    Rows,
+    QuerySlice,
     Window,
 )
 
@@ -184,16 +184,16 @@ def _edges(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _lower(mask: Mask, view: _View) -> Rule:
-    if isinstance(mask, All | AnyOf):
-        join = _both if isinstance(mask, All) else _either
+    if isinstance(mask, And | Or):
+        join = _both if isinstance(mask, And) else _either
         return functools.reduce(join, [_lower(part, view) for part in mask.parts])
     if isinstance(mask, Not):
         allows, some, every = _lower(mask.part, view)
         return Rule(lambda b, h, q, k: ~allows(b, h, q, k), ~every, ~some)
-    if isinstance(mask, Rows):
+    if isinstance(mask, QuerySlice):
         first_query = view.first_query + mask.start
         return _lower(mask.part, replace(view, first_query=first_query, rows=mask.T))
-    if isinstance(mask, Columns):
+    if isinstance(mask, KeySlice):
         first_key = view.first_key + mask.first
         return _lower(mask.part, replace(view, first_key=first_key, columns=mask.S))
     return _LOWERED[type(mask)](mask, view)
@@ -306,7 +306,9 @@ def _dense(mask: Dense, view: _View) -> Rule:
 
 
 def _custom(mask: Custom, view: _View) -> Rule:
-    mask.rows(0, 1, 1, 1, device=view.device)  # raises if fn returns no mask, before the compiler
+    mask.materialize_rows(
+        0, 1, 1, 1, device=view.device
+    )  # raises if fn returns no mask, before the compiler
     query_shift = view.number(view.offset(mask.align) + view.first_key)
     fn, key_shift = mask.fn, view.number(view.first_key)
     by_row, by_head = mask.batch > 1, mask.heads > 1

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from polyhead.backends.cpu import ops as cpu_operators
+from polyhead.backends.cpu import ops
 from polyhead.bench.machine.measure import Clock
 
 __all__ = ["Ceiling", "Loop", "ceiling_loops", "measure_ceilings"]
@@ -73,10 +73,10 @@ def ceiling_loops(
 
 
 def _register_loops(*, pairs: bool, steps: int) -> tuple[Loop, ...]:
-    if cpu_operators.missing:
+    if ops.unavailable:
         return ()
-    work = steps * cpu_operators.multiply_add(pairs, 1)
-    return (Loop("registers", work, lambda: cpu_operators.multiply_add(pairs, steps)),)
+    work = steps * ops.multiply_add(pairs, 1)
+    return (Loop("registers", work, lambda: ops.multiply_add(pairs, steps)),)
 
 
 def measure_ceilings(

@@ -19,19 +19,21 @@ __all__ = ["CACHES"]
 def _filled(case: Case, inputs: Inputs) -> Cache:
     key, value = inputs["key"], inputs["value"]
     sizes = (case.B, case.S, case.G, case.D)
-    storage = torch.int8 if case.codes else None
+    storage_dtype = torch.int8 if case.codes else None
     cache: Cache
     if case.blocks:
-        cache = PagedKVCache(*sizes, dtype=case.dtype, storage=storage, block_size=case.blocks)
+        cache = PagedKVCache(
+            *sizes, dtype=case.dtype, storage_dtype=storage_dtype, block_size=case.blocks
+        )
     else:
-        cache = KVCache(*sizes, dtype=case.dtype, storage=storage)
+        cache = KVCache(*sizes, dtype=case.dtype, storage_dtype=storage_dtype)
     cache.append(key, value)
     return cache
 
 
 def _prepare_in_place(case: Case, inputs: Inputs) -> Run:
     cache = _filled(case, inputs)
-    return attention_run(case, inputs, lambda query, *_: attention(query, *cache.read_stored()))
+    return attention_run(case, inputs, lambda query, *_: attention(query, *cache.read_as_views()))
 
 
 def _prepare_gathered(case: Case, inputs: Inputs) -> Run:

@@ -66,7 +66,7 @@ def _cache(attention: str, model: Any) -> Any:
 
     if attention == "polyhead":
         integration.register()
-        return integration.Cache(model.config)
+        return integration.PolyheadCache(model.config)
     return DynamicCache(config=model.config)
 
 

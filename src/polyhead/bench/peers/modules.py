@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from polyhead.bench.peers import book_variants as book
 from polyhead.bench.cases import Case, Inputs
-from polyhead.bench.peers.flex import flex_attend, flex_reasons
+from polyhead.bench.peers import book_variants as book
 from polyhead.bench.peers.attention import Peer, Results, Run
+from polyhead.bench.peers.flex import flex_attend, flex_reasons
 from polyhead.drop_in import replace_attention
 from polyhead.functional import explain
 from polyhead.modules import MultiHeadAttention

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from polyhead.bench.peers.cached import CACHES
 from polyhead.bench.cases import Case
+from polyhead.bench.peers.attention import EAGER, OUTPUT_ONLY, POLYHEAD, SDPA, Peer
+from polyhead.bench.peers.cached import CACHES
 from polyhead.bench.peers.engines import ONNX_RUNTIME, OPENVINO
 from polyhead.bench.peers.flex import FLEX
 from polyhead.bench.peers.generate import GENERATORS, HF_EAGER
 from polyhead.bench.peers.modules import MODULES, OWN_CLASS
-from polyhead.bench.peers.attention import EAGER, OUTPUT_ONLY, POLYHEAD, SDPA, Peer
 
 __all__ = ["definition_of", "peers_of"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.check.probe.heads import contexts_of
 from polyhead.check.law import NotApplicable, Outcome, Verdict
+from polyhead.check.probe.heads import contexts_of
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Spy, operation
 
@@ -39,9 +39,9 @@ def diagnose(subject: Subject, verdicts: Mapping[str, Verdict]) -> tuple[str, ..
 
 def _exact(subject: Subject, broken: Broken) -> str | None:
     """A usual mistake that gives the module's output to the last digit."""
-    if "output_is_the_definitions" not in broken:
+    if "output_matches_reference" not in broken:
         return None
-    cause: str | None = broken["output_is_the_definitions"].evidence.get("cause")
+    cause: str | None = broken["output_matches_reference"].evidence.get("cause")
     return cause
 
 
@@ -82,7 +82,7 @@ def _who_sees_whom(subject: Subject, broken: Broken) -> str | None:
     # first row, with nothing to see, may see anything.
     if not sees[1, 1] and torch.equal(sees[2:], ones.tril()[2:]):
         return "off-by-one mask: no token sees itself"
-    if sees.all() and not broken.keys() & {"identical_tokens_agree", "heads_work_alone"}:
+    if sees.all() and not broken.keys() & {"identical_tokens_agree", "heads_are_independent"}:
         influence = subject.influence.cpu()
         past, future = influence[ones.tril(-1)].mean(), influence[ones.triu(1)].mean()
         if future > 0.1 * past:
@@ -124,15 +124,15 @@ def _values(subject: Subject, broken: Broken) -> str | None:
     laws = {"identical_tokens_agree", "contexts_are_weighted_means"}
     if subject.claims.positions is None or not laws <= broken.keys():
         return None
-    if broken.keys() & {"heads_work_alone", "batch_rows_are_independent"}:
+    if broken.keys() & {"heads_are_independent", "batch_rows_are_independent"}:
         return None
     return "values depend on where they stand: are positions applied to the values too?"
 
 
 def _heads(subject: Subject, broken: Broken) -> str | None:
-    if "heads_work_alone" in broken and "no_head_is_dead" not in broken:
+    if "heads_are_independent" in broken and "no_head_is_dead" not in broken:
         return "heads merged, or split, by a view without the transpose that belongs to it"
-    if "key_heads_are_shared_in_order" in broken:
+    if "kv_heads_are_shared_in_order" in broken:
         return "key heads grouped in another order: tiled, not repeated"
     return None
 
@@ -187,7 +187,7 @@ def _polarity(subject: Subject, broken: Broken) -> str | None:
 
 
 def _input(subject: Subject, broken: Broken) -> str | None:
-    if "input_is_left_alone" in broken:
+    if "inputs_are_not_modified" in broken:
         return "it changes its input in place"
     return None
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.probe.caches import placed, start_of
 from polyhead.check.probe.claims import band
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []

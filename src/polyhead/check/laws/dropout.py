@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
 from polyhead.check.probe.heads import contexts_of, need_plain_values, out_projection, shares_of
 from polyhead.check.probe.ops import draws_random_numbers
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
 from polyhead.check.subject import Subject
 
 __all__: list[str] = []

@@ -155,7 +155,7 @@ def empty_rows_stay_finite(subject: FunctionSubject) -> Verdict:
 
 
 @function_law
-def grouped_calls_are_right(subject: FunctionSubject) -> Verdict:
+def gqa_matches_reference(subject: FunctionSubject) -> Verdict:
     """With H query heads over G key heads, query head h uses key head h // (H / G).
 
     Why: checkpoints are made for this order.
@@ -293,7 +293,7 @@ def dropout_keeps_the_mean(subject: FunctionSubject) -> Verdict:
 
 
 @function_law
-def dtype_comes_back(subject: FunctionSubject) -> Verdict:
+def dtype_is_preserved(subject: FunctionSubject) -> Verdict:
     """The dtype in is the dtype out.
 
     Why: the next layer refuses another.
@@ -309,7 +309,7 @@ def dtype_comes_back(subject: FunctionSubject) -> Verdict:
 
 
 @function_law
-def inputs_are_left_alone(subject: FunctionSubject) -> Verdict:
+def inputs_are_not_modified(subject: FunctionSubject) -> Verdict:
     """The call changes none of its inputs, whatever their strides, and strides change nothing.
 
     Why: they belong to the caller.

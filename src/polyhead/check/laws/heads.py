@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.check.probe.heads import contexts_of, need_heads, out_projection
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.probe.heads import contexts_of, need_heads, out_projection
 from polyhead.check.subject import Subject, difference
 
 __all__: list[str] = []
@@ -72,7 +72,7 @@ def no_two_heads_are_identical(subject: Subject) -> Verdict:
 
 
 @module_law
-def heads_work_alone(subject: Subject) -> Verdict:
+def heads_are_independent(subject: Subject) -> Verdict:
     """Each head has weights that not every head's context depends on.
 
     Why: heads are independent; only the output projection brings them together.
@@ -95,7 +95,7 @@ def heads_work_alone(subject: Subject) -> Verdict:
 
 
 @module_law
-def key_heads_are_shared_in_order(subject: Subject) -> Verdict:
+def kv_heads_are_shared_in_order(subject: Subject) -> Verdict:
     """With H query heads over G key heads, query head h uses key head h // (H / G).
 
     Why: it is the order of torch, transformers and flash-attention; a checkpoint read in another

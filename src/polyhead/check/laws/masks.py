@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.check.probe.heads import need_no_absolute_positions
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.probe.heads import need_no_absolute_positions
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyhead.check.probe.ops import draws_random_numbers, draws_weights
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.probe.ops import draws_random_numbers, draws_weights
 from polyhead.check.subject import Subject, by, difference
 
 __all__: list[str] = []

@@ -88,7 +88,7 @@ def layout_in_memory_does_not_matter(subject: Subject) -> Verdict:
 
 
 @module_law
-def input_is_left_alone(subject: Subject) -> Verdict:
+def inputs_are_not_modified(subject: Subject) -> Verdict:
     """The call does not change its input.
 
     Why: the residual connection adds the input to the output, after the call.
@@ -124,7 +124,7 @@ def dtype_is_kept(subject: Subject) -> Verdict:
 
 
 @module_law
-def nothing_is_computed_narrower(subject: Subject) -> Verdict:
+def no_hidden_downcast(subject: Subject) -> Verdict:
     """In float32, nothing inside is computed in half precision.
 
     Why: bfloat16 has 8 bits. Who asked for it gave bfloat16; who gave float32 did not.

@@ -6,6 +6,7 @@ import re
 
 import torch
 
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
 from polyhead.check.probe.definition import is_defined_as_seen
 from polyhead.check.probe.heads import (
     need_no_absolute_positions,
@@ -13,7 +14,6 @@ from polyhead.check.probe.heads import (
     need_plain_values,
     shares_of,
 )
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
 from polyhead.check.probe.rows import BY_PLACE, learned_rows
 from polyhead.check.subject import Subject, by, difference
 
@@ -28,7 +28,7 @@ def need_no_pattern(subject: Subject) -> None:
 
 
 @module_law
-def order_alone_changes_nothing(subject: Subject) -> Verdict:
+def permutation_equivariant(subject: Subject) -> Verdict:
     """Without positions, attention reads a set: another order of the tokens seen, same output.
 
     Why: whatever tells two orders apart is a position, and there should be none. Heads cut out of

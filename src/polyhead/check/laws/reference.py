@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.probe.definition import CoreJudged, defined_output, judged_by_its_core
-from polyhead.check.probe.heads import need_no_positions, need_plain, out_projection
 from polyhead.check.diagnose.known_mistakes import Hypothesis, explanation
 from polyhead.check.law import NotApplicable, Outcome, Verdict, broken, holds, module_law
+from polyhead.check.probe.definition import CoreJudged, defined_output, judged_by_its_core
+from polyhead.check.probe.heads import need_no_positions, need_plain, out_projection
 from polyhead.check.probe.layouts import Weights, recognise
 from polyhead.check.subject import Claims, Subject, by, difference
 from polyhead.convert import from_transformers
@@ -20,7 +20,7 @@ __all__: list[str] = []
 
 
 @module_law
-def output_is_the_definitions(subject: Subject) -> Verdict:
+def output_matches_reference(subject: Subject) -> Verdict:
     """The output is softmax(scale * q k^T) v, computed from the module's weights in float64.
 
     Why: every other law leaves something open; this one does not. Wrong attention of many kinds
@@ -65,7 +65,7 @@ def output_is_the_definitions(subject: Subject) -> Verdict:
 
 
 @module_law
-def gradients_are_the_definitions(subject: Subject) -> Verdict:
+def gradients_match_reference(subject: Subject) -> Verdict:
     """The gradients of the input and of the weights are those of the definition.
 
     Why: a forward pass can be right and its backward wrong: kernels have both by hand.

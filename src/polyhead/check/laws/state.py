@@ -33,7 +33,7 @@ def parameters_are_filled(subject: Subject) -> Verdict:
 
 
 @module_law
-def state_dict_comes_back(subject: Subject) -> Verdict:
+def state_dict_round_trips(subject: Subject) -> Verdict:
     """A state dict loaded into another instance gives the same outputs.
 
     Why: it is how a model is saved.
@@ -59,7 +59,7 @@ def state_dict_comes_back(subject: Subject) -> Verdict:
 
 
 @module_law
-def earlier_calls_leave_no_trace(subject: Subject) -> Verdict:
+def calls_are_stateless(subject: Subject) -> Verdict:
     """What was computed before, of whatever length, does not change what is computed now.
 
     Why: a module is a function; what it remembers is told, as a cache is.

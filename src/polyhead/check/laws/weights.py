@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.check.probe.heads import contexts_of, need_plain_values, shares_of
 from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.probe.heads import contexts_of, need_plain_values, shares_of
 from polyhead.check.probe.sight import band
 from polyhead.check.subject import Subject, by, difference
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from polyhead.check.probe.invocation import Calling
-from polyhead.check.probe.transformers import is_transformers_own
 from polyhead.check.probe.signature import cache_flag
+from polyhead.check.probe.transformers import is_transformers_own
 from polyhead.check.subject import Subject, difference
 
 __all__ = ["claim_cache", "placed", "start_of"]

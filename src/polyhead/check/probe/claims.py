@@ -16,12 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyhead.check.probe.invocation import Calling
 from polyhead.check.law import first_line
-from polyhead.check.probe.transformers import causal_by_its_model, is_of_transformers, scale_of_its_class
-from polyhead.check.probe.vocabulary import HEAD_COUNT, HEADS, LENGTH, WIDTH, WINDOW
+from polyhead.check.probe.invocation import Calling
 from polyhead.check.probe.sight import band, fitting
 from polyhead.check.probe.signature import causal_argument, no_call, other_ways
+from polyhead.check.probe.transformers import (
+    causal_by_its_model,
+    is_of_transformers,
+    scale_of_its_class,
+)
+from polyhead.check.probe.vocabulary import HEAD_COUNT, HEADS, LENGTH, WIDTH, WINDOW
 from polyhead.check.subject import Claims, Subject, copied
 
 __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]

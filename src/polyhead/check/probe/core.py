@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from polyhead.check.probe.autograd_graph import made_by
 from polyhead.check.law import NotApplicable
+from polyhead.check.probe.autograd_graph import made_by
 from polyhead.check.subject import Subject
 
 __all__ = ["Core", "Seen", "core_of", "flat"]

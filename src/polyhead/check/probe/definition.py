@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.call import AttentionCall, AuxRequest
+from polyhead.check.diagnose.known_mistakes import explanation
+from polyhead.check.law import NotApplicable, Verdict, broken, holds
 from polyhead.check.probe.around import behind_the_attention, in_front_of_it
 from polyhead.check.probe.core import Core, core_of
 from polyhead.check.probe.heads import need_no_positions, need_plain
-from polyhead.check.diagnose.known_mistakes import explanation
-from polyhead.check.law import NotApplicable, Verdict, broken, holds
 from polyhead.check.probe.layouts import Weights, role_of
 from polyhead.check.probe.rows import Rows, learned_rows
 from polyhead.check.subject import Subject, by, difference

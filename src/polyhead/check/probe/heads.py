@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.probe.autograd_graph import made_by
 from polyhead.check.law import NotApplicable
+from polyhead.check.probe.autograd_graph import made_by
 from polyhead.check.subject import Subject, difference
 
 __all__ = [

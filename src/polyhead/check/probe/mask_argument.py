@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.probe.invocation import MaskArgument
 from polyhead.check.probe.claims import band, is_polyheads
-from polyhead.check.probe.transformers import is_transformers_own
+from polyhead.check.probe.invocation import MaskArgument
 from polyhead.check.probe.signature import mask_names
+from polyhead.check.probe.transformers import is_transformers_own
 from polyhead.check.subject import Subject, difference
 
 __all__ = ["claim_mask"]

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.check.probe.core import Core, core_of
 from polyhead.check.law import NotApplicable
+from polyhead.check.probe.core import Core, core_of
 from polyhead.check.probe.layouts import Weights
 from polyhead.check.subject import Subject, difference
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from polyhead.check.law import first_line
 from polyhead.check.probe.configurations import (
     GUESSES,
     SIZES_OF_TRANSFORMERS,
@@ -26,7 +27,6 @@ from polyhead.check.probe.configurations import (
     fill_parameters,
     is_configuration,
 )
-from polyhead.check.law import first_line
 from polyhead.check.probe.transformers import is_of_transformers
 from polyhead.errors import ArgumentError
 

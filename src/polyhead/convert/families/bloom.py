@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead.convert.families import neox
 from polyhead.convert.config import UNLIMITED, causal
+from polyhead.convert.families import neox
 from polyhead.convert.layout import Layout
 from polyhead.modules import MultiHeadAttention
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from polyhead.convert.families import llama
 from polyhead.convert.config import UNLIMITED
+from polyhead.convert.families import llama
 from polyhead.convert.layout import Layout, linear
 from polyhead.modules import MultiHeadAttention
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from polyhead.integrations.transformers.registration import register
-from polyhead.integrations.transformers.status import LayerReport, ModelReport, report
+from polyhead.integrations.transformers.status import LayerStatus, ModelStatus, report
 
 if TYPE_CHECKING:
     from polyhead.integrations.transformers.cache import Cache
 
-__all__ = ["Cache", "LayerReport", "ModelReport", "register", "report"]
+__all__ = ["Cache", "LayerStatus", "ModelStatus", "register", "report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -26,30 +26,32 @@ class AttentionLayer:
         name: as in `model.named_modules()`.
         module: itself.
         config: of the innermost model that it is in; None outside of any.
-        asks: whether it asks transformers for a registered attention function.
+        uses_attention_interface: whether it asks transformers for a registered attention function.
         refused: arguments that it passes to that function and polyhead's refuses.
     """
 
     name: str
     module: nn.Module
     config: Any
-    asks: bool
+    uses_attention_interface: bool
     refused: tuple[str, ...] = ()
 
     @property
-    def is_polyheads(self) -> bool:
+    def is_polyhead(self) -> bool:
         """Whether it is a module of ours, which asks nobody."""
         return type(self.module).__module__.startswith("polyhead.")
 
     @property
-    def is_torchs(self) -> bool:
-        return isinstance(self.module, nn.MultiheadAttention) and not self.is_polyheads
+    def is_torch(self) -> bool:
+        return isinstance(self.module, nn.MultiheadAttention) and not self.is_polyhead
 
     @property
-    def keeps_its_own(self) -> bool:
+    def has_custom_attention(self) -> bool:
         """Whether it is transformers' attention, and computes it without asking."""
         cls: Any = type(self.module)
-        return not (self.asks or self.is_polyheads or self.is_torchs) and _attends(cls)
+        return not (
+            self.uses_attention_interface or self.is_polyhead or self.is_torch
+        ) and _attends(cls)
 
 
 def attention_layers(module: nn.Module, name: str = "", config: Any = None) -> list[AttentionLayer]:

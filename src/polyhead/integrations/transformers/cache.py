@@ -8,10 +8,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from polyhead.validate import autocasts
 from polyhead.cache import KVCache
 from polyhead.errors import ArgumentError
-from polyhead.integrations.transformers.lazy_cache import as_tensor
+from polyhead.integrations.transformers.lazy_cache import wrap
+from polyhead.validate import autocasts
 
 __all__ = ["Cache", "Layer"]
 
@@ -25,7 +25,7 @@ class Cache(transformers.Cache):
     Args:
         config: of the model; layers with a sliding window or chunks keep what these need.
         max_tokens: the most tokens it takes; None: the model's `max_position_embeddings`.
-        storage: as in `KVCache`; torch.int8 takes a quarter of float32's memory, and is read where
+        storage_dtype: as in `KVCache`; torch.int8 takes a quarter of float32's memory, and is read where
             it is by attn_implementation="polyhead".
         preallocate: as in `KVCache`.
 
@@ -50,7 +50,7 @@ class Cache(transformers.Cache):
         config: transformers.PreTrainedConfig,
         max_tokens: int | None = None,
         *,
-        storage: torch.dtype | None = None,
+        storage_dtype: torch.dtype | None = None,
         preallocate: bool = False,
     ) -> None:
         # transformers knows how to read a config; its own layers say what each needs.
@@ -75,7 +75,9 @@ class Cache(transformers.Cache):
                     f"layer {index}: {kind}",
                     "use transformers' own DynamicCache for this model",
                 )
-            layers.append(Layer(max_tokens, window, storage=storage, preallocate=preallocate))
+            layers.append(
+                Layer(max_tokens, window, storage_dtype=storage_dtype, preallocate=preallocate)
+            )
         super().__init__(layers=layers)
 
     def activate_past_recording(self) -> None:
@@ -106,7 +108,7 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
     Args:
         max_tokens: the most tokens it takes; None, only with a window: no limit.
         sliding_window: how many keys a query sees, its own among them; None: all.
-        storage, preallocate: as in `KVCache`.
+        storage_dtype, preallocate: as in `KVCache`.
     """
 
     is_compileable = False
@@ -117,14 +119,14 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         max_tokens: int | None,
         sliding_window: int | None = None,
         *,
-        storage: torch.dtype | None = None,
+        storage_dtype: torch.dtype | None = None,
         preallocate: bool = False,
     ) -> None:
         # The parent would set keys and values, which are read here.
         self.max_tokens = max_tokens
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
-        self._options = {"storage": storage, "preallocate": preallocate}
+        self._options = {"storage_dtype": storage_dtype, "preallocate": preallocate}
         self._cache: KVCache | None = None
         self.record_past = False
         self._since_crop = 0  # tokens that may be taken back
@@ -136,12 +138,12 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """(B, G, S, D): those that the newest token needs; None before the first."""
-        return None if self._cache is None else as_tensor(self._cache.read_stored()[0])
+        return None if self._cache is None else wrap(self._cache.read_as_views()[0])
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """(B, G, S, E)."""
-        return None if self._cache is None else as_tensor(self._cache.read_stored()[1])
+        return None if self._cache is None else wrap(self._cache.read_as_views()[1])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         B, G, _, D = key_states.shape
@@ -174,10 +176,10 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         since_crop = self._since_crop + key_states.shape[2] if self.record_past else 0
         if self.is_sliding:
-            self._cache.rewindable = since_crop
-        key, value = self._cache.append_stored(key_states, value_states)
+            self._cache.max_rewind = since_crop
+        key, value = self._cache.append_as_views(key_states, value_states)
         self._since_crop = since_crop
-        return as_tensor(key), as_tensor(value)
+        return wrap(key), wrap(value)
 
     def _is_of_another_batch(self, key_states: Tensor) -> bool:
         """Whether the cache is empty, as after `reset`, and was made for other rows than these."""

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.validate import autocasts
+from polyhead.cache_view import CacheView
 from polyhead.call import AuxRequest
 from polyhead.errors import ArgumentError
 from polyhead.functional import attention
 from polyhead.integrations.transformers.call_mask import read_mask
-from polyhead.integrations.transformers.lazy_cache import as_stored
+from polyhead.integrations.transformers.lazy_cache import unwrap
 from polyhead.integrations.transformers.packing import PACKING
-from polyhead.cache_view import Stored
+from polyhead.validate import autocasts
 
 __all__ = ["KNOWN_ARGUMENTS", "attention_forward"]
 
@@ -106,8 +106,8 @@ def attention_forward(
     )
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
-    heads: tuple[Tensor, Tensor | Stored, Tensor | Stored]
-    heads = query, as_stored(key), as_stored(value)
+    heads: tuple[Tensor, Tensor | CacheView, Tensor | CacheView]
+    heads = query, unwrap(key), unwrap(value)
     if autocasts(query):
         heads = _autocast(*heads)
     output, aux = attention(
@@ -124,10 +124,10 @@ def attention_forward(
 
 
 def _autocast(
-    query: Tensor, key: Tensor | Stored, value: Tensor | Stored
-) -> tuple[Tensor, Tensor | Stored, Tensor | Stored]:
+    query: Tensor, key: Tensor | CacheView, value: Tensor | CacheView
+) -> tuple[Tensor, Tensor | CacheView, Tensor | CacheView]:
     """In one dtype, as torch's own functions cast: what a model rotates stays float32."""
-    if isinstance(key, Stored) or isinstance(value, Stored):
+    if isinstance(key, CacheView) or isinstance(value, CacheView):
         return query.to(key.dtype), key, value  # codes, of no dtype but what is made of them
     if query.dtype == torch.float64:  # which autocast leaves alone
         return query, key, value

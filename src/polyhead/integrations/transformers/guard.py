@@ -15,12 +15,12 @@ from polyhead.integrations.transformers.attention_layers import AttentionLayer, 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["NAME", "refuse_models_of_their_own"]
+__all__ = ["NAME", "reject_unsupported_models"]
 
 NAME = "polyhead"
 
 
-def refuse_models_of_their_own() -> None:
+def reject_unsupported_models() -> None:
     """Make transformers raise where a model is given "polyhead" and would never call it.
 
     transformers itself takes any registered name: a model written before it had attention
@@ -41,7 +41,7 @@ def refuse_models_of_their_own() -> None:
         self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any
     ) -> str:
         if requested_attention == NAME:
-            _check_asks(self)
+            _check_dispatches(self)
             _name_own_classes(self)
         return checked(self, requested_attention, *args, **kwargs)
 
@@ -61,7 +61,7 @@ def refuse_models_of_their_own() -> None:
             named = list(_configs(self))
         for model in self.modules():
             if isinstance(model, PreTrainedModel) and _is_in(model.config, named):
-                _check_asks(model)
+                _check_dispatches(model)
         _check_layers(self, attention_layers(self), named)
         set_name(self, attn_implementation, *args, **kwargs)
 
@@ -70,7 +70,7 @@ def refuse_models_of_their_own() -> None:
     PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
 
 
-def _check_asks(model: PreTrainedModel) -> None:
+def _check_dispatches(model: PreTrainedModel) -> None:
     if not model._can_set_attn_implementation():
         raise ModelError(
             f'{type(model).__name__} cannot run attn_implementation="{NAME}": its own layers '
@@ -121,12 +121,12 @@ def _check_layers(
                 f'run attn_implementation="{NAME}": it passes {", ".join(refused.refused)}, which '
                 'polyhead does not know; keep "eager" for this part'
             )
-        own = [layer for layer in part if layer.keeps_its_own]
+        own = [layer for layer in part if layer.has_custom_attention]
         if not own:
             continue
         kinds = ", ".join(sorted({type(layer.module).__name__ for layer in own}))
         what = f"{type(model).__name__}: {kinds} ({own[0].name}, {len(own)} in all)"
-        if not any(layer.asks for layer in part):
+        if not any(layer.uses_attention_interface for layer in part):
             raise ModelError(
                 f'{what} cannot run attn_implementation="{NAME}": it computes attention, and asks '
                 'no attention function; keep "eager" for this part, and name the others: '

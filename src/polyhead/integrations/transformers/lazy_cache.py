@@ -7,55 +7,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.integrations.transformers.lazy_tensor import StandIn
-from polyhead.cache_view import Stored
+from polyhead.cache_view import CacheView
+from polyhead.integrations.transformers.lazy_tensor import LazyTensor
 
-__all__ = ["HeldTensor", "as_stored", "as_tensor"]
+__all__ = ["LazyCacheTensor", "unwrap", "wrap"]
 
 
-class HeldTensor(StandIn):
+class LazyCacheTensor(LazyTensor):
     """Keys or values (B, G, S, size) of a cache that holds them as codes.
 
     Our attention function reads them where they are; whoever else computes with them gets a tensor
     made of them. Valid until the cache that gave it is changed.
 
     Attributes:
-        stored: what the cache gave.
+        cache_view: what the cache gave.
 
     >>> import polyhead as ph
-    >>> cache = ph.KVCache(1, 8, 2, 4, storage=torch.int8)
-    >>> key, _ = cache.append_stored(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
-    >>> HeldTensor(key)
-    HeldTensor(int8 codes, shape=(1, 2, 3, 4))
-    >>> HeldTensor(key).sum()
+    >>> cache = ph.KVCache(1, 8, 2, 4, storage_dtype=torch.int8)
+    >>> key, _ = cache.append_as_views(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
+    >>> LazyCacheTensor(key)
+    LazyCacheTensor(int8 codes, shape=(1, 2, 3, 4))
+    >>> LazyCacheTensor(key).sum()
     tensor(24.)
     """
 
-    stored: Stored
+    cache_view: CacheView
 
-    def __new__(cls, stored: Stored) -> HeldTensor:
-        held: HeldTensor = cls._of_shape(stored.shape, stored.dtype, stored.data.device)
-        held.stored = stored
+    def __new__(cls, cache_view: CacheView) -> LazyCacheTensor:
+        held: LazyCacheTensor = cls._wrap(
+            cache_view.shape, cache_view.dtype, cache_view.data.device
+        )
+        held.cache_view = cache_view
         return held
 
-    def _make(self) -> Tensor:
-        return self.stored.gather()
+    def _materialize(self) -> Tensor:
+        return self.cache_view.gather()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dense().clone()
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"HeldTensor({self.stored}, shape={tuple(self.shape)})"
+        return f"LazyCacheTensor({self.cache_view}, shape={tuple(self.shape)})"
 
 
-def as_tensor(given: Tensor | Stored) -> Tensor:
+def wrap(given: Tensor | CacheView) -> Tensor:
     """What a cache gave, as a tensor to hand through a model."""
-    if not isinstance(given, Stored):
+    if not isinstance(given, CacheView):
         return given
     # torch.compile traces no tensor of our own making.
-    return given.gather() if torch.compiler.is_compiling() else HeldTensor(given)
+    return given.gather() if torch.compiler.is_compiling() else LazyCacheTensor(given)
 
 
-def as_stored(tensor: Tensor) -> Tensor | Stored:
+def unwrap(tensor: Tensor) -> Tensor | CacheView:
     """What a cache gave, of the tensor that came through a model."""
-    return tensor.stored if isinstance(tensor, HeldTensor) else tensor
+    return tensor.cache_view if isinstance(tensor, LazyCacheTensor) else tensor

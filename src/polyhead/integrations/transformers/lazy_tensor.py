@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-__all__ = ["StandIn"]
+__all__ = ["LazyTensor"]
 
 # What checkpointing and copy.deepcopy do.
 _HANDING_ON = (torch.ops.aten.detach.default, torch.ops.aten.clone.default)
 
 
-class StandIn(Tensor):
+class LazyTensor(Tensor):
     """Whatever is done with it but hand it on makes the numbers, once, and goes on with them."""
 
     _numbers: Tensor | None
 
-    # Else torch would call what an operation gives a StandIn too, of nothing.
+    # Else torch would call what an operation gives a LazyTensor too, of nothing.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def _of_shape(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
+    def _wrap(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
         stand_in = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
         stand_in._numbers = None
         return stand_in
@@ -37,14 +37,14 @@ class StandIn(Tensor):
     def dense(self) -> Tensor:
         """The numbers, as a plain tensor."""
         if self._numbers is None:
-            self._numbers = self._make()
+            self._numbers = self._materialize()
         return self._numbers
 
-    def _make(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         """The numbers."""
         raise NotImplementedError
 
-    def _again(self) -> Tensor:
+    def _alias(self) -> Tensor:
         """What stands for the same where it is only handed on."""
         return self.dense().clone()
 
@@ -57,6 +57,6 @@ class StandIn(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in _HANDING_ON:
-            return args[0]._again()
-        args, kwargs = tree_map_only(StandIn, StandIn.dense, (args, dict(kwargs or {})))
+            return args[0]._alias()
+        args, kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, dict(kwargs or {})))
         return func(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from polyhead.errors import DependencyError
 from polyhead.integrations.transformers.forward import attention_forward
-from polyhead.integrations.transformers.guard import NAME, refuse_models_of_their_own
+from polyhead.integrations.transformers.guard import NAME, reject_unsupported_models
 from polyhead.integrations.transformers.masks import make_mask
 
 __all__ = ["register"]
@@ -31,4 +31,4 @@ def register() -> None:
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
-    refuse_models_of_their_own()
+    reject_unsupported_models()

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from polyhead.integrations.transformers.guard import NAME
 from polyhead.integrations.transformers.attention_layers import AttentionLayer, attention_layers
+from polyhead.integrations.transformers.guard import NAME
 
-__all__ = ["LayerReport", "ModelReport", "report"]
+__all__ = ["LayerStatus", "ModelStatus", "report"]
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LayerStatus:
     """One attention layer.
 
     Attributes:
@@ -35,7 +35,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class ModelReport:
+class ModelStatus:
     """All attention layers of a model. Printing it gives a table.
 
     Attributes:
@@ -44,7 +44,7 @@ class ModelReport:
     """
 
     model: str
-    layers: tuple[LayerReport, ...]
+    layers: tuple[LayerStatus, ...]
 
     def __str__(self) -> str:
         ours = sum(layer.attends_through_polyhead for layer in self.layers)
@@ -60,7 +60,7 @@ class ModelReport:
         return "\n".join(lines)
 
 
-def report(model: nn.Module) -> ModelReport:
+def report(model: nn.Module) -> ModelStatus:
     """Say for each attention layer whether it attends through polyhead, and if not why.
 
     Told from the layers' code and the model's config; nothing is run.
@@ -77,24 +77,24 @@ def report(model: nn.Module) -> ModelReport:
       layers.0.self_attn  LlamaAttention  polyhead
       layers.1.self_attn  LlamaAttention  polyhead
     """
-    return ModelReport(type(model).__name__, tuple(map(_reported, attention_layers(model))))
+    return ModelStatus(type(model).__name__, tuple(map(_reported, attention_layers(model))))
 
 
-def _reported(layer: AttentionLayer) -> LayerReport:
+def _reported(layer: AttentionLayer) -> LayerStatus:
     runs, reason = "its own", "computes attention in its forward, and asks no attention function"
-    if layer.is_polyheads:
+    if layer.is_polyhead:
         runs, reason = NAME, ""
-    elif layer.is_torchs:
+    elif layer.is_torch:
         reason = "is torch's; call polyhead.drop_in.replace_attention(model)"
     elif layer.refused:
         runs = str(getattr(layer.config, "_attn_implementation", None))
         runs = "nothing" if runs == NAME else runs
         reason = f'passes {", ".join(layer.refused)}, which polyhead does not know; keep "eager"'
-    elif layer.asks:
+    elif layer.uses_attention_interface:
         runs = str(getattr(layer.config, "_attn_implementation", None))
         reason = "" if runs == NAME else f'call model.set_attn_implementation("{NAME}")'
-    return LayerReport(layer.name, type(layer.module).__name__, runs, reason)
+    return LayerStatus(layer.name, type(layer.module).__name__, runs, reason)
 
 
-def _columns(layer: LayerReport) -> tuple[str, str, str]:
+def _columns(layer: LayerStatus) -> tuple[str, str, str]:
     return layer.name, layer.cls, layer.runs

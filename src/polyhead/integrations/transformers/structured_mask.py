@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.integrations.transformers.lazy_tensor import StandIn
+from polyhead.integrations.transformers.lazy_tensor import LazyTensor
 from polyhead.mask import Mask
 
 __all__ = ["StructuredMask"]
 
 
-class StructuredMask(StandIn):
+class StructuredMask(LazyTensor):
     """A bool tensor (B, 1, T, S), True = may attend, of which only the rule is held.
 
     A model that slices, adds or moves its mask gets what it would have got of the booleans.
@@ -33,11 +33,11 @@ class StructuredMask(StandIn):
     def __new__(
         cls, rule: Mask | None, *, batch: int, T: int, S: int, device: torch.device | str
     ) -> StructuredMask:
-        mask: StructuredMask = cls._of_shape((batch, 1, T, S), torch.bool, torch.device(device))
+        mask: StructuredMask = cls._wrap((batch, 1, T, S), torch.bool, torch.device(device))
         mask.rule = rule
         return mask
 
-    def _make(self) -> Tensor:
+    def _materialize(self) -> Tensor:
         T, S = self.shape[2:]
         if self.rule is None:
             allowed = torch.ones(1, dtype=torch.bool, device=self.device)
@@ -45,7 +45,7 @@ class StructuredMask(StandIn):
             allowed = self.rule.materialize(T, S, device=self.device)
         return allowed.expand(self.shape)
 
-    def _again(self) -> StructuredMask:
+    def _alias(self) -> StructuredMask:
         batch, _, T, S = self.shape
         return StructuredMask(self.rule, batch=batch, T=T, S=S, device=self.device)
 

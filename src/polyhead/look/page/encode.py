@@ -1,4 +1,4 @@
-"""Maps and keys in few characters: quantised, deflated, base64; coarser until they fit."""
+"""Maps and keys in few characters: quantized, deflated, base64; coarser until they fit."""
 
 from __future__ import annotations
 
@@ -141,8 +141,12 @@ def _largest(cells: Tensor) -> float:
     return max(cells.max().item(), 1e-30)
 
 
-def _codes(shares: Tensor, levels: int) -> Tensor:
-    return (shares.float().nan_to_num(0.0).clamp(0.0, 1.0).sqrt() * levels).round().to(torch.uint8)
+def _codes(weight_mass: Tensor, levels: int) -> Tensor:
+    return (
+        (weight_mass.float().nan_to_num(0.0).clamp(0.0, 1.0).sqrt() * levels)
+        .round()
+        .to(torch.uint8)
+    )
 
 
 def _held(weights_tn: Tensor, kept_tn: Tensor) -> float:

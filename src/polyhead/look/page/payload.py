@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from polyhead.errors import ArgumentError
 from polyhead.look.maps import bin_edges
-from polyhead.look.page.legend import KINDS, NUMBERS
 from polyhead.look.page.encode import pack_keys, pack_maps
+from polyhead.look.page.legend import KINDS, NUMBERS
 
 if TYPE_CHECKING:
     from polyhead.look.report import HeadReport, LayerReport

@@ -137,7 +137,7 @@ def test_sparse_attention_sees_the_chosen_keys(name, tokens):
     torch.testing.assert_close(got[real.bool()], expected[real.bool()], rtol=1e-4, atol=1e-5)
     asked = {"max_new_tokens": 4, "do_sample": False, "attention_mask": real}
     assert torch.equal(ours.generate(tokens, **asked), eager.generate(tokens, **asked))
-    report = ph.integrations.transformers.report(ours)
+    report = ph.integrations.transformers.status(ours)
     assert all(layer.attends_through_polyhead for layer in report.layers)
 
 
@@ -151,7 +151,7 @@ def test_layers_that_pass_what_is_not_known_are_refused_by_name():
     )
     layer = torch.nn.ModuleDict({"self_attn": MiniMaxM3VLAttention(config, layer_idx=0)})
     config._attn_implementation = "polyhead"
-    (told,) = ph.integrations.transformers.report(layer).layers
+    (told,) = ph.integrations.transformers.status(layer).layers
     assert told.runs == "nothing"
     assert told.reason == 'passes block_indices, which polyhead does not know; keep "eager"'
     cls = transformers.models.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLTextModel

@@ -70,13 +70,13 @@ def static(config):
     return transformers.StaticCache(config=config, max_cache_len=20)
 
 
-def quantised(config):
+def quantized(config):
     return transformers.QuantizedCache("fp8", config)
 
 
 DECODING = {
     "static cache": (static, {}),
-    "quantised cache": (quantised, {}),
+    "quantized cache": (quantized, {}),
     "beam search": (None, {"num_beams": 3}),
     "chunks of a prompt": (None, {"prefill_chunk_size": 4}),
     "prompt lookup": (None, {"prompt_lookup_num_tokens": 3}),
@@ -86,10 +86,10 @@ DECODING = {
 @pytest.mark.parametrize("way", DECODING)
 def test_every_way_to_decode(decoder, way, build, inputs, calls):
     """Windows of 4 in Mistral, Gemma 2 and GPT-OSS: their caches roll on."""
-    if way == "quantised cache" and decoder not in ("GPT2", "Llama"):
+    if way == "quantized cache" and decoder not in ("GPT2", "Llama"):
         pytest.skip("it takes no windows, and its rounding shows every other one")
     is_4 = transformers.__version__.startswith("4.")
-    if is_4 and (way in ("quantised cache", "prompt lookup") or decoder == "DeepseekV3"):
+    if is_4 and (way in ("quantized cache", "prompt lookup") or decoder == "DeepseekV3"):
         pytest.skip("needs another package, or fails by itself")
     make_cache, asked = DECODING[way]
     given, _ = inputs(decoder, "none" if way == "prompt lookup" else "left")

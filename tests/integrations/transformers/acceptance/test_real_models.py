@@ -42,11 +42,11 @@ def test_700_real_tokens(smollm2, with_attention):
     assert torch.equal(ours.argmax(dim=-1), eager.argmax(dim=-1))
 
 
-@pytest.mark.parametrize("storage", [None, torch.int8], ids=["plain", "int8"])
+@pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
 def test_a_real_continuation(smollm2, with_attention, storage):
     tokens = torch.tensor([smollm2.tokenizer("The capital of France is")["input_ids"]])
     model = with_attention("polyhead")
-    cache = Cache(model.config, max_tokens=64, storage=storage)
+    cache = Cache(model.config, max_tokens=64, storage_dtype=storage)
     answer = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),

@@ -10,7 +10,7 @@
 #include <cstring>
 #include <utility>
 
-#include "attention.hpp"
+#include "params.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -25,9 +25,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kTileVectors = 2;
 #endif
 #if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;  // a dot product of bfloat16 pairs is one instruction
+constexpr bool kHasBF16Dot = true;  // a dot product of bfloat16 pairs is one instruction
 #else
-constexpr bool kHasPairs = false;
+constexpr bool kHasBF16Dot = false;
 #endif
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kTileRows = 6;
@@ -46,11 +46,11 @@ struct Float16 {
   uint16_t bits;
 };
 // A number but for its scale.
-struct Code {
+struct Int8 {
   int8_t integer;
 };
 // Two neighbouring bfloat16 of the summed dimension, the operand of a dot-product instruction.
-struct [[gnu::may_alias]] Pair {
+struct [[gnu::may_alias]] BF16Pair {
   uint32_t bits;
 };
 
@@ -67,12 +67,12 @@ inline void store_as(void* to, Vector vector) {
 }
 
 // x - 0 is x for every x, -0 and NaN too, so this costs no subtraction.
-inline F32 all(float x) { return x - F32{}; }
+inline F32 splat(float x) { return x - F32{}; }
 
 // Keeps a number in its register, where the compiler would rather load it again for each use. The
 // test that emulates AVX-512 has no such register.
 template <class Vector>
-inline void hold([[maybe_unused]] Vector& v) {
+inline void keep_in_register([[maybe_unused]] Vector& v) {
 #if defined(__x86_64__) && !defined(POLYHEAD_EMULATE_AVX512)
   asm("" : "+v"(v));
 #endif
@@ -83,11 +83,11 @@ inline F32 select(I32 mask, F32 yes, F32 no) {
                                (~mask & reinterpret_cast<I32>(no)));
 }
 
-inline F32 larger(F32 a, F32 b) { return a > b ? a : b; }
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 
 // 0, 1, 2, ...
 template <class Lanes = I32>
-inline Lanes lane_numbers() {
+inline Lanes iota() {
   Lanes lanes;
   constexpr int kCount = sizeof(lanes) / sizeof(lanes[0]);
   for (int i = 0; i < kCount; ++i) lanes[i] = i;
@@ -103,29 +103,29 @@ template <class Vector, class LaneOf>
     return __builtin_shufflevector(a, b, LaneOf{}(kLane)...);
   }(std::make_integer_sequence<int, sizeof(Vector) / sizeof(a[0])>());
 #else
-  return __builtin_shuffle(a, b, lane_of(lane_numbers<decltype(a < b)>()));
+  return __builtin_shuffle(a, b, lane_of(iota<decltype(a < b)>()));
 #endif
 }
 
 // Every lane becomes `combine` of all lanes, in log2(kLanes) steps.
 template <int Distance = kLanes / 2, class Combine>
-inline F32 fold(F32 v, Combine combine) {
+inline F32 reduce(F32 v, Combine combine) {
   if constexpr (Distance == 0) {
     return v;
   } else {
     const auto moved = [](auto i) { return i ^ Distance; };
-    return fold<Distance / 2>(combine(v, shuffle(v, v, moved)), combine);
+    return reduce<Distance / 2>(combine(v, shuffle(v, v, moved)), combine);
   }
 }
 
-inline float sum(F32 v) {
-  return fold(v, [](F32 a, F32 b) { return a + b; })[0];
+inline float reduce_add(F32 v) {
+  return reduce(v, [](F32 a, F32 b) { return a + b; })[0];
 }
 
 // One step towards the sums of a's and of b's lanes: in both, runs of `Run` lanes belong together,
 // and in the result runs of half the length, a's and b's in turn.
 template <int Run, int kHalf = Run / 2>
-[[gnu::always_inline]] inline F32 halve_runs(F32 a, F32 b) {
+[[gnu::always_inline]] inline F32 reduce_step(F32 a, F32 b) {
   // One of the two terms stays in its lane: to blend is cheaper than to move.
   const auto staying = [](auto i) { return (i & kHalf) != 0 ? i + kLanes : i; };
   const auto moving = [](auto i) { return (i & kHalf) != 0 ? i - kHalf + kLanes : i + kHalf; };
@@ -134,16 +134,16 @@ template <int Run, int kHalf = Run / 2>
 
 // sums[i] = the sum of v[i]'s lanes, for as many vectors as a vector has lanes, or 8.
 template <int Count, int Run = kLanes>
-[[gnu::always_inline]] inline void sum_each(F32 (&v)[Count], float* sums) {
+[[gnu::always_inline]] inline void reduce_add_each(F32 (&v)[Count], float* sums) {
   if constexpr (Count > kLanes) {
     for (int i = 0; i < Count; i += kLanes)
-      sum_each<kLanes>(reinterpret_cast<F32(&)[kLanes]>(v[i]), sums + i);
+      reduce_add_each<kLanes>(reinterpret_cast<F32(&)[kLanes]>(v[i]), sums + i);
   } else if constexpr (Count > 1) {
     // The later half goes between, so that the sums end up in order.
     F32 halves[Count / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < Count / 2; ++i) halves[i] = halve_runs<Run>(v[i], v[i + Count / 2]);
-    sum_each<Count / 2, Run / 2>(halves, sums);
+    for (int i = 0; i < Count / 2; ++i) halves[i] = reduce_step<Run>(v[i], v[i + Count / 2]);
+    reduce_add_each<Count / 2, Run / 2>(halves, sums);
   } else {
     float lanes[kLanes];
     store_as(lanes, v[0]);
@@ -154,9 +154,9 @@ template <int Count, int Run = kLanes>
   }
 }
 
-inline float largest(F32 v) { return fold(v, larger)[0]; }
+inline float reduce_max(F32 v) { return reduce(v, max)[0]; }
 
-inline U32 widen(U16 bits) {
+inline U32 to_f32(U16 bits) {
 #if defined(__AVX512F__)
   return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
 #elif defined(__AVX2__)
@@ -167,20 +167,20 @@ inline U32 widen(U16 bits) {
 #endif
 }
 
-inline F32 widen(U16 bits, BFloat16) { return reinterpret_cast<F32>(widen(bits) << 16); }
+inline F32 to_f32(U16 bits, BFloat16) { return reinterpret_cast<F32>(to_f32(bits) << 16); }
 
-inline F32 widen(U16 bits, Float16) {
+inline F32 to_f32(U16 bits, Float16) {
 #if defined(__AVX512F__)
   return reinterpret_cast<F32>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(bits)));
 #elif defined(__F16C__)
   return reinterpret_cast<F32>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
 #else
-  const U32 wide = widen(bits);
+  const U32 wide = to_f32(bits);
   const U32 sign = (wide & 0x8000) << 16;
   const U32 magnitude = wide & 0x7FFF;
   // Moved to float32's place the exponent is 112 too small; a multiplication mends it, for
   // subnormal numbers too. Infinities and NaNs keep an exponent of all ones.
-  const F32 finite = reinterpret_cast<F32>(magnitude << 13) * all(0x1p112F);
+  const F32 finite = reinterpret_cast<F32>(magnitude << 13) * splat(0x1p112F);
   const U32 special = (magnitude << 13) | 0x7F800000;
   const F32 value =
       select(reinterpret_cast<I32>(magnitude >= 0x7C00), reinterpret_cast<F32>(special), finite);
@@ -189,7 +189,7 @@ inline F32 widen(U16 bits, Float16) {
 }
 
 // The integers, not scaled.
-inline F32 widen(I8 codes) {
+inline F32 to_f32(I8 codes) {
 #if defined(__AVX512F__)
   const __m512i integers = _mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(codes));
 #elif defined(__AVX2__)
@@ -202,13 +202,13 @@ inline F32 widen(I8 codes) {
 }
 
 inline F32 load(const float* from) { return load_as<F32>(from); }
-inline F32 load(const BFloat16* from) { return widen(load_as<U16>(from), BFloat16{}); }
-inline F32 load(const Float16* from) { return widen(load_as<U16>(from), Float16{}); }
-inline F32 load(const Code* from) { return widen(load_as<I8>(from)); }
+inline F32 load(const BFloat16* from) { return to_f32(load_as<U16>(from), BFloat16{}); }
+inline F32 load(const Float16* from) { return to_f32(load_as<U16>(from), Float16{}); }
+inline F32 load(const Int8* from) { return to_f32(load_as<I8>(from)); }
 
 // The first `count` numbers of a vector, 0 in the others: reads nothing beyond them.
 template <class Vector, class Element>
-inline Vector load_some(const Element* from, int64_t count) {
+inline Vector load_partial(const Element* from, int64_t count) {
 #if defined(__AVX512F__) && !defined(POLYHEAD_EMULATE_AVX512)
   if constexpr (sizeof(Element) == 4) {
     return reinterpret_cast<Vector>(_mm512_maskz_loadu_epi32((1U << count) - 1, from));
@@ -223,15 +223,15 @@ inline Vector load_some(const Element* from, int64_t count) {
   return load_as<Vector>(numbers);
 }
 
-inline F32 load_first(const float* from, int64_t count) {
-  return count >= kLanes ? load(from) : load_some<F32>(from, count);
+inline F32 load_n(const float* from, int64_t count) {
+  return count >= kLanes ? load(from) : load_partial<F32>(from, count);
 }
 template <class Element>
-inline F32 load_first(const Element* from, int64_t count) {
-  return count >= kLanes ? load(from) : widen(load_some<U16>(from, count), Element{});
+inline F32 load_n(const Element* from, int64_t count) {
+  return count >= kLanes ? load(from) : to_f32(load_partial<U16>(from, count), Element{});
 }
-inline F32 load_first(const Code* from, int64_t count) {
-  return count >= kLanes ? load(from) : widen(load_some<I8>(from, count));
+inline F32 load_n(const Int8* from, int64_t count) {
+  return count >= kLanes ? load(from) : to_f32(load_partial<I8>(from, count));
 }
 
 inline void store(float* to, F32 v) { store_as(to, v); }
@@ -280,7 +280,7 @@ inline void store(Float16* to, F32 v) {
 }
 
 template <class Element>
-inline void store_first(Element* to, F32 v, int64_t count) {
+inline void store_n(Element* to, F32 v, int64_t count) {
   if (count >= kLanes) return store(to, v);
   Element lanes[kLanes];
   store(lanes, v);
@@ -289,7 +289,7 @@ inline void store_first(Element* to, F32 v, int64_t count) {
 
 // Calls `with` on a value of the C++ type that holds numbers of this dtype.
 template <class Function>
-inline auto by_dtype(Dtype dtype, Function&& with) {
+inline auto dispatch_dtype(Dtype dtype, Function&& with) {
   switch (dtype) {
     case Dtype::bf16: return with(BFloat16{});
     case Dtype::f16: return with(Float16{});
@@ -299,14 +299,14 @@ inline auto by_dtype(Dtype dtype, Function&& with) {
 
 // The same for keys and values, which a cache may hold as codes.
 template <class Function>
-inline auto by_stored_dtype(Dtype dtype, Function&& with) {
-  return dtype == Dtype::i8 ? with(Code{}) : by_dtype(dtype, with);
+inline auto dispatch_kv_dtype(Dtype dtype, Function&& with) {
+  return dtype == Dtype::i8 ? with(Int8{}) : dispatch_dtype(dtype, with);
 }
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 }  // namespace polyhead::POLYHEAD_ISA

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "tile.hpp"
+#include "tiles/tile.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -19,8 +19,9 @@ constexpr int64_t kGradTiles = kGradQueries / kTileRows;
 
 template <class Element>
 struct BackwardScratch {
-  static constexpr int kDepth = Step<Element>::kDepth;
-  using Weight = std::conditional_t<kDepth == 1, float, BFloat16>;  // what P and dS are stored as
+  static constexpr int kElementsPerStep = Dot<Element>::kElementsPerStep;
+  using Weight =
+      std::conditional_t<kElementsPerStep == 1, float, BFloat16>;  // what P and dS are stored as
 
   Element *key_columns, *value_columns;  // a block of keys, packed for scores
   Element* key_steps;                    // the same keys, packed for dQ
@@ -33,7 +34,7 @@ struct BackwardScratch {
   float* capped;                        // one row of scores after softcap
   float* bias = nullptr;                // where gradients of the bias are added
 
-  BackwardScratch(const Attention& a, float* scratch) {
+  BackwardScratch(const AttentionParams& a, float* scratch) {
     const int64_t size_d = round_up(a.D, kLanes), size_e = round_up(a.E, kLanes);
     const auto take = [&](auto*& taken, int64_t size) {
       taken = reinterpret_cast<std::remove_reference_t<decltype(taken)>>(scratch);
@@ -50,20 +51,20 @@ struct BackwardScratch {
     take(weights, kGradQueries * kGradStride);
     take(scores, kGradQueries * kGradStride);
     take(capped, kGradStride);
-    if constexpr (kDepth == 1) {
+    if constexpr (kElementsPerStep == 1) {
       // Rows of single numbers are both: a left operand, and steps of a right one.
       query_steps = queries, grad_steps = grads;
       weight_steps = weights, score_steps = scores;
     } else {
-      take(query_steps, kGradQueries / kDepth * size_d);
-      take(grad_steps, kGradQueries / kDepth * size_e);
-      take(weight_steps, kGradQueries / kDepth * kGradStride);
-      take(score_steps, kGradQueries / kDepth * kGradStride);
+      take(query_steps, kGradQueries / kElementsPerStep * size_d);
+      take(grad_steps, kGradQueries / kElementsPerStep * size_e);
+      take(weight_steps, kGradQueries / kElementsPerStep * kGradStride);
+      take(score_steps, kGradQueries / kElementsPerStep * kGradStride);
     }
   }
 
   // How many floats all of it takes.
-  static int64_t size(const Attention& a) {
+  static int64_t size(const AttentionParams& a) {
     const int64_t row = 3 * round_up(a.D, kLanes) + 2 * round_up(a.E, kLanes);
     return (kGradKeys + kGradQueries) * row + 3 * kGradQueries * kGradStride + kGradStride;
   }

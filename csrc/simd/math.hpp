@@ -1,7 +1,7 @@
 // exp2, tanh and a random number, a vector at a time.
 #pragma once
 
-#include "vec.hpp"
+#include "simd/vec.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -10,7 +10,7 @@ constexpr float kLn2 = 0.693147180559945309F;
 
 // The polynomial nearest to 2^f on [-1/2, 1/2] in relative error, 9e-8, that is exact at 0.
 inline F32 exp2_of_fraction(F32 f) {
-  F32 power = all(1.326472690e-3F);
+  F32 power = splat(1.326472690e-3F);
   power = power * f + 9.671512661e-3F;
   power = power * f + 5.550733744e-2F;
   power = power * f + 2.402224208e-1F;
@@ -41,18 +41,18 @@ inline F32 exp2_of(F32 x) {
 // The rational function of Eigen (Eigen/src/Core/MathFunctionsImpl.h); error of a few units in
 // the last place.
 inline F32 tanh_of(F32 x) {
-  const F32 bounded = x > 7.90531110763549805F    ? all(7.90531110763549805F)
-                      : x < -7.90531110763549805F ? all(-7.90531110763549805F)
+  const F32 bounded = x > 7.90531110763549805F    ? splat(7.90531110763549805F)
+                      : x < -7.90531110763549805F ? splat(-7.90531110763549805F)
                                                   : x;
   const F32 square = bounded * bounded;
-  F32 above = all(-2.76076847742355e-16F);
+  F32 above = splat(-2.76076847742355e-16F);
   above = above * square + 2.00018790482477e-13F;
   above = above * square + -8.60467152213735e-11F;
   above = above * square + 5.12229709037114e-08F;
   above = above * square + 1.48572235717979e-05F;
   above = above * square + 6.37261928935756e-04F;
   above = above * square + 4.89352455891786e-03F;
-  F32 below = all(1.19825839466702e-06F);
+  F32 below = splat(1.19825839466702e-06F);
   below = below * square + 1.18534705686654e-04F;
   below = below * square + 2.26843463243900e-03F;
   below = below * square + 4.89352518554385e-03F;
@@ -73,7 +73,7 @@ struct Dropout {
   float factor;        // what is kept grows by it: by the share really kept, however small
   uint64_t seed;
 
-  explicit Dropout(const Attention& a)
+  explicit Dropout(const AttentionParams& a)
       : threshold(static_cast<uint32_t>(__builtin_fmin(a.dropout * 0x1p32 + 0.5, 0x1p32 - 1.0))),
         factor(static_cast<float>(0x1p32 / (0x1p32 - threshold))),
         seed(a.seed) {}
@@ -82,7 +82,7 @@ struct Dropout {
 
   // For keys s, s + 1, ...: all bits set where kept.
   I32 kept(uint64_t row, int64_t s) const {
-    U32 x = reinterpret_cast<U32>(lane_numbers()) + static_cast<uint32_t>(s);
+    U32 x = reinterpret_cast<U32>(iota()) + static_cast<uint32_t>(s);
     x = x * 0x9E3779B9U + static_cast<uint32_t>(row);
     x = (x ^ (x >> 16)) * 0x7FEB352DU;  // lowbias32 (Wellons 2018), the row's other half between
     x = (x ^ (x >> 15)) ^ static_cast<uint32_t>(row >> 32);

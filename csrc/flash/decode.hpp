@@ -2,8 +2,8 @@
 // heads of its group; threads share the keys of a head, and their parts are merged by lse.
 #pragma once
 
-#include "query_blocks.hpp"
-#include "rows.hpp"
+#include "flash/flash_block.hpp"
+#include "tiles/gemv.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -13,22 +13,22 @@ constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, of seve
 // Of keys, before as many values are read: two streams. Sums of short vectors take more of a block.
 constexpr int64_t kBlockBytes = kTileVectors == 4 ? 4096 : 16384;
 constexpr int64_t kMaxBlockKeys = 64;
-constexpr int64_t kFewPooledKeys = 32;    // fewer are not worth fetching a head's sums from L2
-constexpr int64_t kFewRows = 8;           // with more, arithmetic is the limit, not reading
-constexpr int64_t kMinSplitKeys = 256;    // fewer are not worth a merge
-constexpr int64_t kStateBytes = 1 << 18;  // of the heads of a task: queries and sums stay in L2
+constexpr int64_t kMinPagedBlockKeys = 32;  // fewer are not worth fetching a head's sums from L2
+constexpr int64_t kBandwidthBoundRows = 8;  // with more, arithmetic is the limit, not reading
+constexpr int64_t kMinSplitKeys = 256;      // fewer are not worth a merge
+constexpr int64_t kStateBytes = 1 << 18;    // of the heads of a task: queries and sums stay in L2
 
-inline bool is_decoding(const Attention& a) {
+inline bool is_decoding(const AttentionParams& a) {
   const bool has_keys = a.T == 1 || a.S >= kDecodeKeys * a.T;
-  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && has_keys && !a.is_learnt;
+  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && has_keys && !a.needs_grad;
 }
 
 template <class Element>
 class Decode {
-  static constexpr bool kHasScales = std::is_same_v<Element, Code>;
+  static constexpr bool kHasScales = std::is_same_v<Element, Int8>;
 
  public:
-  Decode(const Attention& a, const Output& out)
+  Decode(const AttentionParams& a, const ForwardOutput& out)
       : a_(a),
         out_(out),
         rows_(a.group() * a.T),
@@ -39,7 +39,7 @@ class Decode {
   void run() {
     const int64_t parts = a_.B * a_.G * splits_;
     Buffer<float> partial(parts * rows_ * output_stride());
-    Buffer<RowSums> sums(parts * rows_);
+    Buffer<SoftmaxState> sums(parts * rows_);
     Buffer<float> scratch(a_.threads * worker_size());
     weighted_ = partial.data();
     sums_ = sums.data();
@@ -48,7 +48,7 @@ class Decode {
       float* mine = scratch.data() + thread_number() * worker_size();
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < parts / heads_; ++task) attend(mine, task);
-      merge_parts(a_, out_, splits_, sums_, weighted_, output_stride());
+      combine_splits(a_, out_, splits_, sums_, weighted_, output_stride());
     }
   }
 
@@ -72,21 +72,21 @@ class Decode {
   }
 
   // Small blocks read as one stream would, large ones cost less arithmetic.
-  static int64_t block_keys_of(const Attention& a) {
-    if (a.group() * a.T > kFewRows) return kMaxBlockKeys;
-    const int64_t row = greater(a.D, a.E) * static_cast<int64_t>(sizeof(Element));
-    int64_t keys = greater(kLanes, kBlockBytes / row / kLanes * kLanes);
-    if (a.key.table != nullptr)
-      keys = greater(greater(keys, kFewPooledKeys), round_up(a.key.block_size, kLanes));
-    return smaller(kMaxBlockKeys, keys);
+  static int64_t block_keys_of(const AttentionParams& a) {
+    if (a.group() * a.T > kBandwidthBoundRows) return kMaxBlockKeys;
+    const int64_t row = max(a.D, a.E) * static_cast<int64_t>(sizeof(Element));
+    int64_t keys = max(kLanes, kBlockBytes / row / kLanes * kLanes);
+    if (a.key.block_table != nullptr)
+      keys = max(max(keys, kMinPagedBlockKeys), round_up(a.key.block_size, kLanes));
+    return min(kMaxBlockKeys, keys);
   }
 
   // How many key heads go through the keys together. In a block of a pool the heads lie side by
   // side: by them all memory is read in order, and by one in leaps too short for a stream.
   int64_t heads_of_task() const {
-    if (a_.key.table == nullptr || a_.key.block_size > block_keys_) return 1;
+    if (a_.key.block_table == nullptr || a_.key.block_size > block_keys_) return 1;
     const int64_t bytes = rows_ * (query_stride() + output_stride()) * 4;
-    int64_t heads = greater(1, smaller(a_.G, kStateBytes / bytes));
+    int64_t heads = max(1, min(a_.G, kStateBytes / bytes));
     while (a_.G % heads != 0) --heads;
     return heads;
   }
@@ -96,7 +96,7 @@ class Decode {
     if (a_.threads == 1) return 1;
     const int64_t tasks = a_.B * a_.G / heads_;
     const int64_t wanted = (8 * a_.threads + tasks - 1) / tasks;
-    return greater(1, smaller(wanted, a_.S / kMinSplitKeys));
+    return max(1, min(wanted, a_.S / kMinSplitKeys));
   }
 
   // Calls `with(row, query)` for the queries of a group: head by head, token by token.
@@ -110,15 +110,16 @@ class Decode {
 
   void attend(float* scratch, int64_t task) const {
     const int64_t first = task / splits_ * heads_, split = task % splits_;
-    auto* queries = reinterpret_cast<Left<Element>*>(scratch);
+    auto* queries = reinterpret_cast<LhsElement<Element>*>(scratch);
     float* scores = scratch + heads_ * rows_ * query_stride();
     for (int64_t i = 0; i < heads_; ++i) {
       const int64_t part = (first + i) * splits_ + split;
       load_queries(first + i, queries + i * rows_ * query_stride());
-      std::fill_n(sums_ + part * rows_, rows_, RowSums{});
+      std::fill_n(sums_ + part * rows_, rows_, SoftmaxState{});
       std::fill_n(weighted_ + part * rows_ * output_stride(), rows_ * output_stride(), 0.0F);
     }
-    const Span keys = part_of(keys_of(a_, first / a_.G, 0, a_.T), block_keys_, split, splits_);
+    const KeyRange keys =
+        split_range(key_range(a_, first / a_.G, 0, a_.T), block_keys_, split, splits_);
     Block blocks[2];
     if (!keys.empty()) locate(first, keys.begin, keys.end, blocks[0]);
     int64_t i = 0, s = keys.begin;
@@ -126,9 +127,9 @@ class Decode {
       const Block& block = blocks[now];
       Block& next = blocks[1 - now];
       const int64_t part = block.head * splits_ + split;
-      const Left<Element>* own = queries + i * rows_ * query_stride();
+      const LhsElement<Element>* own = queries + i * rows_ * query_stride();
       if (++i == heads_) i = 0, s += block_keys_;
-      Ahead<Element> ahead;
+      Prefetcher<Element> ahead;
       if (s < keys.end) {
         locate(first + i, s, keys.end, next);
         ahead = {next.keys.row, next.values.row, next.count(), longer_row()};
@@ -138,30 +139,30 @@ class Decode {
   }
 
   // The queries of a head against a block of its keys, added to one part of its sums.
-  void attend_block(const Block& block, int64_t part, const Left<Element>* queries, float* scores,
-                    Ahead<Element>& ahead) const {
-    float* weighted = weighted_ + part * rows_ * output_stride();
-    RowSums* sums = sums_ + part * rows_;
-    score_keys(block, queries, scores, ahead);
+  void attend_block(const Block& block, int64_t part, const LhsElement<Element>* queries,
+                    float* scores, Prefetcher<Element>& ahead) const {
+    float* acc = weighted_ + part * rows_ * output_stride();
+    SoftmaxState* sums = sums_ + part * rows_;
+    compute_scores(block, queries, scores, ahead);
     if (out_.stats != nullptr) {
-      weigh_keys<true>(block, scores, weighted, sums);
+      softmax_block<true>(block, scores, acc, sums);
     } else {
-      weigh_keys<false>(block, scores, weighted, sums);
+      softmax_block<false>(block, scores, acc, sums);
     }
-    add_values(block, scores, weighted, ahead);
+    accumulate_pv(block, scores, acc, ahead);
   }
 
-  void load_queries(int64_t head, Left<Element>* queries) const {
+  void load_queries(int64_t head, LhsElement<Element>* queries) const {
     each_query(head, [&](int64_t row, const Query& q) {
-      Left<Element>* to = queries + row * query_stride();
-      if constexpr (kInPairs<Element>) {
+      LhsElement<Element>* to = queries + row * query_stride();
+      if constexpr (kUsesBF16Dot<Element>) {
         clear(to, query_stride());
         std::memcpy(to, row_of<BFloat16>(a_.query, q.b, q.h, q.t),
                     static_cast<size_t>(a_.D) * sizeof *to);
-      } else if constexpr (kSplits<Element>) {
+      } else if constexpr (kDeinterleaves<Element>) {
         const auto* from = row_of<BFloat16>(a_.query, q.b, q.h, q.t);
         for (int64_t d = 0; d < a_.D; d += kRowStep<Element>) {
-          const U32 pairs = a_.D - d < kRowStep<Element> ? load_some<U32>(from + d, a_.D - d)
+          const U32 pairs = a_.D - d < kRowStep<Element> ? load_partial<U32>(from + d, a_.D - d)
                                                          : load_as<U32>(from + d);
           store(to + d, even_of(pairs));
           store(to + d + kLanes, odd_of(pairs));
@@ -176,20 +177,20 @@ class Decode {
   void locate(int64_t head, int64_t begin, int64_t end, Block& block) const {
     block.head = head;
     block.begin = begin;
-    block.end = smaller(begin + block_keys_, end);
+    block.end = min(begin + block_keys_, end);
     locate(a_.key, block, block.keys);
     locate(a_.value, block, block.values);
   }
 
   // The rows of a block's tokens; past the end stand rows of zeros, as 0 times the last one were
   // NaN if that is infinite.
-  void locate(const View& view, const Block& block, Rows& rows) const {
+  void locate(const TensorView& view, const Block& block, Rows& rows) const {
     int64_t i = 0;
     while (i < block.count()) {
       // A run of tokens that lie at one distance.
-      const Place place(view, block.head / a_.G, block.begin + i);
+      const TokenAddress place(view, block.head / a_.G, block.begin + i);
       int64_t run = block.count() - i;
-      if (view.table != nullptr) run = smaller(run, view.block_size - place.second);
+      if (view.block_table != nullptr) run = min(run, view.block_size - place.second);
       const Element* row = place.row<Element>(view, block.head % a_.G);
       const float* scale = kHasScales ? place.scale(view, block.head % a_.G) : nullptr;
       for (; run > 0; --run, ++i, row += view.stride[2]) {
@@ -204,19 +205,19 @@ class Decode {
     }
   }
 
-  int64_t longer_row() const { return greater(a_.D, a_.E) * static_cast<int64_t>(sizeof(Element)); }
+  int64_t longer_row() const { return max(a_.D, a_.E) * static_cast<int64_t>(sizeof(Element)); }
 
   // The products of all queries with a block of keys, a few keys at a time.
-  void score_keys(const Block& block, const Left<Element>* queries, float* scores,
-                  Ahead<Element>& ahead) const {
+  void compute_scores(const Block& block, const LhsElement<Element>* queries, float* scores,
+                      Prefetcher<Element>& ahead) const {
     for (int64_t s = 0; s < block.count(); s += kLanes) {
       const auto some = [&]<int Rows>(int64_t row) {
-        constexpr int kKeys = smaller(kDots / sums_for(Rows), kLanes);
+        constexpr int kKeys = min(kMaxAccumulators / sums_for(Rows), kLanes);
 #pragma GCC unroll 1
         for (int64_t k = s; k < s + kLanes; k += kKeys)
-          dot_rows<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys.row + k,
-                                a_.D, row == 0 ? &ahead : nullptr, scores + row * block_keys_ + k,
-                                block_keys_);
+          qk_dot<Rows, kKeys>(queries + row * query_stride(), query_stride(), block.keys.row + k,
+                              a_.D, row == 0 ? &ahead : nullptr, scores + row * block_keys_ + k,
+                              block_keys_);
       };
       int64_t row = 0;
       for (; row + 4 <= rows_; row += 4) some.template operator()<4>(row);
@@ -230,24 +231,24 @@ class Decode {
   }
 
   template <bool kStats>
-  void weigh_keys(const Block& block, float* scores, float* weighted, RowSums* sums) const {
-    using Operand = std::conditional_t<kInPairs<Element>, Pair, float>;
+  void softmax_block(const Block& block, float* scores, float* acc, SoftmaxState* sums) const {
+    using Operand = std::conditional_t<kUsesBF16Dot<Element>, BF16Pair, float>;
     const int64_t begin = block.begin, padded_end = begin + round_up(block.count(), kLanes);
     each_query(block.head, [&](int64_t row, const Query& q) {
       float* z = scores + row * block_keys_;
       for (int64_t i = 0; i < padded_end - begin; i += kLanes) {
-        F32 scale = all(a_.scale);
+        F32 scale = splat(a_.scale);
         if constexpr (kHasScales) scale *= load(block.keys.scale + i);
         store(z + i, load(z + i) * scale);
       }
-      shape_scores(a_, q, begin, padded_end, z);
+      apply_score_mods(a_, q, begin, padded_end, z);
       const float factor = online_softmax<kStats, Operand>(a_, q, begin, padded_end, z, sums[row]);
       if constexpr (kHasScales) {
         for (int64_t i = 0; i < padded_end - begin; i += kLanes)
           store(z + i, load(z + i) * load(block.values.scale + i));
       }
       if (factor == 1.0F) return;
-      float* to = weighted + row * output_stride();
+      float* to = acc + row * output_stride();
       for (int64_t e = 0; e < a_.E; e += kLanes) store(to + e, load(to + e) * factor);
     });
   }
@@ -258,29 +259,29 @@ class Decode {
     return kTileVectors == 2 && rows <= 2 ? 8 / rows : kTileVectors;
   }
 
-  // weighted += weights @ value, a tile of rows and columns at a time.
-  void add_values(const Block& block, const float* weights, float* weighted,
-                  Ahead<Element>& ahead) const {
-    constexpr int kFew = kRowStep<Element> / kLanes;
+  // acc += weights @ value, a tile of rows and columns at a time.
+  void accumulate_pv(const Block& block, const float* weights, float* acc,
+                     Prefetcher<Element>& ahead) const {
+    constexpr int kNarrow = kRowStep<Element> / kLanes;
     const int64_t even = round_up(block.count(), 2);
     for (int64_t row = 0; row < rows_; row += kTileRows) {
       const auto columns = [&]<int Rows, int Vectors, bool Whole>(int64_t e) {
-        weigh_rows<Rows, Vectors, Whole>(weights + row * block_keys_, block_keys_, block.values.row,
-                                         even, e, a_.E, row == 0 ? &ahead : nullptr,
-                                         weighted + row * output_stride() + e, output_stride());
+        pv_accumulate<Rows, Vectors, Whole>(
+            weights + row * block_keys_, block_keys_, block.values.row, even, e, a_.E,
+            row == 0 ? &ahead : nullptr, acc + row * output_stride() + e, output_stride());
       };
       const auto tiles = [&]<int Rows>() {
-        constexpr int kMany = vectors_for(Rows);
+        constexpr int kWide = vectors_for(Rows);
         int64_t e = 0;
-        for (; e + kMany * kLanes <= a_.E; e += kMany * kLanes)
-          columns.template operator()<Rows, kMany, true>(e);
-        for (; kMany > kTileVectors && e + kPanel <= a_.E; e += kPanel)
+        for (; e + kWide * kLanes <= a_.E; e += kWide * kLanes)
+          columns.template operator()<Rows, kWide, true>(e);
+        for (; kWide > kTileVectors && e + kPanel <= a_.E; e += kPanel)
           columns.template operator()<Rows, kTileVectors, true>(e);
-        for (; e + kFew * kLanes <= a_.E; e += kFew * kLanes)
-          columns.template operator()<Rows, kFew, true>(e);
-        if (e < a_.E) columns.template operator()<Rows, kFew, false>(e);
+        for (; e + kNarrow * kLanes <= a_.E; e += kNarrow * kLanes)
+          columns.template operator()<Rows, kNarrow, true>(e);
+        if (e < a_.E) columns.template operator()<Rows, kNarrow, false>(e);
       };
-      switch (smaller(kTileRows, rows_ - row)) {
+      switch (min(kTileRows, rows_ - row)) {
         case 1: tiles.template operator()<1>(); break;
         case 2: tiles.template operator()<2>(); break;
         case 3: tiles.template operator()<3>(); break;
@@ -291,11 +292,11 @@ class Decode {
     }
   }
 
-  const Attention& a_;
-  const Output& out_;
+  const AttentionParams& a_;
+  const ForwardOutput& out_;
   int64_t rows_, block_keys_, heads_, splits_;
   float* weighted_ = nullptr;
-  RowSums* sums_ = nullptr;
+  SoftmaxState* sums_ = nullptr;
 };
 
 }  // namespace polyhead::POLYHEAD_ISA

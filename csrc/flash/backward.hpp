@@ -1,4 +1,5 @@
-// Gradients, with the scores computed anew from each row's largest score and sum (Dao et al. 2022).
+// BackwardParams, with the scores computed anew from each row's largest score and sum (Dao et al.
+// 2022).
 //
 // With P the weights, Z the scores, o and do a row of the output and of its gradient:
 //
@@ -12,8 +13,8 @@
 
 #include <numeric>
 
-#include "backward_scratch.hpp"
-#include "prefill.hpp"
+#include "flash/backward_scratch.hpp"
+#include "flash/prefill.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -22,13 +23,12 @@ namespace polyhead::POLYHEAD_ISA {
 template <class Element>
 class Backward {
  public:
-  Backward(const Attention& a, const Gradients& g)
+  Backward(const AttentionParams& a, const BackwardParams& g)
       : a_(a),
         g_(g),
         rows_(a.B * a.H * a.T),
         key_blocks_((a.S + kGradKeys - 1) / kGradKeys),
-        splits_(
-            smaller(greater(key_blocks_, 1), a.threads / std::gcd(a.B * a.G, int64_t{a.threads}))),
+        splits_(min(max(key_blocks_, 1), a.threads / std::gcd(a.B * a.G, int64_t{a.threads}))),
         parts_(shares_bias() ? a.threads : 0) {}
 
   void run() {
@@ -68,7 +68,7 @@ class Backward {
       if (parts_ > 0) {
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < g_.bias_size; i += 1024)
-          add_parts(bias_parts.data() + i, parts_, g_.bias_size, smaller(1024, g_.bias_size - i),
+          add_parts(bias_parts.data() + i, parts_, g_.bias_size, min(1024, g_.bias_size - i),
                     g_.bias + i);
       }
       if (g_.sinks != nullptr) {
@@ -79,7 +79,7 @@ class Backward {
   }
 
  private:
-  static constexpr int kDepth = Step<Element>::kDepth;
+  static constexpr int kElementsPerStep = Dot<Element>::kElementsPerStep;
   using Worker = BackwardScratch<Element>;
   using Weight = typename Worker::Weight;
 
@@ -97,9 +97,9 @@ class Backward {
   // A block of queries against a block of keys.
   struct Block {
     int64_t b, h, t, rows, s, keys;
-    Span tiles[kGradTiles];  // of the keys of the block, counted from s, those of each tile
+    KeyRange tiles[kGradTiles];  // of the keys of the block, counted from s, those of each tile
     int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
-    int64_t tile_rows(int64_t tile) const { return smaller(kTileRows, rows - tile * kTileRows); }
+    int64_t tile_rows(int64_t tile) const { return min(kTileRows, rows - tile * kTileRows); }
   };
 
   static void add_parts(const float* parts, int64_t count, int64_t stride, int64_t size,
@@ -107,8 +107,8 @@ class Backward {
     for (int64_t i = 0; i < size; i += kLanes) {
       F32 total{};
       for (int64_t part = 0; part < count; ++part)
-        total += load_first(parts + part * stride + i, size - i);
-      store_first(to + i, total, size - i);
+        total += load_n(parts + part * stride + i, size - i);
+      store_n(to + i, total, size - i);
     }
   }
 
@@ -116,20 +116,21 @@ class Backward {
   void prepare_row(int64_t row) const {
     const int64_t t = row % a_.T, h = row / a_.T % a_.H, b = row / a_.T / a_.H;
     F32 total{};
-    by_dtype(a_.query.dtype, [&](auto number) {
+    dispatch_dtype(a_.query.dtype, [&](auto number) {
       const auto* output = row_of<decltype(number)>(g_.output, b, h, t);
       const auto* grad = row_of<decltype(number)>(g_.grad_output, b, h, t);
       for (int64_t e = 0; e < a_.E; e += kLanes)
-        total += load_first(output + e, a_.E - e) * load_first(grad + e, a_.E - e);
+        total += load_n(output + e, a_.E - e) * load_n(grad + e, a_.E - e);
     });
-    deltas_[row] = sum(total);
+    deltas_[row] = reduce_add(total);
   }
 
-  // The sink's share of a row. (exp(sink - most) would be infinite beside a large sink.)
+  // The sink's share of a row. (exp(sink - row_max) would be infinite beside a large sink.)
   float sink_weight(int64_t row, float sink) const {
-    const float most = g_.shifts[row];
-    if (sink > most) return 1.0F / (1.0F + g_.shifts[rows_ + row] * std::exp(most - sink));
-    return std::exp(sink - most) * g_.shifts[2 * rows_ + row];
+    const float row_max = g_.softmax_state[row];
+    if (sink > row_max)
+      return 1.0F / (1.0F + g_.softmax_state[rows_ + row] * std::exp(row_max - sink));
+    return std::exp(sink - row_max) * g_.softmax_state[2 * rows_ + row];
   }
 
   float sink_gradient(int64_t h) const {
@@ -137,7 +138,7 @@ class Backward {
     for (int64_t b = 0; b < a_.B; ++b) {
       for (int64_t t = 0; t < a_.T; ++t) {
         const int64_t row = (b * a_.H + h) * a_.T + t;
-        if (g_.shifts[row] == -kInfinity) continue;
+        if (g_.softmax_state[row] == -kInfinity) continue;
         total -= deltas_[row] * sink_weight(row, a_.sinks[h]);
       }
     }
@@ -150,17 +151,17 @@ class Backward {
     // Every splits_-th block: with a causal mask early keys are seen by more queries.
     for (int64_t block = split; block < key_blocks_; block += splits_) {
       const int64_t s = block * kGradKeys;
-      const int64_t count = smaller(kGradKeys, a_.S - s);
-      pack_columns(a_.key, b, g, s, s + count, a_.D, worker.key_columns);
-      pack_columns(a_.value, b, g, s, s + count, a_.E, worker.value_columns);
-      pack_steps(a_.key, b, g, s, s + count, a_.D, worker.key_steps);
-      const int64_t steps = Packed<Element>::steps(count);
-      clear(worker.key_steps + steps * size_d(), (kGradKeys / kDepth - steps) * size_d());
+      const int64_t count = min(kGradKeys, a_.S - s);
+      pack_keys(a_.key, b, g, s, s + count, a_.D, worker.key_columns);
+      pack_keys(a_.value, b, g, s, s + count, a_.E, worker.value_columns);
+      pack_depth_major(a_.key, b, g, s, s + count, a_.D, worker.key_steps);
+      const int64_t steps = PackedLayout<Element>::steps(count);
+      clear(worker.key_steps + steps * size_d(), (kGradKeys / kElementsPerStep - steps) * size_d());
       clear(worker.key_grad, kGradKeys * size_d());
       clear(worker.value_grad, kGradKeys * size_e());
       for (int64_t h = g * a_.group(); h < (g + 1) * a_.group(); ++h)
         for (int64_t t = 0; t < a_.T; t += kGradQueries)
-          run_block(worker, {b, h, t, smaller(kGradQueries, a_.T - t), s, count, {}}, split);
+          run_block(worker, {b, h, t, min(kGradQueries, a_.T - t), s, count, {}}, split);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (b * a_.G + g) * a_.S + s + i;
         copy_row(worker.key_grad + i * size_d(), a_.D, g_.key + at * a_.D);
@@ -177,10 +178,9 @@ class Backward {
     bool any = false;
     for (int64_t i = 0; i < block.tile_count(); ++i) {
       const int64_t t = block.t + i * kTileRows;
-      const Span keys = keys_of(a_, block.b, t, t + block.tile_rows(i));
-      block.tiles[i] = {
-          greater(keys.begin - block.s, 0) / kLanes * kLanes,
-          smaller(round_up(keys.end - block.s, kLanes), round_up(block.keys, kLanes))};
+      const KeyRange keys = key_range(a_, block.b, t, t + block.tile_rows(i));
+      block.tiles[i] = {max(keys.begin - block.s, 0) / kLanes * kLanes,
+                        min(round_up(keys.end - block.s, kLanes), round_up(block.keys, kLanes))};
       if (block.tiles[i].empty()) block.tiles[i] = {0, 0};
       any = any || !block.tiles[i].empty();
     }
@@ -188,14 +188,14 @@ class Backward {
     const int64_t end = block.t + block.rows;
     pack_queries(a_.query, block.b, block.h, block.t, end, a_.D, worker.queries);
     pack_queries(g_.grad_output, block.b, block.h, block.t, end, a_.E, worker.grads);
-    if constexpr (kDepth > 1) {
-      pack_steps(a_.query, block.b, block.h, block.t, end, a_.D, worker.query_steps);
-      pack_steps(g_.grad_output, block.b, block.h, block.t, end, a_.E, worker.grad_steps);
+    if constexpr (kElementsPerStep > 1) {
+      pack_depth_major(a_.query, block.b, block.h, block.t, end, a_.D, worker.query_steps);
+      pack_depth_major(g_.grad_output, block.b, block.h, block.t, end, a_.E, worker.grad_steps);
     }
     multiply_columns(block, worker.queries, worker.key_columns, a_.D, a_.scale, worker.weights);
     multiply_columns(block, worker.grads, worker.value_columns, a_.E, 1.0F, worker.scores);
     for (int64_t row = 0; row < block.rows; ++row) differentiate_row(worker, block, row);
-    if constexpr (kDepth > 1) {
+    if constexpr (kElementsPerStep > 1) {
       pair_up_rows(worker.weights, block.rows, worker.weight_steps);
       pair_up_rows(worker.scores, block.rows, worker.score_steps);
     }
@@ -208,13 +208,12 @@ class Backward {
   void multiply_columns(const Block& block, const Element* rows, const Element* columns,
                         int64_t depth, float factor, float* products) const {
     const int64_t row_stride = round_up(depth, kLanes);
-    const int64_t steps = Packed<Element>::steps(depth);
+    const int64_t steps = PackedLayout<Element>::steps(depth);
     for (int64_t panel = 0; panel < block.keys; panel += kPanel) {
-      const RightOperand<Element> right{columns + Packed<Element>::column_panel(panel, depth),
-                                        kPanel};
+      const Rhs<Element> right{columns + PackedLayout<Element>::column_panel(panel, depth), kPanel};
       for (int64_t i = 0; i < block.tile_count(); ++i) {
         if (panel >= block.tiles[i].end || panel + kPanel <= block.tiles[i].begin) continue;
-        const LeftOperand<Element> left{rows + i * kTileRows * row_stride, row_stride, 1};
+        const Lhs<Element> left{rows + i * kTileRows * row_stride, row_stride, 1};
         float* to = products + i * kTileRows * kGradStride + panel;
         tile_of<kTileVectors>(block.tile_rows(i), left, right, steps,
                               [&](int row, int v, F32 product) {
@@ -232,23 +231,24 @@ class Backward {
     auto* to_scores = reinterpret_cast<Weight*>(scores);
     const Query q(a_, block.b, block.h, block.t + row);
     const int64_t at = (q.b * a_.H + q.h) * a_.T + q.t;
-    // Weights as forward had them, times one number: so a row's errors in them cancel in dZ too.
-    const float most = g_.shifts[at], inverse = g_.shifts[2 * rows_ + at];
-    const float keys_inverse = 1.0F / g_.shifts[rows_ + at];
-    const Span span = most == -kInfinity ? Span{0, 0} : block.tiles[row / kTileRows];
+    // WeightsOutput as forward had them, times one number: so a row's errors in them cancel in dZ
+    // too.
+    const float row_max = g_.softmax_state[at], inverse = g_.softmax_state[2 * rows_ + at];
+    const float keys_inverse = 1.0F / g_.softmax_state[rows_ + at];
+    const KeyRange span = row_max == -kInfinity ? KeyRange{0, 0} : block.tiles[row / kTileRows];
     const int64_t begin = block.s + span.begin;
-    shape_scores(a_, q, begin, block.s + span.end, weights + span.begin, worker.capped);
+    apply_score_mods(a_, q, begin, block.s + span.end, weights + span.begin, worker.capped);
     const float delta = deltas_[at];
     const Dropout dropout(a_);
     const uint64_t row_key = dropout.row_key(at);
     F32 bias_sum{};
-    const F32 cap = all(a_.softcap == 0.0F ? 0.0F : 1.0F / a_.softcap);
+    const F32 cap = splat(a_.softcap == 0.0F ? 0.0F : 1.0F / a_.softcap);
     for (int64_t i = span.begin; i < span.end; i += kLanes) {
-      const F32 power = exp2_of((load(weights + i) - most) * kLog2E);
+      const F32 power = exp2_of((load(weights + i) - row_max) * kLog2E);
       const F32 weight = inverse * power;
-      F32 kept = all(1.0F);
+      F32 kept = splat(1.0F);
       if (a_.dropout > 0.0)
-        kept = select(dropout.kept(row_key, block.s + i), all(dropout.factor), F32{});
+        kept = select(dropout.kept(row_key, block.s + i), splat(dropout.factor), F32{});
       F32 score = weight * (kept * load(scores + i) - delta);
       // d lse / d score is exp(score - lse), which is no weight: lse leaves the sink out.
       if (g_.grad_lse != nullptr) score += g_.grad_lse[at] * keys_inverse * power;
@@ -265,7 +265,8 @@ class Backward {
       clear(to + span.end, kGradKeys - span.end);
     }
     // One number for all keys: adding them up first rounds less often.
-    if (worker.bias != nullptr && g_.bias_stride[3] == 0) *bias_at(worker.bias, q) += sum(bias_sum);
+    if (worker.bias != nullptr && g_.bias_stride[3] == 0)
+      *bias_at(worker.bias, q) += reduce_add(bias_sum);
   }
 
   float* bias_at(float* bias, const Query& q) const {
@@ -275,12 +276,12 @@ class Backward {
   void add_to_bias(float* bias, const Query& q, int64_t s, F32 gradient) const {
     const int64_t stride = g_.bias_stride[3];
     float* to = bias_at(bias, q) + s * stride;
-    const int64_t count = smaller(kLanes, a_.S - s);
-    if (stride == 1) return store_first(to, load_first(to, count) + gradient, count);
+    const int64_t count = min(kLanes, a_.S - s);
+    if (stride == 1) return store_n(to, load_n(to, count) + gradient, count);
     for (int64_t i = 0; i < count; ++i) to[i * stride] += gradient[i];
   }
 
-  // Rows of Weights, two and two, as steps of a left operand.
+  // Rows of WeightsOutput, two and two, as steps of a left operand.
   static void pair_up_rows(const float* from, int64_t rows, Element* to) {
     static constexpr Weight kZeros[kGradKeys] = {};
     for (int64_t row = 0; row < rows; row += 2, from += 2 * kGradStride, to += kGradStride) {
@@ -298,20 +299,21 @@ class Backward {
     const int64_t stride = round_up(size, kLanes);
     for (int64_t key = 0; key < block.keys; key += kTileRows) {
       // The queries that see any of these keys are among these rows.
-      Span rows{block.rows, 0};
+      KeyRange rows{block.rows, 0};
       for (int64_t i = 0; i < block.tile_count(); ++i) {
         if (block.tiles[i].end <= key || key + kTileRows <= block.tiles[i].begin) continue;
-        rows.begin = smaller(rows.begin, i * kTileRows);
+        rows.begin = min(rows.begin, i * kTileRows);
         rows.end = i * kTileRows + block.tile_rows(i);
       }
       if (rows.empty()) continue;
-      const int64_t first = rows.begin / kDepth;
-      const LeftOperand<Element> a{left + first * kGradStride + key, 1, kGradStride};
+      const int64_t first = rows.begin / kElementsPerStep;
+      const Lhs<Element> a{left + first * kGradStride + key, 1, kGradStride};
       for (int64_t column = 0; column < size; column += kPanel) {
-        const RightOperand<Element> b{right + first * stride + column, stride};
+        const Rhs<Element> b{right + first * stride + column, stride};
         float* at = to + key * stride + column;
-        tile_of(kTileRows, Packed<Element>::panel_width(column, size) / kLanes, a, b,
-                Packed<Element>::steps(rows.end - rows.begin), [&](int row, int v, F32 product) {
+        tile_of(kTileRows, PackedLayout<Element>::panel_width(column, size) / kLanes, a, b,
+                PackedLayout<Element>::steps(rows.end - rows.begin),
+                [&](int row, int v, F32 product) {
                   float* sum = at + row * stride + v * kLanes;
                   store(sum, load(sum) + product);
                 });
@@ -321,16 +323,16 @@ class Backward {
 
   void add_to_queries(const Worker& worker, const Block& block, int64_t split) const {
     for (int64_t i = 0; i < block.tile_count(); ++i) {
-      const Span span = block.tiles[i];
+      const KeyRange span = block.tiles[i];
       if (span.empty()) continue;
       const int64_t first = i * kTileRows;
       const auto* scores = reinterpret_cast<const Element*>(worker.scores + first * kGradStride);
-      const LeftOperand<Element> left{scores + span.begin / kDepth, kGradStride, 1};
+      const Lhs<Element> left{scores + span.begin / kElementsPerStep, kGradStride, 1};
       for (int64_t d = 0; d < a_.D; d += kPanel) {
-        const RightOperand<Element> keys{worker.key_steps + span.begin / kDepth * size_d() + d,
-                                         size_d()};
-        tile_of(block.tile_rows(i), Packed<Element>::panel_width(d, a_.D) / kLanes, left, keys,
-                (span.end - span.begin) / kDepth, [&](int row, int v, F32 product) {
+        const Rhs<Element> keys{worker.key_steps + span.begin / kElementsPerStep * size_d() + d,
+                                size_d()};
+        tile_of(block.tile_rows(i), PackedLayout<Element>::panel_width(d, a_.D) / kLanes, left,
+                keys, (span.end - span.begin) / kElementsPerStep, [&](int row, int v, F32 product) {
                   store(worker.query_grad + (first + row) * size_d() + d + v * kLanes, product);
                 });
       }
@@ -339,13 +341,13 @@ class Backward {
         float* to = query_parts_ + (split * rows_ + at) * a_.D;
         const float* from = worker.query_grad + row * size_d();
         for (int64_t d = 0; d < a_.D; d += kLanes)
-          store_first(to + d, load_first(to + d, a_.D - d) + load(from + d), a_.D - d);
+          store_n(to + d, load_n(to + d, a_.D - d) + load(from + d), a_.D - d);
       }
     }
   }
 
-  const Attention& a_;
-  const Gradients& g_;
+  const AttentionParams& a_;
+  const BackwardParams& g_;
   int64_t rows_, key_blocks_, splits_, parts_;
   float* deltas_ = nullptr;
   float* query_parts_ = nullptr;

@@ -4,85 +4,86 @@
 
 #include <type_traits>
 
-#include "tile.hpp"
+#include "tiles/tile.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
 constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a tile
 
 // Where a token lies: a batch row and a token of it, or a block and a slot of it.
-struct Place {
+struct TokenAddress {
   int64_t first, second;
 
-  Place(const View& view, int64_t b, int64_t token) : first(b), second(token) {
-    if (view.table == nullptr) return;
-    first = view.table[b * view.table_stride + token / view.block_size];
+  TokenAddress(const TensorView& view, int64_t b, int64_t token) : first(b), second(token) {
+    if (view.block_table == nullptr) return;
+    first = view.block_table[b * view.table_stride + token / view.block_size];
     second = token % view.block_size;
   }
   template <class Source>
-  const Source* row(const View& view, int64_t head) const {
+  const Source* row(const TensorView& view, int64_t head) const {
     return static_cast<const Source*>(view.data) + first * view.stride[0] + head * view.stride[1] +
            second * view.stride[2];
   }
-  const float* scale(const View& view, int64_t head) const {
+  const float* scale(const TensorView& view, int64_t head) const {
     return view.scales + first * view.scale_stride[0] + head * view.scale_stride[1] +
            second * view.scale_stride[2];
   }
 };
 
 template <class Source>
-inline const Source* row_of(const View& view, int64_t b, int64_t head, int64_t token) {
-  return Place(view, b, token).row<Source>(view, head);
+inline const Source* row_of(const TensorView& view, int64_t b, int64_t head, int64_t token) {
+  return TokenAddress(view, b, token).row<Source>(view, head);
 }
 
 // One token's numbers of one head as float32, 0 up to the next whole vector.
 template <class Source>
-inline void widen_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
+inline void widen_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
                       float* to) {
-  const Place place(view, b, token);
+  const TokenAddress place(view, b, token);
   const Source* from = place.row<Source>(view, head);
-  if constexpr (std::is_same_v<Source, Code>) {
+  if constexpr (std::is_same_v<Source, Int8>) {
     const float scale = *place.scale(view, head);
-    for (int64_t i = 0; i < size; i += kLanes)
-      store(to + i, load_first(from + i, size - i) * scale);
+    for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_n(from + i, size - i) * scale);
   } else {
-    for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_first(from + i, size - i));
+    for (int64_t i = 0; i < size; i += kLanes) store(to + i, load_n(from + i, size - i));
   }
 }
 
 // Rows of one head as float32, each `stride` numbers long.
-inline void widen_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+inline void widen_rows(const TensorView& view, int64_t b, int64_t head, int64_t begin, int64_t end,
                        int64_t size, float* to, int64_t stride) {
-  by_stored_dtype(view.dtype, [&](auto source) {
+  dispatch_kv_dtype(view.dtype, [&](auto source) {
     for (int64_t token = begin; token < end; ++token, to += stride)
       widen_row<decltype(source)>(view, b, head, token, size, to);
   });
 }
 
 // One token's numbers of one head as bfloat16; codes are followed by 0 up to the next whole vector.
-inline void copy_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
+inline void copy_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
                      void* to) {
   if (view.dtype != Dtype::i8) {
     std::memcpy(to, row_of<BFloat16>(view, b, head, token), static_cast<size_t>(size) * 2);
     return;
   }
   alignas(64) float row[kMaxHeadSize];
-  widen_row<Code>(view, b, head, token, size, row);
+  widen_row<Int8>(view, b, head, token, size, row);
   for (int64_t i = 0; i < size; i += kLanes)
     store_as(static_cast<char*>(to) + i * 2, round_to_bf16(load(row + i)));
 }
 
 // Two rows of bfloat16 as pairs, a column after the other.
 inline U32 pair_up(const void* first, const void* second) {
-  return widen(load_as<U16>(first)) | (widen(load_as<U16>(second)) << 16);
+  return to_f32(load_as<U16>(first)) | (to_f32(load_as<U16>(second)) << 16);
 }
 
 // How a tensor is held for tiles that take Elements.
 template <class Element>
-struct Packed {
-  static constexpr int kDepth = Step<Element>::kDepth;
+struct PackedLayout {
+  static constexpr int kElementsPerStep = Dot<Element>::kElementsPerStep;
 
-  static int64_t steps(int64_t depth) { return round_up(depth, kDepth) / kDepth; }
+  static int64_t steps(int64_t depth) {
+    return round_up(depth, kElementsPerStep) / kElementsPerStep;
+  }
 
   // Panels of kPanel tokens: [panel][step of the size][token].
   static int64_t columns_size(int64_t tokens, int64_t size) {
@@ -98,7 +99,7 @@ struct Packed {
     return feature * steps(round_up(tokens, kPanel));
   }
   static int64_t panel_width(int64_t feature, int64_t size) {
-    return smaller(kPanel, round_up(size, kLanes) - feature);
+    return min(kPanel, round_up(size, kLanes) - feature);
   }
 };
 
@@ -109,19 +110,19 @@ inline void clear(Number* numbers, int64_t count) {
 }
 
 // One token's numbers of one head as tiles take them: whole steps of them.
-inline void read_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
+inline void read_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
                      float* to) {
   widen_rows(view, b, head, token, token + 1, size, to, 0);
 }
-inline void read_row(const View& view, int64_t b, int64_t head, int64_t token, int64_t size,
-                     Pair* to) {
+inline void read_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
+                     BF16Pair* to) {
   to[(size - 1) / 2].bits = 0;  // an odd size ends with half a pair
   copy_row(view, b, head, token, size, to);
 }
 
 // Queries, row by row, as left operand.
 template <class Number>
-inline void pack_queries(const View& view, int64_t b, int64_t h, int64_t begin, int64_t end,
+inline void pack_queries(const TensorView& view, int64_t b, int64_t h, int64_t begin, int64_t end,
                          int64_t size, Number* to) {
   const int64_t stride = round_up(size, kLanes);
   for (int64_t token = begin; token < end; ++token, to += stride)
@@ -147,10 +148,10 @@ template <int Distance = kLanes / 2, class Vector>
 
 // Tokens [begin, end) as columns, in panels from `to` on; the last panel is filled up with zeros.
 template <class Number>
-inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                         int64_t size, Number* to) {
+inline void pack_keys(const TensorView& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                      int64_t size, Number* to) {
   using Vector = std::conditional_t<std::is_same_v<Number, float>, F32, U32>;
-  const int64_t steps = Packed<Number>::steps(size);
+  const int64_t steps = PackedLayout<Number>::steps(size);
   // An odd number of lines apart: else the rows would share a few sets of the cache.
   alignas(64) Number rows[kLanes][kMaxHeadSize + 16];
   for (int64_t s = 0; s < round_up(end - begin, kPanel); s += kLanes) {
@@ -161,7 +162,8 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
         clear(rows[i], steps);
       }
     }
-    Number* columns = to + Packed<Number>::column_panel(s / kPanel * kPanel, size) + s % kPanel;
+    Number* columns =
+        to + PackedLayout<Number>::column_panel(s / kPanel * kPanel, size) + s % kPanel;
     for (int64_t d = 0; d < steps; d += kLanes) {
       Vector square[kLanes];
 #pragma GCC unroll 16
@@ -175,10 +177,10 @@ inline void pack_columns(const View& view, int64_t b, int64_t head, int64_t begi
 }
 
 // Tokens [begin, end) as rows `at` .. of panels for so many `tokens`; `at` is even.
-inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                      int64_t at, int64_t tokens, int64_t size, float* to) {
+inline void pack_values(const TensorView& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                        int64_t at, int64_t tokens, int64_t size, float* to) {
   alignas(64) float row[kMaxHeadSize];
-  by_stored_dtype(view.dtype, [&](auto source) {
+  dispatch_kv_dtype(view.dtype, [&](auto source) {
     const int64_t padded_end = round_up(end, kPanel);
     for (int64_t s = begin; s < padded_end; ++s) {
       if (s < end) {
@@ -187,16 +189,16 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
         clear(row, round_up(size, kLanes));
       }
       for (int64_t e = 0; e < size; e += kPanel) {
-        const int64_t width = Packed<float>::panel_width(e, size);
-        float* panel = to + Packed<float>::row_panel(e, tokens);
+        const int64_t width = PackedLayout<float>::panel_width(e, size);
+        float* panel = to + PackedLayout<float>::row_panel(e, tokens);
         std::memcpy(panel + (at + s - begin) * width, row + e, static_cast<size_t>(width) * 4);
       }
     }
   });
 }
 
-inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                      int64_t at, int64_t tokens, int64_t size, Pair* to) {
+inline void pack_values(const TensorView& view, int64_t b, int64_t head, int64_t begin, int64_t end,
+                        int64_t at, int64_t tokens, int64_t size, BF16Pair* to) {
   const int64_t padded_end = round_up(end, kPanel);
   const int64_t padded_size = round_up(size, kLanes);
   alignas(64) uint16_t rows[2][kMaxHeadSize] = {};
@@ -210,8 +212,8 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
     }
     for (int64_t e = 0; e < padded_size; e += kLanes) {
       const int64_t first = e / kPanel * kPanel;
-      const int64_t width = Packed<Pair>::panel_width(first, size);
-      Pair* panel = to + Packed<Pair>::row_panel(first, tokens);
+      const int64_t width = PackedLayout<BF16Pair>::panel_width(first, size);
+      BF16Pair* panel = to + PackedLayout<BF16Pair>::row_panel(first, tokens);
       store_as(panel + (at + s - begin) / 2 * width + (e - first),
                pair_up(rows[0] + e, rows[1] + e));
     }
@@ -219,13 +221,13 @@ inline void pack_rows(const View& view, int64_t b, int64_t head, int64_t begin, 
 }
 
 // Tokens [begin, end) as right operand in one piece, not in panels: [step of the tokens][feature].
-inline void pack_steps(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                       int64_t size, float* to) {
+inline void pack_depth_major(const TensorView& view, int64_t b, int64_t head, int64_t begin,
+                             int64_t end, int64_t size, float* to) {
   widen_rows(view, b, head, begin, end, size, to, round_up(size, kLanes));
 }
 
-inline void pack_steps(const View& view, int64_t b, int64_t head, int64_t begin, int64_t end,
-                       int64_t size, Pair* to) {
+inline void pack_depth_major(const TensorView& view, int64_t b, int64_t head, int64_t begin,
+                             int64_t end, int64_t size, BF16Pair* to) {
   alignas(64) uint16_t rows[2][kMaxHeadSize] = {};
   for (int64_t s = begin; s < end; s += 2) {
     for (int64_t i = 0; i < 2; ++i) {

@@ -1,29 +1,29 @@
 // The register tile: a few rows times a few vectors of columns, held in registers over the depth.
 //
 // The left operand is read a number at a time and broadcast; the right one is read in vectors. A
-// float32 operand holds one number of the summed dimension a step, a Pair two.
+// float32 operand holds one number of the summed dimension a step, a BF16Pair two.
 #pragma once
 
-#include "vec.hpp"
+#include "simd/vec.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
 template <class Element>
-struct Step;  // how many numbers of the summed dimension one step takes, and what a step adds
+struct Dot;  // how many numbers of the summed dimension one step takes, and what a step adds
 
 template <>
-struct Step<float> {
-  static constexpr int kDepth = 1;
-  static F32 broadcast(const float* a) { return all(*a); }
+struct Dot<float> {
+  static constexpr int kElementsPerStep = 1;
+  static F32 broadcast(const float* a) { return splat(*a); }
   static F32 add(F32 sum, F32 a, F32 b) { return sum + a * b; }
   static F32 right(const float* b) { return load(b); }
 };
 
 template <>
-struct Step<Pair> {
-  static constexpr int kDepth = 2;
-  static U32 broadcast(const Pair* a) { return a->bits - U32{}; }
-  static U32 right(const Pair* b) { return load_as<U32>(b); }
+struct Dot<BF16Pair> {
+  static constexpr int kElementsPerStep = 2;
+  static U32 broadcast(const BF16Pair* a) { return a->bits - U32{}; }
+  static U32 right(const BF16Pair* b) { return load_as<U32>(b); }
   static F32 add(F32 sum, U32 a, U32 b) {
 #if defined(__AVX512BF16__)
     return reinterpret_cast<F32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
@@ -39,23 +39,23 @@ struct Step<Pair> {
 
 // What right operands not packed are read as.
 template <>
-struct Step<BFloat16> : Step<float> {
+struct Dot<BFloat16> : Dot<float> {
   static F32 right(const BFloat16* b) { return load(b); }
 };
 template <>
-struct Step<Float16> : Step<float> {
+struct Dot<Float16> : Dot<float> {
   static F32 right(const Float16* b) { return load(b); }
 };
 
-template <class Left>
-struct LeftOperand {
-  const Left* data;
+template <class LhsElement>
+struct Lhs {
+  const LhsElement* data;
   int64_t row;   // from one row to the next
   int64_t step;  // from one step of the summed dimension to the next
 };
 
 template <class Right>
-struct RightOperand {
+struct Rhs {
   const Right* data;
   int64_t step;
   int64_t valid = kLanes;  // columns that may be read, where there is one vector of them
@@ -63,28 +63,28 @@ struct RightOperand {
 
 // products = left (Rows x depth) @ right (depth x Vectors * kLanes); `finish(row, vector, product)`
 // gets each vector of them.
-template <int Rows, int Vectors, bool Whole, class Left, class Right, class Finish>
-[[gnu::always_inline]] inline void tile(LeftOperand<Left> left, RightOperand<Right> right,
-                                        int64_t steps, Finish&& finish) {
+template <int Rows, int Vectors, bool Whole, class LhsElement, class Right, class Finish>
+[[gnu::always_inline]] inline void tile(Lhs<LhsElement> left, Rhs<Right> right, int64_t steps,
+                                        Finish&& finish) {
   F32 sums[Rows][Vectors] = {};
-  const Left* a = left.data;
+  const LhsElement* a = left.data;
   const Right* b = right.data;
   for (int64_t step = 0; step < steps; ++step, a += left.step, b += right.step) {
-    decltype(Step<Right>::right(b)) columns[Vectors];
+    decltype(Dot<Right>::right(b)) columns[Vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
       if constexpr (Whole) {
-        columns[v] = Step<Right>::right(b + v * kLanes);
+        columns[v] = Dot<Right>::right(b + v * kLanes);
       } else {
-        columns[v] = load_first(b, right.valid);
+        columns[v] = load_n(b, right.valid);
       }
     }
 #pragma GCC unroll 8
     for (int row = 0; row < Rows; ++row) {
-      const auto number = Step<Left>::broadcast(a + row * left.row);
+      const auto number = Dot<LhsElement>::broadcast(a + row * left.row);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v)
-        sums[row][v] = Step<Left>::add(sums[row][v], number, columns[v]);
+        sums[row][v] = Dot<LhsElement>::add(sums[row][v], number, columns[v]);
     }
   }
 #pragma GCC unroll 8
@@ -95,10 +95,9 @@ template <int Rows, int Vectors, bool Whole, class Left, class Right, class Fini
 
 // A tile whose height is known at run time, at most kTileRows. (Inline always: a call for each tile
 // would take a twentieth of prefill's time.)
-template <int Vectors, bool Whole = true, class Left, class Right, class Finish>
-[[gnu::always_inline]] inline void tile_of(int64_t rows, LeftOperand<Left> left,
-                                           RightOperand<Right> right, int64_t steps,
-                                           Finish&& finish) {
+template <int Vectors, bool Whole = true, class LhsElement, class Right, class Finish>
+[[gnu::always_inline]] inline void tile_of(int64_t rows, Lhs<LhsElement> left, Rhs<Right> right,
+                                           int64_t steps, Finish&& finish) {
   switch (rows) {
     case 1: return tile<1, Vectors, Whole>(left, right, steps, finish);
     case 2: return tile<2, Vectors, Whole>(left, right, steps, finish);
@@ -110,10 +109,9 @@ template <int Vectors, bool Whole = true, class Left, class Right, class Finish>
 }
 
 // A tile whose width is known at run time too, at most kTileVectors.
-template <class Left, class Right, class Finish>
-[[gnu::always_inline]] inline void tile_of(int64_t rows, int64_t vectors, LeftOperand<Left> left,
-                                           RightOperand<Right> right, int64_t steps,
-                                           Finish&& finish) {
+template <class LhsElement, class Right, class Finish>
+[[gnu::always_inline]] inline void tile_of(int64_t rows, int64_t vectors, Lhs<LhsElement> left,
+                                           Rhs<Right> right, int64_t steps, Finish&& finish) {
   static_assert(kTileVectors <= 4);
   switch (vectors) {
     case 1: return tile_of<1>(rows, left, right, steps, finish);

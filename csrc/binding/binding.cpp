@@ -8,8 +8,8 @@
 #include <tuple>
 #include <utility>
 
-#include "arguments.hpp"
-#include "fork.hpp"
+#include "binding/torch_params.hpp"
+#include "fork_safety.hpp"
 
 namespace polyhead {
 namespace {
@@ -20,7 +20,7 @@ Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
 
 // Filled here where torch, which would fill large ones with a team of its own, could hang.
 Tensor zero_floats(const Tensor& like, std::vector<int64_t> sizes) {
-  if (!may_miss_its_team()) return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+  if (!omp_team_lost()) return torch::stable::new_zeros(like, sizes, ScalarType::Float);
   const Tensor zeros = empty_floats(like, std::move(sizes));
   std::memset(zeros.mutable_data_ptr(), 0, static_cast<size_t>(zeros.numel()) * sizeof(float));
   return zeros;
@@ -28,15 +28,15 @@ Tensor zero_floats(const Tensor& like, std::vector<int64_t> sizes) {
 
 float* data_of(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-Tensor empty_output(const Attention& a, const Tensor& query) {
+Tensor empty_output(const AttentionParams& a, const Tensor& query) {
   return torch::stable::new_empty(query, std::vector<int64_t>{a.B, a.H, a.T, a.E});
 }
 
-void attend(const Attention& a, const Output& out) {
-  if (a.B * a.H * a.T > 0) run_with_team(a.threads, [&] { kernels().forward(a, out); });
+void attend(const AttentionParams& a, const ForwardOutput& out) {
+  if (a.B * a.H * a.T > 0) run_fork_safe(a.threads, [&] { kernels().forward(a, out); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> run_forward(const Attention& a, const Tensor& query,
+std::tuple<Tensor, Tensor, Tensor> run_forward(const AttentionParams& a, const Tensor& query,
                                                bool stats) {
   const Tensor output = empty_output(a, query);
   const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const OptionalTensor& documents, const OptionalTensor& sinks,
     const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
-  Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks, alibi_slopes,
-            seed, band, scale, softcap, dropout);
-  call.attention.is_learnt = kIsLearnt;
+  ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
+                         alibi_slopes, seed, band, scale, softcap, dropout);
+  call.attention.needs_grad = kIsLearnt;
   return run_forward(call.attention, query, stats);
 }
 
@@ -66,8 +66,8 @@ Tensor attention_output(const Tensor& query, const Tensor& key, const Tensor& va
                         const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
                         const std::vector<int64_t>& band, double scale, double softcap,
                         double dropout) {
-  const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
-                  alibi_slopes, seed, band, scale, softcap, dropout);
+  const ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
+                               alibi_slopes, seed, band, scale, softcap, dropout);
   const Tensor output = empty_output(call.attention, query);
   attend(call.attention, {output.mutable_data_ptr()});
   return output;
@@ -89,20 +89,21 @@ bool is_plain(const Tensor& query, const Tensor& key, const Tensor& value) {
   return key.size(0) == query.size(0) && key.size(3) == D && G > 0 && H > 0 && H % G == 0 && D > 0;
 }
 
-// Attention of every query to every key, where nothing is amiss and nothing has to be copied.
-std::optional<Tensor> attention_plain(const Tensor& query, const Tensor& key, const Tensor& value,
-                                      std::optional<double> scale) {
+// AttentionParams of every query to every key, where nothing is amiss and nothing has to be copied.
+std::optional<Tensor> attention_fast(const Tensor& query, const Tensor& key, const Tensor& value,
+                                     std::optional<double> scale) {
   if (!is_plain(query, key, value)) return std::nullopt;
   constexpr int64_t kUnbounded = int64_t{1} << 40;
   const double factor = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(query.size(3)));
-  const Call call(query, key, value, {}, {}, {}, {}, {}, {}, {}, {},
-                  {-kUnbounded, kUnbounded, kUnbounded, kUnbounded, 0}, factor, 0.0, 0.0);
+  const ParamsFromTensors call(query, key, value, {}, {}, {}, {}, {}, {}, {}, {},
+                               {-kUnbounded, kUnbounded, kUnbounded, kUnbounded, 0}, factor, 0.0,
+                               0.0);
   const Tensor output = empty_output(call.attention, query);
   attend(call.attention, {output.mutable_data_ptr()});
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_stored(
+std::tuple<Tensor, Tensor, Tensor> attention_cached(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& key_scales,
     const OptionalTensor& value_scales, const OptionalTensor& table, int64_t tokens,
     const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
@@ -110,11 +111,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_stored(
     const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
   const int64_t B = query.size(0);
-  const Call call(query, key.size(1), tokens, value.size(3),
-                  stored_of(key, key_scales, table, "key", {B, kAny, tokens, query.size(3)}),
-                  stored_of(value, value_scales, table, "value", {B, key.size(1), tokens, kAny}),
-                  bias, allowed, lengths, padding, documents, sinks, alibi_slopes, seed, band,
-                  scale, softcap, dropout);
+  const ParamsFromTensors call(
+      query, key.size(1), tokens, value.size(3),
+      stored_of(key, key_scales, table, "key", {B, kAny, tokens, query.size(3)}),
+      stored_of(value, value_scales, table, "value", {B, key.size(1), tokens, kAny}), bias, allowed,
+      lengths, padding, documents, sinks, alibi_slopes, seed, band, scale, softcap, dropout);
   return run_forward(call.attention, query, stats);
 }
 
@@ -126,9 +127,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool bias_grad,
     bool sinks_grad) {
-  const Call call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
-                  alibi_slopes, seed, band, scale, softcap, dropout);
-  const Attention& a = call.attention;
+  const ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
+                               alibi_slopes, seed, band, scale, softcap, dropout);
+  const AttentionParams& a = call.attention;
   const auto sizes_if = [](bool asked, const OptionalTensor& tensor) {
     if (!asked) return std::vector<int64_t>{0};
     return std::vector<int64_t>(tensor->sizes().begin(), tensor->sizes().end());
@@ -139,10 +140,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Tensor bias_gradient = zero_floats(query, sizes_if(bias_grad, bias));
   const Tensor sinks_gradient = zero_floats(query, sizes_if(sinks_grad, sinks));
   const int64_t rows = a.B * a.H * a.T;
-  Gradients g;
+  BackwardParams g;
   g.grad_output = rows_of(grad_output, "grad_output", {a.B, a.H, a.T, a.E});
   g.output = rows_of(output, "output", {a.B, a.H, a.T, a.E});
-  g.shifts = shifts_of(details, rows);
+  g.softmax_state = shifts_of(details, rows);
   g.grad_lse = floats_of(grad_lse, "grad_lse", rows);
   g.query = data_of(query_grad);
   g.key = data_of(key_grad);
@@ -153,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     broadcast_strides(bias_gradient, "bias", {a.B, a.H, a.T, a.S}, g.bias_stride);
   }
   if (sinks_grad) g.sinks = data_of(sinks_gradient);
-  if (rows > 0) run_with_team(a.threads, [&] { kernels().backward(a, g); });
+  if (rows > 0) run_fork_safe(a.threads, [&] { kernels().backward(a, g); });
   return {query_grad, key_grad, value_grad, bias_gradient, sinks_gradient};
 }
 
@@ -162,14 +163,14 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
                          const OptionalTensor& padding, const OptionalTensor& documents,
                          const OptionalTensor& alibi_slopes, const std::vector<int64_t>& band,
                          double scale, double softcap, const Tensor& details, bool mean) {
-  const Call call(query, key, key, bias, allowed, lengths, padding, documents, std::nullopt,
-                  alibi_slopes, std::nullopt, band, scale, softcap, 0.0);
-  const Attention& a = call.attention;
+  const ParamsFromTensors call(query, key, key, bias, allowed, lengths, padding, documents,
+                               std::nullopt, alibi_slopes, std::nullopt, band, scale, softcap, 0.0);
+  const AttentionParams& a = call.attention;
   const auto sizes =
       mean ? std::vector<int64_t>{a.B, a.T, a.S} : std::vector<int64_t>{a.B, a.H, a.T, a.S};
   const Tensor weights = zero_floats(query, sizes);
   if (weights.numel() > 0)
-    run_with_team(a.threads, [&] {
+    run_fork_safe(a.threads, [&] {
       kernels().weights(a, {shifts_of(details, a.B * a.H * a.T), data_of(weights), mean});
     });
   return weights;
@@ -198,10 +199,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   m.def((std::string("attention_output") + kKeys + kVariant + ") -> Tensor").c_str());
   // The shortest way, for one token of a small model: it checks its arguments, too, and answers
   // nothing where another way has to be taken, or to say what is wrong.
-  m.def("attention_plain(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor?");
+  m.def("attention_fast(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor?");
   // Inference over keys and values where a cache holds them: `tokens` of each row, as int8 codes
   // with scales, in blocks (the first dimension) found through a table, or both.
-  m.def(forward_schema("attention_stored", kStoredKeys).c_str());
+  m.def(forward_schema("attention_cached", kStoredKeys).c_str());
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, "
       "Tensor details, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
@@ -220,8 +221,8 @@ STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward<true>));
   m.impl("attention_inference", TORCH_BOX(&attention_forward<false>));
   m.impl("attention_output", TORCH_BOX(&attention_output));
-  m.impl("attention_plain", TORCH_BOX(&attention_plain));
-  m.impl("attention_stored", TORCH_BOX(&attention_stored));
+  m.impl("attention_fast", TORCH_BOX(&attention_fast));
+  m.impl("attention_cached", TORCH_BOX(&attention_cached));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_weights", TORCH_BOX(&attention_weights));
 }
@@ -237,7 +238,7 @@ std::string cpu_isa(const std::string& name) {
 double cpu_multiply_add(bool pairs, int64_t steps) {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   double count = 0.0;
-  run_with_team(threads, [&] { count = kernels().multiply_add(pairs, steps, threads); });
+  run_fork_safe(threads, [&] { count = kernels().multiply_add(pairs, steps, threads); });
   return count;
 }
 

@@ -9,8 +9,8 @@
 #include <optional>
 #include <vector>
 
-#include "attention.hpp"
-#include "ranges.hpp"
+#include "key_ranges.hpp"
+#include "params.hpp"
 
 namespace polyhead {
 
@@ -44,10 +44,10 @@ inline void broadcast_strides(const Tensor& tensor, const char* name, const Size
 }
 
 // Rows of numbers that lie side by side, of these sizes.
-inline View rows_of(const Tensor& tensor, const char* name, const Sizes& sizes,
-                    bool are_codes = false) {
+inline TensorView rows_of(const Tensor& tensor, const char* name, const Sizes& sizes,
+                          bool are_codes = false) {
   STD_TORCH_CHECK(tensor.dim() == 4, "polyhead: ", name, " must have 4 dimensions");
-  View view;
+  TensorView view;
   for (int64_t i = 0; i < 4; ++i) {
     const int64_t size = tensor.size(i);
     STD_TORCH_CHECK(sizes[i] == kAny || size == sizes[i], "polyhead: ", name, " must have size ",
@@ -80,11 +80,11 @@ inline const float* shifts_of(const Tensor& details, int64_t rows) {
 }
 
 // Keys or values as a cache holds them: as codes with scales, in blocks of a table, or both.
-inline View stored_of(const Tensor& data, const OptionalTensor& scales, const OptionalTensor& table,
-                      const char* name, const Sizes& sizes) {
+inline TensorView stored_of(const Tensor& data, const OptionalTensor& scales,
+                            const OptionalTensor& table, const char* name, const Sizes& sizes) {
   const auto [B, G, S, size] = sizes;
   const Sizes blocks{kAny, G, kAny, size};
-  View view = rows_of(data, name, table ? blocks : sizes, scales.has_value());
+  TensorView view = rows_of(data, name, table ? blocks : sizes, scales.has_value());
   if (scales) {
     STD_TORCH_CHECK(data.scalar_type() == ScalarType::Char, "polyhead: codes must be int8");
     STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->dim() == 3,
@@ -101,12 +101,12 @@ inline View stored_of(const Tensor& data, const OptionalTensor& scales, const Op
   STD_TORCH_CHECK(table->scalar_type() == ScalarType::Int && table->dim() == 2 &&
                       table->is_contiguous() && table->size(0) == B,
                   "polyhead: table must be (B, columns), int32 and contiguous");
-  view.table = static_cast<const int32_t*>(table->const_data_ptr());
+  view.block_table = static_cast<const int32_t*>(table->const_data_ptr());
   view.table_stride = table->size(1);
   STD_TORCH_CHECK(S <= view.table_stride * view.block_size,
                   "polyhead: table must have a block for each token");
   for (int64_t i = 0; i < table->numel(); ++i)
-    STD_TORCH_CHECK(view.table[i] >= 0 && view.table[i] < data.size(0),
+    STD_TORCH_CHECK(view.block_table[i] >= 0 && view.block_table[i] < data.size(0),
                     "polyhead: table must have numbers of blocks");
   return view;
 }
@@ -139,34 +139,37 @@ inline std::vector<int64_t> integers_of(const OptionalTensor& tensor, const char
 }
 
 // Torch's number of threads, or one where waking a second takes longer than the work.
-inline int threads_for(const Attention& a) {
+inline int threads_for(const AttentionParams& a) {
   constexpr double kSmall = 1 << 17;  // multiplications
   const double work = static_cast<double>(a.B) * a.H * a.T * a.S * (a.D + a.E);
   return work < kSmall ? 1 : static_cast<int>(torch::stable::get_num_threads());
 }
 
-// An `Attention`, and what its pointers point to beside the tensors.
-struct Call {
-  Attention attention;
+// An `AttentionParams`, and what its pointers point to beside the tensors.
+struct ParamsFromTensors {
+  AttentionParams attention;
   Ranges ranges;
 
-  Call(const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
-       const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
-       const OptionalTensor& documents, const OptionalTensor& sinks,
-       const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
-       const std::vector<int64_t>& band, double scale, double softcap, double dropout)
-      : Call(query, key.size(1), key.size(2), value.size(3),
-             rows_of(key, "key", {query.size(0), kAny, kAny, query.size(3)}),
-             rows_of(value, "value", {query.size(0), key.size(1), key.size(2), kAny}), bias,
-             allowed, lengths, padding, documents, sinks, alibi_slopes, seed, band, scale, softcap,
-             dropout) {}
+  ParamsFromTensors(const Tensor& query, const Tensor& key, const Tensor& value,
+                    const OptionalTensor& bias, const OptionalTensor& allowed,
+                    const OptionalTensor& lengths, const OptionalTensor& padding,
+                    const OptionalTensor& documents, const OptionalTensor& sinks,
+                    const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+                    const std::vector<int64_t>& band, double scale, double softcap, double dropout)
+      : ParamsFromTensors(query, key.size(1), key.size(2), value.size(3),
+                          rows_of(key, "key", {query.size(0), kAny, kAny, query.size(3)}),
+                          rows_of(value, "value", {query.size(0), key.size(1), key.size(2), kAny}),
+                          bias, allowed, lengths, padding, documents, sinks, alibi_slopes, seed,
+                          band, scale, softcap, dropout) {}
 
-  Call(const Tensor& query, int64_t G, int64_t S, int64_t E, const View& key, const View& value,
-       const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
-       const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
-       const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
-       const std::vector<int64_t>& band, double scale, double softcap, double dropout) {
-    Attention& a = attention;
+  ParamsFromTensors(const Tensor& query, int64_t G, int64_t S, int64_t E, const TensorView& key,
+                    const TensorView& value, const OptionalTensor& bias,
+                    const OptionalTensor& allowed, const OptionalTensor& lengths,
+                    const OptionalTensor& padding, const OptionalTensor& documents,
+                    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes,
+                    const OptionalTensor& seed, const std::vector<int64_t>& band, double scale,
+                    double softcap, double dropout) {
+    AttentionParams& a = attention;
     a.query = rows_of(query, "query", {kAny, kAny, kAny, kAny});
     a.key = key;
     a.value = value;
@@ -186,18 +189,18 @@ struct Call {
     }
     if (allowed) {
       STD_TORCH_CHECK(allowed->scalar_type() == ScalarType::Bool, "polyhead: allowed must be bool");
-      a.allowed = static_cast<const uint8_t*>(allowed->const_data_ptr());
+      a.dense_mask = static_cast<const uint8_t*>(allowed->const_data_ptr());
       broadcast_strides(*allowed, "allowed", scores, a.allowed_stride);
     }
     STD_TORCH_CHECK(!documents || a.T <= a.S, "polyhead: documents need a key for each query");
     ranges = ranges_of({band[0], band[1], band[2], band[3], band[4]}, a.B, a.T, a.S,
                        integers_of(lengths, "lengths", a.B), integers_of(padding, "padding", a.B),
                        integers_of(documents, "documents", a.S, a.B));
-    a.first = ranges.first.data();
-    a.last = ranges.last.data();
-    a.range_stride = ranges.batches > 1 ? a.T : 0;
+    a.kv_begin = ranges.first.data();
+    a.kv_end = ranges.last.data();
+    a.kv_range_stride = ranges.batches > 1 ? a.T : 0;
     if (!ranges.documents.empty()) {
-      a.document = ranges.documents.data();
+      a.doc_ids = ranges.documents.data();
       a.document_stride = ranges.document_batches > 1 ? a.S : 0;
     }
     a.sinks = floats_of(sinks, "sinks", a.H);

@@ -8,12 +8,12 @@
 namespace polyhead {
 
 // Whether the calling thread is the one that forked this process, and may miss its team.
-bool may_miss_its_team();
+bool omp_team_lost();
 
 // Runs `work`, of so many threads, where its parallel regions find or make a team.
 template <class Work>
-void run_with_team(int threads, Work&& work) {
-  if (threads == 1 || !may_miss_its_team()) return work();
+void run_fork_safe(int threads, Work&& work) {
+  if (threads == 1 || !omp_team_lost()) return work();
   // A new thread has no team yet, and makes one.
   std::exception_ptr error;
   std::thread([&] {

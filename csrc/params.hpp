@@ -14,7 +14,7 @@ enum class Dtype { f32, bf16, f16, i8 };  // i8: of keys and values only, codes 
 
 // (B, heads, tokens, size) with any strides; a stride of 0 broadcasts. For q, k and v the last
 // stride is 1.
-struct View {
+struct TensorView {
   const void* data = nullptr;
   Dtype dtype = Dtype::f32;
   int64_t stride[4] = {0, 0, 0, 0};
@@ -24,25 +24,25 @@ struct View {
   int64_t scale_stride[3] = {0, 0, 0};
   // Token s of batch row b is in block table[b * table_stride + s / block_size], at
   // s % block_size: then the first stride leads from block to block. nullptr: side by side.
-  const int32_t* table = nullptr;
+  const int32_t* block_table = nullptr;
   int64_t table_stride = 0;
   int64_t block_size = 1;
 };
 
-struct Attention {
+struct AttentionParams {
   int64_t B, H, G, T, S, D, E;
-  View query, key, value;
-  View bias;                         // added to the scores; data == nullptr: none
-  const uint8_t* allowed = nullptr;  // a bool tensor, true: may attend; nullptr: everybody
+  TensorView query, key, value;
+  TensorView bias;                      // added to the scores; data == nullptr: none
+  const uint8_t* dense_mask = nullptr;  // a bool tensor, true: may attend; nullptr: everybody
   int64_t allowed_stride[4] = {0, 0, 0, 0};
 
-  // Query t of batch row b may attend to keys first[b * range_stride + t] up to, not including,
-  // last[b * range_stride + t].
-  const int32_t* first = nullptr;
-  const int32_t* last = nullptr;
-  int64_t range_stride = 0;
+  // Query t of batch row b may attend to keys kv_begin[b * kv_range_stride + t] up to, not
+  // including, kv_end[b * kv_range_stride + t].
+  const int32_t* kv_begin = nullptr;
+  const int32_t* kv_end = nullptr;
+  int64_t kv_range_stride = 0;
   // The document of each key, where documents are not runs of keys; nullptr: ranges say it all.
-  const int32_t* document = nullptr;
+  const int32_t* doc_ids = nullptr;
   int64_t document_stride = 0;
 
   const float* sinks = nullptr;         // (H,)
@@ -53,7 +53,7 @@ struct Attention {
   uint64_t seed = 0;
   // Backward computes the scores again, and must find those that forward found: summed in the same
   // order, and so by the same tiles.
-  bool is_learnt = false;
+  bool needs_grad = false;
   int threads = 1;
 
   int64_t group() const { return H / G; }
@@ -61,33 +61,33 @@ struct Attention {
   int64_t position(int64_t t) const { return S - T + t; }
 };
 
-struct Output {
+struct ForwardOutput {
   void* output = nullptr;  // (B, H, T, E), contiguous, in the query's dtype
   float* lse = nullptr;    // (B, H, T); nullptr: nothing but the output is asked for
   // (3, B, H, T), for backward: each row's largest score; the sum of exp(score - largest) over its
   // keys; and the inverse of that sum with the sink's added. lse loses digits where scores are
   // large: of a row of the lowest float32 it would no longer know how many keys it has.
-  float* shifts = nullptr;
+  float* softmax_state = nullptr;
   float* stats = nullptr;  // (6, B, H, T) in the order of HeadStats; nullptr: not asked for
 };
 
 // What of the weights is asked for after forward, in float32 and contiguous.
-struct Weights {
-  const float* shifts = nullptr;  // (3, B, H, T), what forward returned
-  float* weights = nullptr;       // (B, H, T, S), or (B, T, S) for the mean over heads; given as 0
+struct WeightsOutput {
+  const float* softmax_state = nullptr;  // (3, B, H, T), what forward returned
+  float* weights = nullptr;  // (B, H, T, S), or (B, T, S) for the mean over heads; given as 0
   bool is_mean = false;
 };
 
 // What backward is given beside the call, and what it fills in: float32, contiguous.
-struct Gradients {
-  View grad_output;                 // (B, H, T, E)
-  View output;                      // (B, H, T, E), what forward returned
-  const float* shifts = nullptr;    // (3, B, H, T), likewise
-  const float* grad_lse = nullptr;  // (B, H, T); nullptr: lse was not used
-  float* query = nullptr;           // (B, H, T, D)
-  float* key = nullptr;             // (B, G, S, D)
-  float* value = nullptr;           // (B, G, S, E)
-  float* bias = nullptr;            // bias_size numbers with these strides; nullptr: not asked for
+struct BackwardParams {
+  TensorView grad_output;                // (B, H, T, E)
+  TensorView output;                     // (B, H, T, E), what forward returned
+  const float* softmax_state = nullptr;  // (3, B, H, T), likewise
+  const float* grad_lse = nullptr;       // (B, H, T); nullptr: lse was not used
+  float* query = nullptr;                // (B, H, T, D)
+  float* key = nullptr;                  // (B, G, S, D)
+  float* value = nullptr;                // (B, G, S, E)
+  float* bias = nullptr;  // bias_size numbers with these strides; nullptr: not asked for
   int64_t bias_stride[4] = {0, 0, 0, 0};
   int64_t bias_size = 0;
   float* sinks = nullptr;  // (H,); nullptr: not asked for
@@ -96,9 +96,9 @@ struct Gradients {
 // One instruction set's kernels.
 struct Kernels {
   const char* isa;
-  void (*forward)(const Attention&, const Output&);
-  void (*backward)(const Attention&, const Gradients&);
-  void (*weights)(const Attention&, const Weights&);
+  void (*forward)(const AttentionParams&, const ForwardOutput&);
+  void (*backward)(const AttentionParams&, const BackwardParams&);
+  void (*weights)(const AttentionParams&, const WeightsOutput&);
   // Keeps the arithmetic units busy, with products of bfloat16 pairs where there are any, and
   // returns how many operations that was: what a kernel's speed can be compared with.
   double (*multiply_add)(bool pairs, int64_t steps, int threads);

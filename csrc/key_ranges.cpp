@@ -1,4 +1,4 @@
-#include "ranges.hpp"
+#include "key_ranges.hpp"
 
 #include <algorithm>
 #include <unordered_map>

@@ -2,7 +2,7 @@
 // shared out among the threads, go through all of them.
 #pragma once
 
-#include "query_blocks.hpp"
+#include "flash/flash_block.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -10,29 +10,29 @@ namespace polyhead::POLYHEAD_ISA {
 constexpr int64_t kPackedBytes = 1 << 24;
 
 template <class Element>
-class Prefill : QueryBlocks<Element> {
-  using Base = QueryBlocks<Element>;
+class Prefill : FlashBlock<Element> {
+  using Base = FlashBlock<Element>;
   using typename Base::Block;
-  using Base::a_, Base::out_, Base::heads_together_, Base::rows_;
-  using Base::query_stride, Base::output_stride, Base::runs_a_head;
+  using Base::a_, Base::out_, Base::packed_gqa_heads_, Base::rows_;
+  using Base::query_stride, Base::output_stride, Base::runs_per_kv_head;
 
  public:
-  Prefill(const Attention& a, const Output& out)
+  Prefill(const AttentionParams& a, const ForwardOutput& out)
       : Base(a, out),
         block_rows_(block_rows_of()),
         query_blocks_((rows_ + block_rows_ - 1) / block_rows_) {}
 
   void run() {
     const int64_t heads = a_.B * a_.G;
-    const int64_t tasks_a_head = runs_a_head() * query_blocks_;
+    const int64_t tasks_per_head = runs_per_kv_head() * query_blocks_;
     const int64_t key_blocks = (a_.S + kKeyBlock - 1) / kKeyBlock;
-    keys_size_ = Packed<Element>::columns_size(a_.S, a_.D);
-    values_size_ = Packed<Element>::rows_size(a_.S, a_.E);
-    const int64_t wave = heads_at_a_time(tasks_a_head);
+    keys_size_ = PackedLayout<Element>::columns_size(a_.S, a_.D);
+    values_size_ = PackedLayout<Element>::rows_size(a_.S, a_.E);
+    const int64_t wave = heads_at_a_time(tasks_per_head);
     Buffer<Element> packed(wave * (keys_size_ + values_size_));
-    Buffer<Span> needed(a_.B);
+    Buffer<KeyRange> needed(a_.B);
     Buffer<float> scratch(a_.threads * worker_size());
-    for (int64_t b = 0; b < a_.B; ++b) needed.data()[b] = keys_of(a_, b, 0, a_.T);
+    for (int64_t b = 0; b < a_.B; ++b) needed.data()[b] = key_range(a_, b, 0, a_.T);
     needed_ = needed.data();
     keys_ = packed.data();
     values_ = keys_ + wave * keys_size_;
@@ -40,16 +40,17 @@ class Prefill : QueryBlocks<Element> {
     {
       float* worker = scratch.data() + thread_number() * worker_size();
       for (int64_t start = 0; start < heads; start += wave) {
-        const int64_t count = smaller(wave, heads - start);
+        const int64_t count = min(wave, heads - start);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count * key_blocks; ++i)
           pack_block(start, i / key_blocks, i % key_blocks * kKeyBlock);
         // The longest rows of a causal mask come first, so that no thread ends with one.
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * tasks_a_head; ++i) {
-          const int64_t in_head = i % tasks_a_head;
-          const int64_t block = query_blocks_ - 1 - in_head / runs_a_head();
-          attend_all(worker, start, i / tasks_a_head, in_head % runs_a_head(), block * block_rows_);
+        for (int64_t i = 0; i < count * tasks_per_head; ++i) {
+          const int64_t in_head = i % tasks_per_head;
+          const int64_t block = query_blocks_ - 1 - in_head / runs_per_kv_head();
+          attend_all(worker, start, i / tasks_per_head, in_head % runs_per_kv_head(),
+                     block * block_rows_);
         }
       }
     }
@@ -58,18 +59,18 @@ class Prefill : QueryBlocks<Element> {
  private:
   // Smaller blocks where there would be too few for the threads.
   int64_t block_rows_of() const {
-    const int64_t runs = greater(1, a_.B * a_.G * runs_a_head());
-    const int64_t blocks_a_run = (a_.threads + runs - 1) / runs;
-    const int64_t rows = (rows_ + blocks_a_run - 1) / blocks_a_run;
-    return smaller(kQueryBlock, round_up(rows, kTileRows));
+    const int64_t runs = max(1, a_.B * a_.G * runs_per_kv_head());
+    const int64_t blocks_per_run = (a_.threads + runs - 1) / runs;
+    const int64_t rows = (rows_ + blocks_per_run - 1) / blocks_per_run;
+    return min(kQueryBlock, round_up(rows, kTileRows));
   }
 
   // As many key heads as keep the threads busy, while their panels stay in the cache.
-  int64_t heads_at_a_time(int64_t tasks_a_head) const {
+  int64_t heads_at_a_time(int64_t tasks_per_head) const {
     const int64_t bytes = (keys_size_ + values_size_) * static_cast<int64_t>(sizeof(Element));
-    const int64_t busy = (16 * a_.threads + tasks_a_head - 1) / tasks_a_head;
-    const int64_t heads = greater(a_.threads, smaller(busy, kPackedBytes / greater(1, bytes)));
-    return smaller(a_.B * a_.G, heads);
+    const int64_t busy = (16 * a_.threads + tasks_per_head - 1) / tasks_per_head;
+    const int64_t heads = max(a_.threads, min(busy, kPackedBytes / max(1, bytes)));
+    return min(a_.B * a_.G, heads);
   }
 
   // One thread's scratch: a block of queries, some of their scores, and their output. (Side by
@@ -82,38 +83,37 @@ class Prefill : QueryBlocks<Element> {
   void pack_block(int64_t start, int64_t slot, int64_t begin) const {
     const int64_t b = (start + slot) / a_.G;
     const int64_t g = (start + slot) % a_.G;
-    const int64_t end = smaller(begin + kKeyBlock, a_.S);
+    const int64_t end = min(begin + kKeyBlock, a_.S);
     if (needed_[b].end <= begin || end <= needed_[b].begin) return;
-    pack_columns(a_.key, b, g, begin, end, a_.D,
-                 keys_ + slot * keys_size_ + Packed<Element>::column_panel(begin, a_.D));
-    pack_rows(a_.value, b, g, begin, end, begin, a_.S, a_.E, values_ + slot * values_size_);
+    pack_keys(a_.key, b, g, begin, end, a_.D,
+              keys_ + slot * keys_size_ + PackedLayout<Element>::column_panel(begin, a_.D));
+    pack_values(a_.value, b, g, begin, end, begin, a_.S, a_.E, values_ + slot * values_size_);
   }
 
   // A block of a run of queries, through all its keys.
   void attend_all(float* worker, int64_t start, int64_t slot, int64_t run,
                   int64_t start_of_block) const {
-    RowSums sums[kQueryBlock];
+    SoftmaxState sums[kQueryBlock];
     Block block;
     block.b = (start + slot) / a_.G;
-    block.h = (start + slot) % a_.G * a_.group() + run * heads_together_;
+    block.h = (start + slot) % a_.G * a_.group() + run * packed_gqa_heads_;
     block.start = start_of_block;
-    block.rows = smaller(block_rows_, rows_ - start_of_block);
+    block.rows = min(block_rows_, rows_ - start_of_block);
     block.sums = sums;
     block.queries = reinterpret_cast<Element*>(worker);
     float* scores = worker + kQueryBlock * query_stride();
-    block.weighted = scores + Base::kScores;
+    block.acc = scores + Base::kScores;
     this->begin(block);
     for (int64_t s = block.keys.begin / kKeyBlock * kKeyBlock; s < block.keys.end; s += kKeyBlock)
       this->attend(block, {keys_ + slot * keys_size_, values_ + slot * values_size_, 0, a_.S}, s,
                    scores);
     for (int64_t row = 0; row < block.rows; ++row)
-      write_row(a_, out_, this->query_of(block, row), sums[row],
-                block.weighted + row * output_stride());
+      write_row(a_, out_, this->query_of(block, row), sums[row], block.acc + row * output_stride());
   }
 
   int64_t block_rows_, query_blocks_;
   int64_t keys_size_ = 0, values_size_ = 0;
-  const Span* needed_ = nullptr;  // of each batch row, the keys that any query may attend to
+  const KeyRange* needed_ = nullptr;  // of each batch row, the keys that any query may attend to
   Element* keys_ = nullptr;
   Element* values_ = nullptr;
 };

@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "vec.hpp"
+#include "simd/vec.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 

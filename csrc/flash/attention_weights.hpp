@@ -2,22 +2,22 @@
 // largest score and sum. The mean over heads is added up in place, a block of queries at a time.
 #pragma once
 
-#include "prefill.hpp"
+#include "flash/prefill.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
 class WriteWeights {
  public:
-  WriteWeights(const Attention& a, const Weights& out)
+  WriteWeights(const AttentionParams& a, const WeightsOutput& out)
       : a_(a),
         out_(out),
         query_blocks_((a.T + kQueryBlock - 1) / kQueryBlock),
-        keys_size_(Packed<float>::columns_size(a.S, a.D)),
-        heads_a_task_(out.is_mean ? a.H : 1) {}
+        keys_size_(PackedLayout<float>::columns_size(a.S, a.D)),
+        heads_per_task_(out.is_mean ? a.H : 1) {}
 
   void run() {
     const int64_t key_blocks = (a_.S + kKeyBlock - 1) / kKeyBlock;
-    const int64_t tasks_a_block = a_.H / heads_a_task_;
+    const int64_t tasks_a_block = a_.H / heads_per_task_;
     Buffer<float> packed(a_.G * keys_size_);
     Buffer<float> scratch(a_.threads * worker_size());
     keys_ = packed.data();
@@ -32,8 +32,9 @@ class WriteWeights {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < query_blocks_ * tasks_a_block; ++i) {
           const int64_t t = (query_blocks_ - 1 - i / tasks_a_block) * kQueryBlock;
-          const int64_t h = i % tasks_a_block * heads_a_task_;
-          for (int64_t head = h; head < h + heads_a_task_; ++head) write_block(worker, b, head, t);
+          const int64_t h = i % tasks_a_block * heads_per_task_;
+          for (int64_t head = h; head < h + heads_per_task_; ++head)
+            write_block(worker, b, head, t);
         }
       }
     }
@@ -44,34 +45,34 @@ class WriteWeights {
   int64_t worker_size() const { return kQueryBlock * (query_stride() + kScoreStride); }
 
   void pack_block(int64_t b, int64_t g, int64_t begin) const {
-    const int64_t end = smaller(begin + kKeyBlock, a_.S);
-    pack_columns(a_.key, b, g, begin, end, a_.D,
-                 keys_ + g * keys_size_ + Packed<float>::column_panel(begin, a_.D));
+    const int64_t end = min(begin + kKeyBlock, a_.S);
+    pack_keys(a_.key, b, g, begin, end, a_.D,
+              keys_ + g * keys_size_ + PackedLayout<float>::column_panel(begin, a_.D));
   }
 
   // One head's weights of a block of queries, added to what is there.
   void write_block(float* queries, int64_t b, int64_t h, int64_t t) const {
-    const int64_t rows = smaller(kQueryBlock, a_.T - t);
+    const int64_t rows = min(kQueryBlock, a_.T - t);
     float* scores = queries + kQueryBlock * query_stride();
     pack_queries(a_.query, b, h, t, t + rows, a_.D, queries);
-    Span tiles[kRowTiles];
+    KeyRange tiles[kRowTiles];
     for (int64_t row = 0; row < rows; row += kTileRows) {
-      const Span keys = keys_of(a_, b, t + row, smaller(t + row + kTileRows, t + rows));
+      const KeyRange keys = key_range(a_, b, t + row, min(t + row + kTileRows, t + rows));
       tiles[row / kTileRows] = {keys.begin / kLanes * kLanes, round_up(keys.end, kLanes)};
     }
-    const Span keys = keys_of(a_, b, t, t + rows);
+    const KeyRange keys = key_range(a_, b, t, t + rows);
     for (int64_t s = keys.begin / kKeyBlock * kKeyBlock; s < keys.end; s += kKeyBlock) {
-      const int64_t end = smaller(s + kKeyBlock, keys.end);
+      const int64_t end = min(s + kKeyBlock, keys.end);
       // A panel of keys at a time: it stays in L1 for all rows of the block.
       for (int64_t panel = s; panel < end; panel += kPanel)
         for (int64_t row = 0; row < rows; row += kTileRows)
           if (panel < tiles[row / kTileRows].end && tiles[row / kTileRows].begin < panel + kPanel)
-            score_tile(queries + row * query_stride(), smaller(kTileRows, rows - row),
-                       h / a_.group(), panel, scores + row * kScoreStride + (panel - s));
+            score_tile(queries + row * query_stride(), min(kTileRows, rows - row), h / a_.group(),
+                       panel, scores + row * kScoreStride + (panel - s));
       for (int64_t row = 0; row < rows; ++row) {
-        const Span span = tiles[row / kTileRows];
-        const int64_t begin = greater(span.begin, s);
-        add_row(Query(a_, b, h, t + row), begin, smaller(span.end, s + kKeyBlock),
+        const KeyRange span = tiles[row / kTileRows];
+        const int64_t begin = max(span.begin, s);
+        add_row(Query(a_, b, h, t + row), begin, min(span.end, s + kKeyBlock),
                 scores + row * kScoreStride + (begin - s));
       }
     }
@@ -79,9 +80,9 @@ class WriteWeights {
 
   void score_tile(const float* queries, int64_t rows, int64_t g, int64_t panel,
                   float* scores) const {
-    const LeftOperand<float> left{queries, query_stride(), 1};
-    const RightOperand<float> right{
-        keys_ + g * keys_size_ + Packed<float>::column_panel(panel, a_.D), kPanel};
+    const Lhs<float> left{queries, query_stride(), 1};
+    const Rhs<float> right{keys_ + g * keys_size_ + PackedLayout<float>::column_panel(panel, a_.D),
+                           kPanel};
     tile_of<kTileVectors>(rows, left, right, a_.D, [&](int row, int v, F32 product) {
       store(scores + row * kScoreStride + v * kLanes, product * a_.scale);
     });
@@ -89,20 +90,21 @@ class WriteWeights {
 
   void add_row(const Query& q, int64_t begin, int64_t end, float* scores) const {
     const int64_t at = (q.b * a_.H + q.h) * a_.T + q.t;
-    const float most = out_.shifts[at], inverse = out_.shifts[2 * a_.B * a_.H * a_.T + at];
-    if (begin >= end || most == -kInfinity) return;
-    shape_scores(a_, q, begin, end, scores);
-    const float share = 1.0F / static_cast<float>(heads_a_task_);
+    const float row_max = out_.softmax_state[at],
+                inverse = out_.softmax_state[2 * a_.B * a_.H * a_.T + at];
+    if (begin >= end || row_max == -kInfinity) return;
+    apply_score_mods(a_, q, begin, end, scores);
+    const float share = 1.0F / static_cast<float>(heads_per_task_);
     float* row = out_.weights + (out_.is_mean ? q.b * a_.T + q.t : at) * a_.S;
-    for (int64_t s = begin; s < smaller(end, a_.S); s += kLanes) {
-      const F32 weight = inverse * exp2_of((load(scores + s - begin) - most) * kLog2E);
-      store_first(row + s, load_first(row + s, a_.S - s) + weight * share, a_.S - s);
+    for (int64_t s = begin; s < min(end, a_.S); s += kLanes) {
+      const F32 weight = inverse * exp2_of((load(scores + s - begin) - row_max) * kLog2E);
+      store_n(row + s, load_n(row + s, a_.S - s) + weight * share, a_.S - s);
     }
   }
 
-  const Attention& a_;
-  const Weights& out_;
-  int64_t query_blocks_, keys_size_, heads_a_task_;
+  const AttentionParams& a_;
+  const WeightsOutput& out_;
+  int64_t query_blocks_, keys_size_, heads_per_task_;
   float* keys_ = nullptr;
 };
 

@@ -1,4 +1,4 @@
-#include "fork.hpp"
+#include "fork_safety.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -15,6 +15,6 @@ thread_local bool forked = false;
 
 }  // namespace
 
-bool may_miss_its_team() { return forked; }
+bool omp_team_lost() { return forked; }
 
 }  // namespace polyhead

@@ -3,7 +3,7 @@
 // used at once; nothing of it goes to memory. Threads share the keys of a head.
 #pragma once
 
-#include "query_blocks.hpp"
+#include "flash/flash_block.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -13,26 +13,26 @@ constexpr int64_t kStreamKeysAQuery = 4;  // and so few are packed for many
 constexpr int64_t kMinSplitBlocks = 4;    // fewer blocks of keys are not worth a merge
 
 // How many parts the keys of a head are cut into, so that there is a task for every thread.
-inline int64_t stream_splits(const Attention& a) {
-  const int64_t heads = greater(1, a.B * a.G);
+inline int64_t stream_splits(const AttentionParams& a) {
+  const int64_t heads = max(1, a.B * a.G);
   const int64_t wanted = a.threads == 1 ? 1 : (4 * a.threads + heads - 1) / heads;
-  return greater(1, smaller(wanted, a.S / (kMinSplitBlocks * kKeyBlock)));
+  return max(1, min(wanted, a.S / (kMinSplitBlocks * kKeyBlock)));
 }
 
-inline bool is_streaming(const Attention& a) {
+inline bool use_chunked_prefill(const AttentionParams& a) {
   return a.group() * a.T <= kStreamRows && a.S >= kStreamKeys && a.S >= kStreamKeysAQuery * a.T &&
          a.B * a.G * stream_splits(a) >= a.threads;
 }
 
 template <class Element>
-class Stream : QueryBlocks<Element> {
-  using Base = QueryBlocks<Element>;
+class ChunkedPrefill : FlashBlock<Element> {
+  using Base = FlashBlock<Element>;
   using typename Base::Block;
-  using Base::a_, Base::out_, Base::heads_together_, Base::rows_;
-  using Base::query_stride, Base::output_stride, Base::runs_a_head;
+  using Base::a_, Base::out_, Base::packed_gqa_heads_, Base::rows_;
+  using Base::query_stride, Base::output_stride, Base::runs_per_kv_head;
 
  public:
-  Stream(const Attention& a, const Output& out)
+  ChunkedPrefill(const AttentionParams& a, const ForwardOutput& out)
       : Base(a, out),
         splits_(stream_splits(a)),
         group_rows_(a.group() * a.T),
@@ -40,9 +40,9 @@ class Stream : QueryBlocks<Element> {
 
   void run() {
     const int64_t parts = a_.B * a_.G * splits_;
-    const int64_t blocks_a_head = runs_a_head() * blocks_a_run_;
+    const int64_t blocks_a_head = runs_per_kv_head() * blocks_a_run_;
     Buffer<float> partial(parts * group_rows_ * output_stride());
-    Buffer<RowSums> sums(parts * group_rows_);
+    Buffer<SoftmaxState> sums(parts * group_rows_);
     Buffer<float> scratch(a_.threads * worker_size());
     Buffer<Block> blocks(a_.threads * blocks_a_head);
     weighted_ = partial.data();
@@ -53,13 +53,13 @@ class Stream : QueryBlocks<Element> {
       Block* mine = blocks.data() + thread_number() * blocks_a_head;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t part = 0; part < parts; ++part) attend_part(worker, mine, part);
-      merge_parts(a_, out_, splits_, sums_, weighted_, output_stride());
+      combine_splits(a_, out_, splits_, sums_, weighted_, output_stride());
     }
   }
 
  private:
-  int64_t keys_size() const { return Packed<Element>::columns_size(kKeyBlock, a_.D); }
-  int64_t values_size() const { return Packed<Element>::rows_size(kKeyBlock, a_.E); }
+  int64_t keys_size() const { return PackedLayout<Element>::columns_size(kKeyBlock, a_.D); }
+  int64_t values_size() const { return PackedLayout<Element>::rows_size(kKeyBlock, a_.E); }
 
   // One thread's scratch: a group's queries, some of their scores, and a block of keys and values.
   int64_t worker_size() const {
@@ -73,24 +73,25 @@ class Stream : QueryBlocks<Element> {
     auto* keys = reinterpret_cast<Element*>(scores + Base::kScores);
     Element* values = keys + keys_size();
     int64_t count = 0;
-    for (int64_t run = 0; run < runs_a_head(); ++run)
+    for (int64_t run = 0; run < runs_per_kv_head(); ++run)
       for (int64_t start = 0; start < rows_; start += kQueryBlock) {
         const int64_t row = run * rows_ + start;
         Block& block = blocks[count++];
         block.b = b;
-        block.h = g * a_.group() + run * heads_together_;
+        block.h = g * a_.group() + run * packed_gqa_heads_;
         block.start = start;
-        block.rows = smaller(kQueryBlock, rows_ - start);
+        block.rows = min(kQueryBlock, rows_ - start);
         block.queries = reinterpret_cast<Element*>(worker) + row * query_stride();
         block.sums = sums_ + part * group_rows_ + row;
-        block.weighted = weighted_ + (part * group_rows_ + row) * output_stride();
+        block.acc = weighted_ + (part * group_rows_ + row) * output_stride();
         this->begin(block);
       }
-    const Span span = part_of(keys_of(a_, b, 0, a_.T), kKeyBlock, part % splits_, splits_);
+    const KeyRange span =
+        split_range(key_range(a_, b, 0, a_.T), kKeyBlock, part % splits_, splits_);
     for (int64_t s = span.begin / kKeyBlock * kKeyBlock; s < span.end; s += kKeyBlock) {
-      const int64_t end = smaller(s + kKeyBlock, span.end);
-      pack_columns(a_.key, b, g, s, end, a_.D, keys);
-      pack_rows(a_.value, b, g, s, end, 0, kKeyBlock, a_.E, values);
+      const int64_t end = min(s + kKeyBlock, span.end);
+      pack_keys(a_.key, b, g, s, end, a_.D, keys);
+      pack_values(a_.value, b, g, s, end, 0, kKeyBlock, a_.E, values);
       for (int64_t i = 0; i < count; ++i)
         this->attend(blocks[i], {keys, values, s, kKeyBlock}, s, scores);
     }
@@ -98,7 +99,7 @@ class Stream : QueryBlocks<Element> {
 
   int64_t splits_, group_rows_, blocks_a_run_;
   float* weighted_ = nullptr;
-  RowSums* sums_ = nullptr;
+  SoftmaxState* sums_ = nullptr;
 };
 
 }  // namespace polyhead::POLYHEAD_ISA
