@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import polyhead.check
-from polyhead.check.law import FUNCTION_LAWS, MODULE_LAWS, Law
+from polyhead.check.law import Law
+from polyhead.check.laws import FUNCTION_LAWS, MODULE_LAWS
 
 PAGE = Path(__file__).parent.parent / "docs" / "laws.md"
 

@@ -30,15 +30,15 @@ def filled_cache(kind, key, value, block_size=5):
     """A cache of these tokens: NaN where it holds none, tables that differ from row to row."""
     B, G, S, D = key.shape
     sizes = {"value_head_dim": value.shape[-1], "dtype": key.dtype}
-    storage = torch.int8 if "int8" in kind else None
+    storage_dtype = torch.int8 if "int8" in kind else None
     if "blocks" not in kind:
-        cache = ph.KVCache(B, S + 30, G, D, **sizes, storage_dtype=storage, preallocate=True)
+        cache = ph.KVCache(B, S + 30, G, D, **sizes, storage_dtype=storage_dtype, preallocate=True)
         poison(cache._held)
         cache.append(key, value)
         return cache
     spare = 9
     cache = ph.PagedKVCache(
-        B, S + 30, G, D, **sizes, storage_dtype=storage, block_size=block_size,
+        B, S + 30, G, D, **sizes, storage_dtype=storage_dtype, block_size=block_size,
         num_blocks=B * math.ceil(S / block_size) + spare,
     )  # fmt: skip
     poison(cache.pools)
@@ -186,9 +186,9 @@ class Made(TorchDispatchMode):
         self.operations.add(func.overloadpacket.__name__)
         for item in result if isinstance(result, tuple | list) else (result,):
             if isinstance(item, torch.Tensor):
-                storage = item.untyped_storage()
-                if storage.data_ptr() not in self.known:
-                    self.largest = max(self.largest, storage.nbytes() // item.element_size())
+                storage_dtype = item.untyped_storage()
+                if storage_dtype.data_ptr() not in self.known:
+                    self.largest = max(self.largest, storage_dtype.nbytes() // item.element_size())
         return result
 
 

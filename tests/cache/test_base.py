@@ -122,10 +122,10 @@ def draw_mask(draw, window):
     return build
 
 
-def largest_difference(history, T, storage):
+def largest_difference(history, T, storage_dtype):
     """By how much an output (B, H, T, E) may move: KVCache's documentation, for numbers int8."""
     query, key, value = (x.double() for x in history.tensors)
-    if storage is None:
+    if storage_dtype is None:
         return torch.full_like(query[:, :, query.shape[2] - T :, :1], 1e-12)
     group = query.shape[1] // key.shape[1]
     # One rounding of the scale to float32 beside the half step.
@@ -158,12 +158,12 @@ def assert_outputs(cache, history, chunk, held, mask, naive_attention):
 @every_cache
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_any_chunks_give_the_rows_of_one_uncached_call(make, storage, naive_attention, data):
+def test_any_chunks_give_the_rows_of_one_uncached_call(make, storage_dtype, naive_attention, data):
     chunks = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=6))
     while sum(chunks) > MAX_TOKENS:
         chunks.pop()
     history = History(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1000)))
-    cache = make(history.batch, dtype=torch.float64, storage_dtype=storage)
+    cache = make(history.batch, dtype=torch.float64, storage_dtype=storage_dtype)
     mask = draw_mask(data.draw, getattr(cache, "window", None))
     outputs = []
     for T in chunks:
@@ -175,16 +175,16 @@ def test_any_chunks_give_the_rows_of_one_uncached_call(make, storage, naive_atte
     allowed = mask(history.batch, S, S).materialize(S, S)
     want = naive_attention(*history.tensors, allowed=allowed)
     error = (torch.cat(outputs, dim=2) - want).abs()
-    assert bool((error <= largest_difference(history, S, storage)).all())
+    assert bool((error <= largest_difference(history, S, storage_dtype)).all())
 
 
 @every_storage
 @every_cache
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_the_law_survives_rewinds_reorders_and_clones(make, storage, naive_attention, data):
+def test_the_law_survives_rewinds_reorders_and_clones(make, storage_dtype, naive_attention, data):
     history = History(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1000)))
-    cache = make(history.batch, dtype=torch.float64, storage_dtype=storage)
+    cache = make(history.batch, dtype=torch.float64, storage_dtype=storage_dtype)
     mask = draw_mask(data.draw, getattr(cache, "window", None))
     operations = st.sampled_from(["append", "append", "rewind", "reorder", "clone", "reset"])
     for operation in data.draw(st.lists(operations, max_size=14)):
@@ -236,9 +236,9 @@ def test_what_was_put_in_comes_out_to_the_bit(make, dtype):
 
 @every_storage
 @every_cache
-def test_read_gives_what_a_one_token_append_gave(make, storage):
+def test_read_gives_what_a_one_token_append_gave(make, storage_dtype):
     history = History(2, seed=0, dtype=torch.float32)
-    cache = make(2, storage_dtype=storage)
+    cache = make(2, storage_dtype=storage_dtype)
     for T in (7, 1, 1):
         held, start = cache.append(*history.draw(T)[1:]), cache.start
     assert all(map(torch.equal, cache.read(), held))
@@ -248,9 +248,9 @@ def test_read_gives_what_a_one_token_append_gave(make, storage):
 @every_storage
 @every_cache
 @pytest.mark.parametrize("copied", [copy.deepcopy, repickled, Cache.clone])
-def test_a_copy_goes_on_alone(make, storage, copied):
+def test_a_copy_goes_on_alone(make, storage_dtype, copied):
     history = History(2, seed=0, dtype=torch.float32)
-    cache = make(2, storage_dtype=storage)
+    cache = make(2, storage_dtype=storage_dtype)
     cache.append(*history.draw(7)[1:])
     twin = copied(cache)
     before = [x.clone() for x in cache.read()]
@@ -267,11 +267,11 @@ def test_a_copy_goes_on_alone(make, storage, copied):
 @every_storage
 @every_cache
 @pytest.mark.parametrize("copied", [copy.deepcopy, repickled, resaved, Cache.clone])
-def test_copy_made_in_inference_mode_is_written_outside(make, storage, copied):
+def test_copy_made_in_inference_mode_is_written_outside(make, storage_dtype, copied):
     """litgpt#837: `copy.deepcopy` there made tensors that no append could write."""
     history = History(2, seed=0, dtype=torch.float32)
     with torch.inference_mode():
-        cache = make(2, storage_dtype=storage)
+        cache = make(2, storage_dtype=storage_dtype)
         cache.append(*history.draw(5)[1:])
         twin = copied(cache)
         twin.reorder(torch.tensor([1, 0]))
@@ -347,9 +347,9 @@ def test_what_is_refused_changes_nothing(make):
 
 @every_storage
 @every_cache
-def test_a_cache_takes_parameters_projections_without_their_graph(make, storage):
+def test_a_cache_takes_parameters_projections_without_their_graph(make, storage_dtype):
     key, value = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 2)
-    cache = make(2, storage_dtype=storage)
+    cache = make(2, storage_dtype=storage_dtype)
     with torch.no_grad():
         held = cache.append(key, value)
     assert not any(x.requires_grad for x in (*held, *cache.read()))
@@ -357,8 +357,8 @@ def test_a_cache_takes_parameters_projections_without_their_graph(make, storage)
 
 @every_storage
 @every_cache
-def test_inference_mode_leaves_a_cache_that_others_can_write(make, storage):
-    cache = make(2, storage_dtype=storage)
+def test_inference_mode_leaves_a_cache_that_others_can_write(make, storage_dtype):
+    cache = make(2, storage_dtype=storage_dtype)
     for T in (1, 2, 3, 20):
         with torch.inference_mode():
             cache.append(torch.zeros(2, 3, T, 5), torch.zeros(2, 3, T, 2))
@@ -378,7 +378,7 @@ def test_bad_sizes_are_refused(make):
     ):
         make(1, dtype=torch.int32)
     with pytest.raises(
-        DtypeError, match=r"storage must be None .* or torch.int8; got torch.float16"
+        DtypeError, match=r"storage_dtype must be None .* or torch.int8; got torch.float16"
     ):
         make(1, storage_dtype=torch.float16)
 
@@ -398,9 +398,9 @@ def test_each_size_is_checked(kind, size, bad):
 
 @every_storage
 @every_cache
-def test_a_latent_cache_has_no_values(make, storage):
-    cache = make(2, storage_dtype=storage)
-    latent = type(cache)(2, 8, 1, 5, value_head_dim=0, storage_dtype=storage)
+def test_a_latent_cache_has_no_values(make, storage_dtype):
+    cache = make(2, storage_dtype=storage_dtype)
+    latent = type(cache)(2, 8, 1, 5, value_head_dim=0, storage_dtype=storage_dtype)
     key, value = latent.append(torch.randn(2, 1, 3, 5), torch.empty(2, 1, 3, 0))
     assert (key.shape, value.shape) == ((2, 1, 3, 5), (2, 1, 3, 0))
 

@@ -179,7 +179,9 @@ def test_codes_and_scales_are_what_read_decodes(window):
 
 
 def test_a_plain_cache_has_no_codes():
-    with pytest.raises(ArgumentError, match=r"storage must be torch.int8 to have codes; got None"):
+    with pytest.raises(
+        ArgumentError, match=r"storage_dtype must be torch.int8 to have codes; got None"
+    ):
         KVCache(2, 8, 3, 5).quantized()
 
 
@@ -192,7 +194,7 @@ def test_a_plain_cache_has_no_codes():
         pytest.param(3, torch.int8, marks=pytest.mark.slow),
     ],
 )
-def test_a_step_compiles_whole_and_lengths_do_not_compile_again(window, storage):
+def test_a_step_compiles_whole_and_lengths_do_not_compile_again(window, storage_dtype):
     mask = ph.mask.causal() if window is None else ph.mask.causal() & ph.mask.window(before=window)
 
     @torch.no_grad()
@@ -205,7 +207,7 @@ def test_a_step_compiles_whole_and_lengths_do_not_compile_again(window, storage)
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     max_tokens = 64 if window is None else None
     caches = [
-        KVCache(2, max_tokens, 3, 5, window=window, storage_dtype=storage, preallocate=True)
+        KVCache(2, max_tokens, 3, 5, window=window, storage_dtype=storage_dtype, preallocate=True)
         for _ in range(2)
     ]
     compiles = []

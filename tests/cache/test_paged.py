@@ -109,12 +109,12 @@ def test_the_pool_doubles_up_to_what_rows_can_fill():
 
 
 @pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
-def test_a_kernel_finds_every_token_through_the_table(storage):
-    cache = paged(3, storage_dtype=storage)
+def test_a_kernel_finds_every_token_through_the_table(storage_dtype):
+    cache = paged(3, storage_dtype=storage_dtype)
     cache.append(*tokens(3, 11))
     cache.reorder(torch.tensor([2, 0, 2]))
     key, value = cache.append(*tokens(3, 3))
-    if storage is None:
+    if storage_dtype is None:
         keys, values = cache.pools
     else:
         key_codes, key_scales, value_codes, value_scales = cache.pools

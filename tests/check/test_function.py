@@ -96,7 +96,7 @@ def test_a_function_of_tokens_first():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask_true": "keep"}, 'mask_true must be "show" or "hide"; got \'keep\''),
+        ({"mask_true": "keep"}, 'mask_true must be "attend" or "ignore"; got \'keep\''),
         ({"layout": "BTHD"}, 'layout must be "heads first" or "tokens first"; got \'BTHD\''),
         ({"only": ["no_such_law"]}, "got no_such_law; see --list"),
     ],

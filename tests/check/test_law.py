@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import polyhead as ph
-from polyhead.check.law import FUNCTION_LAWS, MODULE_LAWS, Law, Outcome, broken, holds
+from polyhead.check.law import Law, Outcome, broken, holds
+from polyhead.check.laws import FUNCTION_LAWS, MODULE_LAWS
 
 ROOT = Path(__file__).parents[2]
 

@@ -191,13 +191,13 @@ def test_a_cache_of_another_module_or_window_is_refused(latent):
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=str)
-def test_the_absorbed_form_reads_a_cache_where_it_is(latent, storage, monkeypatch):
+def test_the_absorbed_form_reads_a_cache_where_it_is(latent, storage_dtype, monkeypatch):
     mla, (_, rank, _, R, _) = latent.build(), latent.sizes
     x = torch.randn(2, 12, 19)
     paged = ph.PagedKVCache(
-        2, 16, 1, rank + R, value_head_dim=0, block_size=3, storage_dtype=storage
+        2, 16, 1, rank + R, value_head_dim=0, block_size=3, storage_dtype=storage_dtype
     )
-    numbers = mla.make_cache(2, storage_dtype=storage)
+    numbers = mla.make_cache(2, storage_dtype=storage_dtype)
     with torch.no_grad():
         for cache in (paged, numbers):
             mla(x[:, :11], cache=cache)

@@ -30,8 +30,8 @@ class KVCache(Cache):
         head_dim: D.
         value_head_dim: E; None: D. 0 is allowed: a latent cache keeps everything in the key.
         dtype: of what goes in and comes out.
-        storage_dtype: None: numbers are held as they come. torch.int8: as codes with one float32 scale
-            for each token and head. Then, with a = the largest |number| of a token and head, each
+        storage_dtype: None: values are held in `dtype`. torch.int8: quantized, with one float32
+            scale per token and head. Then, with a = the largest |number| of a token and head, each
             number comes back within a / 254 (and rounding). Let a_k and a_v be the largest of all
             keys' and values' a, and d = scale * sum |query| * a_k / 254. A score moves by at most
             d, the weights of a query together by 2 * tanh(d / 2), and so every output by at most

@@ -23,8 +23,8 @@ class PagedKVCache(Cache):
     one prompt, and copies nothing. A partly filled block that several rows hold is copied when
     they append. A block that no row holds any more is used again.
 
-    `append` and `read` gather a copy. `append_as_views` and `read_as_views` gather none: backend `cpu`
-    reads blocks where they are, and modules go this way by themselves.
+    `append` and `read` make a contiguous copy. `append_as_views` and `read_as_views` make none:
+    backend `cpu` reads blocks in place, and modules use these methods.
 
     Args:
         batch: rows, B.

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from polyhead.check.function import check_function
-from polyhead.check.law import FUNCTION_LAWS, MODULE_LAWS, first_line
+from polyhead.check.law import first_line
+from polyhead.check.laws import FUNCTION_LAWS, MODULE_LAWS
 from polyhead.check.module import check_module
 from polyhead.check.probe.target import build, load, parse_arguments
 from polyhead.check.report import Report
@@ -63,7 +64,9 @@ def check_target(
         if not isinstance(module, nn.Module):
             _refuse(claims | {"float32": float32 or None})
             layout = "tokens first" if tokens_first else "heads first"
-            report = check_function(module, mask_true=mask_true or "show", layout=layout, **common)
+            report = check_function(
+                module, mask_true=mask_true or "attend", layout=layout, **common
+            )
         else:
             dtype = torch.float32 if float32 else torch.float64
             report = check_module(

@@ -1,4 +1,4 @@
-"""What a law is, what it may say, and the table of all laws.
+"""What a law is, what it may say, and its verdict.
 
 A law is one small function, `law(subject) -> Verdict`. Its docstring has three paragraphs: what is
 required; why; and a real bug that it would have caught. `docs/laws.md` is made of them.
@@ -17,8 +17,6 @@ from polyhead.check.modes import own_modes
 from polyhead.errors import PolyheadError
 
 __all__ = [
-    "FUNCTION_LAWS",
-    "MODULE_LAWS",
     "Law",
     "NotApplicable",
     "OutOfTime",
@@ -26,9 +24,8 @@ __all__ = [
     "Verdict",
     "broken",
     "first_line",
-    "function_law",
     "holds",
-    "module_law",
+    "law",
     "reported",
 ]
 
@@ -121,21 +118,9 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-# In the order of the files of laws, and of the laws in them: the order of the report.
-MODULE_LAWS: dict[str, Law] = {}
-FUNCTION_LAWS: dict[str, Law] = {}
-
-
-def module_law(run: Callable[[Any], Verdict]) -> Callable[[Any], Verdict]:
-    """Make a function of a `Subject` a law."""
-    MODULE_LAWS[run.__name__] = Law(run.__name__, run)
-    return run
-
-
-def function_law(run: Callable[[Any], Verdict]) -> Callable[[Any], Verdict]:
-    """Make a function of a `FunctionSubject` a law."""
-    FUNCTION_LAWS[run.__name__] = Law(run.__name__, run)
-    return run
+def law(run: Callable[[Any], Verdict]) -> Law:
+    """Make a function of a `Subject` or `FunctionSubject` a law."""
+    return Law(run.__name__, run)
 
 
 def holds(message: str = "") -> Verdict:

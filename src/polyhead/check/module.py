@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.check.diagnose.diagnosis import diagnose
-from polyhead.check.law import MODULE_LAWS, Law, Outcome, Verdict
+from polyhead.check.law import Law, Outcome, Verdict
+from polyhead.check.laws import MODULE_LAWS
 from polyhead.check.modes import own_modes
 from polyhead.check.probe import signature
 from polyhead.check.probe.axes import find_axes
@@ -68,7 +69,7 @@ def check_module(
         num_heads: how many heads.
         max_tokens: the most tokens it accepts.
         scale: factor on the scores, if it is not 1 / sqrt(head_dim).
-        mask_true: what True in its boolean mask means, "show" or "hide".
+        mask_true: what True in its boolean mask means, "attend" or "ignore".
         call: `call(module, x)`, where it is called in another way. One that has an argument `mask`
             too is given None, or (B, 1, T, S) booleans, True where a query may attend; one that
             has `cache`, None or what it returned behind the output the last time, of the tokens
@@ -167,8 +168,10 @@ def find_subject(
             "weights on meta",
             "make it on the CPU: with torch.device('cpu'): ...",
         )
-    if mask_true not in (None, "show", "hide"):
-        raise ArgumentError("mask_true", 'must be "show" or "hide"', repr(mask_true), "name one")
+    if mask_true not in (None, "attend", "ignore"):
+        raise ArgumentError(
+            "mask_true", 'must be "attend" or "ignore"', repr(mask_true), "name one"
+        )
     lacking = unfilled(options.get("make"), options.get("seed", 0))
     if lacking:
         module = filled(module, lacking, options.get("seed", 0))

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from polyhead.check.law import MODULE_LAWS, Outcome
+from polyhead.check.law import Outcome
+from polyhead.check.laws import MODULE_LAWS
 from polyhead.check.module import check_module, choose_laws
 from polyhead.check.report import Report
 from polyhead.errors import DependencyError

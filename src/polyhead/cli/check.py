@@ -31,7 +31,9 @@ __all__ = ["check_command"]
 @click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens it accepts.")
 @click.option("--scale", type=float, help="Factor on the scores, if not 1 / sqrt(head_dim).")
 @click.option("--d-in", type=click.IntRange(min=1), help="Features of its input.")
-@click.option("--mask-true", type=click.Choice(["show", "hide"]), help="What True in a mask means.")
+@click.option(
+    "--mask-true", type=click.Choice(["attend", "ignore"]), help="What True in a mask means."
+)
 @click.option("--tokens-first", is_flag=True, help="A function takes (batch, tokens, heads, size).")
 @click.option("--float32", is_flag=True, help="Run the laws in float32: on the kernels that serve.")
 @click.option("--compile", is_flag=True, help="Compile it too; takes tens of seconds.")

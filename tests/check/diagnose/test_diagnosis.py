@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from polyhead.check import check_module
-from polyhead.check.law import MODULE_LAWS
+from polyhead.check.laws import MODULE_LAWS
 from polyhead.check.probe.target import load
 
 BROKEN = Path(__file__).parent / "broken"

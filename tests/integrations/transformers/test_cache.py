@@ -1,4 +1,4 @@
-"""`Cache` in generation: what transformers' own caches give, token for token."""
+"""`PolyheadCache` in generation: what transformers' own caches give, token for token."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import polyhead as ph
 from polyhead.errors import ArgumentError, ShapeError
-from polyhead.integrations.transformers.cache import Cache, Layer
+from polyhead.integrations.transformers.cache import Layer, PolyheadCache
 
 GREEDY = {"max_new_tokens": 9, "do_sample": False}
 
@@ -21,23 +21,23 @@ def test_generation(decoder, side, asked, build, inputs):
     given, _ = inputs(decoder, side)
     model = build(decoder, "polyhead")
     expected = generate(model, given, DynamicCache(config=model.config), **asked)
-    cache = Cache(model.config, max_tokens=40)
+    cache = PolyheadCache(model.config, max_tokens=40)
     assert torch.equal(generate(model, given, cache, **asked), expected)
     assert cache.get_seq_length() == expected.shape[1] - 1
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "DeepseekV3"])
 @pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
-def test_under_autocast(name, storage, build, inputs):
+def test_under_autocast(name, storage_dtype, build, inputs):
     """Keys come rotated in float32, and values in bfloat16."""
     given, _ = inputs(name, "left")
     model = build(name, "polyhead")
-    cache = Cache(model.config, max_tokens=40, storage_dtype=storage)
+    cache = PolyheadCache(model.config, max_tokens=40, storage_dtype=storage_dtype)
     with torch.autocast("cpu", torch.bfloat16):
         tokens = generate(model, given, cache)
         expected = generate(model, given, DynamicCache(config=model.config))
     assert tokens.shape == expected.shape
-    if storage is None:
+    if storage_dtype is None:
         assert torch.equal(tokens, expected)
 
 
@@ -45,7 +45,7 @@ def test_under_autocast(name, storage, build, inputs):
 def test_a_second_turn_goes_on_from_the_first(name, build, inputs):
     given, _ = inputs(name, "no mask")
     model = build(name, "polyhead")
-    cache = Cache(model.config, max_tokens=40)
+    cache = PolyheadCache(model.config, max_tokens=40)
     first = generate(model, given, cache)
     again = {"input_ids": torch.cat([first, given["input_ids"][:, :5]], dim=1)}
     expected = generate(model, again, DynamicCache(config=model.config))
@@ -58,7 +58,7 @@ def test_assisted_generation(name, build, inputs):
     given = {"input_ids": given["input_ids"][:1]}
     model, assistant = build(name, "polyhead"), build(name, "polyhead", num_hidden_layers=1)
     asked = {"assistant_model": assistant, "max_new_tokens": 12}
-    cache = Cache(model.config, max_tokens=60)
+    cache = PolyheadCache(model.config, max_tokens=60)
     expected = generate(model, given, None, max_new_tokens=12)
     assert torch.equal(generate(model, given, cache, **asked), expected)
 
@@ -68,7 +68,7 @@ def test_after_a_reset_it_takes_another_batch(preallocate, build, inputs):
     """As DynamicCache: the last batch of many is often smaller."""
     given, _ = inputs("Mistral", "left")
     model = build("Mistral", "polyhead")
-    cache = Cache(model.config, max_tokens=40, preallocate=preallocate)
+    cache = PolyheadCache(model.config, max_tokens=40, preallocate=preallocate)
     for rows in (slice(3), slice(1), slice(3)):
         some = {name: x[rows] for name, x in given.items()}
         expected = generate(model, some, DynamicCache(config=model.config))
@@ -82,14 +82,14 @@ def test_cross_attention(name, build, inputs):
     given, _ = inputs(name, "left")
     given.pop("decoder_input_ids")
     model = build(name, "polyhead")
-    caches = EncoderDecoderCache(Cache(model.config, 40), Cache(model.config, 40))
+    caches = EncoderDecoderCache(PolyheadCache(model.config, 40), PolyheadCache(model.config, 40))
     assert torch.equal(generate(model, given, caches), generate(model, given, None))
 
 
 def test_the_keys_of_all_tokens_stay_where_they_are(build, inputs):
     given, _ = inputs("Llama", "no mask", T=30)
     model = build("Llama", "polyhead")
-    cache = Cache(model.config, max_tokens=37, preallocate=True)
+    cache = PolyheadCache(model.config, max_tokens=37, preallocate=True)
     with torch.no_grad():
         model(**given, past_key_values=cache)
         before = [layer.keys.data_ptr() for layer in cache.layers]
@@ -100,7 +100,10 @@ def test_the_keys_of_all_tokens_stay_where_they_are(build, inputs):
 def test_int8_takes_less_memory_and_gives_nearly_the_same(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
-    caches = [Cache(model.config, 40), Cache(model.config, 40, storage_dtype=torch.int8)]
+    caches = [
+        PolyheadCache(model.config, 40),
+        PolyheadCache(model.config, 40, storage_dtype=torch.int8),
+    ]
     with torch.no_grad():
         plain, int8 = (model(**given, past_key_values=cache).logits for cache in caches)
         token = torch.tensor([[4]] * 3)
@@ -115,7 +118,7 @@ def test_a_full_cache_says_so(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
     with torch.no_grad(), pytest.raises(ShapeError, match=r"max_tokens - length = 8 - 0 = 8"):
-        model(**given, past_key_values=Cache(model.config, 8))
+        model(**given, past_key_values=PolyheadCache(model.config, 8))
 
 
 def test_rows_are_repeated_and_chosen():
@@ -174,7 +177,7 @@ def test_layers_that_read_the_keys_of_others(asked, inputs):
     model = transformers.Gemma4ForCausalLM(config).eval()
     given, _ = inputs("Gemma4Text", "left")
     expected = generate(model, given, DynamicCache(config=config), **asked)
-    cache = Cache(config, max_tokens=40)
+    cache = PolyheadCache(config, max_tokens=40)
     assert torch.equal(generate(model, given, cache, **asked), expected)
 
 
@@ -231,7 +234,7 @@ def test_recording_that_ended_lets_go_of_the_past():
 def test_crop_that_a_window_cannot_is_refused_before_any_layer_changes(build, inputs):
     given, _ = inputs("Gemma2", "no mask", T=30)
     model = build("Gemma2", "polyhead")
-    cache = Cache(model.config, max_tokens=64)
+    cache = PolyheadCache(model.config, max_tokens=64)
     with torch.no_grad():
         model(**given, past_key_values=cache)
     lengths = [layer.get_seq_length() for layer in cache.layers]
@@ -251,7 +254,7 @@ def test_assisted_generation_goes_on_in_a_filled_cache(build, inputs):
     given, _ = inputs("Mistral", "no mask")
     prompt = given["input_ids"][:1]
     model, assistant = (build("Mistral", "polyhead", num_hidden_layers=n) for n in (2, 1))
-    cache = Cache(model.config, max_tokens=37)
+    cache = PolyheadCache(model.config, max_tokens=37)
     first = model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
     asked = {"max_new_tokens": 8, "do_sample": False}
     expected = model.generate(first, **asked)

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import polyhead as ph
-from polyhead.integrations.transformers.cache import Cache
+from polyhead.integrations.transformers.cache import PolyheadCache
 from polyhead.integrations.transformers.lazy_cache import LazyCacheTensor, unwrap, wrap
 
 
@@ -69,7 +69,7 @@ def test_numbers_are_made_once(cache_view):
 def test_generation_makes_no_tensor_of_codes(name, asked, build, inputs):
     given, _ = inputs(name, "left")
     model = build(name, "polyhead")
-    cache = Cache(model.config, 40, storage_dtype=torch.int8)
+    cache = PolyheadCache(model.config, 40, storage_dtype=torch.int8)
     model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False, **asked)
 
 
@@ -79,7 +79,7 @@ def test_other_attentions_get_tensors(other, build, inputs):
     logits = []
     for attention in ("polyhead", other):
         model = build("Llama", attention)
-        cache = Cache(model.config, 40, storage_dtype=torch.int8)
+        cache = PolyheadCache(model.config, 40, storage_dtype=torch.int8)
         with torch.no_grad():
             model(**given, past_key_values=cache)
             mask = torch.nn.functional.pad(given["attention_mask"], (0, 1), value=1)
@@ -94,8 +94,8 @@ def test_cross_attention_reads_codes_too(build, inputs):
     given.pop("decoder_input_ids")
     model = build("Bart", "polyhead")
     caches = EncoderDecoderCache(
-        Cache(model.config, 40, storage_dtype=torch.int8),
-        Cache(model.config, 40, storage_dtype=torch.int8),
+        PolyheadCache(model.config, 40, storage_dtype=torch.int8),
+        PolyheadCache(model.config, 40, storage_dtype=torch.int8),
     )
     asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
     asked["return_dict_in_generate"] = True
@@ -115,7 +115,7 @@ def test_cross_attention_reads_codes_too(build, inputs):
 def test_weights_are_those_of_the_numbers(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
-    cache = Cache(model.config, 40, storage_dtype=torch.int8)
+    cache = PolyheadCache(model.config, 40, storage_dtype=torch.int8)
     with torch.no_grad():
         answer = model(**given, past_key_values=cache, output_attentions=True)
     sums = answer.attentions[0].sum(dim=-1)

@@ -6,7 +6,7 @@ import pytest
 
 import polyhead as ph
 from polyhead.errors import DependencyError, ModelError
-from polyhead.integrations.transformers import status as report
+from polyhead.integrations.transformers import status
 
 transformers = pytest.importorskip("transformers")
 
@@ -34,7 +34,7 @@ def test_a_saved_model_is_loaded_with_it_or_refused(make, tmp_path):
     of = {"llama": transformers.LlamaModel, "bloom": transformers.BloomModel}
     load = {name: (auto if "Auto" in make else of[name]).from_pretrained for name in of}
     asked = {"attn_implementation": "polyhead"}
-    (layer,) = report(load["llama"](tmp_path / "llama", **asked)).layers
+    (layer,) = status(load["llama"](tmp_path / "llama", **asked)).layers
     assert layer.runs == "polyhead"
     with pytest.raises(ModelError, match="BloomModel cannot run"):
         load["bloom"](tmp_path / "bloom", **asked)
@@ -90,9 +90,9 @@ def test_a_part_that_would_keep_its_own_attention_is_refused_and_the_others_can_
     model = git()
     with pytest.raises(ModelError, match=r"GitModel: GitSelfAttention \(enc.*, 2 in all\) cannot"):
         model.set_attn_implementation("polyhead")
-    assert {layer.runs for layer in report(model).layers} == {"its own", "eager"}
+    assert {layer.runs for layer in status(model).layers} == {"its own", "eager"}
     model.set_attn_implementation({"vision_config": "polyhead"})
-    assert {layer.runs for layer in report(model).layers} == {"its own", "polyhead"}
+    assert {layer.runs for layer in status(model).layers} == {"its own", "polyhead"}
 
 
 def test_a_new_model_with_a_part_of_its_own_is_refused():
@@ -110,7 +110,7 @@ def test_a_part_of_a_part_of_its_own_is_warned_of():
     )
     with pytest.warns(UserWarning, match=r"Aimv2AttentionPoolingHead \(head, 1 in all\) keeps"):
         model = transformers.Aimv2VisionModel._from_config(config, attn_implementation="polyhead")
-    assert [layer.runs for layer in report(model).layers] == ["polyhead", "its own"]
+    assert [layer.runs for layer in status(model).layers] == ["polyhead", "its own"]
 
 
 def test_registering_twice_changes_nothing():

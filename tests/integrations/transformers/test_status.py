@@ -1,23 +1,23 @@
-"""`report(model)`: what runs in each layer."""
+"""`status(model)`: what runs in each layer."""
 
 import pytest
 import torch
 
 import polyhead as ph
-from polyhead.integrations.transformers import status as report
+from polyhead.integrations.transformers import status
 
 
 def test_every_layer_that_calls_is_reported_as_such(family, build, inputs, calls):
     model = build(family, "polyhead")
     given, _ = inputs(family)
     model(**given)
-    layers = report(model).layers
+    layers = status(model).layers
     assert len(layers) == len(calls)
     assert all(layer.attends_through_polyhead for layer in layers)
 
 
 def test_a_layer_under_another_name_says_what_to_call(build):
-    (layer, _) = report(build("Llama", "eager")).layers
+    (layer, _) = status(build("Llama", "eager")).layers
     assert (layer.name, layer.cls) == ("model.layers.0.self_attn", "LlamaAttention")
     assert layer.runs == "eager"
     assert layer.reason == 'call model.set_attn_implementation("polyhead")'
@@ -26,7 +26,7 @@ def test_a_layer_under_another_name_says_what_to_call(build):
 def test_a_layer_that_computes_its_own():
     transformers = pytest.importorskip("transformers")
     config = transformers.BloomConfig(vocab_size=31, hidden_size=24, n_layer=2, n_head=6)
-    assert str(report(transformers.BloomModel(config))).splitlines() == [
+    assert str(status(transformers.BloomModel(config))).splitlines() == [
         "BloomModel: 0 of 2 attention layers run polyhead",
         *(
             f"  h.{layer}.self_attention  BloomAttention  its own  "
@@ -44,7 +44,7 @@ def test_torchs_layers_and_ours():
             "split": ph.MultiHeadAttention(24, 24, 9, 0.0, 6),
         }
     )
-    theirs, *ours = report(model).layers
+    theirs, *ours = status(model).layers
     assert theirs.runs == "its own"
     assert theirs.reason == "is torch's; call polyhead.drop_in.replace_attention(model)"
     assert [layer.runs for layer in ours] == ["polyhead", "polyhead"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from polyhead.check.law import Verdict, broken, holds, module_law
+from polyhead.check.law import Verdict, broken, holds, law
 from polyhead.check.subject import Subject, by, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
-@module_law
+@law
 def batch_rows_are_independent(subject: Subject) -> Verdict:
     """What one batch row gives does not depend on what is in another.
 
@@ -29,7 +29,7 @@ def batch_rows_are_independent(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def batch_rows_permute(subject: Subject) -> Verdict:
     """Batch rows in another order give the same outputs in that order.
 
@@ -44,7 +44,7 @@ def batch_rows_permute(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def batch_of_one_agrees(subject: Subject) -> Verdict:
     """A row alone gives what it gives in a batch.
 
@@ -58,3 +58,10 @@ def batch_of_one_agrees(subject: Subject) -> Verdict:
     if apart.max() > subject.allowed(x):
         return broken(f"a row alone gave another output than in a batch, by {by(apart)}")
     return holds()
+
+
+LAWS = (
+    batch_rows_are_independent,
+    batch_rows_permute,
+    batch_of_one_agrees,
+)

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law
 from polyhead.check.probe.caches import placed, start_of
 from polyhead.check.probe.claims import band
 from polyhead.check.subject import Subject, by, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 Step = Callable[[Tensor], Tensor]
 
 
-@module_law
+@law
 def cache_token_by_token_agrees(subject: Subject) -> Verdict:
     """Read token by token with a cache, a text gives what it gives at once.
 
@@ -31,7 +31,7 @@ def cache_token_by_token_agrees(subject: Subject) -> Verdict:
     return _in_pieces(subject, [1] * subject.T)
 
 
-@module_law
+@law
 def cache_in_chunks_agrees(subject: Subject) -> Verdict:
     """Read in chunks with a cache, a text gives what it gives at once.
 
@@ -161,3 +161,9 @@ _PROTOCOLS: dict[str, Callable[[Subject, nn.Module], Step]] = {
     "transformers": _of_transformers,
     "stateful": _stateful,
 }
+
+
+LAWS = (
+    cache_token_by_token_agrees,
+    cache_in_chunks_agrees,
+)

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law
 from polyhead.check.probe.sight import band
 from polyhead.check.subject import Subject, by, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 # Tokens that a law may take: the time and memory of some modules grow with their square.
 _LONGEST = 512
@@ -30,7 +30,7 @@ def worst(matrix: Tensor, where: Tensor) -> tuple[int, int, float]:
     return t, s, masked[t, s].item()
 
 
-@module_law
+@law
 def no_future_leak(subject: Subject) -> Verdict:
     """In a causal module the output at a token does not change when a later token does.
 
@@ -54,7 +54,7 @@ def no_future_leak(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def no_future_leak_in_long_texts(subject: Subject) -> Verdict:
     """In a causal module the start of a long text does not depend on what comes after it.
 
@@ -86,7 +86,7 @@ def no_future_leak_in_long_texts(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def no_future_gradient(subject: Subject) -> Verdict:
     """In a causal module the output at a token has no gradient for a later token.
 
@@ -116,7 +116,7 @@ def no_future_gradient(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def causal_in_every_mode(subject: Subject) -> Verdict:
     """A causal module is causal in training and in evaluation, with gradients and without.
 
@@ -149,7 +149,7 @@ def causal_in_every_mode(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def past_is_used(subject: Subject) -> Verdict:
     """The output at a token changes when a token that it may see does, itself included.
 
@@ -171,7 +171,7 @@ def past_is_used(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def first_token_is_alone(subject: Subject) -> Verdict:
     """In a causal module the output at token 0 is that of a sequence of token 0 alone.
 
@@ -183,7 +183,7 @@ def first_token_is_alone(subject: Subject) -> Verdict:
     return _prefix_of(subject, 1)
 
 
-@module_law
+@law
 def prefix_gives_prefix(subject: Subject) -> Verdict:
     """In a causal module the first tokens of a text give the first outputs of the whole.
 
@@ -213,7 +213,7 @@ def _prefix_of(subject: Subject, n: int) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def window_counts_its_tokens(subject: Subject) -> Verdict:
     """With a window of W a token sees W tokens, itself included.
 
@@ -246,3 +246,15 @@ def window_counts_its_tokens(subject: Subject) -> Verdict:
         counted=counted,
         window=claims.window,
     )
+
+
+LAWS = (
+    no_future_leak,
+    no_future_leak_in_long_texts,
+    no_future_gradient,
+    causal_in_every_mode,
+    past_is_used,
+    first_token_is_alone,
+    prefix_gives_prefix,
+    window_counts_its_tokens,
+)

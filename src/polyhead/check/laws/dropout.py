@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law, reported
 from polyhead.check.probe.heads import contexts_of, need_plain_values, out_projection, shares_of
 from polyhead.check.probe.ops import draws_random_numbers
 from polyhead.check.subject import Subject
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
-@module_law
+@law
 def dropout_is_unbiased(subject: Subject) -> Verdict:
     """In training, the output averaged over many dropout masks is that of evaluation.
 
@@ -46,7 +46,7 @@ def dropout_is_unbiased(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def dropout_drops_weights(subject: Subject) -> Verdict:
     """Dropout acts on attention weights: each is dropped, or kept and larger by one factor.
 
@@ -98,3 +98,9 @@ def dropout_drops_weights(subject: Subject) -> Verdict:
 def need_dropout(subject: Subject, trained: nn.Module) -> None:
     if not draws_random_numbers(subject, trained):
         raise NotApplicable("training draws no random numbers: there is no dropout")
+
+
+LAWS = (
+    dropout_is_unbiased,
+    dropout_drops_weights,
+)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from polyhead.check.diagnose.cases import Case, draw, shrink
-from polyhead.check.function import FunctionSubject, definition
-from polyhead.check.law import NotApplicable, Verdict, broken, function_law, holds, reported
+from polyhead.check.function_subject import FunctionSubject, definition
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law, reported
 from polyhead.check.subject import difference, seeded
 from polyhead.check.tolerance import as_good_as_eager
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 _COUNT = 12
 
@@ -63,7 +63,7 @@ def _other_length(case: Case, numbers: random.Random) -> int:
     return max(1, case.S + numbers.choice((-3, 1, 4)))
 
 
-@function_law
+@law
 def plain_calls_are_right(subject: FunctionSubject) -> Verdict:
     """softmax(query key^T / sqrt(D)) value, for any sizes, T and S alike and different.
 
@@ -75,7 +75,7 @@ def plain_calls_are_right(subject: FunctionSubject) -> Verdict:
     return same if same.message else _hold(subject, draw(subject.seed, _COUNT, S=_other_length))
 
 
-@function_law
+@law
 def causal_calls_are_right(subject: FunctionSubject) -> Verdict:
     """With is_causal, query t sees keys 0 to t.
 
@@ -87,7 +87,7 @@ def causal_calls_are_right(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, causal="end"))
 
 
-@function_law
+@law
 def causal_alignment(subject: FunctionSubject) -> Verdict:
     """Where fewer queries than keys stand under is_causal: at the start, or at the end.
 
@@ -110,7 +110,7 @@ def causal_alignment(subject: FunctionSubject) -> Verdict:
     return verdicts["end"]
 
 
-@function_law
+@law
 def boolean_masks_are_right(subject: FunctionSubject) -> Verdict:
     """A boolean mask hides what it should hide, and nothing else.
 
@@ -122,7 +122,7 @@ def boolean_masks_are_right(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, mask="boolean"))
 
 
-@function_law
+@law
 def additive_masks_are_right(subject: FunctionSubject) -> Verdict:
     """A mask of numbers is added to the scores; -inf hides.
 
@@ -136,7 +136,7 @@ def additive_masks_are_right(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, mask="additive"))
 
 
-@function_law
+@law
 def empty_rows_stay_finite(subject: FunctionSubject) -> Verdict:
     """A query that may attend to nothing gives zeros, or at least no NaN.
 
@@ -154,7 +154,7 @@ def empty_rows_stay_finite(subject: FunctionSubject) -> Verdict:
     return holds()
 
 
-@function_law
+@law
 def gqa_matches_reference(subject: FunctionSubject) -> Verdict:
     """With H query heads over G key heads, query head h uses key head h // (H / G).
 
@@ -171,7 +171,7 @@ def gqa_matches_reference(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, **grouped))
 
 
-@function_law
+@law
 def values_may_have_another_size(subject: FunctionSubject) -> Verdict:
     """Values may have another size than queries and keys.
 
@@ -182,7 +182,7 @@ def values_may_have_another_size(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, E=lambda case, _: case.D + 2))
 
 
-@function_law
+@law
 def scale_is_obeyed(subject: FunctionSubject) -> Verdict:
     """A scale that is given replaces 1 / sqrt(D).
 
@@ -194,7 +194,7 @@ def scale_is_obeyed(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, scale=0.7))
 
 
-@function_law
+@law
 def softcap_is_obeyed(subject: FunctionSubject) -> Verdict:
     """With softcap c, scores become c tanh(scores / c).
 
@@ -206,7 +206,7 @@ def softcap_is_obeyed(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, softcap=0.8, size=2.0))
 
 
-@function_law
+@law
 def extreme_values_stay_right(subject: FunctionSubject) -> Verdict:
     """Large scores give what they should give, and no NaN.
 
@@ -217,7 +217,7 @@ def extreme_values_stay_right(subject: FunctionSubject) -> Verdict:
     return _hold(subject, draw(subject.seed, _COUNT, size=30.0))
 
 
-@function_law
+@law
 def rows_and_heads_do_not_mix(subject: FunctionSubject) -> Verdict:
     """What one batch row or head gives does not depend on another.
 
@@ -240,7 +240,7 @@ def rows_and_heads_do_not_mix(subject: FunctionSubject) -> Verdict:
     return holds()
 
 
-@function_law
+@law
 def every_argument_counts(subject: FunctionSubject) -> Verdict:
     """Each argument that is accepted changes the output.
 
@@ -265,7 +265,7 @@ def every_argument_counts(subject: FunctionSubject) -> Verdict:
     return holds()
 
 
-@function_law
+@law
 def dropout_keeps_the_mean(subject: FunctionSubject) -> Verdict:
     """With dropout p, the mean over many draws is the output without it.
 
@@ -292,7 +292,7 @@ def dropout_keeps_the_mean(subject: FunctionSubject) -> Verdict:
     return holds()
 
 
-@function_law
+@law
 def dtype_is_preserved(subject: FunctionSubject) -> Verdict:
     """The dtype in is the dtype out.
 
@@ -308,7 +308,7 @@ def dtype_is_preserved(subject: FunctionSubject) -> Verdict:
     return holds()
 
 
-@function_law
+@law
 def inputs_are_not_modified(subject: FunctionSubject) -> Verdict:
     """The call changes none of its inputs, whatever their strides, and strides change nothing.
 
@@ -334,7 +334,7 @@ def inputs_are_not_modified(subject: FunctionSubject) -> Verdict:
     return holds()
 
 
-@function_law
+@law
 def gradients_are_right(subject: FunctionSubject) -> Verdict:
     """Gradients of query, key and value are those of the definition.
 
@@ -361,3 +361,24 @@ def gradients_are_right(subject: FunctionSubject) -> Verdict:
         if apart > as_good_as_eager(plain, true, 8.0, 8.0):
             return broken(f"the gradient of {name} is {apart:.2g} off")
     return holds()
+
+
+LAWS = (
+    plain_calls_are_right,
+    causal_calls_are_right,
+    causal_alignment,
+    boolean_masks_are_right,
+    additive_masks_are_right,
+    empty_rows_stay_finite,
+    gqa_matches_reference,
+    values_may_have_another_size,
+    scale_is_obeyed,
+    softcap_is_obeyed,
+    extreme_values_stay_right,
+    rows_and_heads_do_not_mix,
+    every_argument_counts,
+    dropout_keeps_the_mean,
+    dtype_is_preserved,
+    inputs_are_not_modified,
+    gradients_are_right,
+)

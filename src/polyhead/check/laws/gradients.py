@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law, reported
 from polyhead.check.subject import Subject
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 _STEP = 2.0**-17  # near the cube root of float64's rounding, where central differences are best
 
@@ -21,7 +21,7 @@ def need_float64(subject: Subject) -> nn.Module:
     return subject.exact
 
 
-@module_law
+@law
 def gradient_reaches_every_parameter(subject: Subject) -> Verdict:
     """Every parameter gets a gradient.
 
@@ -49,7 +49,7 @@ def gradient_reaches_every_parameter(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def gradient_matches_finite_differences(subject: Subject) -> Verdict:
     """Gradients of the input and of every parameter are the slopes that finite differences see.
 
@@ -84,7 +84,7 @@ def gradient_matches_finite_differences(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def second_derivative_is_right_or_refused(subject: Subject) -> Verdict:
     """The gradient of a gradient matches finite differences, or is refused.
 
@@ -119,7 +119,7 @@ def second_derivative_is_right_or_refused(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def parameters_are_registered(subject: Subject) -> Verdict:
     """Every tensor that learns is among the module's parameters.
 
@@ -169,3 +169,11 @@ def _central(value: object, leaf: Tensor, step: Tensor, *, grad: bool = False) -
 def _random_like(leaf: Tensor, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed + 17)
     return torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+
+
+LAWS = (
+    gradient_reaches_every_parameter,
+    gradient_matches_finite_differences,
+    second_derivative_is_right_or_refused,
+    parameters_are_registered,
+)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law
 from polyhead.check.probe.heads import contexts_of, need_heads, out_projection
 from polyhead.check.subject import Subject, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
-@module_law
+@law
 def no_head_is_dead(subject: Subject) -> Verdict:
     """Every head gives something, and the output changes without it.
 
@@ -50,7 +50,7 @@ def no_head_is_dead(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def no_two_heads_are_identical(subject: Subject) -> Verdict:
     """No two heads give the same contexts.
 
@@ -71,7 +71,7 @@ def no_two_heads_are_identical(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def heads_are_independent(subject: Subject) -> Verdict:
     """Each head has weights that not every head's context depends on.
 
@@ -94,7 +94,7 @@ def heads_are_independent(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def kv_heads_are_shared_in_order(subject: Subject) -> Verdict:
     """With H query heads over G key heads, query head h uses key head h // (H / G).
 
@@ -168,3 +168,11 @@ def _touched(subject: Subject) -> list[list[set[int]]]:
             touched = slices > 1e-12 * slices.max()
             found.append([set(unit.nonzero().flatten().tolist()) for unit in touched.T])
     return found
+
+
+LAWS = (
+    no_head_is_dead,
+    no_two_heads_are_identical,
+    heads_are_independent,
+    kv_heads_are_shared_in_order,
+)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law, reported
 from polyhead.check.probe.heads import need_no_absolute_positions
 from polyhead.check.subject import Subject, by, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
 def need_mask(subject: Subject) -> None:
@@ -24,7 +24,7 @@ def hiding(subject: Subject, *tokens: int, B: int = 2, T: int | None = None) -> 
     return subject.showing(hidden)
 
 
-@module_law
+@law
 def mask_that_shows_all_changes_nothing(subject: Subject) -> Verdict:
     """A mask that hides nothing gives the output of no mask.
 
@@ -43,7 +43,7 @@ def mask_that_shows_all_changes_nothing(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def hidden_tokens_have_no_influence(subject: Subject) -> Verdict:
     """A token that the mask hides does not change what others give.
 
@@ -70,7 +70,7 @@ def hidden_tokens_have_no_influence(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def shown_tokens_keep_their_influence(subject: Subject) -> Verdict:
     """A token that the mask shows still changes what later tokens give.
 
@@ -94,7 +94,7 @@ def shown_tokens_keep_their_influence(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def padding_on_the_right_changes_nothing(subject: Subject) -> Verdict:
     """Rows padded on the right, and masked, give at their real tokens what they give alone.
 
@@ -107,7 +107,7 @@ def padding_on_the_right_changes_nothing(subject: Subject) -> Verdict:
     return _padded(subject, left=False)
 
 
-@module_law
+@law
 def padding_on_the_left_changes_nothing(subject: Subject) -> Verdict:
     """Rows padded on the left, and masked, give at their real tokens what they give alone.
 
@@ -149,7 +149,7 @@ def _padded(subject: Subject, *, left: bool) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def empty_rows_are_finite(subject: Subject) -> Verdict:
     """A query that may attend to nothing gives a finite output and finite gradients.
 
@@ -177,3 +177,13 @@ def empty_rows_are_finite(subject: Subject) -> Verdict:
     if not gradient.isfinite().all():
         return broken("a row whose tokens are all hidden gave gradients that are not finite")
     return holds()
+
+
+LAWS = (
+    mask_that_shows_all_changes_nothing,
+    hidden_tokens_have_no_influence,
+    shown_tokens_keep_their_influence,
+    padding_on_the_right_changes_nothing,
+    padding_on_the_left_changes_nothing,
+    empty_rows_are_finite,
+)

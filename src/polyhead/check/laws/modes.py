@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law
 from polyhead.check.probe.ops import draws_random_numbers, draws_weights
 from polyhead.check.subject import Subject, by, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
-@module_law
+@law
 def evaluation_repeats(subject: Subject) -> Verdict:
     """In evaluation the same call gives the same output, whatever the random seed.
 
@@ -39,7 +39,7 @@ def evaluation_repeats(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def gradient_mode_changes_nothing(subject: Subject) -> Verdict:
     """With gradients and without, the output is the same.
 
@@ -57,7 +57,7 @@ def gradient_mode_changes_nothing(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def training_without_dropout_is_evaluation(subject: Subject) -> Verdict:
     """With every dropout at 0, training and evaluation give the same output.
 
@@ -78,7 +78,7 @@ def training_without_dropout_is_evaluation(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def autocast_agrees(subject: Subject) -> Verdict:
     """Under autocast to bfloat16 the output is that of float32, within bfloat16's rounding.
 
@@ -101,7 +101,7 @@ def autocast_agrees(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def compiled_agrees(subject: Subject) -> Verdict:
     """Compiled by torch.compile, the output is the same, for one length and for another.
 
@@ -128,3 +128,12 @@ def _stop_dropout(module: nn.Module) -> None:
         for name, value in vars(part).items():
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
+
+
+LAWS = (
+    evaluation_repeats,
+    gradient_mode_changes_nothing,
+    training_without_dropout_is_evaluation,
+    autocast_agrees,
+    compiled_agrees,
+)

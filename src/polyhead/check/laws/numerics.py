@@ -13,7 +13,7 @@ from polyhead.check.law import (
     broken,
     first_line,
     holds,
-    module_law,
+    law,
     reported,
 )
 from polyhead.check.laws.causality import need_causal, worst
@@ -21,12 +21,12 @@ from polyhead.check.probe.sight import band
 from polyhead.check.subject import Subject, by, difference
 from polyhead.check.tolerance import Narrowest, Spy
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-@module_law
+@law
 def output_is_finite(subject: Subject) -> Verdict:
     """Ordinary numbers in, finite numbers out.
 
@@ -42,7 +42,7 @@ def output_is_finite(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def odd_sizes_run(subject: Subject) -> Verdict:
     """Any number of rows and tokens runs: 1, odd, prime, no multiple of a block.
 
@@ -61,7 +61,7 @@ def odd_sizes_run(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def layout_in_memory_does_not_matter(subject: Subject) -> Verdict:
     """An input with other strides gives the same output.
 
@@ -87,7 +87,7 @@ def layout_in_memory_does_not_matter(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def inputs_are_not_modified(subject: Subject) -> Verdict:
     """The call does not change its input.
 
@@ -101,7 +101,7 @@ def inputs_are_not_modified(subject: Subject) -> Verdict:
     return holds() if torch.equal(x, before) else broken("the call changed its input")
 
 
-@module_law
+@law
 def dtype_is_kept(subject: Subject) -> Verdict:
     """The dtype of the input and weights is the dtype of the output.
 
@@ -123,7 +123,7 @@ def dtype_is_kept(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def no_hidden_downcast(subject: Subject) -> Verdict:
     """In float32, nothing inside is computed in half precision.
 
@@ -141,7 +141,7 @@ def no_hidden_downcast(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def float32_is_close_to_float64(subject: Subject) -> Verdict:
     """In float32 the output is that of float64, within what rounding does to this module.
 
@@ -152,7 +152,7 @@ def float32_is_close_to_float64(subject: Subject) -> Verdict:
     return _close(subject, torch.float32)
 
 
-@module_law
+@law
 def half_precision_is_close_to_float64(subject: Subject) -> Verdict:
     """In bfloat16 and float16 the output is that of float64, within what rounding does.
 
@@ -183,7 +183,7 @@ def _close(subject: Subject, dtype: torch.dtype) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def large_inputs_stay_finite(subject: Subject) -> Verdict:
     """Inputs 10,000 times as large give finite outputs and gradients.
 
@@ -204,7 +204,7 @@ def large_inputs_stay_finite(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def mask_survives_large_scores(subject: Subject) -> Verdict:
     """The future stays hidden when scores are large.
 
@@ -233,7 +233,7 @@ def mask_survives_large_scores(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def memory_growth(subject: Subject) -> Verdict:
     """How the largest tensor grows when the text doubles: linearly or with its square.
 
@@ -274,3 +274,18 @@ class _LargestTensor(Spy):
                 held = item.untyped_storage().nbytes() // item.element_size()
                 self.largest = max(self.largest, held)
         return result
+
+
+LAWS = (
+    output_is_finite,
+    odd_sizes_run,
+    layout_in_memory_does_not_matter,
+    inputs_are_not_modified,
+    dtype_is_kept,
+    no_hidden_downcast,
+    float32_is_close_to_float64,
+    half_precision_is_close_to_float64,
+    large_inputs_stay_finite,
+    mask_survives_large_scores,
+    memory_growth,
+)

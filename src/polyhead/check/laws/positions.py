@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law, reported
 from polyhead.check.probe.definition import is_defined_as_seen
 from polyhead.check.probe.heads import (
     need_no_absolute_positions,
@@ -17,7 +17,7 @@ from polyhead.check.probe.heads import (
 from polyhead.check.probe.rows import BY_PLACE, learned_rows
 from polyhead.check.subject import Subject, by, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 _ROTARY = re.compile(r"rope|rotary|inv_freq|freqs|alibi", re.I)
 
@@ -27,7 +27,7 @@ def need_no_pattern(subject: Subject) -> None:
         raise NotApplicable(f"a token sees some tokens and not others ({pattern.words})")
 
 
-@module_law
+@law
 def permutation_equivariant(subject: Subject) -> Verdict:
     """Without positions, attention reads a set: another order of the tokens seen, same output.
 
@@ -74,7 +74,7 @@ def _need_plain_scores(subject: Subject) -> None:
             raise
 
 
-@module_law
+@law
 def identical_tokens_agree(subject: Subject) -> Verdict:
     """A text of one token, repeated, gives at every place what the token gives alone.
 
@@ -99,7 +99,7 @@ def identical_tokens_agree(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def relative_positions_are_relative(subject: Subject) -> Verdict:
     """How much a token prefers its neighbour to itself does not depend on where the two stand.
 
@@ -135,7 +135,7 @@ def relative_positions_are_relative(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def positions_tell_order(subject: Subject) -> Verdict:
     """With rotary positions or ALiBi, two orders of the same tokens are told apart.
 
@@ -157,3 +157,11 @@ def positions_tell_order(subject: Subject) -> Verdict:
         return holds()
     told = broken if found.startswith("it has") else reported
     return told(f"the first two tokens swapped give the third the same output, with {positions}")
+
+
+LAWS = (
+    permutation_equivariant,
+    identical_tokens_agree,
+    relative_positions_are_relative,
+    positions_tell_order,
+)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.check.diagnose.known_mistakes import Hypothesis, explanation
-from polyhead.check.law import NotApplicable, Outcome, Verdict, broken, holds, module_law
+from polyhead.check.law import NotApplicable, Outcome, Verdict, broken, holds, law
 from polyhead.check.probe.definition import CoreJudged, defined_output, judged_by_its_core
 from polyhead.check.probe.heads import need_no_positions, need_plain, out_projection
 from polyhead.check.probe.layouts import Weights, recognise
@@ -16,10 +16,10 @@ from polyhead.check.subject import Claims, Subject, by, difference
 from polyhead.convert import from_transformers
 from polyhead.errors import PolyheadError
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
-@module_law
+@law
 def output_matches_reference(subject: Subject) -> Verdict:
     """The output is softmax(scale * q k^T) v, computed from the module's weights in float64.
 
@@ -64,7 +64,7 @@ def output_matches_reference(subject: Subject) -> Verdict:
     raise unknown
 
 
-@module_law
+@law
 def gradients_match_reference(subject: Subject) -> Verdict:
     """The gradients of the input and of the weights are those of the definition.
 
@@ -155,3 +155,9 @@ def _converted(subject: Subject) -> nn.Module:
         return from_transformers(subject.exact).to(subject.dtype).eval()
     except PolyheadError as error:
         raise NotApplicable(f"its layout is not known: {error}") from None
+
+
+LAWS = (
+    output_matches_reference,
+    gradients_match_reference,
+)

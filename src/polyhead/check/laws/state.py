@@ -6,13 +6,13 @@ import contextlib
 
 import torch
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law, reported
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law, reported
 from polyhead.check.subject import Subject, by, difference, seeded
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
-@module_law
+@law
 def parameters_are_filled(subject: Subject) -> Verdict:
     """Every parameter and buffer has numbers of its own when the module is made.
 
@@ -32,7 +32,7 @@ def parameters_are_filled(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def state_dict_round_trips(subject: Subject) -> Verdict:
     """A state dict loaded into another instance gives the same outputs.
 
@@ -58,7 +58,7 @@ def state_dict_round_trips(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def calls_are_stateless(subject: Subject) -> Verdict:
     """What was computed before, of whatever length, does not change what is computed now.
 
@@ -85,7 +85,7 @@ def calls_are_stateless(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def too_long_is_refused(subject: Subject) -> Verdict:
     """More tokens than promised are refused, or computed right.
 
@@ -113,3 +113,11 @@ def too_long_is_refused(subject: Subject) -> Verdict:
         if apart.max() > subject.allowed(x):
             return broken(f"one token more than {most} changed what came before, by {by(apart)}")
     return holds()
+
+
+LAWS = (
+    parameters_are_filled,
+    state_dict_round_trips,
+    calls_are_stateless,
+    too_long_is_refused,
+)

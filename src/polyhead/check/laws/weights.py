@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.check.law import NotApplicable, Verdict, broken, holds, module_law
+from polyhead.check.law import NotApplicable, Verdict, broken, holds, law
 from polyhead.check.probe.heads import contexts_of, need_plain_values, shares_of
 from polyhead.check.probe.sight import band
 from polyhead.check.subject import Subject, by, difference
 
-__all__: list[str] = []
+__all__ = ["LAWS"]
 
 
 def need_weights(subject: Subject, x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ def need_weights(subject: Subject, x: Tensor) -> Tensor:
     return weights
 
 
-@module_law
+@law
 def weights_sum_to_one(subject: Subject) -> Verdict:
     """The attention weights of a query are not negative and sum to 1 over the keys.
 
@@ -46,7 +46,7 @@ def weights_sum_to_one(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def weights_hide_the_future(subject: Subject) -> Verdict:
     """In a causal module the weight on a later token is zero.
 
@@ -64,7 +64,7 @@ def weights_hide_the_future(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def asking_for_weights_changes_nothing(subject: Subject) -> Verdict:
     """The output is the same whether weights are asked for or not.
 
@@ -85,7 +85,7 @@ def asking_for_weights_changes_nothing(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def weights_explain_the_output(subject: Subject) -> Verdict:
     """A head's context is its weights times values, where a token's value is its own affair.
 
@@ -123,7 +123,7 @@ def weights_explain_the_output(subject: Subject) -> Verdict:
     return holds()
 
 
-@module_law
+@law
 def contexts_are_weighted_means(subject: Subject) -> Verdict:
     """Of two tokens, each head gives w times one's value and 1 - w times the other's.
 
@@ -147,3 +147,12 @@ def contexts_are_weighted_means(subject: Subject) -> Verdict:
         wrong = totals[off.argmax()].item()
         return broken(f"the weights of two tokens sum to {wrong:.3g}, not to 1")
     return holds()
+
+
+LAWS = (
+    weights_sum_to_one,
+    weights_hide_the_future,
+    asking_for_weights_changes_nothing,
+    weights_explain_the_output,
+    contexts_are_weighted_means,
+)

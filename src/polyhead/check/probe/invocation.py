@@ -34,7 +34,7 @@ class MaskArgument:
     Attributes:
         name: of the argument.
         form: a key of `FORMS`.
-        true_means: "show" or "hide" for a boolean; "add" for numbers added to scores; "count" for
+        true_means: "attend" or "ignore" for a boolean; "add" for an additive mask; "count" for
             lengths.
         how: how this was found out.
     """
@@ -51,9 +51,9 @@ class MaskArgument:
 
     def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Tensor:
         allowed = FORMS[self.form](allowed_b1ts)
-        if self.true_means in ("show", "count"):
+        if self.true_means in ("attend", "count"):
             return allowed
-        if self.true_means == "hide":
+        if self.true_means == "ignore":
             return ~allowed
         return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
             ~allowed, float("-inf")

@@ -55,12 +55,12 @@ def _tried(subject: Subject, name: str, true_means: str | None) -> Iterator[Mask
     how = "you said so" if true_means else "by its name" if by_name else "found by trying"
     if true_means or by_name:
         meanings = [true_means or by_name or ""]
-        if meanings == ["show"] and not true_means:
+        if meanings == ["attend"] and not true_means:
             meanings.append("add")  # as BERT's attention_mask
     elif theirs:
-        meanings = ["add", "show", "hide"]  # eager layers add
+        meanings = ["add", "attend", "ignore"]  # eager layers add
     else:
-        meanings = ["hide", "show", "add"] if "pad" in name else ["show", "hide", "add"]
+        meanings = ["ignore", "attend", "add"] if "pad" in name else ["attend", "ignore", "add"]
     if "valid_len" in name:
         yield MaskArgument(name, "lengths", "count", "found by trying")
         return
@@ -73,8 +73,8 @@ def _tried(subject: Subject, name: str, true_means: str | None) -> Iterator[Mask
 
 def _meaning_of(name: str, module: nn.Module) -> str | None:
     if "key_padding_mask" in name or isinstance(module, nn.MultiheadAttention):
-        return "hide"
-    return "show" if name == "attention_mask" else None
+        return "ignore"
+    return "attend" if name == "attention_mask" else None
 
 
 def _runs(subject: Subject, mask: MaskArgument) -> bool:
@@ -137,7 +137,7 @@ class _Raised(MaskArgument):
 
 
 def _polyhead_mask() -> MaskArgument:
-    return _PolyheadMask("mask", "full", "show", "polyhead's masks show")
+    return _PolyheadMask("mask", "full", "attend", "polyhead's masks show")
 
 
 class _PolyheadMask(MaskArgument):

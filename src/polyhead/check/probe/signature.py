@@ -102,7 +102,7 @@ def from_function(call: Callable[..., Any]) -> Calling:
                 f"a function that needs {name} too",
                 f"give {name} a value inside call",
             )
-    mask = MaskArgument("mask", "full", "show", "you said so") if "mask" in parameters else None
+    mask = MaskArgument("mask", "full", "attend", "you said so") if "mask" in parameters else None
     cache = "cache" in parameters
     return Calling(
         "yours",
@@ -160,7 +160,7 @@ def other_ways(module: nn.Module, calling: Calling) -> Iterator[Calling]:
         for name in (n for n in mask_names(module) if n in calling.always):
             always = {n: v for n, v in calling.always.items() if n != name}
             for form in FORMS:
-                for meaning in ("show", "hide", "add"):
+                for meaning in ("attend", "ignore", "add"):
                     mask = MaskArgument(name, form, meaning, "it must be given")
                     shows_all = lambda T: torch.ones(T, T, dtype=torch.bool)  # noqa: E731
                     yield replace(way, always=always, mask=mask, supplies=shows_all)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from polyhead.integrations.transformers.registration import register
-from polyhead.integrations.transformers.status import LayerStatus, ModelStatus, report
+from polyhead.integrations.transformers.status import LayerStatus, ModelStatus, status
 
 if TYPE_CHECKING:
-    from polyhead.integrations.transformers.cache import Cache
+    from polyhead.integrations.transformers.cache import PolyheadCache
 
-__all__ = ["Cache", "LayerStatus", "ModelStatus", "register", "report"]
+__all__ = ["LayerStatus", "ModelStatus", "PolyheadCache", "register", "status"]
 
 
 def __getattr__(name: str) -> Any:
     # A class of transformers', which is imported when it is asked for.
-    if name == "Cache":
-        from polyhead.integrations.transformers.cache import Cache
+    if name == "PolyheadCache":
+        from polyhead.integrations.transformers.cache import PolyheadCache
 
-        return Cache
+        return PolyheadCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,10 +13,10 @@ from polyhead.errors import ArgumentError
 from polyhead.integrations.transformers.lazy_cache import wrap
 from polyhead.validate import autocasts
 
-__all__ = ["Cache", "Layer"]
+__all__ = ["Layer", "PolyheadCache"]
 
 
-class Cache(transformers.Cache):
+class PolyheadCache(transformers.Cache):
     """Keys and values of every layer, each in a `polyhead.KVCache`: pass it as `past_key_values`.
 
     transformers' own dynamic cache makes a new tensor of all tokens for each new one; this writes
@@ -25,8 +25,8 @@ class Cache(transformers.Cache):
     Args:
         config: of the model; layers with a sliding window or chunks keep what these need.
         max_tokens: the most tokens it takes; None: the model's `max_position_embeddings`.
-        storage_dtype: as in `KVCache`; torch.int8 takes a quarter of float32's memory, and is read where
-            it is by attn_implementation="polyhead".
+        storage_dtype: as in `KVCache`; torch.int8 takes a quarter of float32's memory, and
+            attn_implementation="polyhead" reads it in place.
         preallocate: as in `KVCache`.
 
     Raises:
@@ -38,7 +38,7 @@ class Cache(transformers.Cache):
     ...     num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=64,
     ...     pad_token_id=0, eos_token_id=None,
     ... )
-    >>> model, cache = LlamaForCausalLM(config).eval(), Cache(config)
+    >>> model, cache = LlamaForCausalLM(config).eval(), PolyheadCache(config)
     >>> model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=4).shape
     torch.Size([1, 7])
     >>> cache.get_seq_length()                                # all but the newest, not yet read
@@ -103,7 +103,7 @@ class Cache(transformers.Cache):
 
 
 class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a `Cache`. It takes its sizes from the first keys it is given.
+    """One layer of a `PolyheadCache`. It takes its sizes from the first keys it is given.
 
     Args:
         max_tokens: the most tokens it takes; None, only with a window: no limit.
@@ -203,11 +203,11 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         return length + query_length - first, first
 
     def activate_past_recording(self) -> None:
-        """As `Cache.activate_past_recording`."""
+        """As `PolyheadCache.activate_past_recording`."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As `Cache.crop`."""
+        """As `PolyheadCache.crop`."""
         if self._cache is None:
             return
         self.check_crop(tokens_to_remove)

@@ -9,7 +9,7 @@ from torch import nn
 from polyhead.integrations.transformers.attention_layers import AttentionLayer, attention_layers
 from polyhead.integrations.transformers.guard import NAME
 
-__all__ = ["LayerStatus", "ModelStatus", "report"]
+__all__ = ["LayerStatus", "ModelStatus", "status"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class ModelStatus:
         return "\n".join(lines)
 
 
-def report(model: nn.Module) -> ModelStatus:
+def status(model: nn.Module) -> ModelStatus:
     """Say for each attention layer whether it attends through polyhead, and if not why.
 
     Told from the layers' code and the model's config; nothing is run.
@@ -72,7 +72,7 @@ def report(model: nn.Module) -> ModelStatus:
     ...     hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6,
     ...     vocab_size=31, attn_implementation="polyhead",
     ... )
-    >>> print(report(LlamaModel(config)))
+    >>> print(status(LlamaModel(config)))
     LlamaModel: 2 of 2 attention layers run polyhead
       layers.0.self_attn  LlamaAttention  polyhead
       layers.1.self_attn  LlamaAttention  polyhead

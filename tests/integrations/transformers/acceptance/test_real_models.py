@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyhead.integrations.transformers import Cache
+from polyhead.integrations.transformers import PolyheadCache
 
 TEXT = (
     "It is a truth universally acknowledged, that a single man in possession of a good fortune, "
@@ -43,10 +43,10 @@ def test_700_real_tokens(smollm2, with_attention):
 
 
 @pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
-def test_a_real_continuation(smollm2, with_attention, storage):
+def test_a_real_continuation(smollm2, with_attention, storage_dtype):
     tokens = torch.tensor([smollm2.tokenizer("The capital of France is")["input_ids"]])
     model = with_attention("polyhead")
-    cache = Cache(model.config, max_tokens=64, storage_dtype=storage)
+    cache = PolyheadCache(model.config, max_tokens=64, storage_dtype=storage_dtype)
     answer = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
