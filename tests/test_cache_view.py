@@ -258,7 +258,7 @@ def test_a_backend_that_reads_no_cache_is_given_tensors():
 
     query, key, value = case("int8 blocks")
     ph.attention(query, key, value, backend=ph.Backend("mine", lambda call: [], run))
-    assert seen[0].stored is None
+    assert seen[0].cache_views is None
     assert torch.equal(seen[0].key, key.gather())
     with observe(seen.append):
         ph.attention(query, key, value, backend="cpu")

@@ -22,7 +22,7 @@ ENDS = (".py", ".js", ".ipynb")  # of what a test file may be of
 
 def long_files(root: Path) -> list[str]:
     """Return the modules too long to be read at one sitting."""
-    paths = [*root.rglob("src/**/*.py"), *root.rglob("csrc/**/*.?pp")]
+    paths = [*root.rglob("src/**/*.py"), *(root / "csrc").rglob("*.?pp")]
     lengths = {path: len(path.read_text("utf-8").splitlines()) for path in paths}
     return [
         f"{path.name}: {lines}"
@@ -38,7 +38,7 @@ def drawers(root: Path) -> list[str]:
 
 def settings(root: Path) -> list[str]:
     """Return the kernels' files that read the environment; isa.cpp alone may, once, when loaded."""
-    paths = [path for path in root.rglob("csrc/**/*.?pp") if path.name != "isa.cpp"]
+    paths = [path for path in (root / "csrc").rglob("*.?pp") if path.name != "isa.cpp"]
     return [path.name for path in paths if "getenv" in path.read_text("utf-8")]
 
 
