@@ -2,9 +2,8 @@
 
 `torch.ops.polyhead.attention_forward`, `attention_inference` (the same, without a derivative),
 `attention_output` (of that, the output alone), `attention_fast` (of nothing but query, key and
-value, checks included), `attention_cached` (over what a cache holds),
-`attention_backward` and `attention_weights` exist if the package was built with them; `unavailable` is
-the reason if not.
+value, checks included), `attention_cached` (over what a cache holds), `attention_backward` and
+`attention_weights` exist if the package was built with them; `unavailable` is the reason if not.
 """
 
 from __future__ import annotations
