@@ -12,9 +12,11 @@
 namespace polyhead {
 
 #if defined(__x86_64__)
+#if !defined(POLYHEAD_NO_AVX512_BF16)
 namespace avx512_bf16 {
 extern const Kernels kTable;
 }
+#endif
 namespace avx512 {
 extern const Kernels kTable;
 }
@@ -43,7 +45,9 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+[[maybe_unused]] bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
 #endif
 
 struct Candidate {
@@ -54,7 +58,9 @@ struct Candidate {
 // Best first.
 const Candidate kCandidates[] = {
 #if defined(__x86_64__)
+#if !defined(POLYHEAD_NO_AVX512_BF16)
     {&avx512_bf16::kTable, has_avx512_bf16},
+#endif
     {&avx512::kTable, has_avx512},
     {&avx2::kTable, has_avx2},
 #endif

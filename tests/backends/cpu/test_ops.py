@@ -214,3 +214,26 @@ def test_kernels_can_be_switched_off():
     )
     assert "runs: sdpa" in explained.stdout
     assert "was switched off by POLYHEAD_CPU_ISA=none" in explained.stdout
+
+
+@pytest.mark.parametrize(
+    ("stack", "size"),
+    [("16k", 16384), ("64", 65536), (" 2 M ", 2**21), ("1G", 2**30), ("512B", 512)],
+)
+def test_bytes_of_omp_stacksize(stack, size):
+    assert cpu_operators._bytes_of(stack) == size
+
+
+@pytest.mark.parametrize("stack", ["", "much", "-1"])
+def test_bytes_of_no_omp_stacksize_are_no_limit(stack):
+    assert cpu_operators._bytes_of(stack) == float("inf")
+
+
+def test_small_stacks_of_threads_are_a_reason_and_no_crash(monkeypatch):
+    monkeypatch.setenv("OMP_STACKSIZE", "16k")
+    assert cpu_operators._load() == (
+        "needs threads with stacks of 256 KiB; got OMP_STACKSIZE=16k; "
+        "unset it, or set OMP_STACKSIZE=1M"
+    )
+    monkeypatch.setenv("OMP_STACKSIZE", "256K")
+    assert cpu_operators._load() == ""

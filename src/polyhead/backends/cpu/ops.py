@@ -9,7 +9,9 @@ value, checks included), `attention_cached` (over what a cache holds), `attentio
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import re
 import warnings
 from typing import Any
 
@@ -22,11 +24,29 @@ from polyhead.backends.layout import maybe_contiguous
 __all__ = ["choose_isa", "isa", "multiply_add", "unavailable"]
 
 
+_LEAST_STACK = 256 * 1024  # four times what every kernel was seen to run on, with heads of 576
+
+
+def _bytes_of(stack: str) -> float:
+    """The size that OMP_STACKSIZE gives; infinite where it gives none, and the system's counts."""
+    match = re.fullmatch(r"\s*(\d+)\s*([BKMG]?)\s*", stack, re.IGNORECASE)
+    if match is None:
+        return math.inf
+    exponent = "BKMG".index(match[2].upper()) if match[2] else 1
+    return float(int(match[1]) * 1024**exponent)
+
+
 def _load() -> str:
     """Load the operators, or return why they are not there."""
     asked = os.environ.get("POLYHEAD_CPU_ISA")
     if asked == "none":
         return "was switched off by POLYHEAD_CPU_ISA=none"
+    stack = os.environ.get("OMP_STACKSIZE", "")
+    if _bytes_of(stack) < _LEAST_STACK:
+        return (
+            f"needs threads with stacks of {_LEAST_STACK // 1024} KiB; got OMP_STACKSIZE={stack}; "
+            "unset it, or set OMP_STACKSIZE=1M"
+        )
     spec = importlib.util.find_spec("polyhead._kernels")
     if spec is None or spec.origin is None:
         return why_not_built()
