@@ -33,6 +33,7 @@ def test_the_table_is_in_order_of_preference():
     assert REFERENCE is BACKENDS[-1]
 
 
+@pytest.mark.usefixtures("kernels")
 def test_auto_takes_the_first_that_can():
     assert choose(build_call(*tensors())).name == "cpu"
     assert choose(build_call(*tensors(), softcap=2.0)).name == "cpu"
@@ -117,6 +118,7 @@ def test_a_refusal_lists_every_reason_of_every_backend_asked():
     }
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     "mask",
     [
@@ -220,6 +222,7 @@ def test_auto_passes_over_what_a_name_gets(monkeypatch):
     assert ph.explain(*tensors()).auto_skip == {"shy": ("is slow",)}
 
 
+@pytest.mark.usefixtures("kernels")
 def test_use_backend_is_what_auto_means_within():
     inputs = tensors()
     call = build_call(*inputs)
@@ -234,6 +237,7 @@ def test_use_backend_is_what_auto_means_within():
     assert choose(call) is BACKENDS[0]
 
 
+@pytest.mark.usefixtures("kernels")
 def test_use_backend_runs_or_raises_and_ends_with_an_error():
     with pytest.raises(BackendError, match="softcap"), ph.use_backend("sdpa"):
         ph.attention(*tensors(), softcap=2.0)
@@ -242,6 +246,7 @@ def test_use_backend_runs_or_raises_and_ends_with_an_error():
         pytest.fail("entered")
 
 
+@pytest.mark.usefixtures("kernels")
 def test_use_backend_is_of_its_own_task():
     chosen = {}
 
@@ -276,6 +281,7 @@ def test_use_backend_is_of_its_own_task():
         pool.submit(check).result()
 
 
+@pytest.mark.usefixtures("kernels")
 def test_use_backend_is_of_its_own_thread():
     seen = []
     with ph.use_backend("reference"):

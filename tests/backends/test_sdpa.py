@@ -139,6 +139,7 @@ def test_explain_says_how_many_queries_at_a_time():
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "dual", "grad"])
 def test_sdpa_leaves_transforms_to_the_definition(transform):
     inputs = tensors(T=5)
