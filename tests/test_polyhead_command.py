@@ -93,8 +93,8 @@ def test_ctrl_c_while_the_command_loads_is_one_line_and_130():
 def test_sigterm_lets_the_command_remove_its_files(tmp_path):
     part = tmp_path / "part"
     body = (
-        f"import time; open({str(part)!r}, 'w').close(); print('at work', flush=True)\n"
-        "    try: time.sleep(60)\n"
+        f"import time; open({str(part)!r}, 'w').close()\n"
+        "    try: print('at work', flush=True); time.sleep(60)\n"
         f"    finally: __import__('os').remove({str(part)!r})"
     )
     command = [sys.executable, "-c", PLANTED.format(body=body), "run"]
