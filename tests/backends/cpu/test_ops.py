@@ -221,19 +221,19 @@ def test_kernels_can_be_switched_off():
     [("16k", 16384), ("64", 65536), (" 2 M ", 2**21), ("1G", 2**30), ("512B", 512)],
 )
 def test_bytes_of_omp_stacksize(stack, size):
-    assert cpu_operators._bytes_of(stack) == size
+    assert ops._bytes_of(stack) == size
 
 
 @pytest.mark.parametrize("stack", ["", "much", "-1"])
 def test_bytes_of_no_omp_stacksize_are_no_limit(stack):
-    assert cpu_operators._bytes_of(stack) == float("inf")
+    assert ops._bytes_of(stack) == float("inf")
 
 
 def test_small_stacks_of_threads_are_a_reason_and_no_crash(monkeypatch):
     monkeypatch.setenv("OMP_STACKSIZE", "16k")
-    assert cpu_operators._load() == (
+    assert ops._load() == (
         "needs threads with stacks of 256 KiB; got OMP_STACKSIZE=16k; "
         "unset it, or set OMP_STACKSIZE=1M"
     )
     monkeypatch.setenv("OMP_STACKSIZE", "256K")
-    assert cpu_operators._load() == ""
+    assert ops._load() == ""
