@@ -17,8 +17,8 @@ from polyhead.backends import (
     BackendChoice,
     candidates,
     choose,
-    cpu,
     is_automatic,
+    skip_reasons,
 )
 from polyhead.backends.double_backward import DIFFERENTIATED_AUX, run_twice_differentiable
 from polyhead.backends.reference import compute_aux
@@ -34,6 +34,8 @@ __all__ = ["Explanation", "attention", "explain", "observe"]
 _observer: ContextVar[Callable[[AttentionCall], None] | None] = ContextVar("observer", default=None)
 
 _OUTPUT_ONLY = AuxRequest()
+# Of the first backend that "auto" tries.
+_FAST_PATH = BACKENDS[0].fast_path
 
 
 @overload
@@ -131,7 +133,8 @@ def attention(
         and is_automatic(backend)
         and not torch.compiler.is_compiling()  # which traces no ContextVar
         and _observer.get() is None
-        and (output := cpu.try_fast_path(query, key, value, mask, scale)) is not None
+        and _FAST_PATH is not None
+        and (output := _FAST_PATH(query, key, value, mask, scale)) is not None
     ):
         return output if return_aux is None else (output, NO_AUX)
     call = build_call(
@@ -261,7 +264,7 @@ def explain(
     others = [entry for entry in BACKENDS if entry.name not in names]
     reasons = {entry.name: tuple(entry.why_not(call)) for entry in (*asked, *others)}
     auto_skip = {
-        entry.name: tuple(entry.auto_skip(call))
+        entry.name: tuple(skip_reasons(entry, call))
         for entry in (*asked, *others)
         if entry.auto_skip is not None and not reasons[entry.name]
     }

@@ -8,17 +8,20 @@ the table without a reason runs; one that was asked for by name runs or raises w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from polyhead.backends import cpu, flex, reference, sdpa
+from polyhead.cache_view import CacheView
 from polyhead.call import AttentionCall, Aux
 from polyhead.errors import ArgumentError, BackendError, DtypeError
+from polyhead.mask import Mask
 
 __all__ = [
     "BACKENDS",
@@ -28,8 +31,16 @@ __all__ = [
     "backends",
     "candidates",
     "choose",
+    "choose_for_aux",
     "is_automatic",
+    "skip_reasons",
     "use_backend",
+]
+
+
+CanRun: TypeAlias = Callable[[str], bool]
+FastPath: TypeAlias = Callable[
+    [Tensor, Tensor | CacheView, Tensor | CacheView, Mask | None, float | None], Tensor | None
 ]
 
 
@@ -43,11 +54,14 @@ class Backend:
         run: the output (B, H, T, E), and the aux this backend has at hand.
         notes: how it would run a call, for `explain`.
         aux: names of what it gives beside the output; the definition computes the rest.
-        auto_skip: why "auto" leaves a call to others though it could run.
+        auto_skip: the reasons why "auto" leaves a call to others though this backend could run
+            it, given `can_run(name)` for the other backends.
         first_order_only: whether `run` has first derivatives only, of its output and its lse; the
             definition then gives all others, of a `weights` or `stats` too.
         reads_cache_views: whether `run` reads a call's keys and values where a cache holds them
             (`call.cache_views`); otherwise it is given the call `materialized()`.
+        fast_path: (query, key, value, mask, scale) -> the output of a plain call in inference,
+            without validation and dispatch; None: not eligible, take the general path.
         summary: what it is, in a line.
     """
 
@@ -56,9 +70,10 @@ class Backend:
     run: Callable[[AttentionCall], tuple[Tensor, Aux]]
     notes: Callable[[AttentionCall], list[str]] = lambda call: []
     aux: frozenset[str] = frozenset()
-    auto_skip: Callable[[AttentionCall], list[str]] | None = None
+    auto_skip: Callable[[AttentionCall, CanRun], list[str]] | None = None
     first_order_only: bool = False
     reads_cache_views: Callable[[AttentionCall], bool] = lambda call: False
+    fast_path: FastPath | None = None
     summary: str = ""
 
     def __str__(self) -> str:
@@ -85,6 +100,7 @@ BACKENDS: tuple[Backend, ...] = (
         auto_skip=cpu.auto_skip,
         first_order_only=True,
         reads_cache_views=cpu.reads_cache_views,
+        fast_path=cpu.try_fast_path,
         summary="polyhead's own C++ kernels for the processor; every mask and variant fused",
     ),
     Backend(
@@ -196,12 +212,38 @@ def choose(call: AttentionCall, backend: BackendChoice = "auto") -> Backend:
     refused: dict[str, list[str]] = {}
     for candidate, automatic in _expanded(_preference(backend)):
         reasons = candidate.why_not(call)
-        if automatic and not reasons and candidate.auto_skip is not None:
-            reasons = candidate.auto_skip(call)
+        if automatic and not reasons:
+            reasons = skip_reasons(candidate, call)
         if not reasons:
             return candidate
         refused[candidate.name] = reasons
     raise BackendError(refused)
+
+
+def skip_reasons(backend: Backend, call: AttentionCall) -> list[str]:
+    """Every reason why "auto" leaves a call to other backends, of one that could run it."""
+    if backend.auto_skip is None:
+        return []
+    return backend.auto_skip(call, lambda name: not _by_name(name).why_not(call))
+
+
+def choose_for_aux(call: AttentionCall, names: Iterable[str]) -> Backend | None:
+    """The first candidate that gives these aux in its own pass, without T x S memory.
+
+    `auto_skip` does not count: its reasons concern the output, which is not computed here.
+
+    Args:
+        call: its aux alone are needed.
+        names: of the aux.
+
+    Returns:
+        The backend, or None: the reference has to compute them in chunks.
+    """
+    for candidate in candidates("auto"):
+        gives = candidate is not REFERENCE and candidate.aux.issuperset(names)
+        if gives and not candidate.why_not(call):
+            return candidate
+    return None
 
 
 def is_automatic(backend: BackendChoice) -> bool:

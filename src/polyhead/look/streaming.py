@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from polyhead.backends import REFERENCE, candidates
+from polyhead.backends import choose_for_aux
 from polyhead.backends.mask_ranges import read_ranges
 from polyhead.backends.reference import compute_aux
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
@@ -77,11 +77,10 @@ def stream_aux(
         dropout=0.0,
         aux=request,
     )
-    for backend in candidates("auto") if _keeps_structure(asked) else ():
-        streams = backend is not REFERENCE and backend.aux.issuperset(request.names)
-        if streams and not backend.why_not(asked):
-            with _autocast_off(call.query):
-                return backend.run(asked)[1]
+    backend = choose_for_aux(asked, request.names) if _keeps_structure(asked) else None
+    if backend is not None:
+        with _autocast_off(call.query):
+            return backend.run(asked)[1]
     with _autocast_off(call.query):
         return _by_definition(replace(asked, mask=call.mask), first, last)
 

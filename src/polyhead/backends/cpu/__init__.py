@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from polyhead.backends import sdpa
 from polyhead.backends.cpu import ops
 from polyhead.backends.layout import maybe_contiguous
 from polyhead.backends.mask_ranges import read_ranges
@@ -64,7 +64,7 @@ def why_not(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def auto_skip(call: AttentionCall) -> list[str]:
+def auto_skip(call: AttentionCall, can_run: Callable[[str], bool]) -> list[str]:
     """Why "auto" leaves a call to torch: matrix units that these kernels do not use, exported
     programs, and small examples with dropout, whose digits should be those of the same lines typed
     by hand."""
@@ -73,7 +73,7 @@ def auto_skip(call: AttentionCall) -> list[str]:
         # keys is what takes time then, and matrix units read no faster. (torch.compile would make
         # the question a graph for few queries alone.)
         is_decoding = not torch.compiler.is_compiling() and _is_decoding(call)
-        if call.cache_views is None and not is_decoding and not sdpa.why_not(call):
+        if call.cache_views is None and not is_decoding and can_run("sdpa"):
             return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
     if is_recorded():
         return ["would tie an exported program to this library; torch's own operators do not"]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.backends.cpu_build import why_not_built
+from polyhead.backends.cpu.build import why_not_built
 from polyhead.backends.layout import maybe_contiguous
 
 __all__ = ["choose_isa", "isa", "multiply_add", "unavailable"]

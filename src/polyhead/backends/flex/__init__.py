@@ -49,7 +49,7 @@ def why_not(call: AttentionCall) -> list[str]:
     return reasons
 
 
-def auto_skip(call: AttentionCall) -> list[str]:
+def auto_skip(call: AttentionCall, can_run: Callable[[str], bool]) -> list[str]:
     """Why "auto" does not take it although it could run."""
     if call.device.type == "cpu":
         return ["compiles for seconds each new size and kind of mask on cpu"]

@@ -8,7 +8,7 @@ from importlib import metadata
 
 import pytest
 
-from polyhead.backends.cpu_build import why_not_built
+from polyhead.backends.cpu.build import why_not_built
 
 
 class Distribution:
