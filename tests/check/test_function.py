@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import polyhead as ph
 from polyhead.check import check_function
-from polyhead.check.law import FUNCTION_LAWS
+from polyhead.check.laws import FUNCTION_LAWS
 from polyhead.check.probe.target import load
 
 FUNCTIONS = load(f"{Path(__file__).parent / 'broken' / 'functions'}.py:__dict__")

@@ -207,7 +207,7 @@ def test_the_absorbed_form_reads_a_cache_where_it_is(latent, storage_dtype, monk
         def refuse(call):
             raise AssertionError("a tensor was made of what a cache holds")
 
-        monkeypatch.setattr(ph.call.AttentionCall, "gathered", refuse)
+        monkeypatch.setattr(ph.call.AttentionCall, "materialized", refuse)
         y = mla(x[:, 11:], cache=paged, absorb=True)
     torch.testing.assert_close(y, expected)
 

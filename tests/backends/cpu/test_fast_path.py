@@ -1,6 +1,7 @@
 """The short way of plain calls: the general way's bits, or the general way itself."""
 
 import math
+import sys
 
 import pytest
 import torch

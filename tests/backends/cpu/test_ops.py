@@ -42,7 +42,7 @@ def test_the_loops_agree_with_a_double_loop_and_keep_to_their_memory(isas, isa, 
     options += [f"-DPOLYHEAD_ISA={isa}", f'-DPOLYHEAD_ISA_NAME="{isa}"', *LOOPS[isa]]
     subprocess.run(
         ["g++", *options, "tests/csrc/test_loops.cpp", "-o", program],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         check=True,
     )
     environment = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import polyhead as ph
 from polyhead.backends.flex import block_mask as flex_mask
 from polyhead.errors import DtypeError, ShapeError
-from polyhead.mask import KeySlice, Rows
+from polyhead.mask import KeySlice, QuerySlice
 
 CPU = torch.device("cpu")
 B, H = 2, 3
@@ -103,8 +103,8 @@ def test_a_lowered_mask_is_the_mask(case):
     mask, T, S, start, stop, first = case
     truth = mask.materialize(T, S).expand(B, H, T, S)[..., start:stop, first:]
     row, column = start // 2, first // 2  # rows of rows, and columns of columns
-    left = Rows(KeySlice(KeySlice(mask, column, S), first - column, S - column), row, T, T)
-    left = Rows(left, start - row, stop - row, T - row)
+    left = QuerySlice(KeySlice(KeySlice(mask, column, S), first - column, S - column), row, T, T)
+    left = QuerySlice(left, start - row, stop - row, T - row)
     rule = flex_mask.lower(left, stop - start, S - first, CPU)
     assert torch.equal(asked(rule, stop - start, S - first), truth)
 

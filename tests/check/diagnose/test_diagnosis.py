@@ -11,7 +11,7 @@ from polyhead.check import check_module
 from polyhead.check.laws import MODULE_LAWS
 from polyhead.check.probe.target import load
 
-BROKEN = Path(__file__).parent / "broken"
+BROKEN = Path(__file__).parents[1] / "broken"
 FILES = (
     "masks",
     "positions",

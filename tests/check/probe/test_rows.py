@@ -13,8 +13,8 @@ from polyhead.check.probe.core import core_of
 from polyhead.check.probe.rows import learned_rows
 from polyhead.check.probe.target import load
 
-ORDERS = load(f"{Path(__file__).parent / 'right/row_orders'}.py:CLASSES")
-AROUND = load(f"{Path(__file__).parent / 'right/around'}.py:__dict__")
+ORDERS = load(f"{Path(__file__).parents[1] / 'right/row_orders'}.py:CLASSES")
+AROUND = load(f"{Path(__file__).parents[1] / 'right/around'}.py:__dict__")
 CLAIMS = ("d_in", "window", "positions", "num_heads", "max_tokens", "scale")
 
 

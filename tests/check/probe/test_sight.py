@@ -9,7 +9,7 @@ from polyhead.check import check_module
 from polyhead.check.probe.sight import band, fitting
 from polyhead.check.probe.target import load
 
-AROUND = load(f"{Path(__file__).parent / 'right/around'}.py:__dict__")
+AROUND = load(f"{Path(__file__).parents[1] / 'right/around'}.py:__dict__")
 SEEING = {name: kind for name, kind in AROUND.items() if "sees" in getattr(kind, "__dict__", {})}
 LAWS = [
     "past_is_used",

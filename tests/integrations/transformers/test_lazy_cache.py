@@ -24,7 +24,7 @@ def nobody_makes_numbers(monkeypatch):
     def refuse(self):
         raise AssertionError("a tensor was made of what a cache holds")
 
-    monkeypatch.setattr(LazyCacheTensor, "_make", refuse)
+    monkeypatch.setattr(LazyCacheTensor, "_materialize", refuse)
 
 
 def test_it_looks_like_the_tensor_it_stands_for(cache_view):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import importlib
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
 from polyhead.look.page import payload, render
-from polyhead.look.page import render as document
 
+# The module, whose name the function has in the package.
+document = importlib.import_module("polyhead.look.page.render")
 # Beside the hostile ones: what HTML or JSON would read as something else, and blanks.
 ODD = ["{{script}} \\u003c & &amp; &lt;", "\x85", "\t", "\r\n", "\n", " ", ""]
 
