@@ -23,6 +23,10 @@ class OpenLesson:
     requests: list[str] = field(default_factory=list)
     listeners: list = field(default_factory=list)
 
+    def listen(self, event, listener):
+        self.page.on(event, listener)
+        self.listeners.append((event, listener))
+
     def go(self, step):
         self.page.locator(f'#steps [data-step="{step}"]').click()
 
@@ -49,8 +53,14 @@ def lecture_page():
     return render(ph.lesson())
 
 
+@pytest.fixture(scope="session")
+def lesson_windows(browser):
+    """Pages by what their context was made of: a navigation costs far less than a new one."""
+    return {}
+
+
 @pytest.fixture
-def open_lesson(browser, tmp_path, lecture_page):
+def open_lesson(browser, lesson_windows, tmp_path, lecture_page):
     """`open_lesson(lesson, step, **context)`; a complaint or a request fails the test."""
     opened = []
 
@@ -59,19 +69,25 @@ def open_lesson(browser, tmp_path, lecture_page):
         path = tmp_path / f"lesson{len(opened)}.html"
         path.write_text(document, encoding="utf-8")
         options = {"viewport": {"width": 1280, "height": 900}, "color_scheme": "light"} | options
-        page = browser.new_context(**options).new_page()
-        page.set_default_timeout(10_000)
+        key = repr(sorted(options.items()))
+        if key not in lesson_windows:
+            lesson_windows[key] = browser.new_context(**options).new_page()
+            lesson_windows[key].set_default_timeout(10_000)
+        page = lesson_windows[key]
         found = OpenLesson(page, path.as_uri())
-        page.on("console", lambda message: found.complaints.append(message.text))
-        page.on("pageerror", lambda error: found.complaints.append(str(error)))
-        page.on("request", lambda request: found.requests.append(request.url))
+        found.listen("console", lambda message: found.complaints.append(message.text))
+        found.listen("pageerror", lambda error: found.complaints.append(str(error)))
+        found.listen("request", lambda request: found.requests.append(request.url))
         page.goto(f"{found.address}#{step}")
         opened.append(found)
         return found
 
     yield open_
     for found in opened:
-        found.page.context.close()
+        found.page.mouse.move(0, 0)
+        for event, listener in found.listeners:
+            found.page.remove_listener(event, listener)
+    for found in opened:
         assert found.complaints == []
         assert [url for url in found.requests if not url.startswith((found.address, "data:"))] == []
 

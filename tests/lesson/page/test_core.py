@@ -46,14 +46,15 @@ def test_a_seed_draws_torch_s_weights_bit_for_bit(opened, seed, H, d, features):
     assert torch.equal(torch.tensor(drawn["bias"]), mha.out_proj.bias)
 
 
-def test_fifty_drawn_edits_are_torch_s(opened, assert_is_torch_s):
+@pytest.mark.parametrize("edits", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_drawn_edits_are_torch_s(opened, assert_is_torch_s, edits):
     generator = torch.Generator().manual_seed(0)
 
     def draw(most):
         return int(torch.randint(most, (), generator=generator))
 
     page = opened.page
-    for _ in range(50):
+    for _ in range(edits):
         opened.go(1 + draw(2))
         cells = page.locator("input[data-edit]")
         cells.nth(draw(cells.count())).fill(f"{torch.randn((), generator=generator).item():.4f}")

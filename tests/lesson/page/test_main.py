@@ -131,16 +131,9 @@ def test_reduced_motion_moves_nothing(open_lesson):
     assert set(durations) == {"0s"}
 
 
-AXE = [
-    pytest.param(
-        width, scheme, marks=() if (width, scheme) == (1280, "light") else pytest.mark.slow
-    )
-    for width in (320, 768, 1280)
-    for scheme in ("light", "dark")
-]
-
-
-@pytest.mark.parametrize(("width", "scheme"), AXE)
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [320, 768, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_in_any_step(open_lesson, axe, width, scheme):
     lesson = ph.lesson(num_heads=4) if width == 768 else None
     opened = open_lesson(lesson, viewport={"width": width, "height": 800}, color_scheme=scheme)
