@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -78,14 +78,16 @@ def test_bad_input_is_one_message_and_writes_nothing(cli, tmp_path, args, messag
 
 
 def test_no_model_library_is_loaded_and_it_takes_a_second(tmp_path):
+    """Of the processor's time, after torch: another process's is none of it."""
     code = (
-        "import sys, time, torch, polyhead.cli; begin = time.perf_counter()\n"
+        "import sys, time, torch; begin = time.process_time(); import polyhead.cli\n"
         f"sys.argv = ['polyhead', 'lesson', '--out', {str(tmp_path / 'lesson.html')!r}]\n"
         "try: polyhead.cli.main()\nexcept SystemExit: pass\n"
-        "print(time.perf_counter() - begin, 'transformers' in sys.modules, file=sys.stderr)"
+        "heavy = sorted({'transformers', 'torch._dynamo'} & set(sys.modules))\n"
+        "print(time.process_time() - begin, *heavy, file=sys.stderr)"
     )
-    begin = time.perf_counter()
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, loaded = run.stderr.split()
-    assert loaded == "False"
-    assert float(seconds) < max(1.0, 0.5 * (time.perf_counter() - begin))  # of a busy machine
+    command, one = [sys.executable, "-c", code], {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=one)
+    seconds, *heavy = run.stderr.split()
+    assert heavy == []
+    assert float(seconds) < 2.0  # 0.7 s where nothing else runs

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from polyhead.convert import stacked_to_split
 from polyhead.modules import MultiHeadAttention, MultiHeadAttentionWrapper
@@ -17,7 +17,7 @@ __all__ = ["gradient_difference", "products_and_times"]
 
 _HEADS, _HEAD_DIM, _TOKENS = 8, 16, 64
 _ROUNDS, _SECONDS = 5, 0.2  # at most: on a busy machine, too, the page is made at once
-_PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
+_PRODUCTS = {"linear", "matmul", "__matmul__"}
 
 
 def gradient_difference(
@@ -78,15 +78,15 @@ def products_and_times() -> dict[str, Any]:
     }
 
 
-class _Counted(TorchDispatchMode):
-    """Counts matrix products."""
+class _Counted(TorchFunctionMode):
+    """Counts matrix products. (A dispatch mode would import torch's compiler, for seconds.)"""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.products = 0
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        self.products += func._schema.name in _PRODUCTS
+        self.products += func.__name__ in _PRODUCTS
         return func(*args, **(kwargs or {}))
