@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.convert import stacked_to_split
 from polyhead.errors import ArgumentError
 from polyhead.lesson.drawing import draw
 from polyhead.lesson.inputs import check_input, check_size
@@ -174,6 +173,8 @@ def lesson(
     >>> learned.steps[5], learned.difference < 1e-12
     (LessonStep(6, 'Softmax', (1, 2, 6, 6)), True)
     """
+    from polyhead.convert import stacked_to_split  # not loaded with polyhead
+
     numbers, texts = check_input(x, tokens)
     check_size("d_out", d_out)
     check_size("num_heads", num_heads)
