@@ -91,7 +91,7 @@ CASES = [
     (
         {"mask": ph.mask.lengths([1, 2, 3])},
         ShapeError,
-        "mask.lengths(lengths) must have one entry a batch row, B = 2; got 3; give one for each",
+        "mask.lengths(lengths) must have one entry per batch row, B = 2; got 3; give one for each",
     ),
     (
         {"mask": ph.mask.causal() & ph.mask.dense(torch.ones(5, 6, dtype=torch.bool))},

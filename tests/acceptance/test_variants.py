@@ -270,7 +270,7 @@ BAD = [
     (
         {"mask": ph.mask.lengths([1, 2, 3])},
         ph.errors.ShapeError,
-        "mask.lengths(lengths) must have one entry a batch row, B = 2; got 3; give one for each",
+        "mask.lengths(lengths) must have one entry per batch row, B = 2; got 3; give one for each",
     ),
     (
         {"x": torch.zeros(3, 1, D_IN, dtype=torch.float64)},

@@ -1,4 +1,4 @@
-"""Masks and what `&`, `|`, `~` and slices make of them, against rules in plain Python."""
+"""Mask algebra (`&`, `|`, `~`, slices) against rules in plain Python."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def striped(batch, head, query, key):
 
 @st.composite
 def primitives(draw, B, T, S):
-    """A mask and its rule: `rule(b, h, t, s)` says in plain Python whether t may attend to s."""
+    """A mask and its rule: `rule(b, h, t, s)`, in plain Python, is True if t may attend to s."""
     kinds = ["causal", "window", "lengths", "left_padding", "prefix", "dense", "custom"]
     kind = draw(st.sampled_from([*kinds, "documents"] if T <= S else kinds))
     if kind == "causal":
@@ -74,7 +74,7 @@ def primitives(draw, B, T, S):
         align = draw(ALIGNS)
         batch, heads = draw(st.sampled_from([1, B])), draw(st.sampled_from([1, H]))
         mask = custom(striped, batch=batch, heads=heads, align=align)
-        # A function that is not told of other rows and heads sees the first everywhere.
+        # With batch=1 or heads=1 the function receives index 0 for every row or head.
         return mask, lambda b, h, t, s: striped(b % batch, h % heads, stands_at(t, T, S, align), s)
     shape = [draw(st.sampled_from([1, size])) for size in (B, H, T, S)]
     shape = draw(st.sampled_from([shape, shape[2:]]))
@@ -86,7 +86,7 @@ def primitives(draw, B, T, S):
 
 @st.composite
 def cases(draw, count=1):
-    """B, T, S and `count` pairs of mask and rule, compound ones among them."""
+    """B, T, S and `count` pairs of mask and rule, primitive or compound."""
     B, T, S = draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 7))
 
     def combined(pairs):
@@ -109,13 +109,13 @@ def cases(draw, count=1):
     return B, T, S, [draw(masks) for _ in range(count)]
 
 
-def written_out(mask, B, T, S):
+def materialized(mask, B, T, S):
     return mask.materialize(T, S).expand(B, H, T, S)
 
 
 @given(cases())
 @settings(max_examples=200, deadline=None)
-def test_a_mask_allows_what_its_rule_allows(case):
+def test_materialize_matches_the_rule(case):
     B, T, S, [(mask, rule)] = case
     want = [
         [[[bool(rule(b, h, t, s)) for s in range(S)] for t in range(T)] for h in range(H)]
@@ -130,49 +130,49 @@ def test_a_mask_allows_what_its_rule_allows(case):
 
 @given(cases(), st.data())
 @settings(max_examples=100, deadline=None)
-def test_rows_and_for_queries_are_slices_of_the_whole(case, data):
+def test_materialize_rows_and_for_queries_are_slices(case, data):
     B, T, S, [(mask, _)] = case
     start = data.draw(st.integers(0, T))
     stop = data.draw(st.integers(start, T))
-    want = written_out(mask, B, T, S)[:, :, start:stop]
+    want = materialized(mask, B, T, S)[:, :, start:stop]
     rows = mask.materialize_rows(start, stop, T, S).expand(B, H, stop - start, S)
     assert torch.equal(rows, want)
     chunk = mask.for_queries(start, stop, T)
     chunk.check(B, H, stop - start, S, CPU)
-    assert torch.equal(written_out(chunk, B, stop - start, S), want)
+    assert torch.equal(materialized(chunk, B, stop - start, S), want)
     inner = chunk.for_queries(min(1, stop - start), stop - start, stop - start)
     assert torch.equal(
-        written_out(inner, B, stop - start - min(1, stop - start), S),
+        materialized(inner, B, stop - start - min(1, stop - start), S),
         want[:, :, min(1, stop - start) :],
     )
 
 
 @given(cases(), st.data())
 @settings(max_examples=200, deadline=None)
-def test_keys_and_for_keys_are_slices_of_the_whole(case, data):
+def test_materialize_keys_and_for_keys_are_slices(case, data):
     B, T, S, [(mask, _)] = case
-    first = data.draw(st.integers(0, S))
-    last = data.draw(st.integers(first, S))
-    want = written_out(mask, B, T, S)[..., first:last]
-    rows = mask.materialize_rows(0, T, T, S, keys=(first, last))
-    assert torch.equal(rows.expand(B, H, T, last - first), want)
-    if S - first < T and "documents" in repr(mask):
-        return  # documents name the queries by their keys, which would be gone
-    left = mask.for_keys(first, S)
-    left.check(B, H, T, S - first, CPU)
-    want = written_out(mask, B, T, S)[..., first:]
-    assert torch.equal(written_out(left, B, T, S - first), want)
-    for inner in (left.for_queries(1, T, T), mask.for_queries(1, T, T).for_keys(first, S)):
-        assert torch.equal(written_out(inner, B, T - 1, S - first), want[:, :, 1:])
-    again = data.draw(st.integers(0, S - first))
-    if S - first - again >= T:
-        fewer = left.for_keys(again, S - first)
-        assert torch.equal(written_out(fewer, B, T, S - first - again), want[..., again:])
+    k_start = data.draw(st.integers(0, S))
+    k_stop = data.draw(st.integers(k_start, S))
+    want = materialized(mask, B, T, S)[..., k_start:k_stop]
+    rows = mask.materialize_rows(0, T, T, S, keys=(k_start, k_stop))
+    assert torch.equal(rows.expand(B, H, T, k_stop - k_start), want)
+    if S - k_start < T and "documents" in repr(mask):
+        return  # the documents of the queries are those of the last keys, which are dropped here
+    left = mask.for_keys(k_start, S)
+    left.check(B, H, T, S - k_start, CPU)
+    want = materialized(mask, B, T, S)[..., k_start:]
+    assert torch.equal(materialized(left, B, T, S - k_start), want)
+    for inner in (left.for_queries(1, T, T), mask.for_queries(1, T, T).for_keys(k_start, S)):
+        assert torch.equal(materialized(inner, B, T - 1, S - k_start), want[:, :, 1:])
+    again = data.draw(st.integers(0, S - k_start))
+    if S - k_start - again >= T:
+        fewer = left.for_keys(again, S - k_start)
+        assert torch.equal(materialized(fewer, B, T, S - k_start - again), want[..., again:])
 
 
 @given(cases(), st.data())
 @settings(max_examples=300, deadline=None)
-def test_no_key_out_of_reach_is_allowed(case, data):
+def test_key_range_contains_every_allowed_key(case, data):
     B, T, S, [(mask, _)] = case
     start = data.draw(st.integers(0, T))
     stop = data.draw(st.integers(start, T))
@@ -180,16 +180,16 @@ def test_no_key_out_of_reach_is_allowed(case, data):
     for rule, keys in ((mask, S), (mask.for_queries(0, T, T), S), (mask.for_keys(cut, S), S - cut)):
         if keys < T and "documents" in repr(mask):
             continue
-        first, last = rule.key_range(start, stop, T, keys)
-        outside = written_out(rule, B, T, keys)[:, :, start:stop].clone()
-        if first < last:
-            assert 0 <= first < last <= keys
-            outside[..., first:last] = False
+        k_start, k_stop = rule.key_range(start, stop, T, keys)
+        outside = materialized(rule, B, T, keys)[:, :, start:stop].clone()
+        if k_start < k_stop:
+            assert 0 <= k_start < k_stop <= keys
+            outside[..., k_start:k_stop] = False
         assert not outside.any()
 
 
 @pytest.mark.parametrize(
-    ("mask", "reach"),
+    ("mask", "key_range"),
     [
         (causal(), (0, 6)),
         (causal("start"), (0, 4)),
@@ -205,23 +205,23 @@ def test_no_key_out_of_reach_is_allowed(case, data):
     ],
     ids=repr,
 )
-def test_reach_is_as_narrow_as_the_structure_tells(mask, reach):
-    """Queries 2 and 3 of 7 against 9 keys stand at 4 and 5."""
-    assert mask.key_range(2, 4, 7, 9) == reach
+def test_key_range_is_as_narrow_as_the_structure(mask, key_range):
+    """Queries 2 and 3 of 7 against 9 keys have positions 4 and 5."""
+    assert mask.key_range(2, 4, 7, 9) == key_range
 
 
-def test_reach_of_a_chunk_counts_from_the_chunk():
+def test_key_range_of_a_query_slice_counts_from_the_slice():
     chunk = (causal() & window(before=2)).for_queries(1, 6, 7)
     assert chunk.key_range(1, 3, 5, 9) == (2, 6)
 
 
 @given(cases(count=3))
 @settings(max_examples=100, deadline=None)
-def test_the_algebra_is_boolean(case):
+def test_algebra_is_boolean(case):
     B, T, S, [(a, _), (b, _), (c, _)] = case
 
     def same(left, right):
-        return torch.equal(written_out(left, B, T, S), written_out(right, B, T, S))
+        return torch.equal(materialized(left, B, T, S), materialized(right, B, T, S))
 
     assert ~~a == a
     assert a & a == a
@@ -232,13 +232,13 @@ def test_the_algebra_is_boolean(case):
     assert (a | b) | c == a | (b | c)
     assert same(a & (b | c), (a & b) | (a & c))
     assert same(a & b, b & a)
-    assert not written_out(a & ~a, B, T, S).any()
-    assert written_out(a | ~a, B, T, S).all()
+    assert not materialized(a & ~a, B, T, S).any()
+    assert materialized(a | ~a, B, T, S).all()
 
 
 @given(cases())
 @settings(max_examples=100, deadline=None)
-def test_equal_masks_have_equal_hashes_and_every_mask_can_be_printed(case):
+def test_equal_masks_hash_equal_and_every_mask_has_a_str(case):
     _, T, _, [(mask, _)] = case
     assert mask == mask & mask
     assert hash(mask) == hash(mask | mask)
@@ -257,7 +257,8 @@ def test_and_or_flatten_and_keep_each_part_once():
     assert (~a).conjuncts == (~a,)
 
 
-def test_masks_combine_where_no_value_can_be_read():
+def test_masks_with_unreadable_values_combine():
+    """On the meta device, in torch.compile and in vmap."""
     a, b = torch.tensor([1, 2]), torch.tensor([2, 2])
     meta = lengths(a.to("meta")) & lengths(b.to("meta"))
     assert len(meta.conjuncts) == 2
@@ -273,13 +274,13 @@ def test_masks_combine_where_no_value_can_be_read():
 
 
 @pytest.mark.parametrize("far", [2**62, 2**63 - 1, 2**63, 2**70])
-def test_no_size_is_so_large_that_it_overflows(far):
+def test_huge_window_or_prefix_does_not_overflow(far):
     ones = torch.ones(5, 3, dtype=torch.bool)
     for mask in (window(before=far), window(after=far), window(far, far), prefix(far)):
         assert torch.equal(mask.materialize(5, 3).expand(5, 3), ones)
 
 
-def test_a_mask_combines_with_masks_only():
+def test_mask_combined_with_another_type_raises():
     with pytest.raises(TypeError, match="unsupported operand"):
         causal() & torch.ones(2, 2, dtype=torch.bool).numpy().tolist()
     with pytest.raises(TypeError, match="unsupported operand"):

@@ -1,4 +1,4 @@
-"""Masks as they are documented: drawn, printed, compared."""
+"""Primitive masks against their documentation: drawings, repr, equality."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def striped(batch, head, query, key):
     return (query + key) % 2 == 0
 
 
-def test_causal_and_511_before_sees_512_keys():
+def test_causal_and_window_before_511_allows_512_keys():
     keys = (causal() & window(before=511)).materialize(1000, 1000).sum(dim=-1)
     assert keys.tolist() == [min(t + 1, 512) for t in range(1000)]
 
 
-def test_a_window_sees_before_itself_and_after():
+def test_window_allows_before_itself_and_after():
     keys = window(before=3, after=2).materialize(20, 20).sum(dim=-1).tolist()
     assert keys == [3, 4, 5, *[6] * 15, 5, 4]
 
@@ -40,7 +40,7 @@ def test_a_window_sees_before_itself_and_after():
         (4, 2, ". .\n. .\nx .\nx x", "x .\nx x\nx x\nx x"),
     ],
 )
-def test_causal_draws_as_documented(T, S, end, start):
+def test_draw_of_causal_matches_its_docstring(T, S, end, start):
     assert causal().draw(T, S) == end
     assert causal(align="start").draw(T, S) == start
 
@@ -59,18 +59,18 @@ def test_causal_draws_as_documented(T, S, end, start):
         (causal() & documents([0, 0, 1, 1, 1]), ["x....", "xx...", "..x..", "..xx.", "..xxx"]),
     ],
 )
-def test_other_masks_draw_as_documented(mask, rows):
+def test_draw_of_primitives_matches_their_docstrings(mask, rows):
     assert mask.draw(5, 5) == "\n".join(" ".join(row) for row in rows)
 
 
-def test_cu_seqlens_are_documents_told_by_their_bounds():
+def test_cu_seqlens_equal_documents():
     assert cu_seqlens([0, 2, 5]) == documents([0, 0, 1, 1, 1])
     assert cu_seqlens([0, 0, 3, 3]) == documents([1, 1, 1])
     assert cu_seqlens(torch.tensor([0, 2, 5], dtype=torch.int32)) == cu_seqlens([0, 2, 5])
     assert cu_seqlens([0]).materialize(0, 0).shape == (0, 0)
 
 
-def test_draw_takes_one_batch_row_and_head():
+def test_draw_selects_one_batch_row_and_head():
     assert lengths([3, 5]).draw(2, 5) == "x x x . .\nx x x . ."
     assert lengths([3, 5]).draw(1, 5, batch=1) == "x x x x x"
     by_head = dense(torch.tensor([[[[True]], [[False]]]]))
@@ -99,7 +99,7 @@ def test_str_is_the_expression_and_a_drawing():
         (documents([0, 0, 1]) & dense(torch.ones(2, 3, dtype=torch.bool)), 2, 3),
     ],
 )
-def test_str_draws_at_a_size_that_fits_every_part(mask, T, S):
+def test_str_of_fixed_size_parts_draws_a_size_that_fits(mask, T, S):
     assert str(mask) == f"{mask!r}\n{mask.draw(T, S)}"
 
 
@@ -147,7 +147,7 @@ def test_repr_is_the_expression(mask, text):
     assert repr(mask) == text
 
 
-def test_masks_are_values():
+def test_masks_compare_and_hash_by_value():
     assert causal() == causal(align="end") != causal(align="start")
     assert window(before=1) != window(after=1)
     assert window(before=1, after=0) != causal() & window(before=1)
@@ -161,15 +161,15 @@ def test_masks_are_values():
         causal().align = "start"
 
 
-def test_materialize_goes_where_it_is_told():
+def test_materialize_device_is_the_requested_one():
     assert (causal() & window(before=2)).materialize(2, 3, device="meta").is_meta
 
 
-def test_the_module_exports_its_functions():
+def test_all_names_exist_in_the_module():
     for name in ph.mask.__all__:
         assert hasattr(ph.mask, name)
 
 
 @pytest.mark.parametrize("build", [ph.mask.lengths, ph.mask.left_padding, ph.mask.documents])
-def test_an_empty_list_is_integers(build):
+def test_empty_list_builds_an_empty_integer_mask(build):
     assert build([]).materialize(0, 0).numel() == 0

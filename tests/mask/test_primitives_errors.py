@@ -1,4 +1,4 @@
-"""Masks that cannot be built, and masks that do not fit a call: every text."""
+"""Error messages of masks that cannot be built, and of masks that do not fit a call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def everywhere(batch, head, query, key):
 
 MUST_BE_BOOL = (
     "allowed must be a bool tensor, True = may attend; got {}; "
-    "pass numbers that are added to the scores as attention(bias=...)"
+    "pass an additive mask as attention(bias=...)"
 )
 SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass None for no limit"
 
@@ -55,7 +55,7 @@ SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass Non
         (
             lambda: custom(everywhere, heads=0),
             ArgumentError,
-            "heads must be an integer of at least 1; got 0; count them",
+            "heads must be an integer of at least 1; got 0; pass the number of heads, or 1",
         ),
         (
             lambda: custom(everywhere, align="left"),
@@ -76,9 +76,9 @@ SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass Non
         (
             lambda: custom(lambda *_: torch.ones(2, 1, 2, 2) > 0).materialize(2, 2),
             ShapeError,
-            "mask.custom(fn) must return what broadcasts to (batch, heads, T, S) = (1, 1, 2, 2); "
-            "got (2, 1, 2, 2); compute it from the four indices alone, and say batch= and heads= "
-            "if it uses them",
+            "mask.custom(fn) must return a tensor that broadcasts to "
+            "(batch, heads, T, S) = (1, 1, 2, 2); got (2, 1, 2, 2); "
+            "compute it from the four indices alone, and pass batch= and heads= if it uses them",
         ),
         (lambda: window(before=-3), ArgumentError, SIZE.format("before", -3)),
         (lambda: window(after=1.5), ArgumentError, SIZE.format("after", 1.5)),
@@ -102,12 +102,12 @@ SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass Non
             lambda: prefix(-2),
             ArgumentError,
             "n must be an integer of at least 0; got -2; "
-            "use lengths(...) for one number a batch row",
+            "use lengths(...) for one number per batch row",
         ),
         (
             lambda: documents(torch.zeros(1, 2, 3).long()),
             ShapeError,
-            "ids must be (S,) or (B, S); got (1, 2, 3); give one id a key token",
+            "ids must be (S,) or (B, S); got (1, 2, 3); give one id per key token",
         ),
         (
             lambda: documents([0.0]),
@@ -117,7 +117,7 @@ SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass Non
         (
             lambda: left_padding([[1]]),
             ShapeError,
-            "padding must have one entry a batch row, (B,); got (1, 1); flatten it",
+            "padding must have one entry per batch row, (B,); got (1, 1); flatten it",
         ),
         (
             lambda: window(before=np.int64(3)),
@@ -141,21 +141,21 @@ SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass Non
         (
             lambda: documents([0, 0, 1]).materialize(2, 4),
             ShapeError,
-            "mask.documents(ids) must name the document of each of the S = 4 keys, the T = 2 "
-            "queries among them; got (3,); give one id a key token, of cached tokens too",
+            "mask.documents(ids) must hold one id for each of the S = 4 keys, the T = 2 queries "
+            "among them; got (3,); give one id per key token, cached tokens included",
         ),
         (
             lambda: (causal() & dense(torch.ones(3, 4, dtype=torch.bool))).draw(3, 5),
             ShapeError,
             "mask.dense(allowed) must broadcast to T = 3 queries by S = 5 keys; got (3, 4); "
-            "ask for its own size",
+            "materialize it at its own size",
         ),
         *(
             (
                 lambda bounds=bounds: cu_seqlens(bounds),
                 ArgumentError,
-                f"cu_seqlens must begin with 0 and never fall; got {bounds}; "
-                "pass the cumulative sum of the lengths, with 0 before it",
+                f"cu_seqlens must begin with 0 and never decrease; got {bounds}; "
+                "pass the cumulative sum of the lengths, with a leading 0",
             )
             for bounds in ([1, 4], [0, 3, 2])
         ),
@@ -167,11 +167,11 @@ SIZE = "{} must be an integer of at least 0; got {}; count the keys, or pass Non
         (
             lambda: lengths([[1, 2]]),
             ShapeError,
-            "lengths must have one entry a batch row, (B,); got (1, 2); flatten it",
+            "lengths must have one entry per batch row, (B,); got (1, 2); flatten it",
         ),
     ],
 )
-def test_building_errors_say_what_was_got(build, error, message):
+def test_mask_bad_argument_raises_with_the_value(build, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         build()
 
@@ -183,7 +183,7 @@ def test_building_errors_say_what_was_got(build, error, message):
             lengths([1, 2, 3]),
             CPU,
             ShapeError,
-            "mask.lengths(lengths) must have one entry a batch row, B = 2; got 3; "
+            "mask.lengths(lengths) must have one entry per batch row, B = 2; got 3; "
             "give one for each",
         ),
         (
@@ -209,21 +209,22 @@ def test_building_errors_say_what_was_got(build, error, message):
             left_padding([1]),
             CPU,
             ShapeError,
-            "mask.left_padding(padding) must have one entry a batch row, B = 2; got 1; "
+            "mask.left_padding(padding) must have one entry per batch row, B = 2; got 1; "
             "give one for each",
         ),
         (
             documents([0, 0, 1]),
             CPU,
             ShapeError,
-            "mask.documents(ids) must name the document of each of the S = 7 keys, the T = 5 "
-            "queries among them; got (3,); give one id a key token, of cached tokens too",
+            "mask.documents(ids) must hold one id for each of the S = 7 keys, the T = 5 queries "
+            "among them; got (3,); give one id per key token, cached tokens included",
         ),
         (
             documents(torch.zeros(3, 7, dtype=torch.long)),
             CPU,
             ShapeError,
-            "mask.documents(ids) must have one entry a batch row, B = 2; got 3; give one for each",
+            "mask.documents(ids) must have one entry per batch row, B = 2; got 3; "
+            "give one for each",
         ),
         (
             documents([0] * 7),
@@ -235,22 +236,22 @@ def test_building_errors_say_what_was_got(build, error, message):
             custom(everywhere, batch=3),
             CPU,
             ShapeError,
-            "mask.custom(batch=) must be 1 or the call's 2; got 3; say how many batch fn tells "
-            "apart",
+            "mask.custom(batch=) must be 1 or the call's 2; got 3; "
+            "pass batch=1 if fn does not depend on it, else the call's 2",
         ),
         (
             custom(everywhere, heads=2),
             CPU,
             ShapeError,
-            "mask.custom(heads=) must be 1 or the call's 3; got 2; say how many heads fn tells "
-            "apart",
+            "mask.custom(heads=) must be 1 or the call's 3; got 2; "
+            "pass heads=1 if fn does not depend on it, else the call's 3",
         ),
         (
             causal("start").for_keys(1, 9),
             CPU,
             ShapeError,
             "mask.for_keys(start, S) must leave the call's S = 7 keys; got 1 .. 9; "
-            "give the first key that is left, and how many there were",
+            "give the first remaining key, and the number of keys before the slice",
         ),
         (
             causal().for_queries(1, 4, 9),
@@ -261,19 +262,19 @@ def test_building_errors_say_what_was_got(build, error, message):
         ),
     ],
 )
-def test_a_mask_that_does_not_fit_the_call_says_why(mask, device, error, message):
-    anywhere = [
+def test_mask_that_does_not_fit_the_call_raises(mask, device, error, message):
+    compounds = [
         mask,
         ~mask,
         causal() & mask,
         mask | causal(),
         (causal() | ~mask).for_queries(0, 5, 5),
     ]
-    for compound in anywhere:
+    for compound in compounds:
         with pytest.raises(error, match=f"^{re.escape(message)}$"):
             compound.check(2, 3, 5, 7, device)
 
 
-def test_documents_need_an_id_for_every_query():
+def test_documents_with_more_queries_than_ids_raises():
     with pytest.raises(ShapeError, match="S = 3 keys, the T = 5 queries among them"):
         documents([0, 0, 1]).check(1, 1, 5, 3, CPU)

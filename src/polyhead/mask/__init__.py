@@ -1,15 +1,14 @@
-"""Masks: who may attend to whom.
+"""Attention masks: primitives that combine with `&`, `|`, `~` and keep their structure.
 
-A mask is a small immutable value. **True means "may attend"**, always. Masks combine with `&`
-(both must allow), `|` (either allows) and `~` (the opposite), and keep their structure, so that a
-backend can ask what a mask is made of without building a T x S tensor. `materialize` is the truth
-every backend is held to.
+A mask is a small immutable value. **True means "may attend"**, always. `a & b` requires both, `a |
+b` either, `~a` is the complement. A backend reads the structure without building a T x S tensor;
+`materialize` defines the semantics.
 
-Positions are absolute: query t of T queries against S keys stands at position S - T + t, so that
-the last query stands at the last key. (`align="start"` puts query t at position t instead: the
-upper-left rule of `scaled_dot_product_attention` and ONNX.)
+Positions are absolute: query t of T queries against S keys has position S - T + t, so that the last
+query aligns with the last key. (`align="start"` gives query t position t instead: the upper-left
+rule of `scaled_dot_product_attention` and ONNX.)
 
-In the drawings a row is a query, a column a key, `x` may attend and `.` may not.
+In the drawings a row is a query, a column is a key, `x` may attend and `.` may not.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from polyhead.mask.primitives import (
     Window,
 )
 
-# Beyond any number of tokens, and far from overflow when a position is added.
+# More than any number of tokens, and far from overflow when a position is added.
 _FARTHEST = 2**40
 
 __all__ = [
@@ -64,17 +63,17 @@ __all__ = [
 
 
 def causal(align: Align = "end") -> Mask:
-    """Each query may attend to keys at its own position and before.
+    """Causal mask: each query may attend to keys at its own position and before.
 
-    With T = 3 queries and S = 5 keys (two keys came before, say from a cache)::
+    With T = 3 queries and S = 5 keys (two earlier keys, for example from a cache)::
 
         causal()        causal(align="start")
         x x x . .       x . . . .
         x x x x .       x x . . .
         x x x x x       x x x . .
 
-    With T = 4 and S = 2 the first two queries of `causal()` stand before every key and see
-    nothing; their output is zero::
+    With T = 4 and S = 2 the first two queries of `causal()` are before every key and attend to
+    none; their output is zero::
 
         causal()        causal(align="start")
         . .             x .
@@ -83,7 +82,7 @@ def causal(align: Align = "end") -> Mask:
         x x             x x
 
     Args:
-        align: "end" (default, flash-attention's rule: the last query stands at the last key) or
+        align: "end" (default, flash-attention's rule: the last query aligns with the last key) or
             "start" (the rule of `scaled_dot_product_attention` and ONNX: query t at key t).
 
     >>> causal()
@@ -93,7 +92,7 @@ def causal(align: Align = "end") -> Mask:
 
 
 def window(before: int | None = None, after: int | None = None, *, align: Align = "end") -> Mask:
-    """Each query may attend to `before` keys before it, itself, and `after` keys after it.
+    """Sliding window: `before` keys before each query, itself, and `after` keys after it.
 
     With T = S = 5::
 
@@ -104,14 +103,14 @@ def window(before: int | None = None, after: int | None = None, *, align: Align 
         . . x x x           . . x x x                   . . x x .
         . . . x x           . . . x x                   . . . x x
 
-    So `causal() & window(before=511)` sees 512 keys: 511 before, and itself.
+    So `causal() & window(before=511)` allows 512 keys: 511 before the query, and its own.
 
     Args:
-        before: how many keys before the query's position, at least 0; None: no limit.
-        after: how many keys after the query's position, at least 0; None: no limit.
+        before: number of keys before the query's position, at least 0; None: no limit.
+        after: number of keys after the query's position, at least 0; None: no limit.
         align: as in `causal`.
 
-    >>> window(before=1, after=0) == causal() & window(before=1)   # same rule, other structure
+    >>> window(before=1, after=0) == causal() & window(before=1)   # equal, but another structure
     False
     """
     for name, size in (("before", before), ("after", after)):
@@ -126,9 +125,9 @@ def window(before: int | None = None, after: int | None = None, *, align: Align 
 
 
 def lengths(lengths: Tensor | Sequence[int]) -> Mask:
-    """Batch row b may attend to its first `lengths[b]` keys: right padding is never seen.
+    """Key lengths: batch row b may attend to its first `lengths[b]` keys (right padding).
 
-    For a row with length 3, S = 5 (all queries alike; a length of 0 sees nothing)::
+    For a row with length 3, S = 5 (the same for all queries; a length of 0 allows no key)::
 
         x x x . .
         x x x . .
@@ -143,10 +142,10 @@ def lengths(lengths: Tensor | Sequence[int]) -> Mask:
 
 
 def left_padding(padding: Tensor | Sequence[int]) -> Mask:
-    """Batch row b never sees its first `padding[b]` keys: padding on the left.
+    """Left padding: batch row b does not attend to its first `padding[b]` keys.
 
-    For a row with 2 padding tokens, S = 5; with `causal()` the queries that are padding themselves
-    see nothing, and their output is zero::
+    For a row with 2 padding tokens, S = 5; with `causal()` the queries that are padding attend to
+    no key, and their output is zero::
 
         left_padding([2])   causal() & left_padding([2])
         . . x x x           . . . . .
@@ -165,9 +164,9 @@ def left_padding(padding: Tensor | Sequence[int]) -> Mask:
 
 
 def prefix(n: int) -> Mask:
-    """Every query may attend to the first n keys: the part of a prompt that all may read.
+    """Prefix: every query may attend to the first n keys.
 
-    `causal() | prefix(2)` reads the prefix both ways and the rest causally, S = 5::
+    `causal() | prefix(2)` is a prefix-LM mask, bidirectional in the prefix, then causal, S = 5::
 
         prefix(2)     causal() | prefix(2)
         x x . . .     x x . . .
@@ -177,17 +176,17 @@ def prefix(n: int) -> Mask:
         x x . . .     x x x x x
 
     Args:
-        n: how many keys, at least 0. For a number that differs by batch row use `lengths`.
+        n: number of keys, at least 0. If it differs by batch row, use `lengths`.
 
     >>> prefix(2).materialize(1, 5).int().tolist()
     [[1, 1, 0, 0, 0]]
     """
-    check_count("n", n, 0, "use lengths(...) for one number a batch row")
+    check_count("n", n, 0, "use lengths(...) for one number per batch row")
     return Prefix(min(n, _FARTHEST))
 
 
 def documents(ids: Tensor | Sequence[int]) -> Mask:
-    """Tokens attend within their own document: packed sequences never see each other.
+    """Document mask for packed sequences: tokens attend within their own document only.
 
     With ids 0 0 1 1 1::
 
@@ -208,17 +207,17 @@ def documents(ids: Tensor | Sequence[int]) -> Mask:
     _check_integers("ids", tensor)
     if tensor.ndim not in (1, 2):
         raise ShapeError(
-            "ids", "must be (S,) or (B, S)", tuple(tensor.shape), "give one id a key token"
+            "ids", "must be (S,) or (B, S)", tuple(tensor.shape), "give one id per key token"
         )
     return Documents(tensor)
 
 
 def cu_seqlens(cu_seqlens: Tensor | Sequence[int]) -> Mask:
-    """`documents`, told by where each begins, as flash-attention's `cu_seqlens` does.
+    """Document mask from cumulative sequence lengths, as flash-attention's `cu_seqlens`.
 
     Args:
-        cu_seqlens: (N + 1,) integers that begin with 0 and never fall: document i holds keys
-            cu_seqlens[i] to cu_seqlens[i + 1] - 1. The last is S.
+        cu_seqlens: (N + 1,) integers that begin with 0 and never decrease: document i holds keys
+            cu_seqlens[i] .. cu_seqlens[i + 1] - 1. The last is S.
 
     >>> cu_seqlens([0, 2, 5]) == documents([0, 0, 1, 1, 1])
     True
@@ -228,15 +227,15 @@ def cu_seqlens(cu_seqlens: Tensor | Sequence[int]) -> Mask:
     if not len(bounds) or bounds[0] != 0 or bool((sizes < 0).any()):
         raise ArgumentError(
             "cu_seqlens",
-            "must begin with 0 and never fall",
+            "must begin with 0 and never decrease",
             bounds.tolist(),
-            "pass the cumulative sum of the lengths, with 0 before it",
+            "pass the cumulative sum of the lengths, with a leading 0",
         )
     return Documents(torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes))
 
 
 def dense(allowed: Tensor) -> Mask:
-    """A mask written out. **True means "may attend"**, as in `scaled_dot_product_attention`.
+    """Mask from a bool tensor. **True means "may attend"**, as in `scaled_dot_product_attention`.
 
     `nn.MultiheadAttention` uses the opposite polarity (True = forbidden): pass `~their_mask`.
 
@@ -253,7 +252,7 @@ def dense(allowed: Tensor) -> Mask:
             "allowed",
             "must be a bool tensor, True = may attend",
             got,
-            "pass numbers that are added to the scores as attention(bias=...)",
+            "pass an additive mask as attention(bias=...)",
         )
     check_is_plain("allowed", allowed)
     if allowed.ndim not in (2, 4):
@@ -273,10 +272,10 @@ def custom(
     heads: int = 1,
     align: Align = "end",
 ) -> Mask:
-    """Any rule, as a function of absolute positions. Only `reference` and `flex` run it.
+    """Mask from a function of absolute positions. Only `reference` and `flex` run it.
 
-    A rule that the other functions here can say is faster: their structure is known. `custom` is
-    for the rest; here every second key, and the query's own::
+    A combination of the other functions is faster, since backends use its structure. `custom` is
+    for all other rules; here every second key, and the query's own::
 
         custom(lambda batch, head, query, key: (key % 2 == 0) | (key == query))
         x . x . x
@@ -289,12 +288,13 @@ def custom(
         fn: given integer tensors that broadcast against each other (batch row, head, position of
             the query, position of the key), returns a bool tensor, True = may attend. The order
             is that of `mask_mod` in `torch.nn.attention.flex_attention`.
-        batch: how many batch rows fn tells apart; 1: it does not look at the batch row.
-        heads: how many heads fn tells apart; 1: it does not look at the head.
+        batch: the number of batch rows, or 1 if fn does not depend on the batch row.
+        heads: the number of heads, or 1 if fn does not depend on the head.
         align: as in `causal`; "start" counts queries from 0, as `flex_attention` does.
 
     Raises:
-        DtypeError, ShapeError: fn is no function, or returned something else (when it is called).
+        DtypeError, ShapeError: fn is not a function, or returns another dtype or shape (raised
+            when it is called).
 
     >>> def strided(batch, head, query, key):
     ...     return (query - key) % 2 == 0
@@ -309,7 +309,7 @@ def custom(
             "wrap a bool tensor in polyhead.mask.dense instead",
         )
     for name, size in (("batch", batch), ("heads", heads)):
-        check_count(name, size, 1, "count them")
+        check_count(name, size, 1, f"pass the number of {name}, or 1")
     return Custom(fn, batch, heads, _check_align(align))
 
 
@@ -318,7 +318,7 @@ def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:
     _check_integers(name, tensor)
     if tensor.ndim != 1:
         raise ShapeError(
-            name, "must have one entry a batch row, (B,)", tuple(tensor.shape), "flatten it"
+            name, "must have one entry per batch row, (B,)", tuple(tensor.shape), "flatten it"
         )
     return tensor
 

@@ -1,4 +1,4 @@
-"""What every mask can do, and how masks combine: `&`, `|`, `~`, and some rows or columns of one."""
+"""Mask base class and algebra: `&`, `|`, `~`, and slices of queries or keys."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ __all__ = ["And", "KeySlice", "Mask", "MaskBlock", "Not", "Or", "QuerySlice"]
 
 
 class MaskBlock(NamedTuple):
-    """Queries start .. stop - 1 of T against keys first .. last - 1 of S."""
+    """Queries q_start .. q_stop - 1 of T against keys k_start .. k_stop - 1 of S."""
 
-    start: int
-    stop: int
+    q_start: int
+    q_stop: int
     T: int
-    first: int
-    last: int
+    k_start: int
+    k_stop: int
     S: int
     device: torch.device | str | None
 
 
 class Mask:
-    """A rule that says which query may attend to which key. Build one with the functions here."""
+    """Attention mask: a rule for which query may attend to which key.
+
+    Build one with the functions of `polyhead.mask`.
+    """
 
     def materialize(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor, True = may attend.
@@ -38,11 +41,11 @@ class Mask:
         Args:
             T: number of queries.
             S: number of keys.
-            device: where to build it. Masks that hold tensors stay on their own device.
+            device: device of the result. Masks that hold tensors stay on their own device.
 
         Returns:
-            bool tensor that broadcasts to (B, H, T, S): (T, S), or four dimensions where the
-            answer differs between batch rows or heads. Dimensions of size 1 are left unexpanded.
+            bool tensor that broadcasts to (B, H, T, S): (T, S), or four dimensions if it differs
+            between batch rows or heads. Dimensions of size 1 are not expanded.
 
         >>> import polyhead as ph
         >>> ph.mask.causal().materialize(2, 3).int().tolist()
@@ -62,7 +65,7 @@ class Mask:
     ) -> Tensor:
         """Queries start .. stop - 1 of `materialize(T, S)`, without building the others.
 
-        With `keys` = (first, last) only the columns of keys first .. last - 1.
+        With `keys` = (k_start, k_stop) only the columns of keys k_start .. k_stop - 1.
 
         >>> import polyhead as ph
         >>> ph.mask.causal().materialize_rows(1, 2, 2, 3).int().tolist()
@@ -70,8 +73,8 @@ class Mask:
         >>> ph.mask.causal().materialize_rows(0, 2, 2, 3, keys=(1, 3)).int().tolist()
         [[1, 0], [1, 1]]
         """
-        first, last = (0, S) if keys is None else keys
-        return self._materialize_block(MaskBlock(start, stop, T, first, last, S, device))
+        k_start, k_stop = (0, S) if keys is None else keys
+        return self._materialize_block(MaskBlock(start, stop, T, k_start, k_stop, S, device))
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         raise NotImplementedError
@@ -86,20 +89,21 @@ class Mask:
         return QuerySlice(self, start, stop, T)
 
     def for_keys(self, start: int, S: int) -> Mask:
-        """This mask for a call on keys start .. S - 1 of S, the queries where they stood.
+        """This mask for a call on keys start .. S - 1 of S; queries keep their positions.
 
-        What a rolling cache needs: the keys before `start` are gone.
+        For a rolling cache, which has dropped the keys before `start`.
 
         >>> import polyhead as ph
-        >>> ph.mask.prefix(3).for_keys(1, 5)                        # keys 1 and 2 are left of it
+        >>> ph.mask.prefix(3).for_keys(1, 5)                        # keys 1 and 2 remain
         prefix(2)
         """
         return self if start == 0 else self._drop_keys_before(start, S)
 
     def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        """Keys first .. last - 1: every key that queries start .. stop - 1 may attend to is there.
+        """Range (k_start, k_stop) of keys that queries start .. stop - 1 may attend to.
 
-        Told from the mask's structure; tensors are not read, so the range can be too wide.
+        Keys outside of k_start .. k_stop - 1 are masked. Derived from the mask's structure;
+        tensors are not read, so the range can be too wide.
 
         >>> import polyhead as ph
         >>> (ph.mask.causal() & ph.mask.window(before=2)).key_range(10, 12, 100, 100)
@@ -114,7 +118,7 @@ class Mask:
         """Raise ShapeError or DeviceError if this mask cannot apply to such a call."""
 
     def primitives(self) -> Iterator[Mask]:
-        """The rules that this mask is made of, whichever way they are combined.
+        """The primitive rules of this mask, however they are combined.
 
         >>> import polyhead as ph
         >>> [*(ph.mask.causal() | ~ph.mask.prefix(3)).primitives()]
@@ -133,7 +137,7 @@ class Mask:
         return (self,)
 
     def draw(self, T: int, S: int, *, batch: int = 0, head: int = 0) -> str:
-        """The mask as text: a row a query, a column a key, `x` may attend, `.` may not.
+        """The mask as text: one row per query, one column per key, `x` may attend, `.` may not.
 
         >>> import polyhead as ph
         >>> print(ph.mask.causal().draw(3, 5))
@@ -149,7 +153,7 @@ class Mask:
 
     @property
     def _fixed_size(self) -> tuple[int | None, int | None]:
-        """The T and S that this mask fits; None where it fits any."""
+        """The T and S that this mask fits; None if it fits any."""
         return None, None
 
     def __and__(self, other: Mask) -> Mask:
@@ -162,7 +166,7 @@ class Mask:
         return Not(self)
 
     def __bool__(self) -> bool:
-        """Raise: `and`, `or` and `not` would silently lose a mask."""
+        """Raise ArgumentError: `and`, `or` and `not` would silently drop a mask."""
         raise ArgumentError(
             "mask",
             "must not be a condition of `and`, `or`, `not` or `if`",
@@ -181,13 +185,13 @@ class Mask:
         return all(_same(a, b) for a, b in zip(_values(self), _values(other), strict=True))
 
     def __hash__(self) -> int:
-        # Equal masks have equal structure; tensors count by shape, since hashing reads no values.
+        # Equal masks have equal structure; tensors are hashed by shape, without reading values.
         return hash((type(self), tuple(_static(value) for value in _values(self))))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Several(Mask):
-    """What `&` and `|` share: they hold parts and pass questions on to them."""
+    """Base of `And` and `Or`: a tuple of parts, to which methods are delegated."""
 
     parts: tuple[Mask, ...]
 
@@ -204,7 +208,7 @@ class _Several(Mask):
 
     @property
     def _fixed_size(self) -> tuple[int | None, int | None]:
-        # A part with a size of its own decides; documents fit any smaller T, the others any size.
+        # A part of fixed size decides; documents fit any smaller T, the others any size.
         sizes = [part._fixed_size for part in self.parts]
         T = min((T for T, _ in sizes if T is not None), default=None)
         S = min((S for _, S in sizes if S is not None), default=None)
@@ -212,16 +216,16 @@ class _Several(Mask):
 
 
 class And(_Several):
-    """All parts must allow."""
+    """Conjunction: every part must allow."""
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         return functools.reduce(operator.and_, (part._materialize_block(at) for part in self.parts))
 
     def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        firsts, lasts = zip(
+        k_starts, k_stops = zip(
             *(part.key_range(start, stop, T, S) for part in self.parts), strict=True
         )
-        return max(firsts), min(lasts)
+        return max(k_starts), min(k_stops)
 
     @property
     def conjuncts(self) -> tuple[Mask, ...]:
@@ -232,16 +236,16 @@ class And(_Several):
 
 
 class Or(_Several):
-    """One part allowing is enough."""
+    """Disjunction: at least one part must allow."""
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         return functools.reduce(operator.or_, (part._materialize_block(at) for part in self.parts))
 
     def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        firsts, lasts = zip(
+        k_starts, k_stops = zip(
             *(part.key_range(start, stop, T, S) for part in self.parts), strict=True
         )
-        return min(firsts), max(lasts)
+        return min(k_starts), max(k_stops)
 
     def __repr__(self) -> str:
         return " | ".join(_bracketed(part) for part in self.parts)
@@ -249,7 +253,7 @@ class Or(_Several):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Not(Mask):
-    """Allows what its part forbids."""
+    """Complement: allows exactly the pairs that its part forbids."""
 
     part: Mask
 
@@ -278,7 +282,7 @@ class Not(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class QuerySlice(Mask):
-    """Some of the queries of a mask: what one chunk of queries may attend to."""
+    """Query slice of a mask: queries start .. stop - 1 of T."""
 
     part: Mask
     start: int
@@ -286,8 +290,8 @@ class QuerySlice(Mask):
     T: int
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
-        start, stop = self.start + at.start, self.start + at.stop
-        return self.part._materialize_block(at._replace(start=start, stop=stop, T=self.T))
+        q_start, q_stop = self.start + at.q_start, self.start + at.q_stop
+        return self.part._materialize_block(at._replace(q_start=q_start, q_stop=q_stop, T=self.T))
 
     def primitives(self) -> Iterator[Mask]:
         return self.part.primitives()
@@ -319,22 +323,22 @@ class QuerySlice(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class KeySlice(Mask):
-    """Some of the keys of a mask: the last S - first of S."""
+    """Key slice of a mask: keys first .. S - 1 of S."""
 
     part: Mask
     first: int
     S: int
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
-        first, last = self.first + at.first, self.first + at.last
-        return self.part._materialize_block(at._replace(first=first, last=last, S=self.S))
+        k_start, k_stop = self.first + at.k_start, self.first + at.k_stop
+        return self.part._materialize_block(at._replace(k_start=k_start, k_stop=k_stop, S=self.S))
 
     def primitives(self) -> Iterator[Mask]:
         return self.part.primitives()
 
     def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        first, last = self.part.key_range(start, stop, T, self.S)
-        return max(first - self.first, 0), last - self.first
+        k_start, k_stop = self.part.key_range(start, stop, T, self.S)
+        return max(k_start - self.first, 0), k_stop - self.first
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
         return self.part.for_keys(self.first + start, self.S)
@@ -345,7 +349,7 @@ class KeySlice(Mask):
                 "mask.for_keys(start, S)",
                 f"must leave the call's S = {S} keys",
                 f"{self.first} .. {self.S}",
-                "give the first key that is left, and how many there were",
+                "give the first remaining key, and the number of keys before the slice",
             )
         self.part.check(B, H, T, self.S, device)
 
@@ -358,7 +362,7 @@ class KeySlice(Mask):
 
 
 def _combine(kind: type[_Several], left: Mask, right: Mask) -> Mask:
-    """`left op right`, flattened, each part once: `a & (b & a)` is `a & b`."""
+    """Combine two masks, flattened, each part once: `a & (b & a)` is `a & b`."""
     if not isinstance(right, Mask):
         return NotImplemented
     parts: list[Mask] = []
@@ -380,8 +384,8 @@ def _same(a: object, b: object) -> bool:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether their values are equal, where these can be read: not in torch.compile or vmap, and
-    not on the meta device."""
+    """True if their values are equal; False if they cannot be read: in torch.compile, in vmap, on
+    the meta device."""
     if torch.compiler.is_compiling():
         return False
     try:

@@ -1,4 +1,4 @@
-"""The primitive rules, each a small immutable value. `polyhead.mask` has their documentation."""
+"""Primitive masks, small immutable values. The functions of `polyhead.mask` document them."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class Window(Mask):
 
     def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         offset = _offset(T, S, self.align)
-        first = 0 if self.before is None else start + offset - self.before
-        last = S if self.after is None else stop + offset + self.after
-        return min(S, max(0, first)), min(S, max(0, last))
+        k_start = 0 if self.before is None else start + offset - self.before
+        k_stop = S if self.after is None else stop + offset + self.after
+        return min(S, max(0, k_start)), min(S, max(0, k_stop))
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
         return self if self.align == "end" else super()._drop_keys_before(start, S)
@@ -82,7 +82,7 @@ class Lengths(Mask):
     lengths: Tensor
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
-        key = torch.arange(at.first, at.last, device=self.lengths.device)
+        key = torch.arange(at.k_start, at.k_stop, device=self.lengths.device)
         return (key < self.lengths[:, None])[:, None, None, :]
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
@@ -100,7 +100,7 @@ class LeftPadding(Mask):
     padding: Tensor
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
-        key = torch.arange(at.first, at.last, device=self.padding.device)
+        key = torch.arange(at.k_start, at.k_stop, device=self.padding.device)
         return (key >= self.padding[:, None])[:, None, None, :]
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
@@ -118,8 +118,8 @@ class Prefix(Mask):
     n: int
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
-        return (torch.arange(at.first, at.last, device=at.device) < self.n).expand(
-            at.stop - at.start, -1
+        return (torch.arange(at.k_start, at.k_stop, device=at.device) < self.n).expand(
+            at.q_stop - at.q_start, -1
         )
 
     def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
@@ -139,8 +139,8 @@ class Documents(Mask):
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         self._check_sizes(at.T, at.S)
         offset = at.S - at.T
-        query_ids = self.ids[..., offset + at.start : offset + at.stop]
-        key_ids = self.ids[..., at.first : at.last]
+        query_ids = self.ids[..., offset + at.q_start : offset + at.q_stop]
+        key_ids = self.ids[..., at.k_start : at.k_stop]
         allowed = query_ids[..., :, None] == key_ids[..., None, :]
         return allowed if allowed.ndim == 2 else allowed[:, None]
 
@@ -157,10 +157,9 @@ class Documents(Mask):
         if self.ids.shape[-1] != S or T > S:
             raise ShapeError(
                 "mask.documents(ids)",
-                f"must name the document of each of the S = {S} keys, the T = {T} queries among "
-                "them",
+                f"must hold one id for each of the S = {S} keys, the T = {T} queries among them",
                 tuple(self.ids.shape),
-                "give one id a key token, of cached tokens too",
+                "give one id per key token, cached tokens included",
             )
 
     @property
@@ -183,11 +182,11 @@ class Dense(Mask):
                 "mask.dense(allowed)",
                 f"must broadcast to T = {at.T} queries by S = {at.S} keys",
                 tuple(allowed.shape),
-                "ask for its own size",
+                "materialize it at its own size",
             )
         if allowed.shape[-2] > 1:
-            allowed = allowed[..., at.start : at.stop, :]
-        return allowed if allowed.shape[-1] == 1 else allowed[..., at.first : at.last]
+            allowed = allowed[..., at.q_start : at.q_stop, :]
+        return allowed if allowed.shape[-1] == 1 else allowed[..., at.k_start : at.k_stop]
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
         return self if self.allowed.shape[-1] == 1 else Dense(self.allowed[..., start:])
@@ -223,7 +222,7 @@ class Custom(Mask):
         batch = torch.arange(self.batch, device=at.device)[:, None, None, None]
         head = torch.arange(self.heads, device=at.device)[:, None, None]
         query, key = _positions(at, self.align)
-        shape = (self.batch, self.heads, at.stop - at.start, at.last - at.first)
+        shape = (self.batch, self.heads, at.q_stop - at.q_start, at.k_stop - at.k_start)
         return _checked(self, self.fn(batch, head, query[None, None], key[None, None]), shape)
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
@@ -233,7 +232,7 @@ class Custom(Mask):
                     f"mask.custom({name}=)",
                     f"must be 1 or the call's {want}",
                     have,
-                    f"say how many {name} fn tells apart",
+                    f"pass {name}=1 if fn does not depend on it, else the call's {want}",
                 )
 
     def __repr__(self) -> str:
@@ -241,7 +240,7 @@ class Custom(Mask):
 
 
 def _checked(mask: Custom, allowed: object, shape: tuple[int, ...]) -> Tensor:
-    """What the caller's function returned, if it is a mask of this shape."""
+    """Check that the caller's function returned a mask of this shape."""
     rule = "mask.custom(fn)"
     if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool:
         got = allowed.dtype if isinstance(allowed, Tensor) else type(allowed).__name__
@@ -250,29 +249,32 @@ def _checked(mask: Custom, allowed: object, shape: tuple[int, ...]) -> Tensor:
     if len(have) > len(shape) or any(a not in (1, b) for a, b in zip(have, shape, strict=True)):
         raise ShapeError(
             rule,
-            f"must return what broadcasts to (batch, heads, T, S) = {shape}",
+            f"must return a tensor that broadcasts to (batch, heads, T, S) = {shape}",
             tuple(allowed.shape),
-            "compute it from the four indices alone, and say batch= and heads= if it uses them",
+            "compute it from the four indices alone, and pass batch= and heads= if it uses them",
         )
     return allowed.expand(shape)
 
 
 def _offset(T: int, S: int, align: Align) -> int:
-    """The absolute position of query 0."""
+    """Absolute position of query 0."""
     return S - T if align == "end" else 0
 
 
 def _positions(at: MaskBlock, align: Align) -> tuple[Tensor, Tensor]:
     """Absolute positions of the queries as a column, and of the keys as a row."""
-    query = torch.arange(at.start, at.stop, device=at.device)[:, None]
-    key = torch.arange(at.first, at.last, device=at.device)[None, :]
+    query = torch.arange(at.q_start, at.q_stop, device=at.device)[:, None]
+    key = torch.arange(at.k_start, at.k_stop, device=at.device)[None, :]
     return query + _offset(at.T, at.S, align), key
 
 
 def _check_batch(name: str, tensor: Tensor, B: int, device: torch.device) -> None:
     if tensor.shape[0] != B:
         raise ShapeError(
-            name, f"must have one entry a batch row, B = {B}", tensor.shape[0], "give one for each"
+            name,
+            f"must have one entry per batch row, B = {B}",
+            tensor.shape[0],
+            "give one for each",
         )
     _check_device(name, tensor, device)
 
