@@ -1,4 +1,4 @@
-"""What every cache keeps, whatever holds the numbers: the law, the errors, copies."""
+"""Properties of every KV cache: the law, the errors, copies."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fresh_memory_is_nan():
 
 
 class History:
-    """The oracle: every token so far, by concatenation. Shares nothing with a cache."""
+    """Oracle: all tokens so far, by concatenation. Shares no code with a cache."""
 
     def __init__(self, batch, seed, dtype=torch.float64, group=2):
         self.generator = torch.Generator().manual_seed(seed)
@@ -77,7 +77,7 @@ class History:
         return self.tensors[0].shape[2]
 
     def draw(self, T):
-        """Query, key and value of T tokens, remembered."""
+        """Query, key and value of T new tokens, which are recorded."""
         new = [
             torch.randn(self.batch, h, T, d, generator=self.generator, dtype=torch.float64)
             for h, d in self.sizes
@@ -94,7 +94,7 @@ class History:
 
 
 def draw_mask(draw, window):
-    """A function of B, T and S: the mask for the last T of S tokens, against all S."""
+    """Draw a function of B, T and S: the mask of the last T of S tokens against all S."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
     counts = torch.randint(0, MAX_TOKENS, (9,), generator=generator)
     ids = torch.randint(0, 2, (9, MAX_TOKENS), generator=generator).cumsum(dim=-1)
@@ -123,12 +123,12 @@ def draw_mask(draw, window):
 
 
 def largest_difference(history, T, storage_dtype):
-    """By how much an output (B, H, T, E) may move: KVCache's documentation, for numbers int8."""
+    """The bound on the change of an output (B, H, T, E) by int8 that KVCache documents."""
     query, key, value = (x.double() for x in history.tensors)
     if storage_dtype is None:
         return torch.full_like(query[:, :, query.shape[2] - T :, :1], 1e-12)
     group = query.shape[1] // key.shape[1]
-    # One rounding of the scale to float32 beside the half step.
+    # The half step, and one rounding of the scale to float32.
     half_step = 1 / 254 + 2.0**-23
     a_k = key.abs().amax(dim=(2, 3)).repeat_interleave(group, dim=1)[:, :, None, None]
     a_v = value.abs().amax(dim=(2, 3)).repeat_interleave(group, dim=1)[:, :, None, None]
@@ -138,7 +138,7 @@ def largest_difference(history, T, storage_dtype):
 
 
 def assert_outputs(cache, history, chunk, held, mask, naive_attention):
-    """The law, for the newest chunk: as without a cache, row for row."""
+    """Assert the law for the newest chunk: row for row the output without a cache."""
     query, (key, value) = chunk[0], held
     B, T, S = query.shape[0], query.shape[2], history.length
     assert cache.length == len(cache) == S
@@ -158,7 +158,7 @@ def assert_outputs(cache, history, chunk, held, mask, naive_attention):
 @every_cache
 @given(data=st.data())
 @settings(max_examples=25, deadline=None)
-def test_any_chunks_give_the_rows_of_one_uncached_call(make, storage_dtype, naive_attention, data):
+def test_append_of_any_chunks_equals_one_uncached_call(make, storage_dtype, naive_attention, data):
     chunks = data.draw(st.lists(st.integers(1, 16), min_size=1, max_size=6))
     while sum(chunks) > MAX_TOKENS:
         chunks.pop()
@@ -182,7 +182,7 @@ def test_any_chunks_give_the_rows_of_one_uncached_call(make, storage_dtype, naiv
 @every_cache
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_the_law_survives_rewinds_reorders_and_clones(make, storage_dtype, naive_attention, data):
+def test_law_holds_after_rewind_reorder_and_clone(make, storage_dtype, naive_attention, data):
     history = History(data.draw(st.integers(1, 3)), data.draw(st.integers(0, 1000)))
     cache = make(history.batch, dtype=torch.float64, storage_dtype=storage_dtype)
     mask = draw_mask(data.draw, getattr(cache, "window", None))
@@ -206,7 +206,7 @@ def test_the_law_survives_rewinds_reorders_and_clones(make, storage_dtype, naive
             history.reorder(rows)
         elif operation == "clone":
             original, cache = cache, cache.clone()
-            original.reset()  # and overwrite what it held
+            original.reset()  # and overwrite its memory
             B = history.batch
             original.append(
                 torch.full((B, 3, 16, 5), 1e9).double(), torch.zeros(B, 3, 16, 2).double()
@@ -224,7 +224,7 @@ def test_the_law_survives_rewinds_reorders_and_clones(make, storage_dtype, naive
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
-def test_what_was_put_in_comes_out_to_the_bit(make, dtype):
+def test_append_unquantized_is_bit_exact(make, dtype):
     history = History(2, seed=0, dtype=dtype)
     cache = make(2, dtype=dtype)
     for T in (5, 1, 1, 17, 1, 2):
@@ -236,7 +236,7 @@ def test_what_was_put_in_comes_out_to_the_bit(make, dtype):
 
 @every_storage
 @every_cache
-def test_read_gives_what_a_one_token_append_gave(make, storage_dtype):
+def test_read_equals_the_last_one_token_append(make, storage_dtype):
     history = History(2, seed=0, dtype=torch.float32)
     cache = make(2, storage_dtype=storage_dtype)
     for T in (7, 1, 1):
@@ -248,7 +248,7 @@ def test_read_gives_what_a_one_token_append_gave(make, storage_dtype):
 @every_storage
 @every_cache
 @pytest.mark.parametrize("copied", [copy.deepcopy, repickled, Cache.clone])
-def test_a_copy_goes_on_alone(make, storage_dtype, copied):
+def test_copy_shares_no_state_with_the_original(make, storage_dtype, copied):
     history = History(2, seed=0, dtype=torch.float32)
     cache = make(2, storage_dtype=storage_dtype)
     cache.append(*history.draw(7)[1:])
@@ -268,7 +268,7 @@ def test_a_copy_goes_on_alone(make, storage_dtype, copied):
 @every_cache
 @pytest.mark.parametrize("copied", [copy.deepcopy, repickled, resaved, Cache.clone])
 def test_copy_made_in_inference_mode_is_written_outside(make, storage_dtype, copied):
-    """litgpt#837: `copy.deepcopy` there made tensors that no append could write."""
+    """litgpt#837: `copy.deepcopy` made inference tensors, and `append` could not write to them."""
     history = History(2, seed=0, dtype=torch.float32)
     with torch.inference_mode():
         cache = make(2, storage_dtype=storage_dtype)
@@ -276,7 +276,7 @@ def test_copy_made_in_inference_mode_is_written_outside(make, storage_dtype, cop
         twin = copied(cache)
         twin.reorder(torch.tensor([1, 0]))
     cache.reorder(torch.tensor([1, 0]))
-    for _ in range(4):  # into memory that was there, and beyond
+    for _ in range(4):  # within the allocated memory, and beyond it
         _, key, value = history.draw(1)
         for got, expected in zip(twin.append(key, value), cache.append(key, value), strict=True):
             assert torch.equal(got, expected)
@@ -308,9 +308,9 @@ BAD_CHUNKS = [
         KEY.clone().requires_grad_(),
         VALUE,
         ArgumentError,
-        "key must not need a gradient: a cache is for inference; got requires_grad=True",
+        "key must not require grad: a cache is for inference; got requires_grad=True",
     ),
-    (KEY, VALUE.clone().requires_grad_(), ArgumentError, "value must not need a gradient"),
+    (KEY, VALUE.clone().requires_grad_(), ArgumentError, "value must not require grad"),
 ]
 ROWS = torch.tensor([0, 1])
 BAD_ROWS = [
@@ -325,7 +325,7 @@ BAD_ROWS = [
 
 
 @every_cache
-def test_what_is_refused_changes_nothing(make):
+def test_call_that_raises_changes_nothing(make):
     cache = make(2)
     cache.append(torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 2))
     before = pickle.dumps(cache)
@@ -347,7 +347,7 @@ def test_what_is_refused_changes_nothing(make):
 
 @every_storage
 @every_cache
-def test_a_cache_takes_parameters_projections_without_their_graph(make, storage_dtype):
+def test_append_under_no_grad_drops_the_graph(make, storage_dtype):
     key, value = torch.randn(2, 3, 4, 5, requires_grad=True), torch.randn(2, 3, 4, 2)
     cache = make(2, storage_dtype=storage_dtype)
     with torch.no_grad():
@@ -357,7 +357,7 @@ def test_a_cache_takes_parameters_projections_without_their_graph(make, storage_
 
 @every_storage
 @every_cache
-def test_inference_mode_leaves_a_cache_that_others_can_write(make, storage_dtype):
+def test_cache_used_in_inference_mode_is_written_outside(make, storage_dtype):
     cache = make(2, storage_dtype=storage_dtype)
     for T in (1, 2, 3, 20):
         with torch.inference_mode():
@@ -370,7 +370,7 @@ def test_inference_mode_leaves_a_cache_that_others_can_write(make, storage_dtype
 
 
 @every_cache
-def test_bad_sizes_are_refused(make):
+def test_cache_bad_batch_or_dtype_raises(make):
     with pytest.raises(ArgumentError, match="batch must be an integer of at least 1; got 0"):
         make(0)
     with pytest.raises(
@@ -388,7 +388,7 @@ def test_bad_sizes_are_refused(make):
     ("size", "bad"),
     [("max_tokens", 0), ("num_kv_heads", 0), ("head_dim", 2.0), ("value_head_dim", -1)],
 )
-def test_each_size_is_checked(kind, size, bad):
+def test_cache_bad_size_raises_with_its_name(kind, size, bad):
     sizes = {"batch": 1, "max_tokens": 8, **SIZES, size: bad}
     least = 0 if size == "value_head_dim" else 1
     message = f"{size} must be an integer of at least {least}; got {bad}"
@@ -398,7 +398,7 @@ def test_each_size_is_checked(kind, size, bad):
 
 @every_storage
 @every_cache
-def test_a_latent_cache_has_no_values(make, storage_dtype):
+def test_cache_with_value_head_dim_0_has_empty_values(make, storage_dtype):
     cache = make(2, storage_dtype=storage_dtype)
     latent = type(cache)(2, 8, 1, 5, value_head_dim=0, storage_dtype=storage_dtype)
     key, value = latent.append(torch.randn(2, 1, 3, 5), torch.empty(2, 1, 3, 0))
@@ -406,13 +406,13 @@ def test_a_latent_cache_has_no_values(make, storage_dtype):
 
 
 @every_cache
-def test_an_empty_cache_is_still_a_cache(make):
+def test_empty_cache_is_truthy_and_readable(make):
     cache = make(2)
     assert len(cache) == 0
     assert cache
     key, value = cache.read()
     assert (key.shape, value.shape) == ((2, 3, 0, 5), (2, 3, 0, 2))
     cache.append(KEY[:, :, :1], VALUE[:, :, :1])
-    for said in ("batch=2", "num_kv_heads=3", "head_dim=5", "value_head_dim=2", "length=1"):
-        assert said in repr(cache)
+    for shown in ("batch=2", "num_kv_heads=3", "head_dim=5", "value_head_dim=2", "length=1"):
+        assert shown in repr(cache)
     assert f"nbytes={cache.nbytes}" in repr(cache)

@@ -1,4 +1,4 @@
-"""KVCache: how memory grows, rolls and stays, and what int8 holds."""
+"""KVCache: growth, rolling window, preallocation, int8."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES_A_TOKEN = 2 * 3 * (5 + 5) * 4  # B = 2, G = 3, D = E = 5, float32
 
 
 def tokens(T, first=0):
-    """Keys that say their position, and values its opposite."""
+    """Keys whose elements are their position, and values, its negative."""
     key = torch.arange(first, first + T).float()[:, None].expand(2, 3, T, 5)
     return key, -key
 
@@ -31,7 +31,7 @@ def storages(cache):
     return [x.untyped_storage().data_ptr() for x in cache.read()]
 
 
-def test_memory_doubles_up_to_max_tokens():
+def test_append_doubles_memory_up_to_max_tokens():
     cache = KVCache(2, 11, 3, 5)
     slots = []
     for t in range(11):
@@ -43,7 +43,7 @@ def test_memory_doubles_up_to_max_tokens():
     assert cache.nbytes == 11 * BYTES_A_TOKEN
 
 
-def test_growing_leaves_earlier_views_alone():
+def test_append_that_grows_keeps_earlier_views_valid():
     cache = KVCache(2, 11, 3, 5)
     earlier = cache.append(*tokens(2))
     cache.append(*tokens(5, 2))
@@ -51,7 +51,7 @@ def test_growing_leaves_earlier_views_alone():
 
 
 @pytest.mark.parametrize("window", [None, 2])
-def test_preallocated_memory_is_never_left(window):
+def test_preallocated_memory_keeps_its_addresses(window):
     cache = KVCache(2, 40, 3, 5, window=window, preallocate=True)
     assert cache.nbytes == (40 if window is None else 6) * BYTES_A_TOKEN
     cache.append(*tokens(3))
@@ -67,24 +67,25 @@ def test_preallocated_memory_is_never_left(window):
     assert storages(cache) == at
 
 
-def test_rolling_memory_and_work_do_not_grow(tensor_sizes):
+def test_rolling_cache_has_constant_memory_and_work(tensor_sizes):
     cache = KVCache(2, None, 3, 5, window=7)
     with tensor_sizes:
         for t in range(1000):
             held = cache.append(*tokens(1, t))
             assert positions(held) == list(range(max(0, t - 7), t + 1))
     assert cache.nbytes == 2 * (7 + 1) * BYTES_A_TOKEN
-    # A move (a clone of keys, one of values) makes room for 16 - 7 tokens; 16 need none.
+    # A move (one clone of keys, one of values) frees 16 - 7 slots; the first 16 tokens need none.
     assert tensor_sizes.operations.count("clone") == 2 * -(-(1000 - 16) // 9)
 
 
-def test_few_tokens_of_a_large_window_take_little():
+def test_large_window_with_few_tokens_allocates_few_slots():
     cache = KVCache(2, None, 3, 5, window=4095)
     cache.append(*tokens(3))
     assert cache.nbytes == 3 * BYTES_A_TOKEN
 
 
-def test_a_chunk_longer_than_the_memory_is_returned_whole_and_its_end_kept():
+def test_append_longer_than_the_memory_returns_it_whole():
+    """Only its end is stored."""
     cache = KVCache(2, None, 3, 5, window=3, max_rewind=1)
     cache.append(*tokens(6))
     held = cache.append(*tokens(20, 6))
@@ -97,12 +98,12 @@ def test_a_chunk_longer_than_the_memory_is_returned_whole_and_its_end_kept():
     assert positions(cache.append(*tokens(1, 25))) == [22, 23, 24, 25]
 
 
-def test_a_window_of_none_before_sees_itself():
+def test_window_0_keeps_the_token_itself():
     cache = KVCache(2, None, 3, 5, window=0)
     assert [positions(cache.append(*tokens(1, t))) for t in range(5)] == [[0], [1], [2], [3], [4]]
 
 
-def test_a_window_larger_than_max_tokens_holds_all():
+def test_window_larger_than_max_tokens_keeps_all():
     cache = KVCache(2, 10, 3, 5, window=8)
     for t in range(10):
         cache.append(*tokens(1, t))
@@ -114,7 +115,7 @@ def test_a_window_larger_than_max_tokens_holds_all():
 
 @given(st.data())
 @settings(max_examples=100, deadline=None)
-def test_rewindable_is_kept_behind_the_largest_length(data):
+def test_rewind_reaches_max_rewind_before_the_largest_length(data):
     window, max_rewind = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
     cache = KVCache(2, None, 3, 5, window=window, max_rewind=max_rewind)
     furthest = 0
@@ -132,11 +133,11 @@ def test_rewindable_is_kept_behind_the_largest_length(data):
     assert positions(held) == list(range(max(0, length - window), length + 2))
 
 
-def test_a_rewind_past_what_is_held_is_refused_with_the_numbers():
+def test_rewind_before_the_kept_tokens_raises_with_the_numbers():
     cache = KVCache(2, None, 3, 5, window=3, max_rewind=2)
     cache.append(*tokens(40))
     message = (
-        "n must be at most 2: with window = 3 the tokens before position 34 are gone; got 5; "
+        "n must be at most 2: with window = 3 the tokens before position 34 were dropped; got 5; "
         "make the cache with max_rewind = 5 or more, or reset it"
     )
     with pytest.raises(ArgumentError, match=message):
@@ -150,7 +151,7 @@ def test_a_rewind_past_what_is_held_is_refused_with_the_numbers():
     assert positions(cache.append(*tokens(2))) == [0, 1]
 
 
-def test_options_are_checked():
+def test_kv_cache_bad_option_raises():
     with pytest.raises(ArgumentError, match="max_tokens must be given without a window; got None"):
         KVCache(2, None, 3, 5)
     for name in ("window", "max_rewind"):
@@ -158,13 +159,14 @@ def test_options_are_checked():
             KVCache(2, 8, 3, 5, **{name: -1})
 
 
-def test_int8_takes_a_byte_a_number_and_a_scale_a_token_and_head():
+def test_int8_nbytes_is_one_per_element_and_4_per_scale():
+    """One scale per token and head."""
     cache = KVCache(2, 7, 3, 64, dtype=torch.bfloat16, storage_dtype=torch.int8, preallocate=True)
     assert cache.nbytes == 2 * 7 * (2 * 3 * (64 + 4))
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_codes_and_scales_are_what_read_decodes(window):
+def test_quantized_values_and_scales_dequantize_to_read(window):
     cache = KVCache(2, 64, 3, 5, value_head_dim=4, storage_dtype=torch.int8, window=window)
     for T in (9, 1, 30, 1):
         cache.append(torch.randn(2, 3, T, 5), torch.randn(2, 3, T, 4))
@@ -178,9 +180,9 @@ def test_codes_and_scales_are_what_read_decodes(window):
         assert key_codes.data_ptr() == cache.quantized()[0].data_ptr()  # a view
 
 
-def test_a_plain_cache_has_no_codes():
+def test_quantized_of_an_unquantized_cache_raises():
     with pytest.raises(
-        ArgumentError, match=r"storage_dtype must be torch.int8 to have codes; got None"
+        ArgumentError, match=r"storage_dtype must be torch.int8 to hold quantized values; got None"
     ):
         KVCache(2, 8, 3, 5).quantized()
 
@@ -194,7 +196,7 @@ def test_a_plain_cache_has_no_codes():
         pytest.param(3, torch.int8, marks=pytest.mark.slow),
     ],
 )
-def test_a_step_compiles_whole_and_lengths_do_not_compile_again(window, storage_dtype):
+def test_step_compiles_to_one_graph_for_all_lengths(window, storage_dtype):
     mask = ph.mask.causal() if window is None else ph.mask.causal() & ph.mask.window(before=window)
 
     @torch.no_grad()
@@ -219,13 +221,13 @@ def test_a_step_compiles_whole_and_lengths_do_not_compile_again(window, storage_
         torch.testing.assert_close(got, want)
         assert (caches[0].length, caches[0].start) == (caches[1].length, caches[1].start)
         compiles.append(counter.frame_count)
-    # One for the prompt, one for any token; a rolling cache has another where its memory is moved,
-    # and where it is first full. None in the second half.
+    # One for the prompt, one for all tokens; a rolling cache has others for a move of its memory,
+    # and for the first time it is full. None in the second half.
     assert compiles[-1] <= (2 if window is None else 6)
     assert compiles[-1] == compiles[len(compiles) // 2]
 
 
-def test_rewindable_set_anew_holds_for_the_tokens_that_come():
+def test_max_rewind_new_value_applies_to_later_tokens():
     cache = KVCache(1, None, 2, 4, window=3)
     for T in (9, 1, 1):
         x = torch.zeros(1, 2, T, 4)

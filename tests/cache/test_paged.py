@@ -1,4 +1,4 @@
-"""PagedKVCache: what rows share, what is copied, what is used again."""
+"""PagedKVCache: shared blocks, copy-on-write, reuse of free blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def table(cache):
     return cache.block_table.tolist()
 
 
-def test_rows_of_one_prompt_share_its_blocks_and_copy_nothing():
+def test_reorder_shares_blocks_without_a_copy():
     cache = paged(1)
     key, value = cache.append(*tokens(1, 10))
     before = [pool.data_ptr() for pool in cache.pools]
@@ -38,7 +38,8 @@ def test_rows_of_one_prompt_share_its_blocks_and_copy_nothing():
         assert torch.equal(got, want.expand(3, -1, -1, -1))
 
 
-def test_only_the_partly_filled_block_is_copied_and_its_first_row_keeps_it():
+def test_append_copies_the_shared_partial_block_only():
+    """The first row keeps the original."""
     cache = paged(1)
     prompt = cache.append(*tokens(1, 6))
     cache.reorder(torch.tensor([0, 0, 0]))
@@ -50,7 +51,7 @@ def test_only_the_partly_filled_block_is_copied_and_its_first_row_keeps_it():
         assert torch.equal(got, torch.cat((before.expand(3, -1, -1, -1), after), dim=2))
 
 
-def test_a_full_block_is_never_copied():
+def test_append_after_a_full_shared_block_copies_none():
     cache = paged(1)
     cache.append(*tokens(1, 8))
     cache.reorder(torch.tensor([0, 0]))
@@ -58,7 +59,7 @@ def test_a_full_block_is_never_copied():
     assert table(cache) == [[0, 1, 2], [0, 1, 3]]
 
 
-def test_no_tokens_take_no_block():
+def test_append_of_no_tokens_allocates_no_block():
     cache = paged(1)
     cache.append(*tokens(1, 6))
     cache.reorder(torch.tensor([0, 0]))
@@ -66,7 +67,7 @@ def test_no_tokens_take_no_block():
     assert table(cache) == [[0, 1], [0, 1]]
 
 
-def test_blocks_that_rewind_and_reorder_free_are_used_again():
+def test_blocks_freed_by_rewind_and_reorder_are_reused():
     cache = paged(2, num_blocks=6)
     cache.append(*tokens(2, 9))
     assert table(cache) == [[0, 1, 2], [3, 4, 5]]
@@ -83,7 +84,7 @@ def test_blocks_that_rewind_and_reorder_free_are_used_again():
     assert cache.num_blocks == 6
 
 
-def test_a_full_pool_of_fixed_size_is_refused_with_the_numbers():
+def test_append_to_a_full_fixed_pool_raises_with_the_numbers():
     cache = paged(2, num_blocks=5)
     cache.append(*tokens(2, 6))
     before = pickle.dumps(cache)
@@ -97,7 +98,7 @@ def test_a_full_pool_of_fixed_size_is_refused_with_the_numbers():
     cache.append(*tokens(2, 2))
 
 
-def test_the_pool_doubles_up_to_what_rows_can_fill():
+def test_pool_doubles_up_to_max_tokens_of_all_rows():
     cache = paged(2)
     assert cache.num_blocks == 0
     sizes = []
@@ -109,7 +110,7 @@ def test_the_pool_doubles_up_to_what_rows_can_fill():
 
 
 @pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
-def test_a_kernel_finds_every_token_through_the_table(storage_dtype):
+def test_block_table_addresses_every_token(storage_dtype):
     cache = paged(3, storage_dtype=storage_dtype)
     cache.append(*tokens(3, 11))
     cache.reorder(torch.tensor([2, 0, 2]))
@@ -129,7 +130,7 @@ def test_a_kernel_finds_every_token_through_the_table(storage_dtype):
 
 @given(st.data())
 @settings(max_examples=80, deadline=None)
-def test_no_block_is_lost_or_written_for_two(data):
+def test_blocks_are_never_lost_or_written_for_two_rows(data):
     cache = paged(data.draw(st.integers(1, 3)))
     steps = st.sampled_from(["append", "rewind", "reorder"])
     for step in data.draw(st.lists(steps, min_size=3, max_size=20)):
@@ -155,12 +156,12 @@ def test_no_block_is_lost_or_written_for_two(data):
         for a in rows:
             for b in rows:
                 shared = [one == other for one, other in zip(a, b, strict=True)]
-                # Pasts are shared whole: once two rows part they never share again.
+                # Rows share whole prefixes: after the first difference they share no block.
                 assert shared == sorted(shared, reverse=True)
                 assert set(a) & set(b) == set(a[: sum(shared)])
 
 
-def test_block_sizes_are_checked():
+def test_paged_cache_bad_size_raises():
     for name in ("block_size", "num_blocks"):
         with pytest.raises(ArgumentError, match=f"{name} must be an integer of at least 1; got 0"):
             PagedKVCache(1, 8, 1, 2, **{name: 0})
@@ -168,7 +169,7 @@ def test_block_sizes_are_checked():
         PagedKVCache(1, None, 1, 2)
 
 
-def test_it_says_how_many_blocks_are_in_use():
+def test_repr_shows_the_number_of_blocks_in_use():
     cache = paged(1, num_blocks=7)
     cache.append(*tokens(1, 6))
     assert "block_size=4, blocks in use=2 of 7" in repr(cache)

@@ -1,7 +1,7 @@
-"""Key/value caches: what earlier tokens left, so that a new token computes only itself.
+"""KV caches: keys and values of earlier tokens, contiguous or paged, optionally int8.
 
-`KVCache` holds each row's tokens side by side, all of them or a window; `PagedKVCache` in blocks
-that rows can share. Either holds numbers as they come, or as int8.
+`KVCache` stores each row's tokens contiguously, all of them or a sliding window. `PagedKVCache`
+stores them in blocks that sequences can share.
 """
 
 from polyhead.cache.base import Cache

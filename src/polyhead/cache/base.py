@@ -1,4 +1,4 @@
-"""What every cache is to its callers, and the checks that all of them make."""
+"""KV cache interface, and the validation that all caches share."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ Self = TypeVar("Self", bound="Cache")
 
 
 class Cache(ABC):
-    """Keys and values of the tokens so far. A call that raises has changed nothing.
+    """KV cache: keys and values of the tokens so far. A call that raises changes nothing.
 
-    The law: attention of a chunk of queries over what `append` returned is, row for row, attention
-    without a cache, whatever the chunks were.
+    The law: attention of a chunk of queries over the keys and values that `append` returned equals,
+    row for row, attention without a cache, for any chunks.
 
     Attributes:
-        length: tokens so far, the same for every row: the position of the next token.
+        length: number of tokens so far, the same for every row: the position of the next token.
         start: position of the first key that `append` or `read` last returned, or after a rewind
-            that `read` would return. The last key stands at length - 1, so that queries stand
-            where masks put them: at the end. A mask for all length keys is cut to those returned
-            by `mask.for_keys(start, length)`.
-        batch: rows, B. `reorder` can change it.
+            that `read` would return. The last key has position length - 1, so that queries align
+            with the end, as in masks. `mask.for_keys(start, length)` cuts a mask for all length
+            keys to the returned ones.
+        batch: number of rows, B. `reorder` can change it.
         max_tokens: the most tokens it takes, or None.
         num_kv_heads, head_dim, value_head_dim: G, D and E.
-        dtype: of what goes in and comes out.
-        device: where it is held.
-        window: a query sees at most so many tokens before it; None: all of them are held.
+        dtype: dtype of the keys and values that are appended and returned.
+        device: device of the memory.
+        window: the most tokens before it that a query attends to; None: all tokens are kept.
     """
 
     length: int
@@ -71,7 +71,7 @@ class Cache(ABC):
         if storage_dtype not in (None, torch.int8):
             raise DtypeError(
                 "storage_dtype",
-                "must be None (held in dtype) or torch.int8",
+                "must be None (unquantized) or torch.int8",
                 storage_dtype,
                 "pass one of them",
             )
@@ -89,7 +89,7 @@ class Cache(ABC):
 
     @abstractmethod
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add T tokens to every row.
+        """Append T tokens to every row.
 
         Args:
             key: (B, G, T, D) in the cache's dtype, on its device.
@@ -97,86 +97,87 @@ class Cache(ABC):
 
         Returns:
             key (B, G, S, D) and value (B, G, S, E): all that the T new queries may need, from
-            position `start` on. Views of the cache where possible: read them before the next call.
+            position `start` on. Views of the cache if possible: read them before the next call.
 
         Raises:
-            ShapeError, DtypeError, DeviceError: a chunk that does not fit, by size or by room.
-            ArgumentError: it needs a gradient.
+            ShapeError, DtypeError, DeviceError: the chunk does not fit the cache or its space.
+            ArgumentError: the chunk requires grad.
         """
 
     @abstractmethod
     def read(self) -> tuple[Tensor, Tensor]:
-        """Keys (B, G, S, D) and values (B, G, S, E) that the newest token may need, from `start`.
+        """Return keys (B, G, S, D) and values (B, G, S, E) that the newest token may need.
 
-        Views of the cache where possible: use them before the next call.
+        They begin at position `start`. Views of the cache if possible: use them before the next
+        call.
         """
 
     def append_as_views(
         self, key: Tensor, value: Tensor
     ) -> tuple[Tensor | CacheView, Tensor | CacheView]:
-        """As `append`, without making tensors of int8 codes or of blocks.
+        """Append like `append`, without dequantizing int8 values or gathering blocks.
 
         Returns:
-            what `attention` takes for key and value: tensors where the cache holds them so, or
-            `CacheView`. Pass it on before the next call.
+            key and value for `attention`: tensors if the cache is contiguous and unquantized, else
+            `CacheView`s. Use them before the next call.
         """
         return self.append(key, value)
 
     def read_as_views(self) -> tuple[Tensor | CacheView, Tensor | CacheView]:
-        """As `read`, without making tensors of int8 codes or of blocks: see `append_as_views`."""
+        """Read like `read`, without dequantizing or gathering: see `append_as_views`."""
         return self.read()
 
     @abstractmethod
     def rewind(self, n: int) -> None:
-        """Forget the last n tokens of every row, as after a rejected draft.
+        """Drop the last n tokens of every row, as after a rejected draft.
 
         Raises:
-            ArgumentError: there are no n tokens, or what came before them is no longer held.
+            ArgumentError: there are fewer than n tokens, or the window before them was dropped.
         """
 
     @abstractmethod
     def reorder(self, rows: Tensor) -> None:
-        """Make row i what row rows[i] was, as beam search needs; `batch` becomes len(rows).
+        """Replace row i by row rows[i], as in beam search; `batch` becomes len(rows).
 
         Args:
-            rows: (N,) int32 or int64 on the cache's device; a row may come several times or never.
+            rows: (N,) int32 or int64 on the cache's device; a row may occur several times or never.
 
         Raises:
             ShapeError, DtypeError, DeviceError, ArgumentError: `rows` breaks one of these rules.
-                (Numbers are looked at on the CPU only: elsewhere that would wait for the device.)
+                (The range is checked on the CPU only: elsewhere it would synchronize the device.)
         """
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget every token; the memory stays."""
+        """Drop all tokens; the memory stays allocated."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Allocated bytes."""
 
     def clone(self: Self) -> Self:
         """A copy that shares no memory with this one."""
-        # An inference tensor could never be written outside of inference mode again.
+        # An inference tensor cannot be written outside of inference mode.
         with torch.inference_mode(False):
             return copy.deepcopy(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of copy.deepcopy and of unpickling."""
+        """Restore state for copy.deepcopy and unpickling."""
         vars(self).update(tree_map_only(Tensor, _writable, state))
 
     def __len__(self) -> int:
         return self.length
 
     def __bool__(self) -> bool:
-        # By its length an empty cache would be false, and `if cache:` skip the first append.
+        # With __len__ alone an empty cache is false, and `if cache:` skips the first append.
         return True
 
     def _encode(self, key: Tensor, value: Tensor) -> Parts:
         return self._format.quantize(key) + self._format.quantize(value)
 
     def _nothing(self) -> Parts:
-        """What is held of no tokens: it has the dtypes and sizes to allocate with."""
+        """Parts of zero tokens, with the dtypes and sizes for `allocate_like`."""
         shape = (self.batch, self.num_kv_heads, 0)
         key = torch.empty(*shape, self.head_dim, dtype=self.dtype, device=self.device)
         value = torch.empty(*shape, self.value_head_dim, dtype=self.dtype, device=self.device)
@@ -204,7 +205,7 @@ class Cache(ABC):
             if x.requires_grad and torch.is_grad_enabled():
                 raise ArgumentError(
                     name,
-                    "must not need a gradient: a cache is for inference",
+                    "must not require grad: a cache is for inference",
                     "requires_grad=True",
                     "call under torch.no_grad(), or pass it detached",
                 )
@@ -223,7 +224,7 @@ class Cache(ABC):
             )
 
     def check_rewind(self, n: int) -> None:
-        """Raise what `rewind(n)` would raise, and change nothing."""
+        """Raise the error that `rewind(n)` would raise, without changing the cache."""
         check_count("n", n, 0)
         if n > self.length:
             raise ArgumentError(
@@ -239,7 +240,7 @@ class Cache(ABC):
                 "rows",
                 "must be (N,), N at least 1",
                 tuple(rows.shape),
-                "give one row's number each",
+                "give one row index per new row",
             )
         if rows.device != self.device:
             raise DeviceError(
@@ -250,7 +251,7 @@ class Cache(ABC):
                 "rows",
                 f"must be from 0 to batch - 1 = {self.batch - 1}",
                 rows.tolist(),
-                "count rows",
+                "pass row indices",
             )
 
     def __repr__(self) -> str:
@@ -269,19 +270,19 @@ class Cache(ABC):
 
 
 def _writable(tensor: Tensor) -> Tensor:
-    # An inference tensor could never be written outside of inference mode again.
+    # An inference tensor cannot be written outside of inference mode.
     with torch.inference_mode(False):
         return tensor.clone() if tensor.is_inference() else tensor
 
 
 def split_kv(held: Parts) -> tuple[Parts, Parts]:
-    """What is held of keys, and of values."""
+    """Split the parts of a cache into those of keys and those of values."""
     half = len(held) // 2
     return held[:half], held[half:]
 
 
 def materialize(key: Tensor | CacheView, value: Tensor | CacheView) -> tuple[Tensor, Tensor]:
-    """Tensors of both."""
+    """Materialize key and value as tensors."""
     return (
         key.gather() if isinstance(key, CacheView) else key,
         value.gather() if isinstance(value, CacheView) else value,
@@ -289,8 +290,8 @@ def materialize(key: Tensor | CacheView, value: Tensor | CacheView) -> tuple[Ten
 
 
 def allocate_like(held: Parts, rows: int, tokens: int) -> Parts:
-    """Uninitialised memory of the same kind, with other numbers of rows and tokens."""
-    # An inference tensor could never be written outside of inference mode again.
+    """Allocate uninitialized parts of the same kind, with other numbers of rows and tokens."""
+    # An inference tensor cannot be written outside of inference mode.
     with torch.inference_mode(False):
         return tuple(
             part.new_empty((rows, part.shape[1], tokens, *part.shape[3:])) for part in held

@@ -1,4 +1,4 @@
-"""Each row's tokens side by side in one tensor: all of them, or those that a window needs."""
+"""Contiguous KV cache: one tensor per row, of all tokens or of a sliding window."""
 
 from __future__ import annotations
 
@@ -16,36 +16,37 @@ __all__ = ["KVCache"]
 
 
 class KVCache(Cache):
-    """Keys and values side by side; memory grows by doubling, and `append` gives views of it.
+    """Contiguous KV cache: memory grows by doubling, and `append` returns views of it.
 
-    With `window` it holds about 2 * (window + 1 + max_rewind) tokens, however many it is given:
-    new tokens go behind the old, and when the memory is full the needed end moves to its front,
-    O(1) a token on average. A chunk longer than the memory is returned with the window before it,
-    and its end is kept.
+    With `window` it holds about 2 * (window + 1 + max_rewind) tokens, for any number of appended
+    tokens: new tokens are written after the old ones, and when the memory is full the window moves
+    to its front, amortized O(1) per token. A chunk longer than the memory is returned together with
+    the window before it, and only its end is stored.
 
     Args:
-        batch: rows, B.
+        batch: number of rows, B.
         max_tokens: the most tokens it takes; None, only with a window: no limit.
         num_kv_heads: key/value heads, G.
         head_dim: D.
-        value_head_dim: E; None: D. 0 is allowed: a latent cache keeps everything in the key.
-        dtype: of what goes in and comes out.
-        storage_dtype: None: values are held in `dtype`. torch.int8: quantized, with one float32
-            scale per token and head. Then, with a = the largest |number| of a token and head, each
-            number comes back within a / 254 (and rounding). Let a_k and a_v be the largest of all
-            keys' and values' a, and d = scale * sum |query| * a_k / 254. A score moves by at most
-            d, the weights of a query together by 2 * tanh(d / 2), and so every output by at most
+        value_head_dim: E; None: D. 0 is allowed: a latent cache stores everything in the key.
+        dtype: dtype of the keys and values that are appended and returned.
+        storage_dtype: None: unquantized, in `dtype`. torch.int8: quantized, with one float32
+            scale per token and head. Then, with a = the largest absolute element of a token and
+            head, each element is restored within a / 254 (and rounding). Let a_k and a_v be the
+            largest a of all keys and values, and d = scale * sum |query| * a_k / 254. A score
+            changes by at most d, the weights of a query together by 2 * tanh(d / 2), and every
+            output by at most
 
                 a_v / 254 + 2 * tanh(d / 2) * a_v
 
-        device: where to hold it.
-        window: the `before` of the `polyhead.mask.window(before=...)` it serves: a query needs
-            the `window` tokens before it, and itself. None: every token is held.
-        max_rewind: with a window, how far `rewind` can always go back: to this many tokens before
-            the largest length there has been. Set anew, it holds for the tokens that come then.
-        preallocate: take all memory now: addresses then never change (but by a `reorder` that
-            changes `batch`). Under torch.compile(fullgraph=True) a step with `append` is one graph,
-            and not a new one for each length. A captured CUDA graph would replay one length.
+        device: device of the memory.
+        window: the `before` of the `polyhead.mask.window(before=...)` of the calls: a query attends
+            to the `window` tokens before it, and to itself. None: all tokens are kept.
+        max_rewind: with a window, the reach of `rewind`: it can always go back to this number of
+            tokens before the largest length so far. A new value applies to tokens appended later.
+        preallocate: allocate all memory now: addresses then never change (except in a `reorder`
+            that changes `batch`). Under torch.compile(fullgraph=True) a step with `append` is one
+            graph, and does not recompile per length. A captured CUDA graph would replay one length.
 
     Raises:
         ArgumentError, DtypeError: an argument breaks a rule.
@@ -54,7 +55,7 @@ class KVCache(Cache):
     >>> prompt, token = torch.zeros(1, 2, 10, 4), torch.ones(1, 2, 1, 4)
     >>> _ = cache.append(prompt, prompt)
     >>> key, value = cache.append(token, token)
-    >>> key.shape, cache.length, cache.start                # the 3 before, and itself
+    >>> key.shape, cache.length, cache.start                # the 3 tokens before, and itself
     (torch.Size([1, 2, 4, 4]), 11, 7)
     """
 
@@ -80,11 +81,14 @@ class KVCache(Cache):
             check_count("window", window, 0)
         elif max_tokens is None:
             raise ArgumentError(
-                "max_tokens", "must be given without a window", None, "say how many tokens at most"
+                "max_tokens",
+                "must be given without a window",
+                None,
+                "pass the largest number of tokens",
             )
         self.window = window
         self.max_rewind = max_rewind
-        self._first_held = 0  # the position whose token is in slot 0
+        self._first_held = 0  # position of the token in slot 0
         self._held = allocate_like(self._nothing(), batch, self._most_slots if preallocate else 0)
 
     @property
@@ -124,11 +128,11 @@ class KVCache(Cache):
         return self._stored(self._slots(self.start, self.length))
 
     def quantized(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `read` decodes, as it is held: views, not to be written to.
+        """Quantized contents that `read` dequantizes: read-only views.
 
         Returns:
-            key codes (B, G, S, D) int8, key scales (B, G, S) float32, value codes (B, G, S, E),
-            value scales (B, G, S). A number is code * scale.
+            int8 keys (B, G, S, D), float32 key scales (B, G, S), int8 values (B, G, S, E), float32
+            value scales (B, G, S). An element is int8 * scale.
 
         Raises:
             ArgumentError: the cache was not made with storage_dtype=torch.int8.
@@ -136,7 +140,7 @@ class KVCache(Cache):
         if self.storage_dtype != torch.int8:
             raise ArgumentError(
                 "storage_dtype",
-                "must be torch.int8 to have codes",
+                "must be torch.int8 to hold quantized values",
                 self.storage_dtype,
                 "use read()",
             )
@@ -152,7 +156,7 @@ class KVCache(Cache):
             raise ArgumentError(
                 "n",
                 f"must be at most {most}: with window = {self.window} the tokens before position "
-                f"{self._first_held} are gone",
+                f"{self._first_held} were dropped",
                 n,
                 f"make the cache with max_rewind = {n} or more, or reset it",
             )
@@ -183,7 +187,7 @@ class KVCache(Cache):
         return sum(part.nbytes for part in self._held)
 
     def _needed_from(self, position: int) -> int:
-        """The first position that a query at this one may need."""
+        """First position that a query at `position` may need."""
         return 0 if self.window is None else max(0, position - self.window)
 
     def _slots(self, first: int, stop: int) -> Parts:
@@ -202,7 +206,7 @@ class KVCache(Cache):
             self._held = held
 
     def _drop_before(self, position: int) -> None:
-        # Cloned, since the two places may overlap.
+        # Cloned, since source and target may overlap.
         kept = tuple(part.clone() for part in self._slots(position, self.length))
         self._first_held = position
         _copy(kept, self._slots(position, self.length))
@@ -220,7 +224,7 @@ class KVCache(Cache):
         return key, value
 
     def _append_long(self, new: Parts, T: int) -> tuple[Tensor | CacheView, Tensor | CacheView]:
-        """A chunk that the memory cannot hold beside its window: only its end is kept."""
+        """Append a chunk that does not fit with its window: only its end is stored."""
         first = self._needed_from(self.length)
         before = self._slots(first, self.length)
         seen = new
@@ -242,7 +246,7 @@ class KVCache(Cache):
 
 
 def _most_slots(max_tokens: int | None, window: int | None, max_rewind: int) -> int:
-    """How many tokens the memory may hold. Twice the needed end: half of it moves at most."""
+    """The most tokens to allocate: twice the window, so that at most half of it is moved."""
     limits = [] if max_tokens is None else [max_tokens]
     limits += [] if window is None else [2 * (window + 1 + max_rewind)]
     return min(limits)

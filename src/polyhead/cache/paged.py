@@ -1,4 +1,4 @@
-"""Tokens in blocks of a pool, found through a table: rows with the same past share its blocks."""
+"""Paged KV cache: fixed-size blocks from a pool, addressed by a block table."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ __all__ = ["PagedKVCache"]
 
 
 class PagedKVCache(Cache):
-    """Keys and values in blocks of `block_size` tokens; rows with the same past share blocks.
+    """Paged KV cache: sequences with a common prefix share blocks, copy-on-write.
 
     Token p of row b is in block `block_table[b, p // block_size]`, slot p % block_size. `reorder`
-    moves numbers in the table only: `cache.reorder(torch.tensor([0, 0, 0, 0]))` makes four rows of
-    one prompt, and copies nothing. A partly filled block that several rows hold is copied when
-    they append. A block that no row holds any more is used again.
+    changes the block table only: `cache.reorder(torch.tensor([0, 0, 0, 0]))` makes four rows of
+    one prompt without a copy. A partly filled block that several rows share is copied when they
+    append. A block with refcount 0 is free and is reused.
 
-    `append` and `read` make a contiguous copy. `append_as_views` and `read_as_views` make none:
+    `append` and `read` make a contiguous copy. `append_as_views` and `read_as_views` do not:
     backend `cpu` reads blocks in place, and modules use these methods.
 
     Args:
-        batch: rows, B.
-        max_tokens: the most tokens a row takes.
+        batch: number of rows, B.
+        max_tokens: the most tokens per row.
         num_kv_heads: key/value heads, G.
         head_dim: D.
         value_head_dim: E; None: D. 0 is allowed.
-        dtype: of what goes in and comes out.
+        dtype: dtype of the keys and values that are appended and returned.
         storage_dtype: None or torch.int8, as in `KVCache`.
-        device: where to hold the pools and the table.
-        block_size: tokens in a block.
+        device: device of the pools and the block table.
+        block_size: tokens per block.
         num_blocks: size of the pool, allocated now; None: it grows by doubling.
 
     Attributes:
-        block_table: (B, blocks a row) int32 on the device: numbers of blocks. Not to be written.
+        block_table: (B, blocks per row) int32 on the device: block indices. Read-only.
 
     Raises:
         ArgumentError, DtypeError: an argument breaks a rule.
@@ -85,21 +85,21 @@ class PagedKVCache(Cache):
 
     @property
     def num_blocks(self) -> int:
-        """Blocks in the pool, held by a row or free."""
+        """Number of blocks in the pool, used or free."""
         return self._pools[0].shape[0]
 
     @property
     def block_refcounts(self) -> Tensor:
-        """(num_blocks,) int64 on the CPU: how many rows hold each block; 0: it is free."""
+        """Refcounts, (num_blocks,) int64 on the CPU: the number of rows per block; 0: free."""
         return torch.bincount(self._table.flatten(), minlength=self.num_blocks)
 
     @property
     def pools(self) -> Parts:
-        """What the blocks hold. Not to be written.
+        """Contents of the blocks. Read-only.
 
         Returns:
             (key, value), (num_blocks, G, block_size, D) and (..., E); with storage_dtype=torch.int8
-            (key codes, key scales, value codes, value scales), the scales (..., block_size).
+            (int8 keys, key scales, int8 values, value scales), the scales (..., block_size).
         """
         return self._pools
 
@@ -163,12 +163,12 @@ class PagedKVCache(Cache):
         return -(-length // self.block_size)
 
     def _set_table(self, table: Tensor) -> None:
-        # Which blocks are free is decided on the CPU, without waiting for a device.
+        # Free blocks are computed on the CPU, without a device synchronization.
         self._table = table
         self.block_table = table.to(self.device)
 
     def _ensure_capacity(self, T: int) -> None:
-        """Blocks for T more tokens; afterwards no row writes into a block that another holds."""
+        """Allocate blocks for T more tokens, and copy blocks that rows share and will write to."""
         columns = self._columns(self.length + T) - self._table.shape[1]
         sharing = self._rows_to_copy_on_write()
         if not columns and not sharing:
@@ -184,9 +184,9 @@ class PagedKVCache(Cache):
         self._set_table(table)
 
     def _rows_to_copy_on_write(self) -> list[int]:
-        """Rows about to write into a block that a row before them holds too.
+        """Rows that will write to a block that an earlier row shares.
 
-        Rows share whole pasts, so a block is at the same place in each of them.
+        Rows share whole prefixes, so a block is at the same index in each of them.
         """
         if self.length % self.block_size == 0:
             return []
@@ -194,7 +194,7 @@ class PagedKVCache(Cache):
         return [row for row, block in enumerate(last) if block in last[:row]]
 
     def _allocate_blocks(self, count: int) -> Tensor:
-        """The numbers of `count` free blocks, int32."""
+        """Indices of `count` free blocks, int32."""
         uses = self.block_refcounts
         missing = count - int((uses == 0).sum())
         if missing > 0:

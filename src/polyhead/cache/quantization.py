@@ -1,7 +1,7 @@
-"""How a number is held: as it came, or as int8 codes with a scale for each token and head.
+"""Storage formats of KV caches: unquantized, or int8 with one scale per token and head.
 
-A format is two pure functions. What it makes of (B, G, T, D) numbers is a tuple of tensors that
-begin with (B, G, T): layouts move rows and tokens, and never look inside.
+A format is two pure functions. It stores a (B, G, T, D) tensor as a tuple of tensors whose shapes
+begin with (B, G, T): caches move rows and tokens, and do not depend on the format.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ Parts = tuple[Tensor, ...]
 
 
 class StorageFormat(Protocol):
+    """Storage format: `quantize` to parts, `dequantize` back."""
+
     def quantize(self, x: Tensor) -> Parts:
-        """What is held of x, (B, G, T, D): tensors that begin with (B, G, T)."""
+        """Return the parts of x, (B, G, T, D): tensors whose shapes begin with (B, G, T)."""
 
     def dequantize(self, held: Parts) -> Tensor:
-        """x again, as near as the format holds it."""
+        """Return x, within the precision of the format."""
 
 
 @dataclass(frozen=True)
 class Unquantized:
-    """As it came, to the bit."""
+    """Unquantized format: bit-exact, without a copy."""
 
     def quantize(self, x: Tensor) -> Parts:
         return (x.detach(),)
@@ -38,15 +40,16 @@ class Unquantized:
 
 @dataclass(frozen=True)
 class Int8:
-    """Symmetric int8 codes, and one float32 scale for each token and head.
+    """Symmetric int8 quantization, with one float32 scale per token and head.
 
-        scale = max |x| / 127,   code = round(x / scale),   decoded = code * scale
+        scale = max |x| / 127,   int8 = round(x / scale),   dequantized = int8 * scale
 
-    Every decoded number is within max |x| / 254 of x, the largest of its own token and head, plus
-    one rounding to float32 and one to dtype. A token that is not finite comes back not finite.
+    Every dequantized element is within max |x| / 254 of x, with the max over its own token and
+    head, plus one rounding to float32 and one to dtype. A token that is not finite is dequantized
+    to elements that are not finite.
 
     Args:
-        dtype: of the decoded numbers.
+        dtype: dtype of the dequantized elements.
 
     >>> codes, scales = Int8(torch.float32).quantize(torch.tensor([[[[-127.0, 63.6]]]]))
     >>> codes.tolist(), scales.tolist()
@@ -61,12 +64,12 @@ class Int8:
 
     def quantize(self, x: Tensor) -> Parts:
         x = x.detach().to(self._compute_dtype)
-        # An empty head (E = 0) has no largest number.
+        # amax raises for an empty head (E = 0).
         absmax = x.abs().amax(dim=-1) if x.shape[-1] else x.sum(dim=-1)
         scales = (absmax / 127.0).to(torch.float32)
-        # Not by zero: what int8 makes of NaN is not defined.
+        # Never divide by zero: the conversion of NaN to int8 is undefined.
         divisors = scales.masked_fill(scales == 0.0, 1.0).to(x.dtype)
-        # A scale below the normal numbers is rounded coarsely, and x / scale may pass 127.
+        # A subnormal scale is rounded coarsely, and x / scale may exceed 127.
         codes = (x / divisors[..., None]).round().clamp(-127.0, 127.0).to(torch.int8)
         return codes, scales
 
