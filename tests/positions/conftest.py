@@ -1,4 +1,4 @@
-"""Every scaling, and what transformers calls it."""
+"""RoPE scalings, and the equivalent configurations of transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyhead.positions import (
     YarnScaling,
 )
 
-CONTEXT = 512  # the original context where a scaling has one
+CONTEXT = 512  # the original context, if a scaling has one
 PAIRS = 12
 
 SHORT = tuple(1.0 + 0.03 * i for i in range(PAIRS))
@@ -31,7 +31,7 @@ SCALINGS = {
     "linear": (LinearScaling(2.3), {"rope_type": "linear", "factor": 2.3}, CONTEXT),
     "dynamic": (DynamicNTKScaling(2.3, CONTEXT), {"rope_type": "dynamic", "factor": 2.3}, CONTEXT),
     "yarn": (YarnScaling(4.0, CONTEXT), {**YARN, "factor": 4.0}, 4 * CONTEXT),
-    "yarn, all said": (
+    "yarn, all options": (
         YarnScaling(
             3.7, CONTEXT, beta_fast=17.0, beta_slow=2.5, attention_factor=1.3, truncate=False
         ),
@@ -67,7 +67,7 @@ SCALINGS = {
         8 * CONTEXT,
     ),
     "longrope": (LongRopeScaling(16.0, CONTEXT, SHORT, LONG), LONGROPE, 16 * CONTEXT),
-    "longrope, all said": (
+    "longrope, all options": (
         LongRopeScaling(3.0, CONTEXT, SHORT, LONG, attention_factor=1.19),
         {**LONGROPE, "factor": 3.0, "attention_factor": 1.19},
         16 * CONTEXT,
@@ -77,13 +77,13 @@ SCALINGS = {
 
 @pytest.fixture(params=SCALINGS)
 def scaling(request):
-    """A scaling of ropes that turn 24 features, for texts longer than 512 tokens."""
+    """A scaling for 24 rotary features and texts longer than 512 tokens."""
     return SCALINGS[request.param][0]
 
 
 @pytest.fixture(params=SCALINGS)
 def scaling_and_config(request):
-    """A scaling and `config(head_dim, theta, **more)`, the same one for transformers."""
+    """A scaling and `config(head_dim, theta, **more)`, its equivalent in transformers."""
     scaling, parameters, max_position_embeddings = SCALINGS[request.param]
 
     def config(head_dim, theta, **more):

@@ -1,4 +1,4 @@
-"""Scalings that look at the call's positions: what they do at the border, and what they refuse."""
+"""Length-dependent RoPE scalings: at the border of the trained context, and their errors."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_longrope_divides_each_pair_by_its_own_divisor(reach, divisors):
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_longrope_of_no_longer_context_leaves_scores(factor):
+def test_longrope_without_a_longer_context_keeps_scores(factor):
     scaling = LongRopeScaling(factor, 32, LONGROPE.short_factor, LONGROPE.long_factor)
     assert scaling.frequencies(10.0, torch.arange(4) / 4, torch.arange(3))[1] == 1.0
 
 
 @pytest.mark.parametrize("scaling", [DynamicNTKScaling(2.0, 32), LONGROPE])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
-def test_the_furthest_position_of_all_rows_decides(scaling, dtype):
+def test_dynamic_scaling_uses_the_largest_position_of_all_rows(scaling, dtype):
     x, rope = torch.ones(2, 1, 3, D), ph.Rope(scaling=scaling)
     near = torch.tensor([[0, 1, 2], [3, 4, 31]], dtype=dtype)
     far = torch.tensor([[0, 1, 2], [3, 4, 255]], dtype=dtype)
@@ -61,7 +61,7 @@ def test_the_furthest_position_of_all_rows_decides(scaling, dtype):
     assert torch.equal(rope(x, near)[0], rope(x[:1], near[0])[0])
 
 
-def test_lists_as_in_a_config_become_tuples():
+def test_longrope_lists_of_a_config_become_tuples():
     scaling = LongRopeScaling(3.0, 32, [1.0, 1.1, 1.2, 1.3], [1.0, 2.0, 4.0, 8.0])
     assert scaling == LONGROPE
     assert hash(scaling) == hash(LONGROPE)
@@ -71,7 +71,7 @@ def test_lists_as_in_a_config_become_tuples():
     "broken",
     [{"factor": 0.0}, {"original_context": -1}],
 )
-def test_dynamic_numbers_must_be_positive_and_finite(broken):
+def test_dynamic_nonpositive_argument_raises(broken):
     [(name, number)] = broken.items()
     with pytest.raises(ArgumentError, match=f"^{name} must be positive and finite; got {number};"):
         DynamicNTKScaling(**{"factor": 2.0, "original_context": 32, **broken})
@@ -88,14 +88,14 @@ def test_dynamic_numbers_must_be_positive_and_finite(broken):
         ({"long_factor": (1.0, -2.0)}, "long_factor[1] must be positive and finite; got -2.0"),
     ],
 )
-def test_longrope_numbers_that_are_refused(broken, message):
+def test_longrope_bad_argument_raises(broken, message):
     good = {"factor": 2.0, "original_context": 32, "short_factor": (1.0,), "long_factor": (1.0,)}
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}; "):
         LongRopeScaling(**{**good, **broken})
 
 
 @pytest.mark.parametrize("name", ["short_factor", "long_factor"])
-def test_longrope_needs_a_divisor_for_every_pair(name):
+def test_longrope_without_a_divisor_per_pair_raises(name):
     factors = {"short_factor": (1.0,) * 4, "long_factor": (1.0,) * 4, name: (1.0,) * 3}
     message = f"{name} must have one divisor for each of 4 pairs; got 3; change it or rotary_dim"
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
@@ -104,6 +104,7 @@ def test_longrope_needs_a_divisor_for_every_pair(name):
         )
 
 
-def test_dynamic_needs_two_pairs():
-    with pytest.raises(ShapeError, match=r"^rotary_dim must be at least 4 .*; got 2; turn more$"):
+def test_dynamic_with_one_pair_raises():
+    message = r"^rotary_dim must be at least 4 .*; got 2; rotate more features$"
+    with pytest.raises(ShapeError, match=message):
         ph.Rope(scaling=DynamicNTKScaling(2.0, 32))(torch.ones(1, 1, 2, 2), torch.arange(2))

@@ -1,4 +1,4 @@
-"""T5's buckets and their learned bias, held to transformers and to the definition."""
+"""T5's relative position bias against transformers and the float64 oracle."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from polyhead.positions import RelativeBias
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("num_buckets", "max_distance"), [(32, 128), (8, 20), (4, 4)])
-def test_buckets_of_transformers(bidirectional, num_buckets, max_distance):
+def test_buckets_match_transformers(bidirectional, num_buckets, max_distance):
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     offsets = torch.arange(-300, 301)
     want = t5.T5Attention._relative_position_bucket(
@@ -22,7 +22,7 @@ def test_buckets_of_transformers(bidirectional, num_buckets, max_distance):
     assert torch.equal(bias.buckets(offsets), want)
 
 
-def test_a_number_a_head_and_bucket_reaches_the_scores(naive_attention):
+def test_relative_bias_is_added_to_the_scores_per_head(naive_attention):
     torch.manual_seed(0)
     bias = RelativeBias(6, num_buckets=8, max_distance=20, bidirectional=True).double()
     torch.nn.init.normal_(bias.weight)
@@ -42,7 +42,7 @@ def test_a_number_a_head_and_bucket_reaches_the_scores(naive_attention):
     assert bias.weight.grad.any()
 
 
-def test_one_table_serves_two_layers_and_a_cache():
+def test_relative_bias_shared_by_two_layers_and_a_cache():
     table = RelativeBias(2, num_buckets=8, max_distance=20, bidirectional=False)
     torch.nn.init.normal_(table.weight)
     layers = [ph.MultiHeadAttention(5, 6, 40, 0.0, 2, position_bias=table).eval() for _ in "ab"]
@@ -62,6 +62,6 @@ def test_one_table_serves_two_layers_and_a_cache():
         ({"num_buckets": 8, "max_distance": 7}, ArgumentError, "max_distance .*least 8; got 7"),
     ],
 )
-def test_sizes_that_make_no_buckets(options, error, message):
+def test_relative_bias_bad_size_raises(options, error, message):
     with pytest.raises(error, match=message):
         RelativeBias(**{"num_heads": 2, "bidirectional": True, **options})

@@ -1,4 +1,4 @@
-"""Rope against transformers to the bit, and the law that makes it rope."""
+"""RoPE against transformers, bit-exact, and its relative-position property."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from polyhead.errors import ArgumentError, DtypeError, ShapeError
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
 @pytest.mark.parametrize("head_dim", [24, 80])
-def test_digits_of_transformers(dtype, theta, head_dim):
+def test_rope_matches_transformers_bit_exactly(dtype, theta, head_dim):
     torch.manual_seed(0)
     query = torch.randn(2, 3, 11, head_dim, dtype=dtype)
     key = torch.randn(2, 1, 11, head_dim, dtype=dtype)
@@ -44,7 +44,7 @@ def test_digits_of_transformers(dtype, theta, head_dim):
     st.floats(10.0, 1e6),
 )
 @settings(max_examples=100, deadline=None)
-def test_products_depend_on_the_distance_only(at_query, at_key, shift, head_dim, theta):
+def test_rope_products_depend_on_the_distance_only(at_query, at_key, shift, head_dim, theta):
     generator = torch.Generator().manual_seed(head_dim)
     query, key = torch.randn(2, 1, 1, 1, head_dim, dtype=torch.float64, generator=generator)
     rope = ph.Rope(theta=theta)
@@ -57,7 +57,7 @@ def test_products_depend_on_the_distance_only(at_query, at_key, shift, head_dim,
     )
 
 
-def test_a_turn_is_by_the_angle_of_the_formula():
+def test_rope_rotates_by_the_angle_of_the_formula():
     x = torch.tensor([3.0, 5.0, 0.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
     turned = ph.Rope(theta=100.0)(x, torch.tensor([7]))[0, 0, 0]
     angles = torch.tensor([7.0, 7.0 * 100.0**-0.5], dtype=torch.float64)
@@ -65,7 +65,7 @@ def test_a_turn_is_by_the_angle_of_the_formula():
     torch.testing.assert_close(turned, want, rtol=0, atol=1e-14)
 
 
-def test_positions_by_batch_row():
+def test_rope_with_positions_per_batch_row():
     x = torch.randn(2, 3, 5, 8)
     positions = torch.tensor([[0, 1, 2, 3, 4], [9, 9, 2, 0, 100]])
     rope = ph.Rope()
@@ -75,7 +75,7 @@ def test_positions_by_batch_row():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_keeps_dtype_and_norm(dtype):
+def test_rope_preserves_dtype_and_norm(dtype):
     x = torch.randn(2, 3, 5, 8, dtype=dtype)
     turned = ph.Rope()(x, torch.arange(5))
     assert turned.dtype == dtype
@@ -88,20 +88,20 @@ def test_keeps_dtype_and_norm(dtype):
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
 
 
-def test_an_odd_head_size_is_refused():
+def test_rope_odd_head_size_raises():
     message = "head size must be even for rope; got 7; change head_dim"
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         ph.Rope()(torch.ones(1, 1, 2, 7), torch.arange(2))
 
 
 @pytest.mark.parametrize("theta", [0.0, -2.5, float("nan"), float("inf")])
-def test_theta_must_be_positive(theta):
+def test_rope_nonpositive_theta_raises(theta):
     message = f"theta must be positive and finite; got {theta}; 10000.0 is usual"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         ph.Rope(theta=theta)
 
 
-def test_interleaved_pairs_turn_as_complex_numbers():
+def test_rope_interleaved_rotates_as_complex_numbers():
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     positions = torch.tensor([0, 1, 7, 100, 3])
     angles = positions[:, None] * 50.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
@@ -112,7 +112,7 @@ def test_interleaved_pairs_turn_as_complex_numbers():
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_partial_rotation_leaves_the_rest(interleaved):
+def test_rope_with_rotary_dim_keeps_the_other_features(interleaved):
     x = torch.randn(2, 3, 5, 24)
     positions = torch.arange(5) + 11
     partial = ph.Rope(interleaved=interleaved, rotary_dim=6)(x, positions)
@@ -123,7 +123,7 @@ def test_partial_rotation_leaves_the_rest(interleaved):
 
 
 @pytest.mark.parametrize("theta", [None, "10000", True])
-def test_theta_must_be_a_number(theta):
+def test_rope_theta_of_another_type_raises(theta):
     with pytest.raises(DtypeError, match=f"^theta must be a number; got {theta!r}; 10000.0 is"):
         ph.Rope(theta=theta)
 
@@ -139,25 +139,27 @@ def test_theta_must_be_a_number(theta):
         (torch.ones(3, 5, 4), torch.arange(5), r"x must be \(B, heads, T, D\); got \(3, 5, 4\)"),
     ],
 )
-def test_a_call_that_does_not_fit_is_refused(x, positions, message):
+def test_rope_call_with_bad_shapes_raises(x, positions, message):
     with pytest.raises(ArgumentError, match=f"^{message}"):
         ph.Rope()(x, positions)
 
 
 @pytest.mark.parametrize("rotary_dim", [0, -2, 5, 4.0, "4"])
-def test_rotary_dim_must_be_even_and_positive(rotary_dim):
-    message = f"rotary_dim must be even and at least 2; got {rotary_dim!r}; pairs turn"
+def test_rope_odd_or_nonpositive_rotary_dim_raises(rotary_dim):
+    message = (
+        f"rotary_dim must be even and at least 2; got {rotary_dim!r}; features rotate in pairs"
+    )
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         ph.Rope(rotary_dim=rotary_dim)
 
 
-def test_rotary_dim_must_fit_the_head():
-    message = "rotary_dim must be at most the head size 8; got 10; let fewer features turn"
+def test_rope_rotary_dim_larger_than_the_head_raises():
+    message = "rotary_dim must be at most the head size 8; got 10; rotate fewer features"
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         ph.Rope(rotary_dim=10)(torch.ones(1, 1, 2, 8), torch.arange(2))
 
 
-def test_scaling_must_be_a_scaling():
+def test_rope_scaling_of_another_type_raises():
     message = "scaling must be a RopeScaling or None; got 2.0; pass LinearScaling(factor=2.0)"
     with pytest.raises(DtypeError, match=f"^{re.escape(message)}, or another$"):
         ph.Rope(scaling=2.0)

@@ -1,4 +1,4 @@
-"""Every scaling against transformers to the bit, traced, and against its formula."""
+"""RoPE scalings against transformers (bit-exact), compiled, exported, and against formulas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polyhead.errors import ArgumentError, DtypeError, ShapeError
 from polyhead.positions import LinearScaling, Llama3Scaling, NTKScaling, rotate
 
 D = 24
-# Within the original context of 512 tokens, at its border, beyond it, and far beyond.
+# Within the original context of 512 tokens, at its border, after it, and far after it.
 ENDS = [7, 512, 513, 1500, 100_003]
 
 one_of_each = pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def positions_up_to(end):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
-def test_digits_of_transformers(scaling_and_config, theta, dtype):
+def test_scaling_matches_transformers_bit_exactly(scaling_and_config, theta, dtype):
     scaling, config = scaling_and_config
     rope = ph.Rope(theta=theta, scaling=scaling)
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def test_digits_of_transformers(scaling_and_config, theta, dtype):
         assert torch.equal(rope(key, positions), want_key)
 
 
-def test_digits_of_transformers_where_half_a_head_turns(scaling_and_config):
+def test_scaling_of_half_a_head_matches_transformers(scaling_and_config):
     scaling, config = scaling_and_config
     x = torch.randn(2, 3, 7, 2 * D)
     for end in ENDS:
@@ -57,7 +57,7 @@ def test_digits_of_transformers_where_half_a_head_turns(scaling_and_config):
         assert torch.equal(got[..., D:], x[..., D:])
 
 
-def test_interleaved_pairs_turn_by_the_same_angles(scaling):
+def test_scaling_interleaved_rotates_by_the_same_angles(scaling):
     x, positions = torch.randn(2, 3, 7, D), positions_up_to(1500)
     turned = ph.Rope(scaling=scaling, interleaved=True)(
         x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), positions
@@ -66,7 +66,7 @@ def test_interleaved_pairs_turn_by_the_same_angles(scaling):
     assert torch.equal(turned, ph.Rope(scaling=scaling)(x, positions))
 
 
-def test_float64_is_computed_in_float64(scaling):
+def test_scaling_of_float64_is_computed_in_float64(scaling):
     x, positions = torch.randn(2, 3, 7, D, dtype=torch.float64), positions_up_to(1500)
     got = ph.Rope(scaling=scaling)(x, positions)
     exponents = torch.arange(0, D, 2, dtype=torch.float64) / D
@@ -81,12 +81,12 @@ def test_float64_is_computed_in_float64(scaling):
     assert not torch.equal(got, in_float32)
 
 
-def test_one_row_of_positions_serves_every_batch_row(scaling):
+def test_scaling_broadcasts_positions_over_batch_rows(scaling):
     x, positions, rope = torch.randn(2, 3, 7, D), torch.arange(700, 707), ph.Rope(scaling=scaling)
     assert torch.equal(rope(x, positions), rope(x, positions.expand(2, -1)))
 
 
-def test_a_scaled_rope_is_a_value(scaling):
+def test_scaled_rope_compares_hashes_and_pickles_by_value(scaling):
     rope = ph.Rope(scaling=scaling)
     twins = [ph.Rope(scaling=copy.deepcopy(scaling)), pickle.loads(pickle.dumps(rope))]
     assert all(twin == rope and hash(twin) == hash(rope) for twin in twins)
@@ -94,19 +94,19 @@ def test_a_scaled_rope_is_a_value(scaling):
     assert f"scaling={type(scaling).__name__}(" in repr(rope)
 
 
-def test_nothing_reads_a_tensor_on_the_host(scaling):
+def test_scaling_reads_no_tensor_value_on_the_host(scaling):
     x = torch.ones(2, 3, 7, D, device="meta", dtype=torch.bfloat16)
     turned = ph.Rope(scaling=scaling)(x, torch.arange(7, device="meta"))
     assert (turned.shape, turned.dtype, turned.device.type) == (x.shape, x.dtype, "meta")
 
 
-def test_a_call_on_no_token(scaling):
+def test_scaling_of_zero_tokens_is_empty(scaling):
     x = torch.ones(2, 3, 0, D)
     assert ph.Rope(scaling=scaling)(x, torch.arange(0)).shape == x.shape
 
 
 @one_of_each
-def test_compiles_once_for_every_number_of_tokens(scaling):
+def test_scaling_compiles_once_for_all_numbers_of_tokens(scaling):
     rope, counter = ph.Rope(scaling=scaling), CompileCounter()
     torch._dynamo.reset()
     compiled = torch.compile(rope.__call__, fullgraph=True, dynamic=True, backend=counter)
@@ -126,7 +126,7 @@ class _Turn(torch.nn.Module):
 
 
 @one_of_each
-def test_exports_with_a_dynamic_number_of_tokens(scaling):
+def test_scaling_exports_with_a_dynamic_number_of_tokens(scaling):
     turn, T = _Turn(ph.Rope(scaling=scaling)), torch.export.Dim("T")
     program = torch.export.export(
         turn, (torch.randn(2, 3, 17, D), torch.arange(17)), dynamic_shapes=({2: T}, {0: T})
@@ -141,13 +141,14 @@ def frequencies(scaling, theta=10_000.0):
     return scaling.frequencies(theta, exponents, torch.arange(3))
 
 
-def test_linear_scaling_reads_between_the_trained_positions():
+def test_linear_scaling_interpolates_positions():
     x = torch.randn(1, 2, 5, D, dtype=torch.float64)
     scaled = ph.Rope(scaling=LinearScaling(4.0))(x, torch.arange(5) * 4 + 80)
     torch.testing.assert_close(scaled, ph.Rope()(x, torch.arange(5) + 20), rtol=0, atol=1e-13)
 
 
-def test_ntk_scaling_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all():
+def test_ntk_scaling_slows_the_slowest_pair_by_the_factor():
+    """The fastest pair is unchanged."""
     plain, _ = frequencies(LinearScaling(1.0))
     scaled, factor = frequencies(NTKScaling(3.7))
     assert factor == 1.0
@@ -157,13 +158,13 @@ def test_ntk_scaling_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at
     assert (ratio.diff() > 0).all()
 
 
-def test_ntk_scaling_is_rope_of_a_larger_base():
+def test_ntk_scaling_equals_rope_with_a_larger_base():
     x, positions = torch.randn(2, 3, 7, D), positions_up_to(100_003)
     larger = ph.Rope(theta=10_000.0 * 3.7 ** (D / (D - 2)))
     assert torch.equal(ph.Rope(scaling=NTKScaling(3.7))(x, positions), larger(x, positions))
 
 
-def test_llama3_scaling_is_its_formula():
+def test_llama3_scaling_matches_its_formula():
     scaled, factor = frequencies(Llama3Scaling(8.0, 1.5, 4.0, 8192))
     want = []
     for i in range(D // 2):
@@ -176,7 +177,7 @@ def test_llama3_scaling_is_its_formula():
 
 @pytest.mark.parametrize("factor", [0.0, -2.5, math.inf, math.nan])
 @pytest.mark.parametrize("scaling", [LinearScaling, NTKScaling])
-def test_factor_must_be_positive_and_finite(scaling, factor):
+def test_scaling_nonpositive_or_infinite_factor_raises(scaling, factor):
     message = f"factor must be positive and finite; got {factor}; change the scaling"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}$"):
         scaling(factor)
@@ -185,7 +186,7 @@ def test_factor_must_be_positive_and_finite(scaling, factor):
 @pytest.mark.parametrize(
     "broken", [{"factor": 0.0}, {"low_freq_factor": -1.0}, {"original_context": 0}]
 )
-def test_llama3_numbers_must_be_positive_and_finite(broken):
+def test_llama3_nonpositive_argument_raises(broken):
     [(name, number)] = broken.items()
     good = {
         "factor": 8.0,
@@ -198,7 +199,7 @@ def test_llama3_numbers_must_be_positive_and_finite(broken):
 
 
 @pytest.mark.parametrize("high", [1.5, 1.0, math.inf, math.nan])
-def test_llama3_factors_must_be_in_order(high):
+def test_llama3_frequency_factors_out_of_order_raise(high):
     message = f"high_freq_factor must be finite and above low_freq_factor = 1.5; got {high}; 4.0"
     with pytest.raises(ArgumentError, match=f"^{re.escape(message)}"):
         Llama3Scaling(8.0, 1.5, high, 8192)
@@ -206,7 +207,7 @@ def test_llama3_factors_must_be_in_order(high):
 
 @pytest.mark.parametrize("factor", [None, "2.0", True])
 @pytest.mark.parametrize("scaling", [LinearScaling, NTKScaling])
-def test_factor_must_be_a_number(scaling, factor):
+def test_scaling_factor_of_another_type_raises(scaling, factor):
     message = f"^factor must be a number; got {factor!r}; change the scaling$"
     with pytest.raises(DtypeError, match=message):
         scaling(factor)
@@ -214,7 +215,7 @@ def test_factor_must_be_a_number(scaling, factor):
         Llama3Scaling(8.0, 1.5, factor, 8192)
 
 
-def test_ntk_needs_two_pairs():
-    message = "rotary_dim must be at least 4 for NTK scaling; got 2; turn more"
+def test_ntk_with_one_pair_raises():
+    message = "rotary_dim must be at least 4 for NTK scaling; got 2; rotate more features"
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         ph.Rope(scaling=NTKScaling(2.0))(torch.ones(1, 1, 2, 2), torch.arange(2))

@@ -1,5 +1,4 @@
-"""Where a token stands: rotary positions, their scalings to longer contexts, ALiBi's slopes,
-T5's learned distances."""
+"""Position encodings: RoPE and its context scalings, ALiBi, T5's relative bias."""
 
 from polyhead.positions.alibi import alibi_slopes
 from polyhead.positions.dynamic import DynamicNTKScaling, LongRopeScaling

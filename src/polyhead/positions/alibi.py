@@ -1,4 +1,4 @@
-"""ALiBi: a bias that grows with distance, one slope a head."""
+"""ALiBi: a bias linear in the distance, with one slope per head."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ def alibi_slopes(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Each head's slope: a query at position i gives a key at j the bias -slope * |i - j|.
+    """ALiBi slopes, one per head.
+
+    The bias of query position i and key position j is -slope * |i - j|.
 
         slope[h] = 2 ** (-8 (h + 1) / n)                    h < n, the largest power of two in H
-        slope[h] = 2 ** (-4 (2 (h - n) + 1) / n)            the others: between those of the first
+        slope[h] = 2 ** (-4 (2 (h - n) + 1) / n)            the others: between the first n slopes
 
     Args:
         num_heads: H, at least 1; any number, not only a power of two.
-        device, dtype: of the slopes. They are computed on the device.
+        device, dtype: device and dtype of the slopes. They are computed on the device.
 
     Returns:
-        (H,), each the number of the paper's code, rounded once to dtype.
+        (H,), equal to those of the paper's code, rounded once to dtype.
 
     Raises:
-        ShapeError: num_heads is no integer of at least 1.
+        ShapeError: num_heads is not an integer of at least 1.
         DtypeError: dtype is not floating point.
 
     Source: Press et al. 2022, "Train Short, Test Long", section 3, and its published code for
-    numbers of heads that are no power of two.
+    numbers of heads that are not a power of two.
 
     >>> alibi_slopes(4)
     tensor([0.2500, 0.0625, 0.0156, 0.0039])

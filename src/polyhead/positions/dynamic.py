@@ -1,10 +1,10 @@
-"""Scalings that look at how far the call's positions reach.
+"""Length-dependent RoPE scalings: dynamic NTK and LongRoPE.
 
-They are pure functions of a call's positions, and keep no state. Once a call reaches beyond
-`original_context`, the angle of every token depends on the furthest one. So a longer text changes
-what stands before it: such a model is not causal. Keys held in a cache keep the angles of the
-call that turned them, as in transformers. And queries and keys turned by separate calls are at
-angles that compare only if both reach equally far.
+They are pure functions of a call's positions, without state. If a call reaches beyond
+`original_context`, the angle of every token depends on the largest position. So a longer text
+changes the rotation of earlier tokens: such a model is not causal. Cached keys keep the angles of
+the call that rotated them, as in transformers. Queries and keys that are rotated in separate calls
+are comparable only if both calls have the same largest position.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ __all__ = ["DynamicNTKScaling", "LongRopeScaling"]
 
 @dataclass(frozen=True)
 class DynamicNTKScaling(RopeScaling):
-    """A base that grows with the text: plain rope up to `original_context`, then NTK scaling.
+    """Dynamic NTK scaling: plain RoPE up to `original_context`, then a base that grows with length.
 
         reach   = max(positions) + 1, of all rows of the call
         stretch = max(1, factor * reach / original_context - (factor - 1))
         theta becomes theta * stretch ** (R / (R - 2))
 
-    A function of the call alone: see the module's text for what that does to causality and to
-    caches. No tensor value is read on the host, so it compiles and exports.
+    A function of the call alone: see the module docstring for the effect on causality and caches.
+    No tensor value is read on the host, so it compiles and exports.
 
     Args:
         factor: how fast the base grows, positive.
-        original_context: tokens the model was trained to read.
+        original_context: context length of the training, in tokens.
 
     Raises:
-        ArgumentError: a number is not positive and finite.
-        ShapeError: at the call, fewer than 4 features turn.
+        ArgumentError: an argument is not positive and finite.
+        ShapeError: at the call, there are fewer than 4 rotary features.
 
     Source: emozilla 2023, "Dynamically Scaled RoPE"; Peng et al. 2023, "YaRN", section 3.3.
 
@@ -66,32 +66,32 @@ class DynamicNTKScaling(RopeScaling):
     ) -> tuple[Tensor, float]:
         reach = _reach(positions, self.original_context, exponents.dtype)
         stretch = self.factor * reach / self.original_context - (self.factor - 1)
-        # Rounding must not stretch what is within the context.
+        # Rounding must not stretch positions within the context.
         stretch = torch.where(reach > self.original_context, stretch, 1.0)
         return inverse_frequencies(theta * stretch ** ntk_exponent(exponents), exponents), 1.0
 
 
 @dataclass(frozen=True)
 class LongRopeScaling(RopeScaling):
-    """LongRoPE: every pair has a divisor of its own, one for short texts and one for long.
+    """LongRoPE: per-pair divisors of the angles, one set for short texts and one for long texts.
 
         angle[i] = theta ** (-2i / R) / short_factor[i]      max(positions) < original_context
         angle[i] = theta ** (-2i / R) / long_factor[i]       otherwise, for all rows of the call
 
     cos and sin are multiplied by sqrt(1 + log(factor) / log(original_context)), unless
-    `attention_factor` says otherwise. A function of the call alone: see the module's text for
-    what that does to causality and to caches. It compiles and exports; on a GPU, every call
-    copies the divisors there.
+    `attention_factor` is given. A function of the call alone: see the module docstring for the
+    effect on causality and caches. It compiles and exports; on a GPU, every call copies the
+    divisors to the device.
 
     Args:
-        factor: by how much the context grows, positive; it is used for cos and sin alone.
-        original_context: tokens the model was trained to read, above 1.
+        factor: growth of the context, positive; it is used for cos and sin only.
+        original_context: context length of the training, in tokens, above 1.
         short_factor, long_factor: the divisors, R / 2 positive numbers each.
         attention_factor: the factor on cos and sin; None: as above.
 
     Raises:
-        ArgumentError: a number is not positive and finite.
-        ShapeError: original_context is 1; at the call, there is not one divisor a pair.
+        ArgumentError: an argument is not positive and finite.
+        ShapeError: original_context is 1; at the call, there is not one divisor per pair.
 
     Source: Ding et al. 2024, "LongRoPE", section 3; the factor on cos and sin: Phi-3's code.
 
@@ -118,7 +118,7 @@ class LongRopeScaling(RopeScaling):
             divisors = getattr(self, name)
             if not isinstance(divisors, Sequence):
                 raise DtypeError(
-                    name, "must be a sequence of numbers", repr(divisors), "give one a pair"
+                    name, "must be a sequence of numbers", repr(divisors), "give one per pair"
                 )
             divisors = tuple(divisors)  # a list, as in a config, would not hash
             object.__setattr__(self, name, divisors)
@@ -141,7 +141,7 @@ class LongRopeScaling(RopeScaling):
         )
         is_long = _reach(positions, self.original_context, exponents.dtype) > self.original_context
         divisors = torch.where(is_long, long, short)
-        # In the order of transformers, for equal bits.
+        # The operation order of transformers, for bit-identical results.
         return 1.0 / (divisors * theta**exponents), self._cos_sin_factor()
 
     def _cos_sin_factor(self) -> float:
@@ -153,8 +153,8 @@ class LongRopeScaling(RopeScaling):
 
 
 def _reach(positions: Tensor, at_least: int, dtype: torch.dtype) -> Tensor:
-    """How many tokens the positions span from 0, a tensor of no dimension: it stays on the device.
+    """Largest position + 1, as a 0-dimensional tensor, so that it stays on the device.
 
-    The padding holds `at_least`, and lets a call on no token have a maximum.
+    The padding makes it at least `at_least`, and defines the maximum of a call without tokens.
     """
     return F.pad(positions.to(dtype).flatten(), (0, 1), value=at_least - 1).amax(0) + 1

@@ -1,4 +1,4 @@
-"""A learned number a head and a distance, added to the scores: T5's relative positions."""
+"""T5's relative position bias: a learned bias per head and distance bucket."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ __all__ = ["RelativeBias"]
 
 
 class RelativeBias(nn.Module):
-    """Distances fall into buckets, each with one learned number a head: `weight` (buckets, H).
+    """Relative position bias: one learned bias per bucket and head, `weight` (buckets, H).
 
-    Half of the buckets (of each direction's) hold one distance each, from 0; the others hold ever
-    longer ranges up to `max_distance`, and the last one all that is further:
+    Half of the buckets (per direction) hold one distance each, from 0; the others hold
+    logarithmically longer ranges up to `max_distance`, and the last one all larger distances:
 
         bucket[n] = n                                                   n < exact = buckets / 2
         bucket[n] = exact + log(n / exact) / log(max_distance / exact) * (buckets - exact)
 
     Args:
         num_heads: H.
-        num_buckets: rows of the table; with `bidirectional` half of them for keys that come later.
-        max_distance: from here on distances are not told apart; at least num_buckets.
-        bidirectional: whether later keys have buckets of their own; else they count as distance 0.
-        device, dtype: of the table.
+        num_buckets: rows of `weight`; with `bidirectional` half of them are for later keys.
+        max_distance: larger distances share the last bucket; at least num_buckets.
+        bidirectional: if True, later keys have separate buckets; else they count as distance 0.
+        device, dtype: device and dtype of `weight`.
 
     Shapes:
         (T, S) -> (1, H, T, S): queries are the last T of S positions, as in a mask.
 
     Raises:
-        ShapeError: num_heads is no integer of at least 1, or num_buckets of at least 4.
-        ArgumentError: max_distance is no integer of at least num_buckets.
+        ShapeError: num_heads is not an integer of at least 1, or num_buckets not of at least 4.
+        ArgumentError: max_distance is not an integer of at least num_buckets.
 
     Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.1.
 
@@ -70,7 +70,7 @@ class RelativeBias(nn.Module):
         return bias_tsh.permute(2, 0, 1)[None]
 
     def buckets(self, offsets: Tensor) -> Tensor:
-        """The bucket of each key position minus query position."""
+        """Return the bucket of each offset, key position minus query position."""
         count, later = self.num_buckets, torch.zeros_like(offsets)
         if self.bidirectional:
             count //= 2
@@ -79,7 +79,7 @@ class RelativeBias(nn.Module):
         else:
             distances = (-offsets).clamp_min(0)
         exact = count // 2
-        # In the order and the dtype of transformers: a boundary rounded otherwise moves a bucket.
+        # The operation order and dtype of transformers: other rounding can change the bucket.
         octaves = torch.log(distances.float() / exact) / math.log(self.max_distance / exact)
         far = exact + (octaves.clamp_min(0.0) * (count - exact)).long()
         return later + torch.where(distances < exact, distances, far.clamp_max(count - 1))

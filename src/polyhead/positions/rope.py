@@ -1,4 +1,4 @@
-"""Rotary positions."""
+"""Rotary position embedding (RoPE)."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ __all__ = ["Rope", "rotate"]
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: turns pairs of features by an angle that grows with position.
+    """Rotary position embedding: rotates pairs of features by an angle proportional to position.
 
-    Pair i of R / 2 at position p turns by p * theta ** (-2i / R), so that the product of a query
-    and a key depends on the distance between them only. R is the number of features that turn.
+    Pair i of R / 2 at position p is rotated by p * theta ** (-2i / R), so that the product of a
+    query and a key depends on the distance between them only. R is the number of rotary features.
 
     Args:
         theta: base of the wavelengths, positive; 10000 in the paper, 500000 in Llama 3.
-        interleaved: which features make pair i: x[2i] and x[2i + 1] (the paper, GPT-J) if True,
+        interleaved: the features of pair i: x[2i] and x[2i + 1] (the paper, GPT-J) if True,
             x[i] and x[i + R / 2] (Llama and transformers) if False.
-        rotary_dim: how many features turn, R, even; the others stay. None: all of a head.
-        scaling: how the angles change for a context longer than the trained one, such as
-            `YarnScaling`; None: not at all.
+        rotary_dim: number of rotary features, R, even; the others are unchanged. None: the whole
+            head.
+        scaling: scaling of the angles for a context longer than the trained one, such as
+            `YarnScaling`; None: no scaling.
 
     Raises:
         ArgumentError: theta is not positive and finite, or rotary_dim not even and positive.
-        DtypeError: scaling is no `RopeScaling`.
+        DtypeError: scaling is not a `RopeScaling`.
 
     Source: Su et al. 2021, "RoFormer", section 3.2.2; partial: GPT-NeoX.
 
     >>> rope = Rope(theta=10_000.0)
-    >>> rope(torch.ones(1, 1, 2, 4), torch.tensor([0, 1]))[0, 0, 0]   # position 0 turns nothing
+    >>> rope(torch.ones(1, 1, 2, 4), torch.tensor([0, 1]))[0, 0, 0]   # no rotation at position 0
     tensor([1., 1., 1., 1.])
     """
 
@@ -54,7 +55,9 @@ class Rope:
             )
         R = self.rotary_dim
         if R is not None and (not isinstance(R, int) or R < 2 or R % 2):
-            raise ArgumentError("rotary_dim", "must be even and at least 2", repr(R), "pairs turn")
+            raise ArgumentError(
+                "rotary_dim", "must be even and at least 2", repr(R), "features rotate in pairs"
+            )
         if self.scaling is not None and not isinstance(self.scaling, RopeScaling):
             raise DtypeError(
                 "scaling",
@@ -64,25 +67,25 @@ class Rope:
             )
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn queries or keys to their positions.
+        """Rotate queries or keys by their positions.
 
         Args:
             x: (B, heads, T, D).
-            positions: (T,) or (B, T) integers: where each token stands.
+            positions: (T,) or (B, T) integers, the position of each token.
 
         Returns:
             (B, heads, T, D) in the dtype of x; angles are computed in float32 (float64 for
             float64).
 
         Raises:
-            ShapeError, DtypeError: x has not 4 dimensions, or positions are no such integers.
-            ShapeError: the features that turn are odd in number, or more than D, or not as many
-                as the scaling needs.
+            ShapeError, DtypeError: x has not 4 dimensions, or positions are not such integers.
+            ShapeError: the number of rotary features is odd, larger than D, or does not match the
+                scaling.
         """
         check_is_tensor("x", x)
         if x.ndim != 4:
             raise ShapeError(
-                "x", "must be (B, heads, T, D)", tuple(x.shape), "unsqueeze what is missing"
+                "x", "must be (B, heads, T, D)", tuple(x.shape), "unsqueeze the missing dimensions"
             )
         check_positions(positions, x.shape[0], x.shape[2])
         R = self._turning(x.shape[-1])
@@ -106,20 +109,20 @@ class Rope:
             raise ShapeError("head size", "must be even for rope", R, "change head_dim")
         if R > D:
             raise ShapeError(
-                "rotary_dim", f"must be at most the head size {D}", R, "let fewer features turn"
+                "rotary_dim", f"must be at most the head size {D}", R, "rotate fewer features"
             )
         return R
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Turn pairs of features by angles of which cosine and sine are given.
+    """Rotate pairs of features by angles, given as cosine and sine.
 
         (a, b) becomes (a cos - b sin, b cos + a sin)
 
     Args:
         x: (..., D).
-        cos, sin: (..., R / 2), R at most D; features from R on stay as they are.
-        interleaved: which features make a pair, as in `Rope`.
+        cos, sin: (..., R / 2), R at most D; features from R on are unchanged.
+        interleaved: the features of a pair, as in `Rope`.
 
     >>> quarter = torch.tensor([0.0]), torch.tensor([1.0])               # 90 degrees
     >>> rotate(torch.tensor([1.0, 2.0, 7.0]), *quarter)

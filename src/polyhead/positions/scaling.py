@@ -1,4 +1,4 @@
-"""How rope's frequencies change so that a model reads further than it was trained."""
+"""RoPE scalings: changes of the frequencies for contexts longer than the trained one."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ __all__ = [
 
 
 def inverse_frequencies(theta: float | Tensor, exponents: Tensor) -> Tensor:
-    """Plain rope's angle from one position to the next, for every pair: theta ** -exponents."""
-    # Written as transformers writes it: float32 angles agree to the bit, far positions too.
+    """RoPE's inverse frequencies, the angle per position of each pair: theta ** -exponents."""
+    # The formula of transformers: float32 angles are bit-identical, at large positions too.
     return 1.0 / theta**exponents
 
 
 class RopeScaling(ABC):
-    """What a `Rope` can be scaled by."""
+    """Base class of the scalings of a `Rope`."""
 
     @abstractmethod
     def frequencies(
         self, theta: float, exponents: Tensor, positions: Tensor
     ) -> tuple[Tensor, float]:
-        """The angle of every pair from one position to the next, and a factor on cos and sin.
+        """Return the angle per position of each pair, and a factor on cos and sin.
 
         Args:
             theta: base of the wavelengths.
-            exponents: (R / 2,) 2i / R for pair i, in the dtype to compute in: plain rope's
-                angles are theta ** -exponents.
-            positions: (T,) or (B, T), those of the call.
+            exponents: (R / 2,) 2i / R for pair i, in the compute dtype: plain RoPE's angles are
+                theta ** -exponents.
+            positions: (T,) or (B, T), the positions of the call.
         """
 
 
 @dataclass(frozen=True)
 class LinearScaling(RopeScaling):
-    """Position interpolation: every angle is divided by `factor`.
+    """Linear scaling (position interpolation): every angle is divided by `factor`.
 
-        position p of a scaled rope is position p / factor of the plain one
+        position p of a scaled RoPE is position p / factor of the plain one
 
     Args:
-        factor: by how much the context grows, positive.
+        factor: growth of the context, positive.
 
     Raises:
         ArgumentError: factor is not positive and finite.
@@ -80,16 +80,16 @@ class LinearScaling(RopeScaling):
 
 @dataclass(frozen=True)
 class NTKScaling(RopeScaling):
-    """A larger base: the slowest pair is divided by `factor`, the fastest stays as it is.
+    """NTK-aware scaling: a larger base divides the slowest pair by `factor`, the fastest by 1.
 
         theta becomes theta * factor ** (R / (R - 2))
 
     Args:
-        factor: by how much the longest wavelength grows, positive.
+        factor: growth of the longest wavelength, positive.
 
     Raises:
         ArgumentError: factor is not positive and finite.
-        ShapeError: at the call, fewer than 4 features turn.
+        ShapeError: at the call, there are fewer than 4 rotary features.
 
     Source: bloc97 2023, "NTK-Aware Scaled RoPE"; Peng et al. 2023, "YaRN", section 3.1.
 
@@ -110,20 +110,21 @@ class NTKScaling(RopeScaling):
 
 @dataclass(frozen=True)
 class Llama3Scaling(RopeScaling):
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, others blended.
+    """Llama 3.1 scaling: long wavelengths are stretched by `factor`, short kept, others blended.
 
         turns[i] = original_context * angle[i] / (2 pi)
         kept[i]  = (turns[i] - low_freq_factor) / (high_freq_factor - low_freq_factor), in 0..1
         angle[i] becomes (kept[i] + (1 - kept[i]) / factor) * angle[i]
 
     Args:
-        factor: by how much the long wavelengths grow, positive; 8 in Llama 3.1.
-        low_freq_factor: pairs that turn less often in original_context are stretched; 1.
-        high_freq_factor: pairs that turn more often stay as they are; 4.
-        original_context: tokens the model was trained to read; 8192.
+        factor: growth of the long wavelengths, positive; 8 in Llama 3.1.
+        low_freq_factor: pairs with fewer turns in original_context are stretched; 1.
+        high_freq_factor: pairs with more turns in original_context are kept; 4.
+        original_context: context length of the training, in tokens; 8192.
 
     Raises:
-        ArgumentError: a number is not positive and finite, or the two are not in order.
+        ArgumentError: an argument is not positive and finite, or the frequency factors are not in
+            order.
 
     Source: Llama 3.1's published code (`apply_scaling`); Dubey et al. 2024, "The Llama 3 Herd of
     Models", section 3.4.2.
@@ -158,7 +159,7 @@ class Llama3Scaling(RopeScaling):
     ) -> tuple[Tensor, float]:
         angles = inverse_frequencies(theta, exponents)
         wavelengths = 2 * math.pi / angles
-        # In the order of transformers, for equal bits.
+        # The operation order of transformers, for bit-identical results.
         kept = (self.original_context / wavelengths - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
@@ -170,7 +171,7 @@ class Llama3Scaling(RopeScaling):
 
 
 def check_positive(**numbers: float) -> None:
-    """Every number is positive and finite."""
+    """Raise unless every number is positive and finite."""
     for name, number in numbers.items():
         check_number(name, number, "change the scaling")
         if not 0.0 < number < math.inf:
@@ -178,8 +179,10 @@ def check_positive(**numbers: float) -> None:
 
 
 def ntk_exponent(exponents: Tensor) -> float:
-    """R / (R - 2): by this power of a factor theta must grow for the slowest pair to slow by it."""
+    """Exponent R / (R - 2): theta * factor ** exponent slows the slowest pair by factor."""
     R = 2 * exponents.shape[0]
     if R < 4:
-        raise ShapeError("rotary_dim", "must be at least 4 for NTK scaling", R, "turn more")
+        raise ShapeError(
+            "rotary_dim", "must be at least 4 for NTK scaling", R, "rotate more features"
+        )
     return R / (R - 2)

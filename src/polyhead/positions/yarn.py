@@ -1,4 +1,4 @@
-"""YaRN: each pair scaled by how often it turns in the trained context."""
+"""YaRN scaling of RoPE: each pair is scaled by its number of turns in the trained context."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ __all__ = ["YarnScaling"]
 
 @dataclass(frozen=True)
 class YarnScaling(RopeScaling):
-    """YaRN: slow pairs are interpolated, fast ones kept, those between blended; scores sharpen.
+    """YaRN scaling: slow pairs are interpolated, fast ones kept, others blended; scores grow.
 
-        pair(beta) = R log(original_context / (2 pi beta)) / (2 log theta), which turns beta times
+        pair(beta) = R log(original_context / (2 pi beta)) / (2 log theta)     makes beta turns
         ramp[i]    = (i - pair(beta_fast)) / (pair(beta_slow) - pair(beta_fast)), clamped to 0..1
         angle[i]   = (1 - ramp[i] + ramp[i] / factor) * theta ** (-2i / R)
 
     cos and sin are multiplied by 0.1 log(factor) + 1 (so scores by its square), unless
-    `attention_factor` or the two mscales say otherwise.
+    `attention_factor` or the two mscales are given.
 
     Args:
-        factor: by how much the context grows, positive.
-        original_context: tokens the model was trained to read.
-        beta_fast: pairs that turn at least so often in original_context stay as they are.
-        beta_slow: pairs that turn at most so often are divided by factor.
+        factor: growth of the context, positive.
+        original_context: context length of the training, in tokens.
+        beta_fast: pairs with at least beta_fast turns in original_context are kept.
+        beta_slow: pairs with at most beta_slow turns are divided by factor.
         attention_factor: the factor on cos and sin; None: as above.
         mscale, mscale_all_dim: the factor is (0.1 mscale log(factor) + 1) / (0.1 mscale_all_dim
             log(factor) + 1) instead (DeepSeek); both or neither.
-        truncate: whether pair(beta) is rounded outwards to whole pairs.
+        truncate: if True, pair(beta) is rounded outwards to whole pairs.
 
     Raises:
-        ArgumentError: a number is not positive and finite, the betas are not in order, one mscale
-            comes without the other or with attention_factor; at the call, theta is at most 1.
+        ArgumentError: an argument is not positive and finite, the betas are not in order, one
+            mscale is given without the other or with attention_factor; at the call, theta is at
+            most 1.
 
     Source: Peng et al. 2023, "YaRN", sections 3.2 to 3.4; mscale: DeepSeek-V2's code.
 
@@ -83,7 +84,7 @@ class YarnScaling(RopeScaling):
         if self.mscale is not None and self.attention_factor is not None:
             raise ArgumentError(
                 "attention_factor",
-                "must be None where the mscales say it",
+                "must be None if the mscales are given",
                 self.attention_factor,
                 "pass one of them",
             )
@@ -95,12 +96,12 @@ class YarnScaling(RopeScaling):
         first, last = self._blended(theta, 2 * exponents.shape[0])
         pairs = torch.arange(exponents.shape[0], device=exponents.device, dtype=exponents.dtype)
         kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
-        # In the order of transformers, for equal bits.
+        # The operation order of transformers, for bit-identical results.
         angles = 1.0 / (self.factor * periods) * (1 - kept) + 1.0 / periods * kept
         return angles, self._cos_sin_factor()
 
     def _blended(self, theta: float, R: int) -> tuple[float, float]:
-        """The pairs between which the ramp goes from 0 to 1."""
+        """Pairs between which the ramp rises from 0 to 1."""
         if theta <= 1.0:
             raise ArgumentError("theta", "must be above 1 for YaRN", theta, "10000.0 is usual")
 
@@ -113,7 +114,7 @@ class YarnScaling(RopeScaling):
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, R - 1)
-        return first, last if last != first else last + 0.001  # a ramp of no width divides by zero
+        return first, last if last != first else last + 0.001  # avoids division by zero
 
     def _cos_sin_factor(self) -> float:
         if self.attention_factor is not None:
