@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Shared fixtures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polyhead.backends.cpu import ops
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call():
-    """Without kernels, a supported state, a test that calls for them by name skips."""
+    """Skip a test that requests the kernels by name if they are not built (a supported state)."""
     try:
         return (yield)
     except (ph.errors.BackendError, AssertionError) as error:
@@ -32,7 +32,7 @@ def pytest_pyfunc_call():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The default model, loaded once."""
+    """Default model, loaded once."""
     from polyhead.models.load import load_model
 
     return load_model()
@@ -40,7 +40,7 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def tiny_model():
-    """A random decoder of 2 layers x 4 heads that reads words and punctuation; a `LoadedModel`."""
+    """Random decoder of 2 layers x 4 heads with a word-level tokenizer; a `LoadedModel`."""
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -60,7 +60,7 @@ def tiny_model():
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
-        initializer_range=0.5,  # so that every head matters
+        initializer_range=0.5,  # so that every head affects the output
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -70,9 +70,9 @@ def tiny_model():
 
 @pytest.fixture(scope="session")
 def browser():
-    """A headless Chromium of playwright's, started once; where there is none, the test skips.
+    """Headless Chromium by playwright, started once; skips the test if there is none.
 
-    With POLYHEAD_REQUIRE_BROWSER=1 it fails instead.
+    With POLYHEAD_REQUIRE_BROWSER=1 the test fails instead.
     """
     absent = pytest.fail if os.environ.get("POLYHEAD_REQUIRE_BROWSER") == "1" else pytest.skip
     program = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -92,7 +92,7 @@ def browser():
 
 @pytest.fixture(scope="session")
 def axe():
-    """`axe(page)`: what axe-core finds wrong for readers, each as its rule and the elements."""
+    """`axe(page)`: accessibility violations found by axe-core, each with its rule and elements."""
     package = pytest.importorskip("axe_playwright_python")
     source = resources.files(package).joinpath("axe.min.js").read_text("utf-8")
     off_by_default = ("label-content-name-mismatch", "target-size")
@@ -110,7 +110,7 @@ def axe():
 
 @pytest.fixture
 def own_loop():
-    """Playwright leaves its event loop running in the thread that all tests share."""
+    """Temporarily unset the event loop that playwright leaves running in the test thread."""
     theirs = asyncio._get_running_loop()
     asyncio._set_running_loop(None)
     yield
@@ -133,7 +133,7 @@ ISAS = [] if ops.unavailable else [isa for isa in INSTRUCTION_SETS if _runs(isa)
 
 @pytest.fixture(scope="session")
 def kernels() -> None:
-    """The C++ kernels. Not built, the test skips; in CI, which has a compiler, it fails."""
+    """C++ kernels. If they are not built, the test skips; in CI, with a compiler, it fails."""
     if ops.unavailable:
         absent = pytest.fail if os.environ.get("CI") else pytest.skip
         absent(f"needs the kernels: {ops.unavailable}")
@@ -141,13 +141,13 @@ def kernels() -> None:
 
 @pytest.fixture(scope="session")
 def isas() -> list[str]:
-    """The instruction sets of this processor and build, the best first."""
+    """Instruction sets of this processor and build, the best first."""
     return ISAS
 
 
 @pytest.fixture(params=ISAS)
 def isa(request, kernels):
-    """The name of each of them in turn, whose kernels run in the test."""
+    """Name of an instruction set (one test per set), whose kernels run in the test."""
     before = ops.isa()
     ops.choose_isa(request.param)
     yield request.param
@@ -192,14 +192,13 @@ def gradients() -> Callable[..., tuple[Tensor, ...]]:
 
 @pytest.fixture(scope="session")
 def gradient() -> Callable[..., Tensor]:
-    """`gradient(output, inputs)`: all as one vector, so that one that is zero by cancellation has
-    a scale."""
+    """`gradient(output, inputs)`: all as one vector, so that a zero by cancellation has a scale."""
     return lambda output, inputs: torch.cat([x.flatten() for x in _gradients(output, inputs)])
 
 
 @pytest.fixture(scope="session")
 def all_aux() -> ph.AuxRequest:
-    """Everything that can be asked for beside the output."""
+    """Request for all auxiliary results."""
     return ph.AuxRequest(weights=True, lse=True, stats=True, mean_weights=True)
 
 
@@ -214,13 +213,13 @@ def _naive_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention in the dtype of its inputs, a Python loop over heads. Shares nothing with src."""
+    """Attention in the dtype of its inputs, a loop over heads. Shares no code with src."""
     B, H, T, D = query.shape
     S = key.shape[2]
     group = H // key.shape[1]
     scale = D**-0.5 if scale is None else scale
-    everybody = torch.ones(B, H, T, S, dtype=torch.bool)
-    allowed = everybody if allowed is None else everybody & allowed
+    all_keys = torch.ones(B, H, T, S, dtype=torch.bool)
+    allowed = all_keys if allowed is None else all_keys & allowed
     bias = torch.zeros(B, H, T, S, dtype=query.dtype) if bias is None else bias.expand(B, H, T, S)
     batches = []
     for b in range(B):
@@ -230,7 +229,7 @@ def _naive_attention(
             if softcap is not None:
                 scores = softcap * torch.tanh(scores / softcap)
             scores = (scores + bias[b, h].to(query.dtype)).masked_fill(~allowed[b, h], -math.inf)
-            attends = scores.detach().isfinite().any(dim=-1, keepdim=True) if S else everybody[b, h]
+            attends = scores.detach().isfinite().any(dim=-1, keepdim=True) if S else all_keys[b, h]
             scores = torch.where(attends, scores, 0.0) if S else scores
             if sinks is not None:
                 scores = torch.cat([scores, sinks[h].to(query.dtype).expand(T, 1)], dim=-1)
@@ -242,7 +241,7 @@ def _naive_attention(
 
 @pytest.fixture(scope="session")
 def naive_attention() -> Callable[..., Tensor]:
-    """The oracle: `naive_attention(query, key, value, *, allowed=, bias=, scale=, ...)`."""
+    """Oracle: `naive_attention(query, key, value, *, allowed=, bias=, scale=, ...)`."""
     return _naive_attention
 
 
@@ -259,16 +258,16 @@ def _assert_as_good_as_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> No
 def assert_as_good_as_eager() -> Callable[[Tensor, Tensor, Tensor], None]:
     """`assert_as_good_as_eager(actual, eager, exact)`: the tolerance of STYLE.md, derived.
 
-    Allowed is twice the largest error of an eager run in the same dtype against float64, and 4
-    units in the last place of the largest number.
+    Twice the largest error of an eager run in the same dtype against float64, plus 4 units in the
+    last place of the largest element.
     """
     return _assert_as_good_as_eager
 
 
 class TensorSizes(TorchDispatchMode):
-    """Records the storages that operations make, and the operations' names.
+    """Dispatch mode that records the storages of results, and the names of operations.
 
-    `largest`: elements of the largest. `peak`: the most bytes of them that were alive at once.
+    `largest`: elements of the largest storage. `peak`: the most bytes alive at the same time.
     """
 
     def __init__(self) -> None:
@@ -297,5 +296,5 @@ class TensorSizes(TorchDispatchMode):
 
 @pytest.fixture
 def tensor_sizes() -> TensorSizes:
-    """A mode: `with tensor_sizes: ...`, then `.largest` elements held and `.operations`."""
+    """Dispatch mode: `with tensor_sizes: ...`, then read `.largest` and `.operations`."""
     return TensorSizes()

@@ -103,7 +103,7 @@ def test_a_refusal_lists_every_reason_of_every_backend_asked():
             backend=["sdpa", refusing("mine", "needs D = 64; got D = 8")],
         )
     assert str(caught.value) == (
-        "no backend asked for can run this call:\n"
+        "no requested backend can run this call:\n"
         "  sdpa: runs float32, bfloat16 and float16; got float64\n"
         "  sdpa: has no softcap; got softcap = 30.0\n"
         "  mine: needs D = 64; got D = 8\n"

@@ -1,4 +1,4 @@
-"""The kernels over what a cache holds, int8 codes and blocks, against the float64 oracle."""
+"""Kernels on int8 and paged KV caches, read in place, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def poison(parts):
 
 
 def filled_cache(kind, key, value, block_size=5):
-    """A cache of these tokens: NaN where it holds none, tables that differ from row to row."""
+    """A cache of these tokens: NaN in unused slots, block tables that differ between rows."""
     B, G, S, D = key.shape
     sizes = {"value_head_dim": value.shape[-1], "dtype": key.dtype}
     storage_dtype = torch.int8 if "int8" in kind else None
@@ -42,7 +42,7 @@ def filled_cache(kind, key, value, block_size=5):
         num_blocks=B * math.ceil(S / block_size) + spare,
     )  # fmt: skip
     poison(cache.pools)
-    # In chunks, so that the blocks of a row are strewn over the pool; then the rows are turned.
+    # In chunks, so that the blocks of a row are not contiguous; then the rows are rolled.
     turned = torch.arange(B).roll(1)
     for part in torch.arange(S).split(max(1, S // 3)):
         cache.append(key[turned][:, :, part], value[turned][:, :, part])
@@ -51,7 +51,7 @@ def filled_cache(kind, key, value, block_size=5):
 
 
 def exact_numbers(stored):
-    """What `CacheView` stands for, in float64, token by token."""
+    """The elements that a `CacheView` represents, in float64, gathered token by token."""
     numbers = stored.data.double()
     if stored.scales is not None:
         numbers = numbers * stored.scales.double()[..., None]
@@ -63,11 +63,11 @@ def exact_numbers(stored):
 
 
 def case(kind, B=2, H=6, G=2, T=3, S=70, D=24, E=None, dtype=torch.float32, block_size=5):
-    """A query, and keys and values where a cache holds them."""
+    """A query, and cached keys and values as `CacheView`s."""
     generator = torch.Generator().manual_seed(0)
     sizes = [(B, H, T, D), (B, G, S, D), (B, G, S, E or D)]
     query, key, value = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
-    # Tokens of different size, so that another's scale would be seen.
+    # Tokens of different magnitude, to detect the scale of another token.
     key[:, :, 1::3] *= 4
     value[:, :, ::2] *= 0.25
     stored = filled_cache(kind, key, value, block_size).read_as_views()
@@ -103,7 +103,7 @@ SIZES = [
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_sizes(naive_attention, assert_as_good_as_eager, isa, size, dtype, kind):
+def test_cpu_cached_sizes(naive_attention, assert_as_good_as_eager, isa, size, dtype, kind):
     inputs = case(kind, **size, dtype=dtype)
     assert_agrees(naive_attention, assert_as_good_as_eager, *inputs, ph.mask.causal())
 
@@ -124,7 +124,7 @@ RULES = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [2, 21])
 @pytest.mark.parametrize("rule", RULES)
-def test_rules(naive_attention, assert_as_good_as_eager, rule, T, kind):
+def test_cpu_cached_rules(naive_attention, assert_as_good_as_eager, rule, T, kind):
     mask, options = RULES[rule]
     assert_agrees(naive_attention, assert_as_good_as_eager, *case(kind, T=T), mask, **options)
 
@@ -132,8 +132,8 @@ def test_rules(naive_attention, assert_as_good_as_eager, rule, T, kind):
 @pytest.mark.parametrize("block_size", [5, 16, 100])
 @pytest.mark.parametrize("T", [1, 30])
 @pytest.mark.usefixtures("two_threads")
-def test_threads_share_blocks(isa, T, block_size):
-    """Parts of the keys, and heads that go through them together, or one alone."""
+def test_cpu_paged_with_two_threads_equals_contiguous(isa, T, block_size):
+    """With splits of the keys, and with groups of heads or single heads per task."""
     sizes = {"B": 1, "H": 12, "G": 6, "D": 40, "E": 72, "block_size": block_size}
     query, key, value = case("blocks", T=T, S=900, **sizes)
     got = ph.attention(query, key, value, backend="cpu")
@@ -145,7 +145,7 @@ def test_threads_share_blocks(isa, T, block_size):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [2, 30])
-def test_aux_is_that_of_the_definition(kind, T):
+def test_cpu_cached_aux_matches_reference(kind, T):
     query, key, value = case(kind, T=T)
     mask = ph.mask.causal() & ph.mask.window(before=20)
     request = ph.AuxRequest(lse=True, stats=True)
@@ -161,7 +161,7 @@ def test_aux_is_that_of_the_definition(kind, T):
 
 @pytest.mark.parametrize("T", [2, 30])
 @pytest.mark.parametrize("kind", ["int8", "int8 blocks"])
-def test_a_token_that_is_not_finite_reaches_who_attends_to_it(isa, kind, T):
+def test_cpu_cached_nonfinite_token_reaches_its_queries(isa, kind, T):
     query, key, value = case(kind, T=T)
     block = 0 if key.table is None else int(key.table[0, 0])
     key.scales[block, 1, 2] = math.nan
@@ -173,7 +173,7 @@ def test_a_token_that_is_not_finite_reaches_who_attends_to_it(isa, kind, T):
 
 
 class Made(TorchDispatchMode):
-    """The operations, and the most elements of a tensor that shares no memory with some others."""
+    """Records operations, and the most elements of a tensor that shares no memory with others."""
 
     def __init__(self, others):
         super().__init__()
@@ -194,7 +194,7 @@ class Made(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("T", [1, 20])
-def test_nothing_the_size_of_the_cache_is_made(kind, T):
+def test_cpu_cached_allocates_nothing_of_the_cache_s_size(kind, T):
     mha = ph.MultiHeadAttention(8, 8, 600, 0.0, 2, backend="cpu").eval()
     blank = torch.zeros(1, 2, 400, 4)
     with torch.no_grad():
@@ -207,7 +207,7 @@ def test_nothing_the_size_of_the_cache_is_made(kind, T):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", ["cpu", "sdpa", "reference", "auto"])
-def test_modules_agree_with_themselves_without_a_cache(backend, kind):
+def test_module_with_a_cache_equals_without(backend, kind):
     torch.manual_seed(0)
     mha = ph.MultiHeadAttention(12, 24, 64, 0.0, 6, num_kv_heads=2, backend=backend).eval()
     x = torch.randn(2, 30, 12)
@@ -220,19 +220,19 @@ def test_modules_agree_with_themselves_without_a_cache(backend, kind):
     torch.testing.assert_close(got, want, rtol=0, atol=2e-2 if "int8" in kind else 2e-6)
 
 
-def test_explain_tells_who_reads_a_cache_and_who_has_tensors_made_of_it():
+def test_explain_reports_in_place_reads_and_materialization():
     query, key, value = case("int8 blocks", D=32)
-    told = ph.explain(query, key, value, backend="cpu")
-    how = "int8 codes in blocks of 5"
-    assert f"keys and values read where the cache holds them: {how}" in told.notes
+    explained = ph.explain(query, key, value, backend="cpu")
+    how = "int8 values in blocks of 5"
+    assert f"keys and values read where the cache holds them: {how}" in explained.notes
     gathered = f"keys and values made of what the cache holds ({how}): 0.1 MiB"
     assert gathered in ph.explain(query, key, value, backend="sdpa").notes
     weights = ph.AuxRequest(weights=True)
     assert gathered in ph.explain(query, key, value, backend="cpu", return_aux=weights).notes
-    assert gathered not in told.notes
+    assert gathered not in explained.notes
 
 
-def test_what_the_kernels_do_not_read_in_place_is_still_right():
+def test_cpu_materializes_for_weights_and_gradients():
     query, key, value = case("int8 blocks", T=4)
     request = ph.AuxRequest(weights=True, mean_weights=True)
     tensors = key.gather(), value.gather()
@@ -249,7 +249,7 @@ def test_what_the_kernels_do_not_read_in_place_is_still_right():
     assert torch.equal(*grads)
 
 
-def test_a_backend_that_reads_no_cache_is_given_tensors():
+def test_backend_without_reads_cache_views_receives_tensors():
     seen = []
 
     def run(call):
@@ -265,9 +265,9 @@ def test_a_backend_that_reads_no_cache_is_given_tensors():
     assert torch.equal(seen[1].value, value.gather())
 
 
-def test_half_a_cache_is_refused():
+def test_cache_view_with_a_tensor_raises():
     query, key, value = case("int8")
-    message = "value must come from a cache if the other of key and value does; got Tensor"
+    message = "value must be a CacheView if the other of key and value is; got Tensor"
     with pytest.raises(DtypeError, match=message):
         ph.attention(query, key, value.gather())
 
@@ -281,7 +281,7 @@ def operator_arguments(kind, **sizes):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck(kind):
+def test_attention_cached_passes_opcheck(kind):
     arguments = operator_arguments(kind)
     torch.library.opcheck(torch.ops.polyhead.attention_cached, arguments)
     query, key, value = case(kind)
@@ -304,7 +304,7 @@ def test_opcheck(kind):
     ],
     ids=str,
 )
-def test_the_operator_reads_nothing_beyond_what_it_is_given(change, message):
+def test_attention_cached_out_of_bounds_argument_raises(change, message):
     arguments = list(operator_arguments("int8 blocks"))
     assert arguments[1].shape == (37, 2, 5, 24)
     for at, what in change.items():
@@ -314,7 +314,7 @@ def test_the_operator_reads_nothing_beyond_what_it_is_given(change, message):
 
 
 @pytest.mark.parametrize("T", [1, 20])
-def test_a_step_over_an_int8_cache_compiles_to_one_graph(T):
+def test_step_with_an_int8_cache_compiles_to_one_graph(T):
     torch.compiler.reset()
     mha = ph.MultiHeadAttention(8, 8, 64, 0.0, 2, backend="cpu").eval()
     x = torch.randn(1, 40 + T, 8)
@@ -335,7 +335,7 @@ def test_a_step_over_an_int8_cache_compiles_to_one_graph(T):
     assert "attention_cached" in graphs[0].code
 
 
-def test_exports():
+def test_cache_views_export():
     query, key, value = case("int8 blocks")
     mask = ph.mask.causal()
 
@@ -354,7 +354,7 @@ def test_exports():
     assert torch.equal(program.module()(*inputs), want)
 
 
-def test_notes_and_amx_of_a_stored_call(monkeypatch):
+def test_cached_call_with_amx_chooses_cpu(monkeypatch):
     monkeypatch.setattr(cpu, "_has_amx", lambda: True)
     inputs = case("int8", dtype=torch.bfloat16)
     assert not cpu.auto_skip(build_call(*inputs), lambda name: True)

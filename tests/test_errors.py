@@ -1,4 +1,4 @@
-"""The exception tree, its messages, and that errors survive another process."""
+"""Exception tree, messages, pickling and copying."""
 
 import copy
 import pickle
@@ -33,19 +33,19 @@ INSTANCES = [
 ]
 
 
-def test_every_public_error_is_covered_here():
+def test_all_public_errors_have_cases():
     assert set(errors.__all__) == set(BUILTINS)
     assert {type(instance).__name__ for instance in INSTANCES} == set(BUILTINS)
 
 
 @pytest.mark.parametrize("name", BUILTINS)
-def test_each_is_also_the_builtin_one_would_catch(name):
+def test_error_derives_from_its_builtin(name):
     kind = getattr(errors, name)
     assert issubclass(kind, errors.PolyheadError)
     assert all(issubclass(kind, builtin) for builtin in BUILTINS[name])
 
 
-def test_the_tree():
+def test_error_tree_matches_the_docstring():
     for kind in (errors.ShapeError, errors.DeviceError, errors.DtypeError):
         assert issubclass(kind, errors.ArgumentError)
     for name in ("BackendError", "ConversionError", "ModelError", "DependencyError"):
@@ -54,17 +54,17 @@ def test_the_tree():
         assert not issubclass(getattr(errors, name), TypeError)
 
 
-def test_argument_errors_say_four_things_and_keep_them():
+def test_argument_error_message_and_attributes():
     error = errors.ArgumentError(*ARGUMENT)
     assert str(error) == "num_heads must be positive; got 0; pass at least 1"
     assert (error.argument, error.rule, error.got, error.remedy) == ARGUMENT
 
 
-def test_backend_error_lists_every_reason():
+def test_backend_error_lists_all_reasons():
     error = errors.BackendError({"sdpa": ["has no softcap; got 3.0"], "flex": ("no a", "no b")})
     assert error.reasons == {"sdpa": ("has no softcap; got 3.0",), "flex": ("no a", "no b")}
     assert str(error).splitlines() == [
-        "no backend asked for can run this call:",
+        "no requested backend can run this call:",
         "  sdpa: has no softcap; got 3.0",
         "  flex: no a",
         "  flex: no b",
@@ -76,7 +76,7 @@ def test_backend_error_lists_every_reason():
 @pytest.mark.parametrize(
     "copied", [lambda error: pickle.loads(pickle.dumps(error)), copy.copy, copy.deepcopy]
 )
-def test_copies_say_the_same(error, copied):
+def test_error_copy_has_the_same_message_and_attributes(error, copied):
     other = copied(error)
     assert type(other) is type(error)
     assert str(other) == str(error)

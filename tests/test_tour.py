@@ -1,4 +1,4 @@
-"""The main job on the real model."""
+"""Tour (`polyhead run`) on the real model."""
 
 import dataclasses
 import json
@@ -23,11 +23,11 @@ def report(smollm2):
 
 @pytest.fixture
 def use_loaded(monkeypatch, smollm2):
-    """`run` without reading the file again."""
+    """Make `run` use the loaded model."""
     monkeypatch.setattr(polyhead.tour, "load_model", lambda source: smollm2)
 
 
-def test_all_three_ways_agree_with_float64(report):
+def test_run_mechanisms_agree_with_float64(report):
     names = [row.mechanism for row in report.mechanisms]
     assert names == ["stacked heads (3.6.1)", "weight split (3.6.2)", "weight split, best backend"]
     assert [row.backend for row in report.mechanisms] == ["reference", "reference", "cpu"]
@@ -44,19 +44,19 @@ def test_all_three_ways_agree_with_float64(report):
     assert {row.output for row in report.mechanisms} == {(1, 5, 576)}
 
 
-def test_default_is_the_middle_layer_of_thirty(report):
+def test_run_default_layer_is_the_middle_one(report):
     assert (report.layer, report.num_layers) == (15, 30)
     assert (report.num_heads, report.num_kv_heads, len(report.heads)) == (9, 3, 9)
 
 
-def test_polyhead_predicts_what_the_model_predicts(report):
+def test_run_next_tokens_match_the_model_s_own(report):
     assert report.next_polyhead[0].text == " Paris"
     assert [t.text for t in report.next_polyhead] == [t.text for t in report.next_own]
     for ours, own in zip(report.next_polyhead, report.next_own, strict=True):
         assert ours.probability == pytest.approx(own.probability, abs=1e-4)
 
 
-def test_every_layer_calls_polyhead(use_loaded, monkeypatch):
+def test_run_calls_polyhead_in_every_layer(use_loaded, monkeypatch):
     calls = []
     attend = polyhead.integrations.transformers.forward.attention
 
@@ -69,7 +69,7 @@ def test_every_layer_calls_polyhead(use_loaded, monkeypatch):
     assert len(calls) == 30
 
 
-def test_head_rows_are_means_of_the_definition(report, smollm2):
+def test_run_head_rows_match_the_weights_in_float64(report, smollm2):
     layer = smollm2.model.model.layers[report.layer]
     seen = []
     handle = layer.self_attn.register_forward_pre_hook(
@@ -90,43 +90,43 @@ def test_head_rows_are_means_of_the_definition(report, smollm2):
         assert row.mass_previous == pytest.approx(head.diagonal(-1).sum().item() / T, abs=1e-5)
 
 
-def test_model_keeps_its_own_attention_afterwards(use_loaded, smollm2):
+def test_run_restores_the_model_s_own_attention(use_loaded, smollm2):
     before = smollm2.model.config._attn_implementation
     run(TEXT, layer=0)
     assert smollm2.model.config._attn_implementation == before
 
 
 @pytest.mark.parametrize("layer", [-1, 30])
-def test_layer_that_does_not_exist(use_loaded, layer):
+def test_run_layer_out_of_range_raises(use_loaded, layer):
     with pytest.raises(ArgumentError, match=rf"--layer must be from 0 to 29; got {layer}"):
         run(TEXT, layer=layer)
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
-def test_empty_text(text):
+def test_run_empty_text_raises(text):
     with pytest.raises(ArgumentError, match="TEXT must not be empty"):
         run(text)
 
 
-def test_text_longer_than_the_context(use_loaded):
+def test_run_text_longer_than_the_context_raises(use_loaded):
     with pytest.raises(ShapeError, match=r"at most 8192 tokens.*got 9001"):
         run("a b c " * 3000 + "d")
 
 
-def test_one_token_works(use_loaded):
+def test_run_with_one_token(use_loaded):
     report = run("a")
     assert report.tokens == 1
     assert report.heads[0].mass_self == pytest.approx(1.0)
     assert report.heads[0].mean_distance == 0.0
 
 
-def test_long_text_is_compared_on_its_first_tokens(use_loaded, monkeypatch):
+def test_run_long_text_is_compared_on_its_first_tokens(use_loaded, monkeypatch):
     monkeypatch.setattr(polyhead.tour, "COMPARED_TOKENS", 3)
     report = run(TEXT)
     assert (report.tokens, report.compared_tokens) == (5, 3)
 
 
-def test_comparison_would_show_a_wrong_mechanism(monkeypatch):
+def test_compare_mechanisms_detects_a_wrong_mechanism(monkeypatch):
     torch.manual_seed(0)
     mha = polyhead.MultiHeadAttention(16, 16, 8, 0.0, 4).eval()
 
@@ -142,5 +142,5 @@ def test_comparison_would_show_a_wrong_mechanism(monkeypatch):
     assert rows[1].difference > 1e-3
 
 
-def test_report_is_json(report):
+def test_run_report_serializes_to_json(report):
     assert json.loads(json.dumps(dataclasses.asdict(report)))["model"] == report.model

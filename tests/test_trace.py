@@ -1,4 +1,4 @@
-"""Every step of the lecture's classes: against the modules, the formula, the lecture."""
+"""Trace of the lecture's classes, against the modules, the formula and the lecture's digits."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("build", VARIANTS.values(), ids=VARIANTS)
-def test_output_and_weights_are_the_module_s(build):
+def test_trace_output_and_weights_match_the_module(build):
     torch.manual_seed(0)
     module, x = randomized(build()), torch.randn(2, T, D_IN, dtype=torch.float64)
     steps = ph.trace(module, x)
@@ -71,7 +71,7 @@ def test_output_and_weights_are_the_module_s(build):
 
 
 @pytest.mark.parametrize("name", ["one head", "stacked, out_proj", "split, grouped"])
-def test_steps_are_the_formula(name):
+def test_trace_steps_match_the_formula(name):
     module, x = randomized(VARIANTS[name]()), torch.randn(2, T, D_IN, dtype=torch.float64)
     steps = ph.trace(module, x)
     group = steps.query.shape[1] // steps.key.shape[1]
@@ -84,7 +84,7 @@ def test_steps_are_the_formula(name):
     assert torch.equal(steps.merged, torch.cat([*steps.contexts.unbind(1)], dim=-1))
 
 
-def test_memory_mask_and_positions_reach_every_step():
+def test_trace_uses_memory_mask_and_positions():
     torch.manual_seed(0)
     mha = randomized(ph.MultiHeadAttention(D_IN, 12, 11, 0.0, 3, mask=None, rope=ph.Rope()))
     x, memory = torch.randn(2, 3, D_IN).double(), torch.randn(2, 7, D_IN).double()
@@ -95,14 +95,14 @@ def test_memory_mask_and_positions_reach_every_step():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_every_step_has_the_input_s_dtype(dtype):
+def test_trace_steps_have_the_dtype_of_the_input(dtype):
     for options in ({}, {"position_bias": Bias(), "alibi": True, "sinks": True}):
         mha = ph.MultiHeadAttention(D_IN, 12, 11, 0.0, 3, dtype=dtype, **options)
         steps = ph.trace(mha, torch.randn(2, T, D_IN, dtype=dtype))
         assert {step.dtype for _, step in steps._steps()} == {dtype}
 
 
-def test_stacked_heads_give_the_lecture_s_digits():
+def test_trace_of_stacked_heads_matches_the_lecture_s_digits():
     torch.manual_seed(123)
     stacked = ph.MultiHeadAttentionWrapper(3, 2, 6, 0.0, 2)
     steps = ph.trace(stacked, torch.tensor([TOKENS]))
@@ -110,14 +110,14 @@ def test_stacked_heads_give_the_lecture_s_digits():
     torch.testing.assert_close(steps.output[0, -1], expected, rtol=0, atol=1e-6)
 
 
-def test_gradients_flow_through_the_steps():
+def test_trace_gradients_match_the_module():
     module = randomized(ph.MultiHeadAttention(D_IN, 12, 11, 0.0, 3))
     x = torch.randn(2, T, D_IN, dtype=torch.float64, requires_grad=True)
     traced = torch.autograd.grad(ph.trace(module, x).output.sum(), x)[0]
     torch.testing.assert_close(traced, torch.autograd.grad(module(x).sum(), x)[0])
 
 
-def test_printing_shows_every_step_with_its_shape():
+def test_trace_str_shows_every_step_with_its_shape():
     mha = ph.MultiHeadAttention(3, 4, 6, 0.0, 2)
     steps = ph.trace(mha, torch.tensor([TOKENS]))
     text = str(steps)
@@ -129,7 +129,7 @@ def test_printing_shows_every_step_with_its_shape():
     assert "weights=(1, 2, 6, 6)" in repr(steps)
 
 
-def test_printing_a_long_text_shows_shapes_alone():
+def test_trace_str_of_a_long_text_shows_shapes_only():
     mha = ph.MultiHeadAttention(3, 4, 40, 0.0, 2, out_proj=False)
     text = str(ph.trace(mha, torch.randn(1, 40, 3)))
     assert "(1, 2, 40, 40)" in text
@@ -150,26 +150,26 @@ class OwnForward(ph.CausalAttention):
         (ph.MultiHeadAttention, "type"),
     ],
 )
-def test_other_classes_are_refused_with_the_remedy(module, got):
+def test_trace_of_another_class_raises_with_the_remedy(module, got):
     with pytest.raises(DtypeError, match=f"module must be polyhead's .*; got {got}; convert it"):
         ph.trace(module, torch.randn(1, 3, 3))
 
 
-def test_a_stacked_head_of_another_class_is_refused():
+def test_trace_of_a_stacked_head_of_another_class_raises():
     wrapper = ph.MultiHeadAttentionWrapper(3, 2, 6, 0.0, 2)
     wrapper.heads[1] = OwnForward(3, 2, 6, 0.0)
     with pytest.raises(DtypeError, match="OwnForward with its own forward"):
         ph.trace(wrapper, torch.randn(1, 3, 3))
 
 
-def test_the_remedies_work():
+def test_trace_of_another_class_remedy_works():
     theirs, x = nn.MultiheadAttention(4, 2, batch_first=True).eval(), torch.randn(1, 3, 4)
     steps = ph.trace(ph.convert.from_torch(theirs), x)
     torch.testing.assert_close(steps.output, theirs(x, x, x)[0])
 
 
 @pytest.mark.parametrize("name", ["CausalAttention", "MultiHeadAttentionWrapper"])
-def test_dropout_in_training_is_refused_until_eval(name):
+def test_trace_with_dropout_raises_until_eval(name):
     heads = () if name == "CausalAttention" else (2,)
     module, x = getattr(ph, name)(3, 2, 6, 0.25, *heads), torch.randn(1, 3, 3)
     with pytest.raises(ArgumentError, match=r"dropout=0\.25 in training; call module\.eval"):
@@ -177,6 +177,6 @@ def test_dropout_in_training_is_refused_until_eval(name):
     torch.testing.assert_close(ph.trace(module.eval(), x).output, module(x))
 
 
-def test_shapes_are_checked_as_the_module_checks_them():
+def test_trace_bad_shape_raises_as_the_module_does():
     with pytest.raises(ShapeError, match="x must"):
         ph.trace(ph.CausalAttention(3, 2, 6, 0.0), torch.randn(1, 7, 3))

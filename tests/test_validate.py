@@ -1,4 +1,4 @@
-"""What `attention()` refuses before any backend is asked, and the words it says."""
+"""Validation errors of `attention()`: type and full message."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BIAS = (
     "bias must broadcast to (B, H, T, S) = (2, 6, 5, 7); got {}; "
     "give each dimension its full size or 1"
 )
-SINKS = "sinks must be (H,) = (6,), one number a head; got {}; give one for each query head"
+SINKS = "sinks must be (H,) = (6,), one value per head; got {}; give one for each query head"
 SPARSE = torch.ones(2, 2, 5, 8).to_sparse()
 SCALE = "leave it out for 1 / sqrt(D); multiply the query by a tensor"
 
@@ -69,13 +69,13 @@ CASES = [
         {"query": torch.ones(2, 5, 5, 8)},
         ShapeError,
         "query must have a positive multiple of the key's G = 2 heads; got H = 5; "
-        "query head h uses key head h // (H / G)",
+        "query head h uses KV head h // (H / G)",
     ),
     (
         {"query": torch.ones(2, 0, 5, 8)},
         ShapeError,
         "query must have a positive multiple of the key's G = 2 heads; got H = 0; "
-        "query head h uses key head h // (H / G)",
+        "query head h uses KV head h // (H / G)",
     ),
     (
         {"query": torch.ones(2, 6, 5, 0), "key": torch.ones(2, 2, 7, 0)},
@@ -86,7 +86,7 @@ CASES = [
         {"mask": torch.ones(5, 7, dtype=torch.bool)},
         DtypeError,
         "mask must be a polyhead.mask.Mask; got Tensor; wrap a bool tensor in polyhead.mask.dense "
-        "(True = may attend); pass numbers to add to the scores as bias=",
+        "(True = may attend); pass an additive mask as bias=",
     ),
     (
         {"mask": ph.mask.lengths([1, 2, 3])},
@@ -152,7 +152,7 @@ CASES = [
             (True, "True"),
             ([0.1], "[0.1]"),
             (1j, "1j"),
-            # Kernels would give it no gradient.
+            # Kernels compute no gradient of it.
             (torch.tensor(0.5, requires_grad=True), "tensor(0.5000, requires_grad=True)"),
         )
     ),
@@ -184,14 +184,14 @@ CASES = [
         {"return_aux": True},
         DtypeError,
         "return_aux must be a polyhead.AuxRequest or None; got True; "
-        "say what to return: AuxRequest(weights=True)",
+        "pass for example AuxRequest(weights=True)",
     ),
 ]
 
 
 @pytest.mark.parametrize("function", [ph.attention, torch.no_grad()(ph.attention), ph.explain])
 @pytest.mark.parametrize(("change", "error", "message"), CASES)
-def test_a_bad_argument_is_named_with_what_was_got(function, change, error, message):
+def test_attention_bad_argument_raises_with_the_value(function, change, error, message):
     arguments = {
         "query": torch.ones(2, 6, 5, 8),
         "key": torch.ones(2, 2, 7, 8),
@@ -203,7 +203,7 @@ def test_a_bad_argument_is_named_with_what_was_got(function, change, error, mess
     assert isinstance(caught.value, ValueError)
 
 
-def test_each_error_is_the_builtin_a_caller_would_catch():
+def test_errors_derive_from_a_builtin_and_are_documented():
     builtin = {
         "ArgumentError": ValueError,
         "ShapeError": ValueError,
@@ -223,7 +223,7 @@ def test_each_error_is_the_builtin_a_caller_would_catch():
         assert name in ph.errors.__doc__
 
 
-def test_errors_cross_processes_with_what_they_carry():
+def test_errors_pickle_with_their_attributes():
     error = ShapeError("key", "must be big", 3, "enlarge it")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is ShapeError

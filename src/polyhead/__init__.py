@@ -1,6 +1,7 @@
-"""Multi-head attention for PyTorch: right, fast, seen, at home.
+"""Multi-head attention for PyTorch.
 
-Start with `MultiHeadAttention`, `attention` and `explain`; masks are in `polyhead.mask`.
+Fused CPU kernels, composable masks, KV caches, per-head analysis, conformance checks. Start with
+`MultiHeadAttention`, `attention` and `explain`; masks are in `polyhead.mask`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ _LOADED_ON_USE = {"check", "convert", "drop_in", "integrations", "look"}
 
 try:
     __version__ = version("polyhead")
-except PackageNotFoundError:  # a checkout on the path, not installed
+except PackageNotFoundError:  # a checkout on sys.path, not installed
     __version__ = "0+unknown"
 
 

@@ -1,17 +1,17 @@
-"""What crosses the border to a backend: one frozen `AttentionCall`, and what comes back as `Aux`.
+"""Backend interface: the frozen `AttentionCall` that a backend receives, and the `Aux` it returns.
 
 Shape legend, for the whole library:
 
     B  batch rows
     H  query heads
-    G  key/value heads; H = G * group, and query head h uses key head h // group
+    G  key/value heads; H = G * group, and query head h uses KV head h // group
     T  query tokens
     S  key tokens
     D  head size of queries and keys
     E  head size of values
 
 Layout is (B, heads, tokens, size), as in `torch.nn.functional.scaled_dot_product_attention`.
-Shape suffixes in dense code say the layout: `scores_bhts` is (B, H, T, S).
+Shape suffixes in dense code give the layout: `scores_bhts` is (B, H, T, S).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = ["NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
 
 @dataclass(frozen=True)
 class AuxRequest:
-    """What to return beside the output. Asking never changes the output.
+    """Request for auxiliary results in addition to the output, which it never changes.
 
     Args:
         weights: the attention weights before dropout, (B, H, T, S). They cost T x S memory.
         lse: the log-sum-exp of each query's scores, (B, H, T).
-        stats: what each head does, as a `HeadStats`.
+        stats: per-head statistics, as a `HeadStats`.
         mean_weights: the mean of the weights over heads, (B, T, S).
 
     >>> AuxRequest(weights=True)
@@ -48,7 +48,7 @@ class AuxRequest:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of what is asked for."""
+        """Names of the requested results."""
         if not (self.weights or self.lse or self.stats or self.mean_weights):
             return ()
         names = ("weights", "lse", "stats", "mean_weights")
@@ -57,18 +57,18 @@ class AuxRequest:
 
 @dataclass(frozen=True, eq=False)
 class HeadStats:
-    """What each head does, for every query: tensors of shape (B, H, T), in the compute dtype.
+    """Per-head attention statistics of every query: (B, H, T) tensors in the compute dtype.
 
-    Distances are between absolute positions: query t of T against S keys stands at S - T + t.
-    A query with nothing to attend to has zeros, and max_logit -inf.
+    Distances are between absolute positions: query t of T against S keys has position S - T + t.
+    A query with no key to attend to has zeros, and max_logit -inf.
 
     Attributes:
-        entropy: of the weights, in nats; 0 when all weight is on one key.
+        entropy: entropy of the weights, in nats; 0 if all weight is on one key.
         mean_distance: weighted mean of |query position - key position|, in tokens.
         mass_first: weight on key 0 (an "attention sink").
         mass_previous: weight on the key just before the query's position.
         mass_self: weight on the key at the query's own position.
-        max_logit: the largest score that was allowed, after scale, softcap and bias.
+        max_logit: the largest unmasked score, after scale, softcap and bias.
     """
 
     entropy: Tensor
@@ -79,7 +79,7 @@ class HeadStats:
     max_logit: Tensor
 
     def per_head(self) -> dict[str, Tensor]:
-        """One number a head: the mean over batch rows and queries, (H,); the largest max_logit."""
+        """Per-head means over batch rows and queries, (H,); of max_logit the largest value."""
         means = {f.name: getattr(self, f.name).mean(dim=(0, 2)) for f in fields(self)}
         means["max_logit"] = self.max_logit.amax(dim=(0, 2))
         return means
@@ -87,13 +87,13 @@ class HeadStats:
 
 @dataclass(frozen=True, eq=False)
 class Aux:
-    """What was asked for with an `AuxRequest`; None where it was not.
+    """Auxiliary results, as requested by an `AuxRequest`; the others are None.
 
     Attributes:
-        weights: (B, H, T, S) in the call's dtype, before dropout. Rows sum to 1, or to 0 where a
-            query has nothing to attend to, or to 1 less the sink's share.
-        lse: (B, H, T), log of the sum of exp(score) over the keys a query may attend to, sinks
-            left out; -inf where there are none. float32, or float64 for float64 calls.
+        weights: (B, H, T, S) in the call's dtype, before dropout. Rows sum to 1, to 0 if a query
+            has no key to attend to, or with a sink to 1 less the sink's share.
+        lse: (B, H, T), log of the sum of exp(score) over the keys a query may attend to, without
+            sinks; -inf if there are none. float32, or float64 for float64 calls.
         stats: a `HeadStats`.
         mean_weights: (B, T, S) in the call's dtype, the mean of weights over heads.
     """
@@ -109,22 +109,22 @@ NO_AUX = Aux()
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """Everything that was asked of `attention()`, checked. Backends read it; nobody changes it.
+    """Validated arguments of `attention()`, which backends read. Immutable.
 
     Attributes:
         query, key, value: (B, H, T, D), (B, G, S, D), (B, G, S, E); one dtype, one device.
-        mask: who may attend, or None for everybody.
+        mask: a `Mask`, or None: every query may attend to all keys.
         bias: added to the scaled (and capped) scores; broadcasts to (B, H, T, S). Or None.
         scale: factor on the scores.
         softcap: scores become softcap * tanh(scores / softcap). Or None.
-        sinks: (H,) one extra logit a head that takes weight and gives no value. Or None.
-        alibi_slopes: (H,) float32; a score falls by slope * |query position - key position|. Or
-            None.
-        dropout: probability with which a weight is dropped; kept ones grow by 1 / (1 - dropout).
-        aux: what to return beside the output.
-        cache_views: (key, value) where a cache holds them; then `key` and `value` have the shapes,
-            dtype and device, and NaN for numbers. A `Backend` gets this only if it
-            `reads_cache_views`; others get the call `materialized()`.
+        sinks: (H,) one extra logit per head, which takes weight and adds no value. Or None.
+        alibi_slopes: (H,) float32; subtracts slope * |query position - key position| from a score.
+            Or None.
+        dropout: probability of dropping a weight; kept ones are multiplied by 1 / (1 - dropout).
+        aux: results to return in addition to the output.
+        cache_views: (key, value) in a cache, or None. With it, `key` and `value` are NaN
+            placeholders of the right shape, dtype and device. A `Backend` receives it only if it
+            `reads_cache_views`; others receive the call `materialized()`.
     """
 
     query: Tensor
@@ -170,7 +170,7 @@ class AttentionCall:
 
     @property
     def group(self) -> int:
-        """Query heads that share one key/value head."""
+        """Number of query heads per KV head."""
         return self.H // self.G
 
     @property
@@ -183,12 +183,12 @@ class AttentionCall:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Scores and sums are kept in float32, or in float64 when the call is."""
+        """Dtype of scores and sums: float64 for float64 calls, else float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that a gradient can be asked of, by name; the optional ones where given."""
+        """Differentiable tensors by name, with the optional ones that are given."""
         given = {"query": self.query, "key": self.key, "value": self.value}
         for name in ("bias", "sinks", "alibi_slopes"):
             if (tensor := getattr(self, name)) is not None:
@@ -197,23 +197,23 @@ class AttentionCall:
 
     @property
     def grad_names(self) -> tuple[str, ...]:
-        """The names of the tensors that a gradient will be asked of."""
+        """Names of the tensors that require grad; empty if grad mode is off."""
         if not torch.is_grad_enabled():
             return ()
         return tuple(name for name, tensor in self.tensors.items() if tensor.requires_grad)
 
     @property
     def needs_grad(self) -> bool:
-        """Whether a gradient will be asked of any tensor of this call."""
+        """True if any tensor of this call requires grad."""
         return bool(self.grad_names)
 
     def materialized(self) -> AttentionCall:
-        """The same call, with keys and values made of what a cache holds."""
+        """Return the same call with cached keys and values materialized as tensors."""
         if self.cache_views is None:
             return self
         key, value = self.cache_views
         return replace(self, key=key.gather(), value=value.gather(), cache_views=None)
 
     def without_aux(self) -> AttentionCall:
-        """The same call, asking for the output only."""
+        """Return the same call, with a request for the output only."""
         return replace(self, aux=AuxRequest())

@@ -1,17 +1,17 @@
-"""Every exception that polyhead raises on purpose.
+"""Exceptions of polyhead.
 
     PolyheadError
     |-- ArgumentError (ValueError)                an argument breaks a rule
     |   |-- ShapeError                            ... of shape or size
     |   |-- DeviceError                           ... of device
     |   `-- DtypeError (also TypeError)           ... of dtype or type
-    |-- BackendError (NotImplementedError)        no backend asked for can run this call
-    |-- ConversionError (ValueError)              weights cannot move and keep the function
+    |-- BackendError (NotImplementedError)        no requested backend can run this call
+    |-- ConversionError (ValueError)              weights cannot be converted to a layout
     |-- ModelError (ValueError)                   a model file or folder cannot be read or used
     `-- DependencyError (ImportError)             an optional package is missing
 
-Each is also the builtin a caller would catch. A message names the argument, the rule, what was
-got and the remedy; those that come from arguments carry the four as attributes.
+Each also derives from the builtin that a caller would catch. A message names the argument, the
+rule, the value it got and the remedy; an `ArgumentError` has the four as attributes.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ __all__ = [
 
 
 class PolyheadError(Exception):
-    """Base of every error raised by polyhead."""
+    """Base class of all errors of polyhead."""
 
 
 class ArgumentError(PolyheadError, ValueError):
-    """An argument breaks a rule.
+    """Invalid argument: it breaks a rule.
 
     Args:
         argument: name of the argument, as the caller wrote it.
-        rule: what must hold, as a clause that follows the name ("must be positive").
-        got: what was passed.
-        remedy: what to do instead.
+        rule: the violated rule, as a clause that follows the name ("must be positive").
+        got: the value that was passed.
+        remedy: the action that fixes it.
 
     >>> raise ArgumentError("num_heads", "must be positive", 0, "pass at least 1")
     Traceback (most recent call last):
@@ -57,7 +57,7 @@ class ArgumentError(PolyheadError, ValueError):
         self.rule = rule
         self.got = got
         self.remedy = remedy
-        # Not super().__init__, which torch.compile cannot trace: its error would not name this one.
+        # Not super().__init__: torch.compile cannot trace it, and would raise its own error.
         self.args = (f"{argument} {rule}; got {got}; {remedy}",)
 
     def __reduce__(self) -> tuple[type[ArgumentError], tuple[str, str, object, str]]:
@@ -65,29 +65,29 @@ class ArgumentError(PolyheadError, ValueError):
 
 
 class ShapeError(ArgumentError):
-    """An argument has a shape or size that breaks a rule."""
+    """Invalid shape or size of an argument."""
 
 
 class DeviceError(ArgumentError):
-    """An argument is on another device than its companions."""
+    """Device mismatch: an argument is on another device than the others."""
 
 
 class DtypeError(ArgumentError, TypeError):
-    """An argument has a dtype or type that breaks a rule. Nothing is cast silently."""
+    """Invalid dtype or type of an argument. Nothing is cast silently."""
 
 
 class BackendError(PolyheadError, NotImplementedError):
-    """No backend that was asked for can run this call.
+    """Unsupported call: no requested backend can run it.
 
     Args:
-        reasons: for each backend tried, everything that stands in its way.
+        reasons: per backend, all reasons why it cannot run the call.
     """
 
     def __init__(self, reasons: Mapping[str, Sequence[str]]) -> None:
         self.reasons = {name: tuple(why) for name, why in reasons.items()}
         lines = [f"  {name}: {reason}" for name, why in self.reasons.items() for reason in why]
         self.args = (
-            "no backend asked for can run this call:\n"
+            "no requested backend can run this call:\n"
             + "\n".join(lines)
             + '\n  pass backend="auto" to let polyhead choose one that can',
         )
@@ -97,15 +97,15 @@ class BackendError(PolyheadError, NotImplementedError):
 
 
 class ConversionError(PolyheadError, ValueError):
-    """Weights cannot be moved to the layout asked for without changing the function."""
+    """Failed conversion: the requested layout cannot express the same function."""
 
 
 class ModelError(PolyheadError, ValueError):
-    """A model file or folder cannot be found, read or used."""
+    """Model file or folder that cannot be found, read or used."""
 
 
 class DependencyError(PolyheadError, ImportError):
-    """An optional package is needed and not installed; the message says how to get it."""
+    """Missing optional package; the message contains the command that installs it."""
 
 
 def check_count(
@@ -115,7 +115,7 @@ def check_count(
     remedy: str = "count tokens or sizes",
     error: type[ArgumentError] = ArgumentError,
 ) -> None:
-    """Raise unless `count` is an integer of at least `least`; True and False are none.
+    """Raise unless `count` is an integer of at least `least`; bools are not integers here.
 
     >>> check_count("num_heads", 0, 1, "count from 1")
     Traceback (most recent call last):
@@ -127,11 +127,11 @@ def check_count(
         raise error(argument, f"must be an integer of at least {least}", repr(count), remedy)
 
 
-# Kinds of tensors with operators of their own that compute attention as plain tensors do.
+# Tensor subclasses with their own dispatch that compute attention as plain tensors do.
 _TRANSPARENT = ("AsyncCollectiveTensor", "FakeTensor", "FunctionalTensor", "LazyCacheTensor")
 
 
-# And those without the numbers that they stand for, whichever these are.
+# Tensor subclasses that do not hold their elements, and the remedy for each.
 _REMEDIES = {
     "DTensor": "pass .to_local() on every rank, of whole heads, rows and tokens",
     "CausalBias": 'pass mask=polyhead.mask.causal(), with align="start" for causal_upper_left',
@@ -139,14 +139,14 @@ _REMEDIES = {
 
 
 def check_is_plain(argument: str, tensor: Any) -> None:
-    """Raise unless a tensor holds its numbers: a `DTensor` or another wrapper does not."""
+    """Raise unless a tensor is plain: wrappers such as `DTensor` do not hold their elements."""
     kind = type(tensor)
     if kind.__name__ in ("Tensor", "Parameter"):
         return
     names = [base.__name__ for base in kind.__mro__]
     remedy = next((_REMEDIES[name] for name in names if name in _REMEDIES), "")
-    # A function of torch's, in subclasses that change no operator.
+    # Subclasses without a dispatch of their own inherit torch's builtin function.
     is_wrapper = not isinstance(kind.__torch_dispatch__, BuiltinFunctionType)
     if remedy or (is_wrapper and kind.__name__ not in _TRANSPARENT):
-        remedy = remedy or "pass a plain tensor made of it"
+        remedy = remedy or "convert it to a plain tensor"
         raise DtypeError(argument, "must be a plain tensor", kind.__name__, remedy)

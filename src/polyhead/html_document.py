@@ -1,4 +1,4 @@
-"""One HTML document from a template: it loads nothing, and runs nothing but its own scripts."""
+"""Self-contained HTML document from a template: loads nothing, and runs only its own scripts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ def assemble(
     data: dict[str, Any],
     connects: bool = False,
 ) -> str:
-    """Fill the marks {{policy}}, {{title}}, {{style}}, {{data}} and {{scripts}} of a template.
+    """Fill the placeholders {{policy}}, {{title}}, {{style}}, {{data}}, {{scripts}} of a template.
 
-    The style and the scripts are named by hash in the content security policy; nothing else is
-    loaded or run, whatever text the data holds.
+    The content security policy lists the style and the scripts by hash; nothing else is loaded or
+    run, for any text in the data.
 
     Args:
-        template: of the page, with the marks.
-        title: as plain text.
-        style, scripts: what the page has of its own.
-        data: what the scripts read, as JSON.
-        connects: whether the scripts may request data from the page's own server.
+        template: the page, with the placeholders.
+        title: plain text.
+        style, scripts: CSS and JavaScript of the page.
+        data: data for the scripts, embedded as JSON.
+        connects: if True, the scripts may request data from the page's own server.
     """
     policy = {
         "default-src": "'none'",
@@ -50,7 +50,7 @@ def assemble(
         "data": json_in_html(data),
         "scripts": "\n".join(f"<script>{script}</script>" for script in scripts),
     }
-    # Cut at its marks and joined: what is put in is never searched for marks.
+    # Split at the placeholders and joined: inserted text is never searched for placeholders.
     first, *rest = template.split("{{")
     for piece in rest:
         name, _, text = piece.partition("}}")
@@ -59,9 +59,9 @@ def assemble(
 
 
 def json_in_html(data: dict[str, Any]) -> str:
-    """JSON that no HTML parser takes for the end of its script element, or for a comment."""
+    """Encode as JSON without sequences that end a script element or open an HTML comment."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    # Lone surrogates, as half a character of a byte-level token can be, cannot be written as UTF-8.
+    # UTF-8 has no lone surrogates, which a byte-level token with half a character can contain.
     text = "".join(c if not "\ud800" <= c <= "\udfff" else f"\\u{ord(c):04x}" for c in text)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 

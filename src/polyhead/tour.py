@@ -1,4 +1,4 @@
-"""The main job: real heads of a real model, by both mechanisms of the lecture, held to float64."""
+"""Tour (`polyhead run`): both mechanisms of the lecture on a real model, compared with float64."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from polyhead.modules import MultiHeadAttention, MultiHeadAttentionWrapper
 
 __all__ = ["HeadRow", "MechanismRow", "NextToken", "RunReport", "run"]
 
-# The definition holds T x S scores of every head in float64, so longer texts are compared on
-# their first tokens; statistics and next tokens are always of the whole text.
+# The reference materializes T x S scores per head in float64, so longer texts are compared on
+# their first tokens; statistics and next tokens always use the whole text.
 COMPARED_TOKENS = 1024
 _ROUNDS = 7
 
 
 @dataclass(frozen=True)
 class MechanismRow:
-    """One way to compute the layer: its time in milliseconds and its error against float64."""
+    """One mechanism's time in milliseconds, and its error against float64."""
 
     mechanism: str
     backend: str
     median_ms: float
     speedup: float  # over stacked heads
     largest_error: float
-    difference: float  # the largest, from the output of stacked heads
-    query_weights: tuple[int, ...]  # their shape; of stacked heads (H, head_dim, d_in)
-    output: tuple[int, ...]  # its shape
+    difference: float  # the largest difference from the output of stacked heads
+    query_weights: tuple[int, ...]  # shape; of stacked heads (H, head_dim, d_in)
+    output: tuple[int, ...]  # shape
 
 
 @dataclass(frozen=True)
 class HeadRow:
-    """What one head does, averaged over the text: shares of weight, tokens, nats."""
+    """Statistics of one head, averaged over the text: weight fractions, tokens, nats."""
 
     head: int
     mass_first: float
@@ -58,7 +58,7 @@ class HeadRow:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything that `polyhead run` prints."""
+    """Results of `polyhead run`."""
 
     model: str
     layer: int
@@ -85,13 +85,13 @@ def run(
     """Compute one layer of a model on a text by both mechanisms, and its next tokens by polyhead.
 
     Args:
-        text: what the model reads.
+        text: input text.
         model: a folder, a GGUF file or a hub id; None: SmolLM2-135M-Instruct from its package.
-        layer: which attention layer, from 0; None: the middle one.
-        progress: called with a line before each step that takes long.
+        layer: index of the attention layer, from 0; None: the middle one.
+        progress: called with a line of text before each long step.
 
     Raises:
-        ArgumentError: the text is empty or too long, or there is no such layer.
+        ArgumentError: the text is empty or too long, or the layer does not exist.
         ModelError, DependencyError, ConversionError: the model cannot be read or converted.
     """
     check_text(text)
@@ -134,21 +134,21 @@ def run(
 
 @torch.no_grad()
 def compare_mechanisms(mha: MultiHeadAttention, x: Tensor) -> tuple[MechanismRow, ...]:
-    """Stacked heads, weight split and the best backend on the same input, timed in turn.
+    """Compare stacked heads, weight split and the best backend on one input, timed round-robin.
 
     Args:
-        mha: split heads; stacked heads are converted from it.
+        mha: weight-split module; stacked heads are converted from it.
         x: (B, T, d_in).
     """
-    written_out = copy.deepcopy(mha)
-    written_out.backend = "reference"
-    definition = copy.deepcopy(written_out).double()
-    truth = definition(x.double())
+    reference = copy.deepcopy(mha)
+    reference.backend = "reference"
+    exact = copy.deepcopy(reference).double()
+    expected = exact(x.double())
     query, key, value = mha.project_qkv(x)
     chosen = explain(query, key, value, mask=mha.mask, scale=mha.scale, backend=mha.backend).chosen
     candidates: list[tuple[str, str, MultiHeadAttention | MultiHeadAttentionWrapper]] = [
-        ("stacked heads (3.6.1)", "reference", split_to_stacked(written_out)),
-        ("weight split (3.6.2)", "reference", written_out),
+        ("stacked heads (3.6.1)", "reference", split_to_stacked(reference)),
+        ("weight split (3.6.2)", "reference", reference),
         ("weight split, best backend", str(chosen), mha),
     ]
     outputs = [module(x).double() for _, _, module in candidates]
@@ -159,7 +159,7 @@ def compare_mechanisms(mha: MultiHeadAttention, x: Tensor) -> tuple[MechanismRow
             backend,
             1e3 * median,
             medians[0] / median,
-            (output - truth).abs().max().item(),
+            (output - expected).abs().max().item(),
             (output - outputs[0]).abs().max().item(),
             _query_weights(module),
             tuple(output.shape),
@@ -178,7 +178,7 @@ def _query_weights(module: MultiHeadAttention | MultiHeadAttentionWrapper) -> tu
 
 
 def _interleaved_medians(modules: list[Any], x: Tensor) -> list[float]:
-    """Median seconds of each. They take turns, so that a busy moment hits all of them."""
+    """Median seconds of each module, measured round-robin, so that load affects all of them."""
     seconds: list[list[float]] = [[] for _ in modules]
     for _ in range(_ROUNDS):
         for module, measured in zip(modules, seconds, strict=True):
@@ -203,7 +203,7 @@ def _attention_layers(loaded: LoadedModel) -> list[nn.Module]:
 
 
 def _hidden_states(model: Any, layer: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What enters the attention layer, (1, T, d_in), and the last logits (1, 1, vocabulary)."""
+    """Return the input of the attention layer, (1, T, d_in), and the last logits (1, 1, vocab)."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -219,7 +219,7 @@ def _hidden_states(model: Any, layer: nn.Module, ids: Tensor) -> tuple[Tensor, T
 
 @contextmanager
 def _attention_of(model: Any, name: str) -> Iterator[None]:
-    """The model with another attention implementation, for a while."""
+    """Switch the attention implementation of a model temporarily."""
     transformers.register()
     before = model.config._attn_implementation
     model.set_attn_implementation(name)

@@ -1,4 +1,4 @@
-"""Attention step by step: every intermediate tensor of the lecture's classes, in plain PyTorch."""
+"""Step-by-step trace of the lecture's classes: every intermediate tensor, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,40 +18,39 @@ from polyhead.positions import alibi_slopes
 __all__ = ["Trace", "trace"]
 
 _TRACED = (CausalAttention, MultiHeadAttentionWrapper, MultiHeadAttention)
-# Longer texts and wider heads print their shapes alone.
+# Larger tensors are printed as shapes only.
 _MOST_ROWS, _MOST_COLUMNS = 12, 12
 
 _PER_HEAD = ("query", "key", "value", "scores", "masked", "weights", "contexts")
-_SAYS = {
+_FORMULAS = {
     "query": "x W_query, split into heads",
     "key": "x W_key, split into heads",
     "value": "x W_value, split into heads",
     "scores": "query key^T",
-    "masked": "scores / sqrt(d), -inf where the mask forbids",
+    "masked": "scores / sqrt(d), -inf if masked",
     "weights": "softmax(masked) over the keys",
     "contexts": "weights value",
     "merged": "the heads' contexts, one head after the other",
-    "output": "out_proj(merged), or merged where there is no out_proj",
+    "output": "out_proj(merged), or merged without an out_proj",
 }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Trace:
-    """Every step of multi-head attention on one input (`polyhead.trace`).
+    """Intermediate tensors of multi-head attention on one input (`polyhead.trace`).
 
-    With H query heads and G key/value heads, T query and S key tokens, d and e features of a head:
+    With H query heads and G KV heads, T query and S key tokens, d and e features per head:
 
     Attributes:
-        query: (B, H, T, d), after the split, a norm and rope where there are these.
+        query: (B, H, T, d), after the split, qk_norm and RoPE (if any).
         key, value: (B, G, S, d), (B, G, S, e).
         scores: (B, H, T, S), each query times each key.
-        masked: (B, H, T, S), scaled, with softcap and biases where there are these, -inf where
-            the mask forbids.
-        weights: (B, H, T, S), the softmax; rows sum to 1 (with a sink to less, and a row with
-            nothing to attend to is all zeros).
-        contexts: (B, H, T, e), of each head alone, gated where there is a gate.
-        merged: (B, T, H * e).
-        output: (B, T, d_out), what the module returns.
+        masked: (B, H, T, S), scaled, with softcap and biases (if any), -inf if masked.
+        weights: (B, H, T, S), the softmax; rows sum to 1 (with a sink to less; a row without keys
+            to attend to is zero).
+        contexts: (B, H, T, e), per head, gated if there is a gate.
+        merged: (B, T, H * e), the concatenated heads.
+        output: (B, T, d_out), the output of the module.
     """
 
     query: Tensor
@@ -69,10 +68,10 @@ class Trace:
         return f"Trace({shapes})"
 
     def __str__(self) -> str:
-        """Each step's name, shape and formula, and the numbers of batch row 0 if they are few."""
+        """Name, shape and formula of each step, and the elements of batch row 0 if it is small."""
         parts = []
         for name, step in self._steps():
-            parts.append(f"{name:9}{tuple(step.shape)!s:16}{_SAYS[name]}")
+            parts.append(f"{name:9}{tuple(step.shape)!s:16}{_FORMULAS[name]}")
             if step.ndim >= 3 and step.shape[-2] <= _MOST_ROWS and step.shape[-1] <= _MOST_COLUMNS:
                 parts.append(_numbers(step))
         return "\n".join(parts)
@@ -89,19 +88,19 @@ def trace(
     *,
     positions: Tensor | None = None,
 ) -> Trace:
-    """Compute a module's output step by step, in the input's dtype, and keep every step.
+    """Compute a module's output step by step, in the input's dtype, and return every step.
 
-    It is the definition in plain PyTorch, whichever backend the module has: for small inputs, to
-    look at. It needs memory for T x S scores of every head.
+    It runs in plain PyTorch, independent of the module's backend, and is meant for small inputs:
+    it materializes T x S scores per head.
 
     Args:
         module: a `CausalAttention`, `MultiHeadAttentionWrapper` or `MultiHeadAttention`.
         x, memory, mask, positions: as the module's `forward` takes them.
 
     Raises:
-        DtypeError: the module is of another class, or its `forward` is.
-        ArgumentError: the module is in training and drops weights.
-        ShapeError, DeviceError: as the module raises them.
+        DtypeError: the module is of another class, or overrides `forward`.
+        ArgumentError: the module is in training mode with dropout.
+        ShapeError, DeviceError: as raised by the module.
 
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(3, 4, context_length=6, dropout=0.0, num_heads=2)
@@ -141,7 +140,7 @@ def _attend(
     mask: Mask | None,
     positions: Tensor | None,
 ) -> list[Tensor]:
-    """From query to contexts, in the order of `_PER_HEAD`."""
+    """Compute the per-head steps, in the order of `_PER_HEAD`."""
     query, key, value = module.project_qkv(x, memory, positions=positions)
     group = query.shape[1] // key.shape[1]
     key_of_head = key.repeat_interleave(group, dim=1)
@@ -204,14 +203,14 @@ def _check_traced(module: object) -> None:
     if dropout is not None and module.training and dropout.p > 0.0:  # type: ignore[attr-defined]
         raise ArgumentError(
             "module",
-            "must not drop weights at random, as its output then is not that of its steps",
+            "must not apply dropout, which makes its output differ from its steps",
             f"dropout={dropout.p} in training",
             "call module.eval() first",
         )
 
 
 def _numbers(step: Tensor) -> str:
-    """Batch row 0 as text: heads next to each other, a line a token."""
+    """Batch row 0 as text: heads next to each other, one line per token."""
     first = step[0].detach().double().cpu()
     if first.ndim == 2:
         lines = ["".join(f"{number:8.4f}" for number in row) for row in first.tolist()]

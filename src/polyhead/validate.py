@@ -1,4 +1,4 @@
-"""The arguments of `attention()`, checked, as the one object that backends read."""
+"""Validation of the arguments of `attention()`, and construction of the `AttentionCall`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ __all__ = [
 
 
 def autocasts(tensor: Tensor) -> bool:
-    """Whether the caller has autocast on for the device of this tensor."""
-    if tensor.is_cpu:  # asking for the device's name takes longer than all else here
+    """True if autocast is enabled for the device of this tensor."""
+    if tensor.is_cpu:  # reading device.type costs more than the rest of this function
         return torch.is_autocast_enabled("cpu")
-    # Asked of a device without autocast (meta), is_autocast_enabled raises.
+    # is_autocast_enabled raises for a device without autocast (meta).
     kind = tensor.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
@@ -47,7 +47,7 @@ def build_call(
     dropout: float = 0.0,
     aux: AuxRequest = AuxRequest(),
 ) -> AttentionCall:
-    """Check what `attention` was asked. Every error names the argument, the rule and the remedy."""
+    """Validate the arguments of `attention`. Errors name the argument, the rule and the remedy."""
     cache_views = None
     if isinstance(key, CacheView) or isinstance(value, CacheView):
         cache_views = _both_views(key, value)
@@ -97,7 +97,7 @@ def build_call(
 
 
 def _nameable(number: float) -> float:
-    # torch.compile may make a number symbolic, and traces no reason that names it but as a float.
+    # torch.compile may make a number symbolic, and cannot trace an f-string of it except as float.
     return float(number) if torch.compiler.is_compiling() else number
 
 
@@ -106,9 +106,9 @@ def _both_views(key: Tensor | CacheView, value: Tensor | CacheView) -> tuple[Cac
         if not isinstance(given, CacheView):
             raise DtypeError(
                 name,
-                "must come from a cache if the other of key and value does",
+                "must be a CacheView if the other of key and value is",
                 type(given).__name__,
-                "pass both as append_as_views or read_as_views gave them, or both as tensors",
+                "pass both as append_as_views or read_as_views returned them, or both as tensors",
             )
     return key, value  # type: ignore[return-value]
 
@@ -160,7 +160,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
             "query",
             f"must have a positive multiple of the key's G = {G} heads",
             f"H = {H}",
-            "query head h uses key head h // (H / G)",
+            "query head h uses KV head h // (H / G)",
         )
     if D == 0:
         raise ShapeError("query", "must have a head size D of at least 1", 0, "check its layout")
@@ -173,7 +173,7 @@ def _check_mask(mask: Mask, query: Tensor, S: int) -> None:
             "must be a polyhead.mask.Mask",
             type(mask).__name__,
             "wrap a bool tensor in polyhead.mask.dense (True = may attend); "
-            "pass numbers to add to the scores as bias=",
+            "pass an additive mask as bias=",
         )
     B, H, T, _ = query.shape
     mask.check(B, H, T, S, query.device)
@@ -207,7 +207,7 @@ def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
     if tensor.shape != (query.shape[1],):
         raise ShapeError(
             name,
-            f"must be (H,) = ({query.shape[1]},), one number a head",
+            f"must be (H,) = ({query.shape[1]},), one value per head",
             tuple(tensor.shape),
             "give one for each query head",
         )
@@ -217,7 +217,7 @@ def _check_per_head(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def check_number(argument: str, number: object, remedy: str) -> None:
-    """Raise unless this is a number of Python's or numpy's; True, text and tensors are none.
+    """Raise unless `number` is a Python or numpy number; bools, text and tensors are not.
 
     >>> check_number("scale", "0.1", "leave it out")
     Traceback (most recent call last):
@@ -235,9 +235,9 @@ def check_number(argument: str, number: object, remedy: str) -> None:
 def check_scale(scale: float | None) -> None:
     if scale is None:
         return
-    # A tensor that learns would get no gradient from a kernel.
+    # Kernels compute no gradient of a scale tensor.
     check_number("scale", scale, "leave it out for 1 / sqrt(D); multiply the query by a tensor")
-    if not -math.inf < scale < math.inf:  # torch.compile cannot ask isfinite of what is symbolic
+    if not -math.inf < scale < math.inf:  # torch.compile cannot trace isfinite of a symbolic number
         raise ArgumentError("scale", "must be finite", scale, "leave it out for 1 / sqrt(D)")
 
 
@@ -265,7 +265,7 @@ def check_is_tensor(name: str, tensor: object) -> None:
 
 
 def check_request(return_aux: AuxRequest | None) -> AuxRequest:
-    """What is asked for beside the output; None asks for nothing."""
+    """Return the validated request; None is an empty `AuxRequest`."""
     if return_aux is None:
         return AuxRequest()
     if not isinstance(return_aux, AuxRequest):
@@ -273,7 +273,7 @@ def check_request(return_aux: AuxRequest | None) -> AuxRequest:
             "return_aux",
             "must be a polyhead.AuxRequest or None",
             repr(return_aux),
-            "say what to return: AuxRequest(weights=True)",
+            "pass for example AuxRequest(weights=True)",
         )
     return return_aux
 
@@ -287,13 +287,13 @@ def check_positions(positions: Tensor, B: int, T: int) -> None:
             "torch.as_tensor it",
         )
     integers = not (positions.is_floating_point() or positions.dtype == torch.bool)
-    # Not `in` these: torch.compile would hash the sizes, and compile each anew.
+    # Not `in (...)`: torch.compile would hash the sizes, and recompile for each.
     if not integers or (positions.shape != (T,) and positions.shape != (B, T)):
         raise ShapeError(
             "positions",
             f"must be integers of shape (T,) = ({T},) or (B, T) = ({B}, {T})",
             f"{positions.dtype} {tuple(positions.shape)}",
-            "one position a query token",
+            "pass one position per query token",
         )
 
 

@@ -26,7 +26,7 @@ class LazyCacheTensor(LazyTensor):
     >>> cache = ph.KVCache(1, 8, 2, 4, storage_dtype=torch.int8)
     >>> key, _ = cache.append_as_views(torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4))
     >>> LazyCacheTensor(key)
-    LazyCacheTensor(int8 codes, shape=(1, 2, 3, 4))
+    LazyCacheTensor(int8 values, shape=(1, 2, 3, 4))
     >>> LazyCacheTensor(key).sum()
     tensor(24.)
     """
