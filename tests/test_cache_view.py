@@ -43,22 +43,24 @@ def filled_cache(kind, key, value, block_size=5):
     )  # fmt: skip
     poison(cache.pools)
     # In chunks, so that the blocks of a row are not contiguous; then the rows are rolled.
-    turned = torch.arange(B).roll(1)
+    rolled = torch.arange(B).roll(1)
     for part in torch.arange(S).split(max(1, S // 3)):
-        cache.append(key[turned][:, :, part], value[turned][:, :, part])
+        cache.append(key[rolled][:, :, part], value[rolled][:, :, part])
     cache.reorder(torch.arange(B).roll(-1))
     return cache
 
 
-def exact_numbers(stored):
+def exact_elements(stored):
     """The elements that a `CacheView` represents, in float64, gathered token by token."""
-    numbers = stored.data.double()
+    elements = stored.data.double()
     if stored.scales is not None:
-        numbers = numbers * stored.scales.double()[..., None]
+        elements = elements * stored.scales.double()[..., None]
     if stored.table is None:
-        return numbers
+        return elements
     size = stored.data.shape[2]
-    tokens = [numbers[stored.table[:, p // size].long(), :, p % size] for p in range(stored.tokens)]
+    tokens = [
+        elements[stored.table[:, p // size].long(), :, p % size] for p in range(stored.tokens)
+    ]
     return torch.stack(tokens, dim=2)
 
 
@@ -82,7 +84,7 @@ def assert_agrees(naive_attention, assert_as_good_as_eager, query, key, value, m
         name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()
     }
     exact = naive_attention(
-        query.double(), exact_numbers(key), exact_numbers(value), allowed=allowed, **exact_options
+        query.double(), exact_elements(key), exact_elements(value), allowed=allowed, **exact_options
     )
     eager = naive_attention(query, key.gather(), value.gather(), allowed=allowed, **options)
     output = ph.attention(query, key, value, mask=mask, **options, backend="cpu")
@@ -151,12 +153,12 @@ def test_cpu_cached_aux_matches_reference(kind, T):
     request = ph.AuxRequest(lse=True, stats=True)
     _, got = ph.attention(query, key, value, mask=mask, backend="cpu", return_aux=request)
     _, want = ph.attention(
-        query.double(), exact_numbers(key), exact_numbers(value), mask=mask, backend="reference",
+        query.double(), exact_elements(key), exact_elements(value), mask=mask, backend="reference",
         return_aux=request,
     )  # fmt: skip
-    for name, numbers in {"lse": want.lse, **vars(want.stats)}.items():
+    for name, elements in {"lse": want.lse, **vars(want.stats)}.items():
         ours = got.lse if name == "lse" else getattr(got.stats, name)
-        torch.testing.assert_close(ours.double(), numbers, rtol=5e-6, atol=5e-6, msg=name)
+        torch.testing.assert_close(ours.double(), elements, rtol=5e-6, atol=5e-6, msg=name)
 
 
 @pytest.mark.parametrize("T", [2, 30])

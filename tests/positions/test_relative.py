@@ -30,13 +30,13 @@ def test_relative_bias_is_added_to_the_scores_per_head(naive_attention):
         5, 24, 40, 0.0, 6, num_kv_heads=2, position_bias=bias, mask=None, dtype=torch.float64
     )
     x, memory = torch.randn(2, 3, 5).double(), torch.randn(2, 17, 5).double()
-    numbers = torch.zeros(6, 3, 17, dtype=torch.float64)
+    expected_bias = torch.zeros(6, 3, 17, dtype=torch.float64)
     for t in range(3):
         for s in range(17):
             bucket = bias.buckets(torch.tensor(s - (17 - 3 + t)))
-            numbers[:, t, s] = bias.weight[bucket].detach()
+            expected_bias[:, t, s] = bias.weight[bucket].detach()
     query, key, value = mha.project_qkv(x, memory)
-    want = naive_attention(query, key, value, bias=numbers)
+    want = naive_attention(query, key, value, bias=expected_bias)
     torch.testing.assert_close(mha.head_contexts(x, memory), want, rtol=1e-12, atol=1e-12)
     mha(x, memory).sum().backward()
     assert bias.weight.grad.any()

@@ -59,10 +59,10 @@ def test_rope_products_depend_on_the_distance_only(at_query, at_key, shift, head
 
 def test_rope_rotates_by_the_angle_of_the_formula():
     x = torch.tensor([3.0, 5.0, 0.0, 0.0], dtype=torch.float64).view(1, 1, 1, 4)
-    turned = ph.Rope(theta=100.0)(x, torch.tensor([7]))[0, 0, 0]
+    rotated = ph.Rope(theta=100.0)(x, torch.tensor([7]))[0, 0, 0]
     angles = torch.tensor([7.0, 7.0 * 100.0**-0.5], dtype=torch.float64)
     want = torch.cat([x[0, 0, 0, :2] * angles.cos(), x[0, 0, 0, :2] * angles.sin()])
-    torch.testing.assert_close(turned, want, rtol=0, atol=1e-14)
+    torch.testing.assert_close(rotated, want, rtol=0, atol=1e-14)
 
 
 def test_rope_with_positions_per_batch_row():
@@ -77,15 +77,15 @@ def test_rope_with_positions_per_batch_row():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_rope_preserves_dtype_and_norm(dtype):
     x = torch.randn(2, 3, 5, 8, dtype=dtype)
-    turned = ph.Rope()(x, torch.arange(5))
-    assert turned.dtype == dtype
+    rotated = ph.Rope()(x, torch.arange(5))
+    assert rotated.dtype == dtype
     torch.testing.assert_close(
-        turned.double().norm(dim=-1),
+        rotated.double().norm(dim=-1),
         x.double().norm(dim=-1),
         rtol=2 * torch.finfo(dtype).eps,
         atol=0,
     )
-    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+    assert torch.equal(rotated[:, :, 0], x[:, :, 0])
 
 
 def test_rope_odd_head_size_raises():
@@ -105,8 +105,10 @@ def test_rope_interleaved_rotates_as_complex_numbers():
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     positions = torch.tensor([0, 1, 7, 100, 3])
     angles = positions[:, None] * 50.0 ** (-torch.arange(0, 8, 2, dtype=torch.float64) / 8)
-    turns = torch.polar(torch.ones_like(angles), angles)
-    want = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * turns).flatten(-2)
+    rotations = torch.polar(torch.ones_like(angles), angles)
+    want = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (4, 2))) * rotations).flatten(
+        -2
+    )
     got = ph.Rope(theta=50.0, interleaved=True)(x, positions)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
 
@@ -133,7 +135,7 @@ def test_rope_theta_of_another_type_raises(theta):
     [
         (torch.ones(2, 3, 5, 4), torch.arange(4), r"positions must be .* or \(B, T\) = \(2, 5\)"),
         (torch.ones(2, 3, 5, 4), torch.arange(1), r"positions must be .*; got torch.int64 \(1,\)"),
-        (torch.ones(2, 3, 5, 4), torch.zeros(3, 5).long(), r"positions must be .*\(3, 5\); one"),
+        (torch.ones(2, 3, 5, 4), torch.zeros(3, 5).long(), r"positions must be .*\(3, 5\); pass"),
         (torch.ones(2, 3, 5, 4), torch.arange(5.0), "positions must be integers .*torch.float32"),
         (torch.ones(2, 3, 5, 4), [0, 1, 2, 3, 4], "positions must be a tensor of integers; got li"),
         (torch.ones(3, 5, 4), torch.arange(5), r"x must be \(B, heads, T, D\); got \(3, 5, 4\)"),

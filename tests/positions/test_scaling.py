@@ -59,11 +59,11 @@ def test_scaling_of_half_a_head_matches_transformers(scaling_and_config):
 
 def test_scaling_interleaved_rotates_by_the_same_angles(scaling):
     x, positions = torch.randn(2, 3, 7, D), positions_up_to(1500)
-    turned = ph.Rope(scaling=scaling, interleaved=True)(
+    rotated = ph.Rope(scaling=scaling, interleaved=True)(
         x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2), positions
     )
-    turned = turned.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-    assert torch.equal(turned, ph.Rope(scaling=scaling)(x, positions))
+    rotated = rotated.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+    assert torch.equal(rotated, ph.Rope(scaling=scaling)(x, positions))
 
 
 def test_scaling_of_float64_is_computed_in_float64(scaling):
@@ -96,8 +96,8 @@ def test_scaled_rope_compares_hashes_and_pickles_by_value(scaling):
 
 def test_scaling_reads_no_tensor_value_on_the_host(scaling):
     x = torch.ones(2, 3, 7, D, device="meta", dtype=torch.bfloat16)
-    turned = ph.Rope(scaling=scaling)(x, torch.arange(7, device="meta"))
-    assert (turned.shape, turned.dtype, turned.device.type) == (x.shape, x.dtype, "meta")
+    rotated = ph.Rope(scaling=scaling)(x, torch.arange(7, device="meta"))
+    assert (rotated.shape, rotated.dtype, rotated.device.type) == (x.shape, x.dtype, "meta")
 
 
 def test_scaling_of_zero_tokens_is_empty(scaling):
@@ -116,7 +116,7 @@ def test_scaling_compiles_once_for_all_numbers_of_tokens(scaling):
     assert counter.frame_count == 1
 
 
-class _Turn(torch.nn.Module):
+class _Rotate(torch.nn.Module):
     def __init__(self, rope):
         super().__init__()
         self.rope = rope
@@ -127,13 +127,13 @@ class _Turn(torch.nn.Module):
 
 @one_of_each
 def test_scaling_exports_with_a_dynamic_number_of_tokens(scaling):
-    turn, T = _Turn(ph.Rope(scaling=scaling)), torch.export.Dim("T")
+    rotate_module, T = _Rotate(ph.Rope(scaling=scaling)), torch.export.Dim("T")
     program = torch.export.export(
-        turn, (torch.randn(2, 3, 17, D), torch.arange(17)), dynamic_shapes=({2: T}, {0: T})
+        rotate_module, (torch.randn(2, 3, 17, D), torch.arange(17)), dynamic_shapes=({2: T}, {0: T})
     ).module()
     for tokens in (5, 600):
         x, positions = torch.randn(2, 3, tokens, D), torch.arange(tokens)
-        assert torch.equal(program(x, positions), turn(x, positions))
+        assert torch.equal(program(x, positions), rotate_module(x, positions))
 
 
 def frequencies(scaling, theta=10_000.0):

@@ -88,7 +88,7 @@ class Rope:
                 "x", "must be (B, heads, T, D)", tuple(x.shape), "unsqueeze the missing dimensions"
             )
         check_positions(positions, x.shape[0], x.shape[2])
-        R = self._turning(x.shape[-1])
+        R = self._rotary_size(x.shape[-1])
         compute = torch.float64 if x.dtype == torch.float64 else torch.float32
         exponents = torch.arange(0, R, 2, device=x.device, dtype=compute) / R
         if self.scaling is None:
@@ -103,7 +103,7 @@ class Rope:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return rotate(x, cos, sin, interleaved=self.interleaved)
 
-    def _turning(self, D: int) -> int:
+    def _rotary_size(self, D: int) -> int:
         R = D if self.rotary_dim is None else self.rotary_dim
         if R % 2:
             raise ShapeError("head size", "must be even for rope", R, "change head_dim")
@@ -129,9 +129,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     tensor([-2.,  1.,  7.])
     """
     R = 2 * cos.shape[-1]
-    turning, rest = x[..., :R], x[..., R:]
-    pairs = turning.unflatten(-1, (-1, 2) if interleaved else (2, -1))
+    rotary, rest = x[..., :R], x[..., R:]
+    pairs = rotary.unflatten(-1, (-1, 2) if interleaved else (2, -1))
     pair_dim = -1 if interleaved else -2
     a, b = pairs.unbind(pair_dim)
-    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair_dim).flatten(-2)
-    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+    rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair_dim).flatten(-2)
+    return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
