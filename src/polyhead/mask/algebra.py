@@ -30,10 +30,7 @@ class MaskBlock(NamedTuple):
 
 
 class Mask:
-    """Attention mask: a rule for which query may attend to which key.
-
-    Build one with the functions of `polyhead.mask`.
-    """
+    """Attention mask: a predicate of query and key. Built by the functions of `polyhead.mask`."""
 
     def materialize(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor, True = may attend.
@@ -102,8 +99,8 @@ class Mask:
     def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
         """Range (k_start, k_stop) of keys that queries start .. stop - 1 may attend to.
 
-        Keys outside of k_start .. k_stop - 1 are masked. Derived from the mask's structure;
-        tensors are not read, so the range can be too wide.
+        Keys outside of k_start .. k_stop - 1 are masked. Tensors are not read, so the range can be
+        too wide.
 
         >>> import polyhead as ph
         >>> (ph.mask.causal() & ph.mask.window(before=2)).key_range(10, 12, 100, 100)
