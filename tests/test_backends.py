@@ -154,7 +154,10 @@ def taking(name, note):
 
 ABLE, LATER = taking("able", "as it can"), taking("later", "never seen")
 SHY = ph.Backend(
-    "shy", lambda c: [], lambda c: pytest.fail("not asked"), auto_skip=lambda c: ["is slow"]
+    "shy",
+    lambda c: [],
+    lambda c: pytest.fail("not asked"),
+    auto_skip=lambda c, can_run: ["is slow"],
 )
 
 

@@ -55,11 +55,12 @@ def exact_elements(stored):
     elements = stored.data.double()
     if stored.scales is not None:
         elements = elements * stored.scales.double()[..., None]
-    if stored.table is None:
+    if stored.block_table is None:
         return elements
     size = stored.data.shape[2]
     tokens = [
-        elements[stored.table[:, p // size].long(), :, p % size] for p in range(stored.tokens)
+        elements[stored.block_table[:, p // size].long(), :, p % size]
+        for p in range(stored.num_tokens)
     ]
     return torch.stack(tokens, dim=2)
 
@@ -78,7 +79,7 @@ def case(kind, B=2, H=6, G=2, T=3, S=70, D=24, E=None, dtype=torch.float32, bloc
 
 
 def assert_agrees(naive_attention, assert_as_good_as_eager, query, key, value, mask, **options):
-    T, S = query.shape[2], key.tokens
+    T, S = query.shape[2], key.num_tokens
     allowed = None if mask is None else mask.materialize(T, S)
     exact_options = {
         name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()
@@ -86,7 +87,9 @@ def assert_agrees(naive_attention, assert_as_good_as_eager, query, key, value, m
     exact = naive_attention(
         query.double(), exact_elements(key), exact_elements(value), allowed=allowed, **exact_options
     )
-    eager = naive_attention(query, key.gather(), value.gather(), allowed=allowed, **options)
+    eager = naive_attention(
+        query, key.materialize(), value.materialize(), allowed=allowed, **options
+    )
     output = ph.attention(query, key, value, mask=mask, **options, backend="cpu")
     assert_as_good_as_eager(output, eager, exact)
 
@@ -139,7 +142,7 @@ def test_cpu_paged_with_two_threads_equals_contiguous(isa, T, block_size):
     sizes = {"B": 1, "H": 12, "G": 6, "D": 40, "E": 72, "block_size": block_size}
     query, key, value = case("blocks", T=T, S=900, **sizes)
     got = ph.attention(query, key, value, backend="cpu")
-    want = ph.attention(query, key.gather(), value.gather(), backend="cpu")
+    want = ph.attention(query, key.materialize(), value.materialize(), backend="cpu")
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert T == 1 or torch.equal(got, want)
     assert torch.equal(got, ph.attention(query, key, value, backend="cpu"))
@@ -165,7 +168,7 @@ def test_cpu_cached_aux_matches_reference(kind, T):
 @pytest.mark.parametrize("kind", ["int8", "int8 blocks"])
 def test_cpu_cached_nonfinite_token_reaches_its_queries(isa, kind, T):
     query, key, value = case(kind, T=T)
-    block = 0 if key.table is None else int(key.table[0, 0])
+    block = 0 if key.block_table is None else int(key.block_table[0, 0])
     key.scales[block, 1, 2] = math.nan
     value.scales[block, 0, 1] = math.inf
     output = ph.attention(query, key, value, mask=ph.mask.causal(), backend="cpu")
@@ -237,7 +240,7 @@ def test_explain_reports_in_place_reads_and_materialization():
 def test_cpu_materializes_for_weights_and_gradients():
     query, key, value = case("int8 blocks", T=4)
     request = ph.AuxRequest(weights=True, mean_weights=True)
-    tensors = key.gather(), value.gather()
+    tensors = key.materialize(), value.materialize()
     got = ph.attention(query, key, value, backend="cpu", return_aux=request)
     want = ph.attention(query, *tensors, backend="reference", return_aux=request)
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
@@ -261,23 +264,23 @@ def test_backend_without_reads_cache_views_receives_tensors():
     query, key, value = case("int8 blocks")
     ph.attention(query, key, value, backend=ph.Backend("mine", lambda call: [], run))
     assert seen[0].cache_views is None
-    assert torch.equal(seen[0].key, key.gather())
+    assert torch.equal(seen[0].key, key.materialize())
     with observe(seen.append):
         ph.attention(query, key, value, backend="cpu")
-    assert torch.equal(seen[1].value, value.gather())
+    assert torch.equal(seen[1].value, value.materialize())
 
 
 def test_cache_view_with_a_tensor_raises():
     query, key, value = case("int8")
     message = "value must be a CacheView if the other of key and value is; got Tensor"
     with pytest.raises(DtypeError, match=message):
-        ph.attention(query, key, value.gather())
+        ph.attention(query, key, value.materialize())
 
 
 def operator_arguments(kind, **sizes):
     query, key, value = case(kind, **sizes)
     return (
-        query, key.data, value.data, key.scales, value.scales, key.table, key.tokens,
+        query, key.data, value.data, key.scales, value.scales, key.block_table, key.num_tokens,
         *(None,) * 8, [-(2**40), 2**40, 2**40, 2**40, 0], 0.2, 0.0, 0.0, True,
     )  # fmt: skip
 
@@ -344,12 +347,12 @@ def test_cache_views_export():
     class Attend(torch.nn.Module):
         def forward(self, query, codes, key_scales, value_codes, value_scales, table):
             stored = (
-                CacheView(data, torch.float32, key.tokens, key.gather, scales, table)
+                CacheView(data, torch.float32, key.num_tokens, key.materialize, scales, table)
                 for data, scales in ((codes, key_scales), (value_codes, value_scales))
             )
             return ph.attention(query, *stored, mask=mask, backend="cpu")
 
-    inputs = (query, key.data, key.scales, value.data, value.scales, key.table)
+    inputs = (query, key.data, key.scales, value.data, value.scales, key.block_table)
     program = torch.export.export(Attend(), inputs)
     assert "attention_cached" in str(program.graph)
     want = ph.attention(query, key, value, mask=mask, backend="cpu")

@@ -24,11 +24,11 @@ class CacheView:
             Elements in `dtype`, or int8.
         scales: of int8 data, one float32 per token and head: data.shape[:3]. An element is
             int8 * scale.
-        table: block table, (B, columns) int32. Token s of row b is in block
-            table[b, s // block_size], slot s % block_size.
-        tokens: S.
+        block_table: of a paged cache, (B, columns) int32. Token s of row b is in block
+            block_table[b, s // block_size], slot s % block_size.
+        num_tokens: S.
         dtype: dtype of the keys or values that it represents.
-        gather: materializes it as a tensor, (B, G, S, size) in `dtype`.
+        materialize: makes the tensor, (B, G, S, size) in `dtype`.
 
     >>> import polyhead as ph
     >>> cache = ph.PagedKVCache(1, 64, 2, 4, storage_dtype=torch.int8)
@@ -41,16 +41,21 @@ class CacheView:
 
     data: Tensor
     dtype: torch.dtype
-    tokens: int
-    gather: Callable[[], Tensor]
+    num_tokens: int
+    materialize: Callable[[], Tensor]
     scales: Tensor | None = None
-    table: Tensor | None = None
+    block_table: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of the tensor that it represents, (B, G, S, size)."""
         rows, G, _, size = self.data.shape
-        return rows if self.table is None else self.table.shape[0], G, self.tokens, size
+        return (
+            rows if self.block_table is None else self.block_table.shape[0],
+            G,
+            self.num_tokens,
+            size,
+        )
 
     def placeholder(self) -> Tensor:
         """Return a placeholder tensor of its shape, dtype and device.
@@ -60,10 +65,12 @@ class CacheView:
         nan = self.data.new_full((1, 1, 1, 1), math.nan, dtype=self.dtype)
         return nan.expand(self.shape)
 
-    def first(self, size: int) -> CacheView:
+    def narrow(self, size: int) -> CacheView:
         """View of the first `size` features of each token."""
-        return replace(self, data=self.data[..., :size], gather=lambda: self.gather()[..., :size])
+        return replace(
+            self, data=self.data[..., :size], materialize=lambda: self.materialize()[..., :size]
+        )
 
     def __str__(self) -> str:
         held = "int8 values" if self.scales is not None else "unquantized values"
-        return held if self.table is None else f"{held} in blocks of {self.data.shape[2]}"
+        return held if self.block_table is None else f"{held} in blocks of {self.data.shape[2]}"

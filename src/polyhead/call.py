@@ -212,7 +212,7 @@ class AttentionCall:
         if self.cache_views is None:
             return self
         key, value = self.cache_views
-        return replace(self, key=key.gather(), value=value.gather(), cache_views=None)
+        return replace(self, key=key.materialize(), value=value.materialize(), cache_views=None)
 
     def without_aux(self) -> AttentionCall:
         """Return the same call, with a request for the output only."""

@@ -284,8 +284,8 @@ def split_kv(held: Parts) -> tuple[Parts, Parts]:
 def materialize(key: Tensor | CacheView, value: Tensor | CacheView) -> tuple[Tensor, Tensor]:
     """Materialize key and value as tensors."""
     return (
-        key.gather() if isinstance(key, CacheView) else key,
-        value.gather() if isinstance(value, CacheView) else value,
+        key.materialize() if isinstance(key, CacheView) else key,
+        value.materialize() if isinstance(value, CacheView) else value,
     )
 
 

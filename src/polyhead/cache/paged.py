@@ -131,7 +131,7 @@ class PagedKVCache(Cache):
                 tokens,
                 partial(self._gather, pools, table, tokens),
                 scales=pools[1] if len(pools) > 1 else None,
-                table=table,
+                block_table=table,
             )
             for pools in split_kv(self._pools)
         )

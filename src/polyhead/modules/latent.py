@@ -295,7 +295,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of H heads: W_key and W_value act on the latent of every key."""
         if isinstance(latent_b1sd, CacheView):
-            latent_b1sd = latent_b1sd.gather()
+            latent_b1sd = latent_b1sd.materialize()
         c_bsc = latent_b1sd[:, 0, :, : self.kv_rank]
         k_rope_bhsr = latent_b1sd[..., self.kv_rank :].expand(-1, self.num_heads, -1, -1)
         k_nope_bhsn = split_heads("W_key", self.W_key(c_bsc), self.num_heads, self.nope_head_dim)
@@ -314,8 +314,8 @@ class MultiHeadLatentAttention(nn.Module):
         query_bhtd = torch.cat((q_latent_bhtc, q_rope_bhtr), dim=-1)
         if isinstance(latent_b1sd, CacheView):
             # A backend that takes tensors makes one, for both.
-            latent_b1sd = replace(latent_b1sd, gather=functools.cache(latent_b1sd.gather))
-            return query_bhtd, latent_b1sd, latent_b1sd.first(self.kv_rank)
+            latent_b1sd = replace(latent_b1sd, materialize=functools.cache(latent_b1sd.materialize))
+            return query_bhtd, latent_b1sd, latent_b1sd.narrow(self.kv_rank)
         return query_bhtd, latent_b1sd, latent_b1sd[..., : self.kv_rank]
 
     def _values_of(self, contexts_bhtc: Tensor) -> Tensor:

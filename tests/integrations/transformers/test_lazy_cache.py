@@ -28,7 +28,7 @@ def nobody_makes_numbers(monkeypatch):
 
 
 def test_it_looks_like_the_tensor_it_stands_for(cache_view):
-    held, numbers = wrap(cache_view), cache_view.gather()
+    held, numbers = wrap(cache_view), cache_view.materialize()
     assert isinstance(held, torch.Tensor)
     assert held.shape == numbers.shape
     assert (held.dtype, held.device, held.requires_grad) == (torch.float32, numbers.device, False)
@@ -55,7 +55,7 @@ def test_it_looks_like_the_tensor_it_stands_for(cache_view):
 def test_whatever_is_done_with_it_is_done_with_the_numbers(cache_view, use):
     used = use(wrap(cache_view))
     assert type(used) is torch.Tensor
-    assert torch.equal(used, use(cache_view.gather()))
+    assert torch.equal(used, use(cache_view.materialize()))
 
 
 def test_numbers_are_made_once(cache_view):

@@ -143,7 +143,14 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     operators = torch.ops.polyhead
     if call.cache_views is not None:
         keys, values = call.cache_views
-        places = (keys.data, values.data, keys.scales, values.scales, keys.table, keys.tokens)
+        places = (
+            keys.data,
+            values.data,
+            keys.scales,
+            values.scales,
+            keys.block_table,
+            keys.num_tokens,
+        )
         output, lse, details = operators.attention_cached(query, *places, *variant, call.aux.stats)
     else:
         key, value = maybe_contiguous(call.key), maybe_contiguous(call.value)

@@ -41,7 +41,7 @@ class LazyCacheTensor(LazyTensor):
         return held
 
     def _materialize(self) -> Tensor:
-        return self.cache_view.gather()
+        return self.cache_view.materialize()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dense().clone()
@@ -55,7 +55,7 @@ def wrap(given: Tensor | CacheView) -> Tensor:
     if not isinstance(given, CacheView):
         return given
     # torch.compile traces no tensor of our own making.
-    return given.gather() if torch.compiler.is_compiling() else LazyCacheTensor(given)
+    return given.materialize() if torch.compiler.is_compiling() else LazyCacheTensor(given)
 
 
 def unwrap(tensor: Tensor) -> Tensor | CacheView:
