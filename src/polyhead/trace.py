@@ -12,7 +12,7 @@ from torch import Tensor
 from polyhead.errors import ArgumentError, DtypeError
 from polyhead.mask import Mask
 from polyhead.modules import CausalAttention, MultiHeadAttention, MultiHeadAttentionWrapper
-from polyhead.modules.causal import both
+from polyhead.modules.validate import combine_masks
 from polyhead.positions import alibi_slopes
 
 __all__ = ["Trace", "trace"]
@@ -152,7 +152,7 @@ def _attend(
     sinks = None
     if isinstance(module, MultiHeadAttention):
         masked, sinks = _add_biases(module, masked), module.sinks
-    rule = both(module.mask, mask)
+    rule = combine_masks(module.mask, mask)
     if rule is not None:
         rule.check(x.shape[0], query.shape[1], T, S, x.device)
         allowed = rule.materialize(T, S, device=x.device)

@@ -93,7 +93,9 @@ def test_positions_are_the_default_written_out(kind):
 
 @pytest.mark.parametrize("return_aux", [False, 0, "", True])
 def test_a_request_for_aux_is_no_flag(kind, return_aux):
-    message = f"return_aux must be a polyhead.AuxRequest or None; got {return_aux!r}; say what"
+    message = (
+        f"return_aux must be a polyhead.AuxRequest or None; got {return_aux!r}; pass for example"
+    )
     with pytest.raises(DtypeError, match=message):
         kind.build()(torch.ones(2, 3, 5), return_aux=return_aux)
 

@@ -20,9 +20,10 @@ from polyhead.modules.validate import (
     check_mask,
     check_rope,
     check_sizes,
+    combine_masks,
 )
-from polyhead.positions import Rope
-from polyhead.validate import check_positions, check_request, check_scale
+from polyhead.positions import Rope, apply_rope
+from polyhead.validate import check_request, check_scale
 
 __all__ = ["CausalAttention"]
 
@@ -133,7 +134,7 @@ class CausalAttention(nn.Module):
         """
         output, aux = attention(
             *self.project_qkv(x, memory, positions=positions),
-            mask=both(self.mask, mask),
+            mask=combine_masks(self.mask, mask),
             scale=self.scale,
             dropout=self.dropout.p if self.training else 0.0,
             backend=self.backend,
@@ -158,7 +159,7 @@ class CausalAttention(nn.Module):
             query, key, value = self.W_query(x), self.W_key(source), self.W_value(source)
         query_bhtd, key_bgsd, value_bgse = query[:, None], key[:, None], value[:, None]
         if self.rope is not None:
-            query_bhtd, key_bgsd = turn(self.rope, query_bhtd, key_bgsd, positions, memory)
+            query_bhtd, key_bgsd = apply_rope(self.rope, query_bhtd, key_bgsd, positions, memory)
         return query_bhtd, key_bgsd, value_bgse
 
     def head_contexts(
@@ -174,34 +175,3 @@ class CausalAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"context_length={self.context_length}, mask={self.mask!r}, rope={self.rope}"
-
-
-def both(own: Mask | None, given: Mask | None) -> Mask | None:
-    """The module's mask and the call's: both must allow. A mask is never lost."""
-    check_mask(given)
-    if own is None or given is None:
-        return given if own is None else own
-    return own & given
-
-
-def turn(
-    rope: Rope,
-    query_bhtd: Tensor,
-    key_bgsd: Tensor,
-    positions: Tensor | None,
-    memory: Tensor | None,
-    first: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Queries and keys turned by rope. `positions` says where the queries stand, and the keys too
-    unless these come from a memory; by default keys stand at first .. first + S - 1 and the
-    queries at their end."""
-    B, _, T, _ = query_bhtd.shape
-    last = first + key_bgsd.shape[2]
-    key_positions = torch.arange(first, last, device=key_bgsd.device)
-    if positions is None:
-        positions = torch.arange(last - T, last, device=query_bhtd.device)
-    else:
-        check_positions(positions, B, T)
-        if memory is None:
-            key_positions = positions
-    return rope(query_bhtd, positions), rope(key_bgsd, key_positions)

@@ -20,7 +20,6 @@ from polyhead.errors import ArgumentError, DtypeError
 from polyhead.functional import attention
 from polyhead.mask import Mask
 from polyhead.modules.caching import fitting_cache
-from polyhead.modules.causal import both, turn
 from polyhead.modules.linear import onednn_linear
 from polyhead.modules.validate import (
     check_cache,
@@ -30,10 +29,11 @@ from polyhead.modules.validate import (
     check_norm,
     check_rope,
     check_sizes,
+    combine_masks,
     split_heads,
 )
 from polyhead.modules.weights import describe_layer, takes_what_it_holds
-from polyhead.positions import Rope
+from polyhead.positions import Rope, apply_rope
 from polyhead.validate import check_request, check_scale
 
 __all__ = ["MultiHeadLatentAttention"]
@@ -219,7 +219,7 @@ class MultiHeadLatentAttention(nn.Module):
         ...     torch.allclose(torch.cat([prompt, token], dim=1), mla(x), atol=1e-6)
         True
         """
-        rule = both(self.mask, mask)
+        rule = combine_masks(self.mask, mask)
         self._check_absorb(absorb)
         request = check_request(return_aux)
         first = 0
@@ -285,7 +285,7 @@ class MultiHeadLatentAttention(nn.Module):
         # Under autocast a norm may answer in float32, and the key would be float32 with it.
         c_b1tc = self.kv_norm(c_b1tc).to(down_b1td.dtype)
         if self.rope is not None:
-            q_rope_bhtr, k_rope_b1tr = turn(
+            q_rope_bhtr, k_rope_b1tr = apply_rope(
                 self.rope, q_rope_bhtr, k_rope_b1tr, positions, None, first
             )
         return q_nope_bhtn, q_rope_bhtr, torch.cat((c_b1tc, k_rope_b1tr), dim=-1)

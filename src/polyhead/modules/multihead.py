@@ -17,7 +17,6 @@ from polyhead.errors import ArgumentError
 from polyhead.functional import attention
 from polyhead.mask import Mask
 from polyhead.modules.caching import fitting_cache
-from polyhead.modules.causal import both, turn
 from polyhead.modules.checkpoint import accept_either_projection, accept_lecture_mask
 from polyhead.modules.contributions import split_by_head
 from polyhead.modules.fusing import fuse, unfuse
@@ -32,11 +31,12 @@ from polyhead.modules.validate import (
     check_position_bias,
     check_rope,
     check_sizes,
+    combine_masks,
     head_sizes,
     kv_heads,
     split_heads,
 )
-from polyhead.positions import Rope, alibi_slopes
+from polyhead.positions import Rope, alibi_slopes, apply_rope
 from polyhead.validate import check_request, check_scale, check_softcap
 
 __all__ = ["MultiHeadAttention"]
@@ -284,7 +284,7 @@ class MultiHeadAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query_bhtd, key_bgsd = self.q_norm(query_bhtd), self.k_norm(key_bgsd)
         if self.rope is not None:
-            query_bhtd, key_bgsd = turn(
+            query_bhtd, key_bgsd = apply_rope(
                 self.rope, query_bhtd, key_bgsd, positions, memory, first_position
             )
         return query_bhtd, key_bgsd, value_bgse
@@ -350,7 +350,7 @@ class MultiHeadAttention(nn.Module):
         request: AuxRequest,
     ) -> tuple[Tensor, Aux]:
         """Context vectors (B, H, T, value_head_dim) of every head, gated, and the aux."""
-        rule = both(self.mask, mask)
+        rule = combine_masks(self.mask, mask)
         first = 0
         if cache is not None:
             check_cache(cache, rule, x, memory, self.num_heads, self.context_length)

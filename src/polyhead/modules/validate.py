@@ -20,6 +20,7 @@ __all__ = [
     "check_position_bias",
     "check_rope",
     "check_sizes",
+    "combine_masks",
     "head_sizes",
     "kv_heads",
     "split_heads",
@@ -212,6 +213,14 @@ def check_mask(mask: Mask | None) -> None:
             type(mask).__name__,
             "wrap a bool tensor in polyhead.mask.dense (True = may attend)",
         )
+
+
+def combine_masks(own: Mask | None, given: Mask | None) -> Mask | None:
+    """Return the intersection of a module's own mask and the call's; None is no mask."""
+    check_mask(given)
+    if own is None or given is None:
+        return given if own is None else own
+    return own & given
 
 
 def check_input(

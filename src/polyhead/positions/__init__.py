@@ -3,7 +3,7 @@
 from polyhead.positions.alibi import alibi_slopes
 from polyhead.positions.dynamic import DynamicNTKScaling, LongRopeScaling
 from polyhead.positions.relative import RelativeBias
-from polyhead.positions.rope import Rope, rotate
+from polyhead.positions.rope import Rope, apply_rope, rotate
 from polyhead.positions.scaling import LinearScaling, Llama3Scaling, NTKScaling, RopeScaling
 from polyhead.positions.yarn import YarnScaling
 
@@ -18,5 +18,6 @@ __all__ = [
     "RopeScaling",
     "YarnScaling",
     "alibi_slopes",
+    "apply_rope",
     "rotate",
 ]

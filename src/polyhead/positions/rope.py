@@ -12,7 +12,7 @@ from polyhead.errors import ArgumentError, DtypeError, ShapeError
 from polyhead.positions.scaling import RopeScaling, inverse_frequencies
 from polyhead.validate import check_is_tensor, check_number, check_positions
 
-__all__ = ["Rope", "rotate"]
+__all__ = ["Rope", "apply_rope", "rotate"]
 
 
 @dataclass(frozen=True)
@@ -135,3 +135,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     a, b = pairs.unbind(pair_dim)
     rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair_dim).flatten(-2)
     return rotated if rest.shape[-1] == 0 else torch.cat((rotated, rest), dim=-1)
+
+
+def apply_rope(
+    rope: Rope,
+    query_bhtd: Tensor,
+    key_bgsd: Tensor,
+    positions: Tensor | None,
+    memory: Tensor | None,
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Rotate queries and keys by their positions.
+
+    Args:
+        rope: of both.
+        query_bhtd, key_bgsd: (B, H, T, D), (B, G, S, D).
+        positions: of the queries, (T,) or (B, T), and of the keys unless these come from a memory.
+            None: keys stand at first .. first + S - 1, and queries at their end.
+        memory: the source of the keys, or None for that of the queries.
+        first: position of the first key.
+    """
+    B, _, T, _ = query_bhtd.shape
+    last = first + key_bgsd.shape[2]
+    key_positions = torch.arange(first, last, device=key_bgsd.device)
+    if positions is None:
+        positions = torch.arange(last - T, last, device=query_bhtd.device)
+    else:
+        check_positions(positions, B, T)
+        if memory is None:
+            key_positions = positions
+    return rope(query_bhtd, positions), rope(key_bgsd, key_positions)
