@@ -1,8 +1,10 @@
-"""The repository's own rules. Each is shown to catch a planted breach beside passing here."""
+"""The repository's own rules. Each passes here, and is shown to catch a planted breach."""
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
@@ -17,7 +19,17 @@ ROOT = Path(__file__).parent.parent
 MAX_LINES = 400
 # One class, whose constructor and call are spelled out for readers of help().
 LONG = {"multihead.py": 440}
-ENDS = (".py", ".js", ".ipynb")  # of what a test file may be of
+ENDS = (".py", ".js", ".ipynb")  # of the subjects of a test file
+# Private language. The field's words for it are in docs/glossary.md.
+QUESTION = re.compile(r"(?:What|Who|Whether|Where|How|Which|When|Why)\b")
+PER = r"(?:once|one \w+|\d+ times|numbers?|scales?|slopes?|ids?|bytes|microseconds|milliseconds)"
+PRIVATE = re.compile(
+    rf"\b{PER} a (?:key |KV |batch )?(?:head|token|row|layer|block)\b"
+    r"|\bside by side\b|\bkey heads?\b|\bwhere (?:a|the) caches? holds?\b"
+    r"|\bint8 codes?\b|(?<!exit )(?<!status )\bcodes\b|\b(?:short|general) way\b"
+    r"|\b\w*(?:quantis|normalis|recognis|initialis)\w*|\b\w*colour\w*|\blearnt\b",
+    re.IGNORECASE,
+)
 
 
 def long_files(root: Path) -> list[str]:
@@ -64,6 +76,69 @@ def stray_tests(root: Path) -> list[str]:
         if not any(module.exists() for module in modules) and not any(map(Path.is_dir, subjects)):
             stray.append(test.relative_to(root).as_posix())
     return sorted(stray)
+
+
+def private_words(root: Path) -> dict[str, int]:
+    """Return, per file of src, csrc and the documentation, the number of uses of private language.
+
+    Such a use is a phrase of `PRIVATE` anywhere, or a docstring that begins with a question word.
+    """
+    paths = [
+        *root.glob("src/**/*.py"),
+        *root.glob("csrc/**/*.?pp"),
+        *root.glob("*.md"),
+        *root.glob("docs/**/*.md"),
+    ]
+    counts = {}
+    for path in paths:
+        text = path.read_text("utf-8")
+        joined = re.sub(r"\s*\n\s*(?:#|//)?\s*", " ", text)  # phrases may be broken over lines
+        uses = len(PRIVATE.findall(joined))
+        if path.suffix == ".py":
+            uses += sum(bool(QUESTION.match(docstring)) for docstring in docstrings(text))
+        if uses:
+            counts[path.relative_to(root).as_posix()] = uses
+    return counts
+
+
+def docstrings(source: str) -> list[str]:
+    """Return the docstrings of a module: its own, its classes' and its functions'."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, documented))
+    return [text for node in nodes if (text := ast.get_docstring(node))]
+
+
+def test_private_words_only_become_fewer():
+    """The counts of `private_words.json` are the uses left. Lower them; never raise or add one."""
+    allowed = json.loads((ROOT / "tests/private_words.json").read_text("utf-8"))
+    more = {
+        file: f"{uses}, at most {allowed.get(file, 0)}"
+        for file, uses in private_words(ROOT).items()
+        if uses > allowed.get(file, 0)
+    }
+    assert more == {}
+
+
+def test_private_words_catches_a_breach(tmp_path):
+    planted = {
+        "src/polyhead/plain.py": '"""Rope: one angle per token."""\ndef f():\n    """True if."""\n',
+        "src/polyhead/asking.py": '"""Whether it is."""\nclass A:\n    """How it is."""\n',
+        "src/polyhead/look/spoken.py": "# One scale a\n# head: int8 codes, normalised.\n",
+        "csrc/tiles/tile.hpp": "// Keys side by side, once a key head.\n",
+        "csrc/isa.cpp": "// Keys are contiguous. Exit codes are not meant.\n",
+        "docs/deep/a.md": "Colours of heads.\n",
+        "README.md": "One value per head, in a head, which a head computes.\n",
+        "tests/test_a.py": "# side by side\n",
+    }
+    for name, text in planted.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert private_words(tmp_path) == {
+        "src/polyhead/asking.py": 2,
+        "src/polyhead/look/spoken.py": 3,
+        "csrc/tiles/tile.hpp": 2,
+        "docs/deep/a.md": 1,
+    }
 
 
 @pytest.mark.parametrize("rule", [long_files, drawers, settings, stray_tests])
