@@ -1,6 +1,6 @@
 """Check that relative links and #anchors in the documentation lead somewhere.
 
-Reads README.md, CHANGELOG.md and docs/**/*.md below the folder given (default: the repository).
+Reads the documents of the folder given (default: the repository): `DOCUMENTS`.
 Prints one `file:line: link: reason` for each broken link and exits 1 if there is any. Links that
 name a scheme (https:, mailto:) are not followed: a check gives the same answer without a network.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
+DOCUMENTS = ("*.md", "docs/**/*.md", "csrc/*.md", "tests/*.md", ".github/**/*.md")
 FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)")
 # [text](target), ![image](target "title"), [label]: target, and the HTML attributes href and src.
@@ -72,9 +73,9 @@ def reason_broken(document: Path, link: str, root: Path) -> str | None:
 
 def broken_links(root: Path) -> list[str]:
     """Return one `file:line: link: reason` for every broken link below `root`."""
-    documents = [root / "README.md", root / "CHANGELOG.md", *sorted(root.glob("docs/**/*.md"))]
+    documents = [path for part in DOCUMENTS for path in sorted(root.glob(part))]
     broken = []
-    for document in filter(Path.exists, documents):
+    for document in documents:
         for number, line in prose(document.read_text(encoding="utf-8")):
             for match in LINK.finditer(CODE.sub("", line)):
                 link = next(group for group in match.groups() if group is not None)

@@ -237,14 +237,16 @@ def test_a_broken_link_is_named_with_its_line(documents, link, reason):
 
 
 def test_broken_links_are_found_in_every_document(documents):
-    for name in ("CHANGELOG.md", "docs/deep.md"):
-        (documents / name).write_text("[x](none.md)\n")
     (documents / "docs/decisions").mkdir()
+    (documents / "tests").mkdir()
+    for name in ("CHANGELOG.md", "docs/deep.md", "tests/README.md"):
+        (documents / name).write_text("[x](none.md)\n")
     (documents / "docs/decisions/0001-x.md").write_text("[x](none.md)\n")
     assert check_links(documents).stdout.splitlines() == [
         "CHANGELOG.md:1: none.md: no such file",
         "docs/decisions/0001-x.md:1: none.md: no such file",
         "docs/deep.md:1: none.md: no such file",
+        "tests/README.md:1: none.md: no such file",
     ]
 
 
