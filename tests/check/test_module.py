@@ -142,7 +142,9 @@ def test_tokens_first_is_found_with_query_key_and_value():
 def test_a_bug_behind_tokens_first_is_found():
     report = ph.check.check_module(TokensFirstLeaks(), only=["no_future_leak"])
     assert report.exit_code == 1, report
-    assert report.diagnosis[0].startswith("off-by-one mask: every token also sees the next one")
+    assert report.diagnosis[0].startswith(
+        "off-by-one mask: every token also attends to the next one"
+    )
 
 
 class RowsSeeEachOther(Book):

@@ -34,7 +34,7 @@ def test_a_broken_law_fails_with_its_counterexample():
     mark = parametrize_with_laws(torch_module, only=only, window=2)
     past, window = (parameter.values[0] for parameter in mark.args[1])
     past()
-    with pytest.raises(pytest.fail.Exception, match="the last token sees"):
+    with pytest.raises(pytest.fail.Exception, match="the last token attends to"):
         window()
 
 

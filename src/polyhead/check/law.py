@@ -1,7 +1,7 @@
-"""What a law is, what it may say, and its verdict.
+"""Laws, verdicts and outcomes.
 
-A law is one small function, `law(subject) -> Verdict`. Its docstring has three paragraphs: what is
-required; why; and a real bug that it would have caught. `docs/laws.md` is made of them.
+A law is one small function, `law(subject) -> Verdict`. Its docstring has three paragraphs: the
+requirement; why; and a real bug that it would have caught. `docs/laws.md` is generated from them.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ __all__ = [
 
 
 class Outcome(str, Enum):
-    """What a law says of its subject."""
+    """Outcome of a law for one subject."""
 
     HOLDS = "holds"
     BROKEN = "broken"
     NOT_APPLICABLE = "not applicable"
-    REPORTED = "reported"  # a fact that is nobody's fault
-    NOT_RUN = "not run"  # time was up, or the user stopped
+    REPORTED = "reported"  # a fact, not a fault
+    NOT_RUN = "not run"  # time limit reached, or stopped by the user
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An outcome, and a sentence.
+    """Outcome of a law, and a message.
 
     Attributes:
         outcome: see `Outcome`.
-        message: the smallest counterexample and what it means; or why the law does not apply.
-        evidence: numbers and patterns for the diagnosis.
+        message: the smallest counterexample and its meaning; or why the law does not apply.
+        evidence: values and patterns for the diagnosis.
     """
 
     outcome: Outcome
@@ -56,14 +56,14 @@ class Verdict:
 
 
 class NotApplicable(Exception):  # noqa: N818  (no error: a verdict that any helper may reach)
-    """The law asks for something that the subject does not have; the message says what."""
+    """The subject lacks something that the law requires; the message names it."""
 
 
 class OutOfTime(NotApplicable):
-    """A law has used up its time."""
+    """A law exceeded its time."""
 
 
-# For one law. Quick modules need a tenth of a second.
+# Per law. Quick modules need a tenth of a second.
 SECONDS = 30.0
 
 
@@ -72,7 +72,7 @@ class Law:
     """A named law.
 
     Attributes:
-        name: of its function.
+        name: name of the function.
         run: the function.
     """
 
@@ -81,7 +81,7 @@ class Law:
 
     @property
     def paragraphs(self) -> list[str]:
-        """What is required, why, and which bug it would have caught."""
+        """Requirement, reason, and the bug it would have caught."""
         return [" ".join(p.split()) for p in (inspect.getdoc(self.run) or "").split("\n\n")]
 
     @property
@@ -92,9 +92,12 @@ class Law:
         return self.name
 
     def judge(self, subject: object) -> Verdict:
-        """Run the law, in modes and a time of its own. What the target raises breaks it, but for
-        NotImplementedError: a refusal in so many words is a fact and no wrong answer. A call that
-        polyhead refuses, as its arguments break a rule, judges nothing."""
+        """Run the law in its own modes, with its own time limit.
+
+        Any exception of the target breaks the law, except NotImplementedError: an explicit refusal
+        is reported. If polyhead refuses the call because an argument breaks a rule, the law is not
+        applicable.
+        """
         device = getattr(subject, "device", None)
         if hasattr(subject, "deadline"):
             subject.deadline = time.monotonic() + SECONDS
@@ -109,7 +112,7 @@ class Law:
             return Verdict(
                 Outcome.NOT_APPLICABLE, f"polyhead refuses the call: {first_line(error)}"
             )
-        except (Exception, SystemExit) as error:  # whatever unknown code may raise
+        except (Exception, SystemExit) as error:  # unknown code may raise anything
             said = first_line(error)
             return broken(f"the call raised {type(error).__name__}: {said}", raised=said)
 
@@ -119,7 +122,7 @@ def first_line(error: BaseException) -> str:
 
 
 def law(run: Callable[[Any], Verdict]) -> Law:
-    """Make a function of a `Subject` or `FunctionSubject` a law."""
+    """Decorator that makes a function of a `Subject` or `FunctionSubject` a `Law`."""
     return Law(run.__name__, run)
 
 

@@ -37,14 +37,14 @@ class Cached(Plain):
 
 
 class PositionStartsAgain(Cached):
-    law, cause = "cache_token_by_token_agrees", "cache position off"
+    law, cause = "cache_token_by_token_agrees", "wrong cache position"
 
     def position(self, first):
         return 0
 
 
 class PositionOffByOne(Cached):
-    law, cause = "cache_token_by_token_agrees", "cache position off"
+    law, cause = "cache_token_by_token_agrees", "wrong cache position"
 
     def position(self, first):
         return max(first - 1, 0)

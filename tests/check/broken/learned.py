@@ -132,7 +132,7 @@ class PartsOfTheInputNoScale(nn.Module):
 
 
 class PartsOfTheInputScaledByTheWidth(PartsOfTheInputNoScale):
-    cause = "wrong scale: 1 / sqrt of all heads' features"
+    cause = "wrong scale: 1 / sqrt(num_heads * head_dim)"
 
     def forward(self, x):
         parts = x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -181,7 +181,7 @@ class SeesItselfAlone(Plain):
 
 
 class LayersMadeInForward(Plain):
-    law, cause = "evaluation_repeats", "layers made in forward"
+    law, cause = "evaluation_repeats", "layers created in forward"
 
     def merge(self, contexts):
         merged = super().merge(contexts)
@@ -189,7 +189,7 @@ class LayersMadeInForward(Plain):
 
 
 class NeverFilled(Plain):
-    law, cause = "parameters_are_filled", "never filled: mix"
+    law, cause = "parameters_are_filled", "uninitialized parameters: mix"
 
     def __init__(self):
         super().__init__()

@@ -14,14 +14,14 @@ class Inverted(Plain):
 
 
 class SeesTheNext(Plain):
-    law, cause = "no_future_leak", "off-by-one mask: every token also sees the next one"
+    law, cause = "no_future_leak", "off-by-one mask: every token also attends to the next one"
 
     def hidden(self, T):
         return torch.ones(T, T, dtype=torch.bool).triu(2)
 
 
 class BlindToItself(Plain):
-    law, cause = "past_is_used", "off-by-one mask: no token sees itself"
+    law, cause = "past_is_used", "off-by-one mask: no token attends to itself"
 
     def hidden(self, T):
         return torch.ones(T, T, dtype=torch.bool).triu(0)
@@ -43,7 +43,7 @@ class MaskAfterSoftmax(Plain):
 
 
 class MaskMultiplied(Plain):
-    law, cause = "no_future_leak", "masked scores are 0 and not -inf"
+    law, cause = "no_future_leak", "masked scores are 0 instead of -inf"
 
     def weights(self, scores):
         return (scores * ~self.hidden(scores.shape[-1])).softmax(dim=-1)
@@ -57,7 +57,7 @@ class BooleanMaskAdded(Plain):
 
 
 class FilledWithTooLittle(Plain):
-    law, cause = "mask_survives_large_scores", "filled with a number that other scores can reach"
+    law, cause = "mask_survives_large_scores", "filled with a value that other scores can reach"
 
     def weights(self, scores):
         return scores.masked_fill(self.hidden(scores.shape[-1]), -100.0).softmax(dim=-1)
@@ -79,7 +79,7 @@ class FastPathWithoutMask(Plain):
 
 
 class LeaksInTraining(Plain):
-    law, cause = "causal_in_every_mode", "dropped in one mode"
+    law, cause = "causal_in_every_mode", "missing in one mode"
 
     def hidden(self, T):
         return super().hidden(T) & (not self.training)
@@ -117,14 +117,14 @@ class Window(Plain):
 
 
 class WindowTooWide(Window):
-    law, cause = "window_counts_its_tokens", "window off by one: 5 tokens are seen and not 4"
+    law, cause = "window_counts_its_tokens", "window off by one: 5 tokens instead of 4"
 
     def hidden(self, T):
         return Plain.hidden(self, T) | torch.ones(T, T, dtype=torch.bool).tril(-5)
 
 
 class WindowTooNarrow(Window):
-    law, cause = "window_counts_its_tokens", "window off by one: 3 tokens are seen and not 4"
+    law, cause = "window_counts_its_tokens", "window off by one: 3 tokens instead of 4"
 
     def hidden(self, T):
         return Plain.hidden(self, T) | torch.ones(T, T, dtype=torch.bool).tril(-3)
@@ -194,7 +194,7 @@ class MaskLostWithWeights(Plain):
 
 
 class FirstRowIsEmpty(Plain):
-    law, cause = "first_token_is_alone", "no token sees itself"
+    law, cause = "first_token_is_alone", "no token attends to itself"
 
     def weights(self, scores):
         hidden = torch.ones_like(scores, dtype=torch.bool).triu(0)
@@ -202,7 +202,7 @@ class FirstRowIsEmpty(Plain):
 
 
 class EmptyRowIsNaN(BlindToItself):
-    law, cause = "output_is_finite", "no token sees itself"
+    law, cause = "output_is_finite", "no token attends to itself"
 
 
 class MaskOnlyWithoutAutocast(Plain):
@@ -262,7 +262,7 @@ class LeaksBehindABlock(Plain):
 
 
 class PaddingIgnored(Padded):
-    law, cause = "hidden_tokens_have_no_influence", "key_padding_mask is accepted and not used"
+    law, cause = "hidden_tokens_have_no_influence", "key_padding_mask is accepted and ignored"
 
     def forward(self, x, key_padding_mask=None):
         return super().forward(x)

@@ -15,7 +15,7 @@ class DropoutInEvaluation(Plain):
 
 
 class DropoutOnScores(Plain):
-    law, cause = "dropout_drops_weights", "divided by their sum again"
+    law, cause = "dropout_drops_weights", "renormalized after dropout"
 
     def weights(self, scores):
         scores = scores.masked_fill(torch.rand_like(scores) < 0.5 * self.training, -30.0)
@@ -75,7 +75,7 @@ class OnlyOneRow(Plain):
 
 
 class DropoutThenDivided(Plain):
-    law, cause = "dropout_drops_weights", "divided by their sum again"
+    law, cause = "dropout_drops_weights", "renormalized after dropout"
 
     def weights(self, scores):
         weights = F.dropout(super().weights(scores), 0.3, self.training)
@@ -90,7 +90,7 @@ class DropoutByLayerOnScores(Plain):
 
 
 class NoiseFromElsewhere(Plain):
-    law, cause = "evaluation_repeats", "torch's random numbers are not why"
+    law, cause = "evaluation_repeats", "torch's generator is not the cause"
     calls = 0
 
     def forward(self, x):

@@ -33,7 +33,7 @@ class SumsInHalf(Plain):
 
 
 class ScalesItsInput(Plain):
-    law, cause = "inputs_are_not_modified", "changes its input in place"
+    law, cause = "inputs_are_not_modified", "modifies its input in place"
 
     def forward(self, x):
         if not x.requires_grad:
@@ -185,7 +185,7 @@ class CastsToHalf(Plain):
 
 
 class FilledBeyondHalf(Plain):
-    law, cause = "half_precision_is_close_to_float64", "float16 does not have"
+    law, cause = "half_precision_is_close_to_float64", "overflows in float16"
 
     def weights(self, scores):
         return scores.masked_fill(self.hidden(scores.shape[-1]), -1e9).softmax(dim=-1)

@@ -27,14 +27,14 @@ class Rotary(Plain):
 
 
 class TurnsQueriesOnly(Rotary):
-    law, cause = "relative_positions_are_relative", "turned by different rules"
+    law, cause = "relative_positions_are_relative", "rotated by different rules"
 
     def scores(self, q, k):
         return Plain.scores(self, self.turn(q), k)
 
 
 class TurnsKeysBack(Rotary):
-    law, cause = "relative_positions_are_relative", "turned by different rules"
+    law, cause = "relative_positions_are_relative", "rotated by different rules"
 
     def scores(self, q, k):
         return Plain.scores(self, self.turn(q), self.turn(k, -1))
@@ -48,7 +48,7 @@ class TurnsAlongHeads(Rotary):
 
 
 class TurnsValuesToo(Rotary):
-    law, cause = "identical_tokens_agree", "are positions applied to the values too?"
+    law, cause = "identical_tokens_agree", "are positions also applied to the values?"
 
     def attend(self, x):
         weights, v = super().attend(x)

@@ -71,7 +71,7 @@ class NeverNormalised(Plain):
 
 
 class ScoresTurned(Plain):
-    law, cause = "output_matches_reference", "keys ask and queries answer"
+    law, cause = "output_matches_reference", "scores transposed"
 
     def scores(self, q, k):
         return super().scores(k, q)
@@ -93,7 +93,7 @@ class KeysAndValuesSwapped(Plain):
 
 
 class QueriesAreKeys(Plain):
-    law, cause = "gradient_reaches_every_parameter", "the queries serve as keys too"
+    law, cause = "gradient_reaches_every_parameter", "the queries are also used as keys"
 
     def scores(self, q, k):
         return super().scores(q, q)

@@ -44,7 +44,7 @@ class HeadScaledByTheWidth(right.LectureHead):
 
 
 class HeadsScaledByTheWidth(right.LectureHeads):
-    law, cause = "output_matches_reference", "wrong scale: 1 / sqrt of all heads' features"
+    law, cause = "output_matches_reference", "wrong scale: 1 / sqrt(num_heads * head_dim)"
     kind = HeadScaledByTheWidth
 
 
@@ -65,7 +65,7 @@ class EinsumRolesTurned(right.EinsumWeights):
 
 
 class FromScratchScaledByTheWidth(right.FromScratch):
-    law, cause = "output_matches_reference", "wrong scale: 1 / sqrt of all heads' features"
+    law, cause = "output_matches_reference", "wrong scale: 1 / sqrt(num_heads * head_dim)"
 
     def size(self, e, s):
         return e

@@ -50,8 +50,8 @@ def test_a_check_names_them_and_repeats():
     reports = [check_module(module, make=make, seed=3) for _ in range(2)]
     for report in reports:
         failed = {failure.law: failure.verdict.message for failure in report.failures}
-        assert failed["parameters_are_filled"].startswith("mix: made by torch.empty")
-        assert report.diagnosis[0] == "parameters that are never filled: mix"
+        assert failed["parameters_are_filled"].startswith("mix: created by torch.empty")
+        assert report.diagnosis[0] == "uninitialized parameters: mix"
         assert report.facts["unfilled"] == "mix (the check fills them from its seed)"
     messages = [
         [(r.verdict.outcome, r.verdict.message) for r in report.results] for report in reports

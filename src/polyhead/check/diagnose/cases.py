@@ -1,4 +1,4 @@
-"""Generated calls of an attention function: drawn by a seed, and shrunk where one fails."""
+"""Generated attention calls: drawn from a seed, and shrunk if they fail."""
 
 from __future__ import annotations
 
@@ -18,14 +18,10 @@ _SIZES = (1, 2, 3, 5, 7, 11, 17)
 class Case:
     """One call. B, H, G, T, S, D, E as in `polyhead.call`.
 
-    Attributes:
-        causal: None, or the key at which query 0 stands: "start", or "end" for S - T.
-        mask: None, "boolean" (True = may attend), "additive", or "empty": boolean, and its first
-            row hides all.
-        scale: factor on the scores; None: 1 / sqrt(D).
-        softcap: or None.
-        size: factor on query and key, 1 or large.
-        seed: of its numbers.
+    Attributes: causal: None, or the key that query 0 is aligned with: "start", or "end" for S - T.
+        mask: None, "boolean" (True = may attend), "additive", or "empty": boolean, with an empty
+        first row. scale: factor on the scores; None: 1 / sqrt(D). softcap: softcap, or None. size:
+        factor on query and key, 1 or large. seed: seed of the inputs.
     """
 
     B: int = 1
@@ -63,12 +59,12 @@ class Case:
         return query.to(dtype), key.to(dtype), value.to(dtype)
 
     def allowed(self) -> Tensor | None:
-        """(B, 1, T, S) who may attend by the mask alone."""
+        """(B, 1, T, S) mask of the case alone; True = may attend."""
         if self.mask is None:
             return None
         generator = torch.Generator().manual_seed(self.seed + 1)
         allowed = torch.rand(self.B, 1, self.T, self.S, generator=generator) < 0.7
-        # Each query keeps its own place, so that no row is empty unless it is meant to be.
+        # Each query keeps its own position, so that only intended rows are empty.
         places = (torch.arange(self.T) + max(self.S - self.T, 0)).clamp(max=self.S - 1)
         allowed[:, :, torch.arange(self.T), places] = True
         if self.causal == "start":
@@ -79,7 +75,7 @@ class Case:
 
 
 def draw(seed: int, count: int, **fixed: object) -> Iterator[Case]:
-    """Cases of random sizes. What is `fixed` may be a value, or a function of the drawn case."""
+    """Yield cases of random sizes. A `fixed` entry is a value, or a function of the drawn case."""
     numbers = random.Random(seed)
     for index in range(count):
         G = numbers.choice((1, 2, 3))
@@ -95,7 +91,7 @@ def draw(seed: int, count: int, **fixed: object) -> Iterator[Case]:
 
 
 def shrink(case: Case, fails: Callable[[Case], bool]) -> Case:
-    """The smallest case near this one that still fails: each size, one after the other."""
+    """Return the smallest nearby case that still fails, shrinking one size at a time."""
     smaller = True
     while smaller:
         smaller = False

@@ -1,4 +1,4 @@
-"""From the pattern of broken laws to the probable cause, in the words of the mistake."""
+"""Diagnosis: the probable cause of a pattern of broken laws."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ Broken = Mapping[str, Verdict]
 
 
 def diagnose(subject: Subject, verdicts: Mapping[str, Verdict]) -> tuple[str, ...]:
-    """Probable causes, the likeliest first; empty if nothing is broken or no pattern fits.
+    """Return probable causes, the likeliest first; empty if no law is broken or no pattern fits.
 
     Args:
-        subject: what was checked.
-        verdicts: of every law that was run, by name.
+        subject: the checked module.
+        verdicts: verdict of every law that ran, by name.
     """
     broken = {n: v for n, v in verdicts.items() if v.outcome is Outcome.BROKEN}
-    # What a call raised speaks for itself, but for a number that overflows.
+    # An exception is its own explanation, except an overflow.
     broken = {
         name: verdict
         for name, verdict in broken.items()
         if "overflow" in verdict.evidence.get("raised", "overflow")
     }
     causes = (pattern(subject, broken) for pattern in _PATTERNS) if broken else ()
-    # An exact explanation explains the rest.
+    # An exact explanation covers all other causes.
     return tuple(cause for cause in causes if cause)[: 1 if _exact(subject, broken) else 2]
 
 
 def _exact(subject: Subject, broken: Broken) -> str | None:
-    """A usual mistake that gives the module's output to the last digit."""
+    """Known mistake that reproduces the module's output to the last digit."""
     if "output_matches_reference" not in broken:
         return None
     cause: str | None = broken["output_matches_reference"].evidence.get("cause")
@@ -48,15 +48,15 @@ def _exact(subject: Subject, broken: Broken) -> str | None:
 def _unfilled(subject: Subject, broken: Broken) -> str | None:
     if "parameters_are_filled" not in broken:
         return None
-    return f"parameters that are never filled: {', '.join(subject.unfilled)}"
+    return f"uninitialized parameters: {', '.join(subject.unfilled)}"
 
 
 def _tokens_first(subject: Subject, broken: Broken) -> str | None:
     alone = torch.eye(subject.T, dtype=torch.bool)
     if "batch_rows_are_independent" in broken and torch.equal(subject.sees.cpu(), alone):
         return (
-            "batch rows see each other, and tokens do not: does it take (tokens, batch, features)? "
-            "Then pass call= with x.transpose(0, 1)"
+            "batch rows attend to each other and tokens do not: does it take (tokens, batch, "
+            "features)? Then pass call= with x.transpose(0, 1)"
         )
     return None
 
@@ -64,7 +64,7 @@ def _tokens_first(subject: Subject, broken: Broken) -> str | None:
 def _modes(subject: Subject, broken: Broken) -> str | None:
     modes = broken.get("causal_in_every_mode")
     if modes is not None and modes.evidence.get("modes", 4) < 4:
-        return "the causal mask is dropped in one mode, and another kernel may run there"
+        return "the causal mask is missing in one mode, which may run another kernel"
     return None
 
 
@@ -75,19 +75,19 @@ def _who_sees_whom(subject: Subject, broken: Broken) -> str | None:
     T = sees.shape[0]
     ones = torch.ones(T, T, dtype=torch.bool)
     if not (sees & ones.tril(-1)).any() and (sees & ones.triu(1)).any():
-        return "inverted mask: tokens see those after them and none of those before"
+        return "inverted mask: tokens attend to later tokens and not to earlier ones"
     if torch.equal(sees, ones.tril(1)):
-        return "off-by-one mask: every token also sees the next one"
-    # A token is seen by its own query too. Only where there is one key is the query idle; and the
-    # first row, with nothing to see, may see anything.
+        return "off-by-one mask: every token also attends to the next one"
+    # A token also acts through its own query, except where there is one key only; and the first
+    # row, which is empty, may depend on any token.
     if not sees[1, 1] and torch.equal(sees[2:], ones.tril()[2:]):
-        return "off-by-one mask: no token sees itself"
+        return "off-by-one mask: no token attends to itself"
     if sees.all() and not broken.keys() & {"identical_tokens_agree", "heads_are_independent"}:
         influence = subject.influence.cpu()
         past, future = influence[ones.tril(-1)].mean(), influence[ones.triu(1)].mean()
         if future > 0.1 * past:
-            return "no mask reaches the scores: every token sees every other"
-        return "a little of every token reaches every other: a mean or a norm over the tokens?"
+            return "no mask reaches the scores: every token attends to every other"
+        return "every token has a small influence on every other: a mean or a norm over the tokens?"
     return None
 
 
@@ -98,14 +98,14 @@ def _softmax(subject: Subject, broken: Broken) -> str | None:
     with torch.no_grad(), spy:
         subject.call(subject.exact, subject.input(2))
     if wrong := [axis for axis in spy.axes if axis != -1]:
-        return f"softmax over the wrong axis: over axis {wrong[0]} of the scores, not the last"
+        return f"softmax over the wrong axis: {wrong[0]} of the scores, not the last"
     if _shrinks_with_what_is_hidden(subject):
         return "the mask is applied after the softmax: weights do not sum to 1"
     return None
 
 
 def _shrinks_with_what_is_hidden(subject: Subject) -> bool:
-    """Whether a token among T equal ones gets t / T of its value where it sees t of them."""
+    """True if token t of T equal ones gets n / T of its value when it attends to n of them."""
     token = subject.input(1, 1)
     try:
         with torch.no_grad():
@@ -126,21 +126,21 @@ def _values(subject: Subject, broken: Broken) -> str | None:
         return None
     if broken.keys() & {"heads_are_independent", "batch_rows_are_independent"}:
         return None
-    return "values depend on where they stand: are positions applied to the values too?"
+    return "values depend on their positions: are positions also applied to the values?"
 
 
 def _heads(subject: Subject, broken: Broken) -> str | None:
     if "heads_are_independent" in broken and "no_head_is_dead" not in broken:
-        return "heads merged, or split, by a view without the transpose that belongs to it"
+        return "heads merged or split by a view without a transpose"
     if "kv_heads_are_shared_in_order" in broken:
-        return "key heads grouped in another order: tiled, not repeated"
+        return "KV heads shared in another order: tiled, not interleaved"
     return None
 
 
 _DROPPED = {
     "scores": "dropout on scores before the softmax",
-    "features": "dropout on values or contexts, feature by feature",
-    "renormalised": "weights are divided by their sum again after dropout",
+    "features": "dropout on features of values or contexts",
+    "renormalized": "weights are renormalized after dropout",
     "unscaled": "kept weights are not scaled by 1 / (1 - p)",
 }
 
@@ -149,10 +149,10 @@ def _dropout(subject: Subject, broken: Broken) -> str | None:
     if "evaluation_repeats" in broken:
         evidence = broken["evaluation_repeats"].evidence
         if evidence.get("made"):
-            return "weights are drawn anew in every call: are layers made in forward?"
+            return "weights are redrawn in every call: are layers created in forward?"
         if evidence.get("drawn"):
-            return "dropout in evaluation: it does not ask self.training"
-        return "the output changes from call to call, and torch's random numbers are not why"
+            return "dropout in evaluation: self.training is ignored"
+        return "the output changes from call to call, and torch's generator is not the cause"
     if "dropout_drops_weights" in broken:
         return _DROPPED[broken["dropout_drops_weights"].evidence["dropped"]]
     if "dropout_is_unbiased" in broken:
@@ -167,7 +167,7 @@ def _window(subject: Subject, broken: Broken) -> str | None:
     counted, window = evidence.get("counted"), evidence.get("window")
     if counted is None or window is None or abs(counted - window) != 1:
         return None
-    return f"window off by one: {counted} tokens are seen and not {window}"
+    return f"window off by one: {counted} tokens instead of {window}"
 
 
 def _polarity(subject: Subject, broken: Broken) -> str | None:
@@ -179,24 +179,24 @@ def _polarity(subject: Subject, broken: Broken) -> str | None:
         x, hidden = subject.input(2), torch.zeros(2, subject.T, dtype=torch.bool)
         hidden[:, subject.T // 2] = True
         if torch.equal(subject.run(x), subject.run(x, allowed=subject.showing(hidden))):
-            return f"{mask.name} is accepted and not used"
+            return f"{mask.name} is accepted and ignored"
         return None
     if not names <= broken.keys():
         return None
-    return f"mask of the wrong polarity: {mask.name} should {mask.true_means} where True"
+    return f"mask of the wrong polarity: True in {mask.name} should mean {mask.true_means}"
 
 
 def _input(subject: Subject, broken: Broken) -> str | None:
     if "inputs_are_not_modified" in broken:
-        return "it changes its input in place"
+        return "it modifies its input in place"
     return None
 
 
 def _positions(subject: Subject, broken: Broken) -> str | None:
     if "relative_positions_are_relative" in broken:
-        return "queries and keys are turned by different rules: are positions applied to both?"
+        return "queries and keys are rotated by different rules: are positions applied to both?"
     if "positions_tell_order" in broken:
-        return "positions have no effect: are they applied along the tokens' axis?"
+        return "positions have no effect: are they applied along the token axis?"
     return None
 
 
@@ -205,23 +205,23 @@ def _cache(subject: Subject, broken: Broken) -> str | None:
     chunks = broken.get("cache_in_chunks_agrees")
     if singly is None and chunks is not None:
         if chunks.evidence.get("sees_ahead"):
-            return "a chunk behind a cache has no mask: its tokens see those after them"
+            return "a chunk after a cache has no mask: its tokens attend to later ones"
         if not chunks.evidence.get("upper_left"):
-            return "a chunk behind a cache is masked in another way than the whole text"
-        return "a chunk behind a cache is masked as if it stood at the start (upper left)"
+            return "a chunk after a cache is masked differently from a full pass"
+        return "a chunk after a cache is masked as if it were at the start (upper left)"
     if singly is not None and singly.evidence.get("first_wrong") == 1:
         if subject.claims.positions is not None:
-            return "cache position off: a new token's position does not count the cached ones"
-        return "the cache loses or repeats a token, or hides cached ones"
+            return "wrong cache position: a new token's position ignores the cached tokens"
+        return "the cache loses, repeats or masks tokens"
     return None
 
 
 def _fill(subject: Subject, broken: Broken) -> str | None:
     raised = broken.get("half_precision_is_close_to_float64")
     if raised is not None and "overflow" in raised.evidence.get("raised", ""):
-        return "masked scores are filled with a number that float16 does not have; use -inf"
+        return "masked scores are filled with a value that overflows in float16; use -inf"
     if "mask_survives_large_scores" in broken and "no_future_leak" not in broken:
-        return "masked scores are filled with a number that other scores can reach; use -inf"
+        return "masked scores are filled with a value that other scores can reach; use -inf"
     return None
 
 
@@ -245,7 +245,7 @@ _PATTERNS: tuple[Callable[[Subject, Broken], str | None], ...] = (
 
 
 class _SoftmaxAxes(Spy):
-    """Notes over which axis, counted from the last, each softmax of a call goes."""
+    """Records the axis, counted from the last, of every softmax in a call."""
 
     def __init__(self) -> None:
         super().__init__()

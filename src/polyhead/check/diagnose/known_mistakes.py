@@ -1,7 +1,7 @@
-"""Attention with one thing changed: the mistakes people make, computed.
+"""Known mistakes: attention with one thing changed.
 
-Where a module's weights are known and its output is not that of the definition, each of these is
-tried. One that gives the module's output, to the last digit, names the mistake.
+If a module's weights are known and its output differs from the reference, each mistake is computed.
+One that reproduces the module's output to the last digit is the cause.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Hypothesis:
     """A changed attention.
 
     Attributes:
-        cause: what the change is, as the report says it.
-        harmless: whether it is another way to write the same attention.
-        compute: x and weights in, output out.
+        cause: description of the change, as reported.
+        harmless: True if it is an equivalent form of the same attention.
+        compute: output from x and weights.
     """
 
     cause: str
@@ -50,7 +50,7 @@ def plain_attention(
     roles: str = "qkv",
     residual: bool = False,
 ) -> Tensor:
-    """Attention of x (B, T, d_in) in plain torch, with every step open to a mistake."""
+    """Attention of x (B, T, d_in) in plain torch, with an option for a mistake in every step."""
     B, T, _ = x.shape
     H = weights.num_heads
     D = weights.query.shape[0] // H
@@ -101,20 +101,20 @@ def explanation(
     *,
     shown: Tensor,
 ) -> Hypothesis | None:
-    """The first hypothesis that gives the module's output, or None.
+    """Return the first hypothesis that reproduces the module's output, or None.
 
     Args:
         actual: the module's output.
         x: its input.
-        weights: of the module.
-        allowed: how far apart equal outputs may be.
-        shown: (T, T) True where the module claims that a query sees a key.
+        weights: its weights.
+        allowed: tolerance between equal outputs.
+        shown: (T, T) mask that the module claims; True = may attend.
     """
 
     def matches(compute: Callable[[Tensor, Weights], Tensor]) -> bool:
         try:
             y = compute(x, weights)
-        except (RuntimeError, IndexError):  # these shapes cannot make this mistake
+        except (RuntimeError, IndexError):  # these shapes rule this mistake out
             return False
         return y.shape == actual.shape and bool(difference(y, actual).max() <= allowed)
 
@@ -129,12 +129,12 @@ def explanation(
             expected = (weights.query.shape[0] // weights.num_heads) ** -0.5
             if abs(scale / expected - 1) < 4 * torch.finfo(torch.float32).eps:
                 return Hypothesis("its scale is rounded to float32", fitted, harmless=True)
-            return Hypothesis(f"wrong scale: {scale:.4g}; expected is {expected:.4g}", fitted)
+            return Hypothesis(f"wrong scale: {scale:.4g}; expected {expected:.4g}", fitted)
     return None
 
 
 def _fitted_scale(actual: Tensor, x: Tensor, weights: Weights, mask: Tensor) -> float:
-    """The scale that comes nearest to the output: on a grid, then by golden sections."""
+    """Scale that best fits the output: grid search, then golden-section search."""
 
     def misfit(log_scale: float) -> float:
         y = plain_attention(x, weights, allowed=mask, scale=math.exp(log_scale))
@@ -160,7 +160,7 @@ def _hypotheses(weights: Weights, shown: Tensor) -> Iterator[Hypothesis]:
 
     for of in ("features", "heads"):
         yield Hypothesis(
-            f"rows in another customary order ({of} first)",
+            f"rows in another common order ({of} first)",
             lambda x, w, of=of: plain_attention(x, interleaved(w, of), allowed=mask),  # type: ignore[misc]
             harmless=True,
         )
@@ -170,25 +170,25 @@ def _hypotheses(weights: Weights, shown: Tensor) -> Iterator[Hypothesis]:
         harmless=True,
     )
     for scale, words in _scales(D, H):
-        yield varied(f"{words}; expected is 1 / sqrt(head_dim)", scale=scale)
-    yield varied("softmax over the wrong axis: over queries and not over keys", axis=-2)
-    yield varied("softmax over the wrong axis: over heads and not over keys", axis=1)
+        yield varied(f"{words}; expected 1 / sqrt(head_dim)", scale=scale)
+    yield varied("softmax over the wrong axis: queries instead of keys", axis=-2)
+    yield varied("softmax over the wrong axis: heads instead of keys", axis=1)
     yield varied("softmax over the wrong axis: over batch rows and not over keys", axis=0)
     yield varied("heads merged without transposing back first", merge="view")
     yield varied("heads merged feature by feature: transposed twice", merge="features first")
-    yield varied("heads split by a view where a view and a transpose are needed", split="view")
+    yield varied("heads split by a view without a transpose", split="view")
     yield varied(
-        "heads split by a view, and merged by a view, without transposing",
+        "heads split and merged by a view, without transposes",
         split="view",
         merge="view",
     )
-    yield varied("key heads grouped in another order: tiled, not repeated", grouping="tiled")
-    yield varied("scores transposed: keys ask and queries answer", turned=True)
+    yield varied("KV heads shared in another order: tiled, not interleaved", grouping="tiled")
+    yield varied("scores transposed: key query^T instead of query key^T", turned=True)
     yield varied("keys and queries are swapped", roles="kqv")
     yield varied("keys and values are swapped", roles="qvk")
-    yield varied("the queries serve as keys too", roles="qqv")
-    yield varied("the keys serve as values too", roles="qkk")
-    yield varied("the values serve as keys too", roles="qvv")
+    yield varied("the queries are also used as keys", roles="qqv")
+    yield varied("the keys are also used as values", roles="qkk")
+    yield varied("the values are also used as keys", roles="qvv")
     without = lambda x, w: plain_attention(x, replace(w, out=None), allowed=mask)  # noqa: E731
     yield Hypothesis("the output projection is not applied", without)
     if mask is not None:
@@ -199,10 +199,10 @@ def _scales(D: int, H: int) -> list[tuple[float, str]]:
     return [
         (1.0, "missing scale"),
         (1 / D, "wrong scale: 1 / head_dim"),
-        ((D * H) ** -0.5, "wrong scale: 1 / sqrt of all heads' features"),
+        ((D * H) ** -0.5, "wrong scale: 1 / sqrt(num_heads * head_dim)"),
         (H**-0.5, "wrong scale: 1 / sqrt(num_heads)"),
         (D**0.5, "wrong scale: multiplied by sqrt(head_dim)"),
-        (D**-0.25, "wrong scale: the root is taken twice"),
+        (D**-0.25, "wrong scale: the square root is taken twice"),
     ]
 
 
@@ -210,19 +210,21 @@ def _mask_mistakes(varied: Callable[..., Hypothesis], mask: Tensor) -> Iterator[
     ones = torch.ones_like(mask)
     causal = not mask.triu(1).any()
     yield varied("no mask reaches the scores", allowed=None)
-    yield varied("inverted mask: it shows what it should hide", allowed=~mask)
-    yield varied("inverted mask: it shows what it should hide", allowed=~mask | ones.triu().tril())
-    yield varied("mask applied after the softmax, without dividing again", mask_how="after")
-    yield varied("masked scores are 0 and not -inf", mask_how="multiplied")
+    yield varied("inverted mask: True and False are swapped", allowed=~mask)
+    yield varied("inverted mask: True and False are swapped", allowed=~mask | ones.triu().tril())
+    yield varied("mask applied after the softmax, without renormalizing", mask_how="after")
+    yield varied("masked scores are 0 instead of -inf", mask_how="multiplied")
     yield varied("a boolean mask is added to the scores", mask_how="added")
     yield varied("a boolean mask is added to the scores", mask_how="added", allowed=~mask)
     if causal:
-        yield varied("off-by-one mask: every token also sees the next one", allowed=ones.tril(1))
-        yield varied("off-by-one mask: no token sees itself", allowed=ones.tril(-1))
+        yield varied(
+            "off-by-one mask: every token also attends to the next one", allowed=ones.tril(1)
+        )
+        yield varied("off-by-one mask: no token attends to itself", allowed=ones.tril(-1))
     window = int(mask[-1].sum())
     if window < len(mask) and mask[-1, -window:].all():
         for wrong in (window + 1, window - 1):
             yield varied(
-                f"window off by one: {wrong} tokens are seen and not {window}",
+                f"window off by one: {wrong} tokens instead of {window}",
                 allowed=(ones.triu(1 - wrong) & ones.tril(0 if causal else wrong - 1)),
             )

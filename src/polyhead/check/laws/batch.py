@@ -1,4 +1,4 @@
-"""Laws of batch rows: they know nothing of each other."""
+"""Laws of the batch: batch rows are independent."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["LAWS"]
 
 @law
 def batch_rows_are_independent(subject: Subject) -> Verdict:
-    """What one batch row gives does not depend on what is in another.
+    """The output of one batch row does not depend on another row.
 
-    Why: else a user's text reaches another user's answer.
+    Why: otherwise one user's text leaks into another user's output.
 
-    Would have caught: a reshape that mixes batch and heads, normalising over the batch, packed
-    documents that attend to each other.
+    Would have caught: a reshape that mixes batch and heads, a norm over the batch, packed documents
+    that attend to each other.
     """
     x = subject.input(3)
     changed = x.clone()
@@ -31,32 +31,32 @@ def batch_rows_are_independent(subject: Subject) -> Verdict:
 
 @law
 def batch_rows_permute(subject: Subject) -> Verdict:
-    """Batch rows in another order give the same outputs in that order.
+    """Permuting the batch rows permutes the outputs.
 
-    Why: a row's place in the batch is no information.
+    Why: the index of a row in the batch carries no information.
 
     Would have caught: a mask or a cache indexed by the wrong row.
     """
     x, order = subject.input(3), [2, 0, 1]
     apart = difference(subject.run(x[order]), subject.run(x)[order])
     if apart.max() > subject.allowed(x):
-        return broken(f"rows in another order gave other outputs, by {by(apart)}")
+        return broken(f"permuted batch rows gave different outputs, by {by(apart)}")
     return holds()
 
 
 @law
 def batch_of_one_agrees(subject: Subject) -> Verdict:
-    """A row alone gives what it gives in a batch.
+    """A batch of one row gives the same output as that row in a larger batch.
 
-    Why: models are trained in batches and used one text at a time.
+    Why: models are trained on batches and often run on a single sequence.
 
-    Would have caught: `squeeze()` without an axis, broadcasting that only fits a batch of one.
+    Would have caught: `squeeze()` without a dimension, broadcasting that only fits a batch of one.
     """
     x = subject.input(3)
     alone = torch.cat([subject.run(row[None]) for row in x])
     apart = difference(alone, subject.run(x))
     if apart.max() > subject.allowed(x):
-        return broken(f"a row alone gave another output than in a batch, by {by(apart)}")
+        return broken(f"a single row gave a different output than in a batch, by {by(apart)}")
     return holds()
 
 

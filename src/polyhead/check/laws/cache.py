@@ -1,4 +1,4 @@
-"""Laws of the cache: a text read in pieces gives what the whole text gives."""
+"""Laws of the KV cache: decoding in pieces gives the output of one full pass."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ Step = Callable[[Tensor], Tensor]
 
 @law
 def cache_token_by_token_agrees(subject: Subject) -> Verdict:
-    """Read token by token with a cache, a text gives what it gives at once.
+    """Decoding token by token with a KV cache gives the output of one full forward pass.
 
-    Why: training reads texts at once, and generating token by token.
+    Why: training runs whole sequences, generation runs one token at a time.
 
-    Would have caught: rotary positions that start at 0 again with every token, caches that forget
-    or repeat a token.
+    Would have caught: rotary positions that restart at 0 with every token, caches that drop or
+    repeat a token.
     """
     return _in_pieces(subject, [1] * subject.T)
 
 
 @law
 def cache_in_chunks_agrees(subject: Subject) -> Verdict:
-    """Read in chunks with a cache, a text gives what it gives at once.
+    """Decoding in chunks with a KV cache gives the output of one full forward pass.
 
-    Why: prompts are read in chunks, and drafts of several tokens are checked at once.
+    Why: long prompts are prefilled in chunks, and speculative decoding verifies several tokens per
+    step.
 
-    Would have caught: `is_causal=True` with fewer queries than keys, which torch aligns at the
-    upper left: the chunk then sees the start of the text and not itself.
+    Would have caught: `is_causal=True` with fewer queries than keys. torch aligns that mask at the
+    upper left, so the chunk attends to the start of the sequence and not to itself.
     """
     first = subject.T // 2
     return _in_pieces(subject, [first, 2, subject.T - first - 2])
@@ -46,10 +47,10 @@ def cache_in_chunks_agrees(subject: Subject) -> Verdict:
 
 def _in_pieces(subject: Subject, pieces: Sequence[int]) -> Verdict:
     if subject.calling.cache is None:
-        why = subject.claims.how.get("cache", "it takes no cache that is known")
+        why = subject.claims.how.get("cache", "no known cache argument")
         raise NotApplicable(why)
     if not subject.claims.causal:
-        raise NotApplicable("it is not causal: what came first would see what comes later")
+        raise NotApplicable("it is not causal: earlier tokens would attend to later ones")
     x = subject.input(2)
     module = subject.copy()
     whole = subject.run(x)
@@ -63,7 +64,7 @@ def _in_pieces(subject: Subject, pieces: Sequence[int]) -> Verdict:
                 ahead, left = (False, False) if n == 1 else _chunk(subject, pieces, start, stop)
                 where = f"token {start}" if n == 1 else f"tokens {start} to {stop - 1}"
                 return broken(
-                    f"with a cache, {where} gave another output than in the whole text, by "
+                    f"with a cache, {where} gave a different output than in the full pass, by "
                     f"{by(apart)}",
                     first_wrong=start,
                     sees_ahead=ahead,
@@ -74,8 +75,9 @@ def _in_pieces(subject: Subject, pieces: Sequence[int]) -> Verdict:
 
 
 def _chunk(subject: Subject, pieces: Sequence[int], start: int, stop: int) -> tuple[bool, bool]:
-    """Whether the first token of a chunk behind a cache sees the last of the chunk; and whether it
-    sees the first token of the text, and not itself."""
+    """Two facts about the first token of a chunk after a cache: it attends to the last token of the
+    chunk; it attends to token 0 of the sequence and not to itself.
+    """
     x, other = subject.input(2), subject.input(2, salt=1)
 
     def first(changed: int | None) -> Tensor:
@@ -104,7 +106,8 @@ def _of_polyhead(subject: Subject, module: nn.Module) -> Step:
 
 def _of_transformers(subject: Subject, module: nn.Module) -> Step:
     cache = start_of(subject)
-    # A layer taken out of its model keeps its index: the cache then lacks the layers before it.
+    # A layer outside its model keeps its layer_idx, but the cache has no entries for earlier
+    # layers.
     module.layer_idx = 0  # type: ignore[assignment]
     name = subject.calling.cache_name
     calling = replace(subject.calling, supplies=None)
@@ -121,7 +124,7 @@ def _of_transformers(subject: Subject, module: nn.Module) -> Step:
 
 
 def _passed(subject: Subject, module: nn.Module) -> Step:
-    """forward(x, cache=...) returns the output and the new cache, or fills the one that it got."""
+    """forward(x, cache=...) returns the output and the new cache, or updates it in place."""
     name = subject.calling.cache_name
     calling = replace(subject.calling, supplies=None)
     state, done = [start_of(subject)], [0]
@@ -143,7 +146,7 @@ def _passed(subject: Subject, module: nn.Module) -> Step:
 
 
 def _rows(subject: Subject, first: int, n: int) -> Tensor:
-    """(1, 1, n, first + n) whom n tokens behind `first` others may see."""
+    """(1, 1, n, first + n) mask of n tokens after `first` cached ones; True = may attend."""
     seen = band(first + n, subject.claims.causal, subject.claims.window)
     return seen[None, None, first:].to(subject.device)
 

@@ -1,4 +1,4 @@
-"""Laws of who sees whom: the future, the past, the window."""
+"""Laws of causality: no influence from the future, full influence from the past and the window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyhead.check.subject import Subject, by, difference
 
 __all__ = ["LAWS"]
 
-# Tokens that a law may take: the time and memory of some modules grow with their square.
+# Longest sequence of a law: time and memory of some modules are quadratic in it.
 _LONGEST = 512
 
 
@@ -23,7 +23,7 @@ def need_causal(subject: Subject) -> None:
 
 
 def worst(matrix: Tensor, where: Tensor) -> tuple[int, int, float]:
-    """Row, column and value of the largest entry among those where `where` holds."""
+    """Row, column and value of the largest entry where the mask `where` is True."""
     masked = matrix.masked_fill(~where, -1.0)
     flat = int(masked.argmax())
     t, s = divmod(flat, matrix.shape[1])
@@ -32,19 +32,19 @@ def worst(matrix: Tensor, where: Tensor) -> tuple[int, int, float]:
 
 @law
 def no_future_leak(subject: Subject) -> Verdict:
-    """In a causal module the output at a token does not change when a later token does.
+    """In a causal module the output at a token does not depend on later tokens.
 
-    Why: a model trained with a leak reads the answer off the next token. Its loss is splendid and
-    its text is noise.
+    Why: a model trained with a leak copies the next token instead of predicting it. Its loss is
+    excellent and its generated text is noise.
 
-    Would have caught: a book's repository carried a bonus variant whose boolean mask was inverted
-    for two years.
+    Would have caught: a bonus variant in a book's repository, with an inverted boolean mask for two
+    years.
     """
     need_causal(subject)
     influence = subject.influence
     future = ~band(influence.shape[0], True, None)
     t, s, change = worst(influence, future & influence.isfinite())
-    # A row with nothing to attend to is another law's.
+    # Empty rows (not finite) belong to another law.
     if change > subject.allowed(subject.input()):
         return broken(
             f"the output at token {t} changed by {change:.2g} when token {s} changed: the future "
@@ -56,44 +56,45 @@ def no_future_leak(subject: Subject) -> Verdict:
 
 @law
 def no_future_leak_in_long_texts(subject: Subject) -> Verdict:
-    """In a causal module the start of a long text does not depend on what comes after it.
+    """In a causal module the output does not depend on later tokens in long sequences either.
 
-    Why: kernels work in blocks of 16, 32 or 64 tokens, and are right within the first.
+    Why: kernels work in blocks of 16, 32 or 64 tokens, and are often right within the first block
+    only.
 
-    Would have caught: block masks that are off at a block's border, and leaks that only show
-    behind the end of the short text that somebody tried.
+    Would have caught: block masks that are off at a block boundary, and leaks that only start after
+    the short lengths used in tests.
     """
     need_causal(subject)
     T = min(67, subject.claims.max_tokens or 67)
     if T <= subject.T:
-        raise NotApplicable(f"it takes {T} tokens only")
+        raise NotApplicable(f"it accepts {T} tokens only")
     if not subject.takes(T):
-        raise NotApplicable(f"it does not take {T} tokens")
+        raise NotApplicable(f"it does not accept {T} tokens")
     x, other = subject.input(1, T), subject.input(1, T, salt=1)
     before, allowed = subject.run(x), subject.allowed(x)
     places = torch.arange(T)
     for starts in torch.arange(1, T).split(33):
-        # Row by row, the tokens from `start` on are others.
+        # Each batch row changes the tokens from its own start on.
         late = (places >= starts[:, None]).to(x.device)
         changed = torch.where(late[..., None], other, x)
         apart = difference(subject.run(changed), before).amax(dim=-1).masked_fill(late, 0.0)
         if apart.max() > allowed:
             row, t = divmod(int(apart.argmax()), T)
             return broken(
-                f"in a text of {T} tokens the output at token {t} changed by {by(apart)} when the "
-                f"tokens from {int(starts[row])} on changed: the future leaks"
+                f"in a sequence of {T} tokens the output at token {t} changed by {by(apart)} "
+                f"when the tokens from {int(starts[row])} on changed: the future leaks"
             )
     return holds()
 
 
 @law
 def no_future_gradient(subject: Subject) -> Verdict:
-    """In a causal module the output at a token has no gradient for a later token.
+    """In a causal module the output at a token has no gradient with respect to later tokens.
 
-    Why: a leak can be small where it is perturbed and still teach a model to cheat.
+    Why: a leak can be too small to show in the output and still be learned in training.
 
-    Would have caught: masks applied to the forward result only, and custom backward passes that
-    forget the mask.
+    Would have caught: masks applied to the forward result only, and custom backward passes without
+    the mask.
     """
     need_causal(subject)
     x = subject.input().requires_grad_()
@@ -104,13 +105,13 @@ def no_future_gradient(subject: Subject) -> Verdict:
             (gradient,) = torch.autograd.grad(
                 (output[:, t] * direction[:, t]).sum(), x, retain_graph=True
             )
-            # What is not finite is another law's.
+            # Values that are not finite belong to another law.
             later = gradient.abs().nan_to_num(0.0, 0.0)[:, t + 1 :].amax(dim=(0, 2))
             largest, s = later.max(dim=0)
             if largest > subject.allowed(x.detach()):
                 return broken(
-                    f"the output at token {t} has a gradient of {by(largest)} for token "
-                    f"{t + 1 + int(s)}: the future leaks",
+                    f"the output at token {t} has a gradient of {by(largest)} with respect to "
+                    f"token {t + 1 + int(s)}: the future leaks",
                     sees=subject.sees,
                 )
     return holds()
@@ -120,11 +121,11 @@ def no_future_gradient(subject: Subject) -> Verdict:
 def causal_in_every_mode(subject: Subject) -> Verdict:
     """A causal module is causal in training and in evaluation, with gradients and without.
 
-    Why: kernels are chosen by mode. A module that is tested in training may run another kernel
-    when it serves.
+    Why: kernels are chosen by mode. A module tested in training may run another kernel in
+    inference.
 
-    Would have caught: nn.MultiheadAttention, called with is_causal=True and no mask, raises in
-    training, and in evaluation without gradients silently attends to the future.
+    Would have caught: nn.MultiheadAttention with is_causal=True and no mask. It raises in training,
+    and silently attends to the future in evaluation without gradients.
     """
     need_causal(subject)
     future = ~band(subject.T, True, None)
@@ -139,7 +140,7 @@ def causal_in_every_mode(subject: Subject) -> Verdict:
         module = subject.copy().train(training)
         influence = subject.influence_in(module, grad_mode)
         t, s, change = worst(influence, future & influence.isfinite())
-        # In training kept weights are larger by 1 / (1 - dropout).
+        # In training, dropout scales the kept weights by 1 / (1 - p).
         if change > 4 * subject.allowed(subject.input()):
             leaks.append(
                 f"in {mode} the output at token {t} changed by {change:.2g} with token {s}"
@@ -151,11 +152,11 @@ def causal_in_every_mode(subject: Subject) -> Verdict:
 
 @law
 def past_is_used(subject: Subject) -> Verdict:
-    """The output at a token changes when a token that it may see does, itself included.
+    """The output at a token depends on every token it may attend to, including itself.
 
-    Why: a mask that hides too much leaves a model that trains, badly, and nothing fails.
+    Why: a mask that hides too much fails no test. The model trains, but badly.
 
-    Would have caught: a causal mask built with the diagonal left out; a mask added where it should
+    Would have caught: a causal mask without its diagonal; a mask that was added where it should
     have been multiplied.
     """
     sees = subject.sees
@@ -165,7 +166,7 @@ def past_is_used(subject: Subject) -> Verdict:
         t, s = blind[-1].tolist()
         return broken(
             f"the output at token {t} did not change when token {s} changed: "
-            f"{len(blind)} of {int(expected.sum())} pairs that should be seen are not",
+            f"{len(blind)} of {int(expected.sum())} pairs that should have influence have none",
             sees=sees,
         )
     return holds()
@@ -177,7 +178,8 @@ def first_token_is_alone(subject: Subject) -> Verdict:
 
     Why: it is the smallest causal case, and the easiest to compute by hand.
 
-    Would have caught: masks that leave the first row empty, so that its softmax averages all.
+    Would have caught: masks that leave the first row empty, so that its softmax averages all
+    tokens.
     """
     need_causal(subject)
     return _prefix_of(subject, 1)
@@ -185,11 +187,11 @@ def first_token_is_alone(subject: Subject) -> Verdict:
 
 @law
 def prefix_gives_prefix(subject: Subject) -> Verdict:
-    """In a causal module the first tokens of a text give the first outputs of the whole.
+    """In a causal module a prefix of the sequence gives the same prefix of the outputs.
 
-    Why: it is what makes generating token by token, and caching, right.
+    Why: autoregressive generation and KV caches depend on it.
 
-    Would have caught: positions counted from the end, a normalisation over the length, scale
+    Would have caught: positions counted from the end, a norm over the sequence length, a scale
     computed from the number of tokens.
     """
     need_causal(subject)
@@ -207,7 +209,7 @@ def _prefix_of(subject: Subject, n: int) -> Verdict:
     if apart.max() > subject.allowed(x):
         t = int(apart.amax(dim=(0, 2)).argmax())
         return broken(
-            f"the output at token {t} is another by {by(apart)} when the text ends after "
+            f"the output at token {t} differs by {by(apart)} when the sequence ends after "
             f"{n} token{'s' if n > 1 else ''}"
         )
     return holds()
@@ -215,12 +217,12 @@ def _prefix_of(subject: Subject, n: int) -> Verdict:
 
 @law
 def window_counts_its_tokens(subject: Subject) -> Verdict:
-    """With a window of W a token sees W tokens, itself included.
+    """With a sliding window of W, a token attends to W tokens, including itself.
 
-    Why: W or W + 1 is the commonest disagreement between two implementations of one model.
+    Why: W against W + 1 is the most common difference between two implementations of one model.
 
     Would have caught: sliding windows one too wide in several inference engines, and caches that
-    drop the oldest token one step early.
+    evict the oldest token one step early.
     """
     claims = subject.claims
     if claims.window is None:
@@ -229,7 +231,7 @@ def window_counts_its_tokens(subject: Subject) -> Verdict:
     if T > _LONGEST:
         raise NotApplicable(f"its window of {claims.window} is long: make one of {_LONGEST // 64}")
     if claims.max_tokens is not None and claims.max_tokens < T:
-        raise NotApplicable(f"its window of {claims.window} holds nearly all it accepts")
+        raise NotApplicable(f"its window of {claims.window} covers nearly every token it accepts")
     x = subject.input(1, T).requires_grad_()
     with torch.enable_grad():
         output = subject.call(subject.exact, x).output
@@ -242,7 +244,8 @@ def window_counts_its_tokens(subject: Subject) -> Verdict:
     if counted in right and bool(seen[-counted:].all()):
         return holds()
     return broken(
-        f"the last token sees {counted} tokens, itself included; its window is {claims.window}",
+        f"the last token attends to {counted} tokens, including itself; its window is "
+        f"{claims.window}",
         counted=counted,
         window=claims.window,
     )

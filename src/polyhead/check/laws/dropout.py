@@ -1,4 +1,4 @@
-"""Laws of dropout: on weights, in training only, and fair."""
+"""Laws of dropout: on attention weights, in training only, unbiased."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ __all__ = ["LAWS"]
 
 @law
 def dropout_is_unbiased(subject: Subject) -> Verdict:
-    """In training, the output averaged over many dropout masks is that of evaluation.
+    """The mean output over many dropout masks in training is the output in evaluation.
 
-    Why: kept weights grow by 1 / (1 - p), so that nothing shifts when dropout is switched off.
+    Why: dropout scales kept weights by 1 / (1 - p), so that nothing shifts when it is switched off.
 
-    Would have caught: dropout on scores before the softmax, weights divided by their sum again
-    after dropout, a missing 1 / (1 - p).
+    Would have caught: dropout on scores before the softmax, weights renormalized after dropout, a
+    missing 1 / (1 - p).
     """
     x = subject.input()
     trained = subject.copy().train()
     need_dropout(subject, trained)
-    out_projection(subject)  # or what is behind the attention bends the mean
+    out_projection(subject)  # operations after the attention could bias the mean
     many = x.expand(512, -1, -1)
     with torch.no_grad():
         try:
@@ -34,7 +34,7 @@ def dropout_is_unbiased(subject: Subject) -> Verdict:
         except NotApplicable:
             expected = subject.run(x)
             drawn = subject.call(trained, many).output
-    # One number a draw: along the expected output, so that many small shifts add up.
+    # One value per draw: projected on the expected output, so that many small shifts add up.
     direction = expected / expected.square().sum()
     along = ((drawn - expected) * direction).flatten(1).sum(dim=1)
     mean, error = along.mean().item(), along.std().item() / len(along) ** 0.5
@@ -48,13 +48,13 @@ def dropout_is_unbiased(subject: Subject) -> Verdict:
 
 @law
 def dropout_drops_weights(subject: Subject) -> Verdict:
-    """Dropout acts on attention weights: each is dropped, or kept and larger by one factor.
+    """Dropout acts on attention weights: each is set to 0, or scaled by 1 / (1 - p).
 
-    Why: it is what the paper and the lecture do. Of two tokens a head's context is w times one's
-    value and u times the other's; with dropout w and u are 0, or what they were times 1 / (1 - p).
+    Why: it is what the paper and the lecture do. Over two tokens, a head's context is w times one
+    value and u times the other. With dropout, w and u each become 0 or are scaled by 1 / (1 - p).
 
-    Would have caught: dropout on scores before the softmax, which drops nothing; on values or
-    contexts, feature by feature; kept weights not scaled, or divided by their sum again.
+    Would have caught: dropout on scores before the softmax, which drops nothing; dropout on
+    features of values or contexts; kept weights that are not scaled, or that are renormalized.
     """
     module = subject.copy().train()
     need_dropout(subject, module)
@@ -63,32 +63,32 @@ def dropout_drops_weights(subject: Subject) -> Verdict:
     drawn_misfit, drawn = shares_of(subject, subject.input(1, 2), module=module, draws=64)
     allowed = 16 * subject.allowed(subject.input(1, 2))
     if misfit > allowed:
-        raise NotApplicable("its contexts are no means of values without dropout either")
+        raise NotApplicable("its contexts are not weighted means of values, even without dropout")
     if drawn_misfit > allowed:
         return broken(
-            "of one head's context some features were dropped and others kept: dropout acts on "
+            "some features of a head's context were dropped and others kept: dropout acts on "
             "features, not on attention weights",
             dropped="features",
         )
     factor = drawn / kept
     rounding = 1e3 * allowed / float(kept.abs().min())
     if rounding > 1e-3:
-        raise NotApplicable("its rounding hides by how much kept weights are scaled")
+        raise NotApplicable("the scale of kept weights is lost in rounding")
     if (factor - 1).abs().max() <= rounding:
-        return reported("dropout acts behind the heads, not on attention weights")
+        return reported("dropout acts after the heads, not on attention weights")
     dropped = factor.abs() <= rounding
     if not dropped.any():
         return broken(
-            "weights change in training and none is ever dropped: dropout acts on scores, before "
+            "weights change in training and none becomes 0: dropout acts on scores, before "
             "the softmax",
             dropped="scores",
         )
     scaled = factor[~dropped]
     if scaled.numel() and scaled.max() - scaled.min() > rounding:
         return broken(
-            f"what is kept is multiplied by {scaled.min():.3g} here and by {scaled.max():.3g} "
-            "there: weights are divided by their sum again after dropout",
-            dropped="renormalised",
+            f"kept weights are scaled by factors from {scaled.min():.3g} to {scaled.max():.3g}: "
+            "weights are renormalized after dropout",
+            dropped="renormalized",
         )
     if scaled.numel() and scaled.max() <= 1 + rounding:
         return broken("kept weights are not scaled by 1 / (1 - p)", dropped="unscaled")
@@ -97,7 +97,7 @@ def dropout_drops_weights(subject: Subject) -> Verdict:
 
 def need_dropout(subject: Subject, trained: nn.Module) -> None:
     if not draws_random_numbers(subject, trained):
-        raise NotApplicable("training draws no random numbers: there is no dropout")
+        raise NotApplicable("no dropout: training draws no random numbers")
 
 
 LAWS = (

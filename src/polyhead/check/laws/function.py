@@ -1,4 +1,4 @@
-"""Laws of functions of query, key and value: on generated calls they equal the definition."""
+"""Laws of functions of query, key and value: generated calls match the reference."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _COUNT = 12
 
 
 def _need(subject: FunctionSubject, purpose: str) -> None:
-    """polyhead's own functions take every rule as a mask."""
+    """Require an argument for this purpose; polyhead's own functions take every rule as a mask."""
     if not subject.polyhead:
         subject.name_of(purpose)
 
 
 def _misfit(subject: FunctionSubject, case: Case) -> str | None:
-    """How the output of a case is wrong, or None."""
+    """Description of the error of a call, or None if it is within tolerance."""
     inputs = case.inputs(subject.dtype)
     actual = subject.run(case, inputs)
     exact = definition(case, [t.double() for t in inputs])
@@ -40,11 +40,11 @@ def _misfit(subject: FunctionSubject, case: Case) -> str | None:
     apart = difference(actual.double(), exact).max().item()
     if apart <= allowed:
         return None
-    return f"the output is {apart:.2g} off, allowed are {allowed:.2g}"
+    return f"the output is {apart:.2g} off; allowed: {allowed:.2g}"
 
 
 def _hold(subject: FunctionSubject, cases: Iterator[Case]) -> Verdict:
-    """Every case is right, or the smallest that is wrong is shown."""
+    """Require that every call is right; a broken verdict shows the smallest wrong one."""
     for case in cases:
         if _misfit(subject, case) is not None:
             smallest = shrink(case, lambda c: _still_wrong(subject, c))
@@ -55,7 +55,7 @@ def _hold(subject: FunctionSubject, cases: Iterator[Case]) -> Verdict:
 def _still_wrong(subject: FunctionSubject, case: Case) -> bool:
     try:
         return _misfit(subject, case) is not None
-    except Exception:  # another fault than the one that is followed
+    except Exception:  # a different failure from the one being shrunk
         return False
 
 
@@ -65,11 +65,11 @@ def _other_length(case: Case, numbers: random.Random) -> int:
 
 @law
 def plain_calls_are_right(subject: FunctionSubject) -> Verdict:
-    """softmax(query key^T / sqrt(D)) value, for any sizes, T and S alike and different.
+    """The output is softmax(query key^T / sqrt(D)) value, for any sizes, with T = S and T != S.
 
-    Why: it is the definition.
+    Why: it is scaled dot-product attention.
 
-    Would have caught: a missing scale, softmax over the wrong axis, sizes swapped.
+    Would have caught: a missing scale, softmax over the wrong axis, swapped sizes.
     """
     same = _hold(subject, draw(subject.seed, _COUNT))
     return same if same.message else _hold(subject, draw(subject.seed, _COUNT, S=_other_length))
@@ -77,11 +77,11 @@ def plain_calls_are_right(subject: FunctionSubject) -> Verdict:
 
 @law
 def causal_calls_are_right(subject: FunctionSubject) -> Verdict:
-    """With is_causal, query t sees keys 0 to t.
+    """With is_causal, query t attends to keys 0 to t.
 
-    Why: else it reads its answer off the next token.
+    Why: otherwise the model copies the next token instead of predicting it.
 
-    Would have caught: masks that are inverted, or off by one.
+    Would have caught: inverted and off-by-one masks.
     """
     _need(subject, "causal")
     return _hold(subject, draw(subject.seed, _COUNT, causal="end"))
@@ -89,12 +89,13 @@ def causal_calls_are_right(subject: FunctionSubject) -> Verdict:
 
 @law
 def causal_alignment(subject: FunctionSubject) -> Verdict:
-    """Where fewer queries than keys stand under is_causal: at the start, or at the end.
+    """With is_causal and fewer queries than keys, queries align at the start or at the end.
 
-    Why: both are in use (torch's function aligns at the start, flash-attention at the end), and a
-    cache needs the end. It is reported, and judged only if it is neither.
+    Why: both conventions exist (torch aligns at the start, flash-attention at the end), and
+    decoding with a cache needs the end. The alignment is reported; only a mask that is neither
+    breaks the law.
 
-    Would have caught: flash-attention's change from one to the other in version 2.1.
+    Would have caught: flash-attention's change from one convention to the other in version 2.1.
     """
     _need(subject, "causal")
     verdicts = {
@@ -106,17 +107,17 @@ def causal_alignment(subject: FunctionSubject) -> Verdict:
     }
     for where, verdict in verdicts.items():
         if not verdict.message:
-            return reported(f"query 0 of fewer queries than keys stands at the {where}")
+            return reported(f"with fewer queries than keys, queries align at the {where}")
     return verdicts["end"]
 
 
 @law
 def boolean_masks_are_right(subject: FunctionSubject) -> Verdict:
-    """A boolean mask hides what it should hide, and nothing else.
+    """A boolean mask excludes exactly the masked keys.
 
-    Why: True shows in scaled_dot_product_attention and hides in nn.MultiheadAttention.
+    Why: True means "attend" in scaled_dot_product_attention and "ignore" in nn.MultiheadAttention.
 
-    Would have caught: `masked_fill(mask, -inf)` for `masked_fill(~mask, -inf)`.
+    Would have caught: `masked_fill(mask, -inf)` in place of `masked_fill(~mask, -inf)`.
     """
     _need(subject, "mask")
     return _hold(subject, draw(subject.seed, _COUNT, mask="boolean"))
@@ -124,71 +125,74 @@ def boolean_masks_are_right(subject: FunctionSubject) -> Verdict:
 
 @law
 def additive_masks_are_right(subject: FunctionSubject) -> Verdict:
-    """A mask of numbers is added to the scores; -inf hides.
+    """An additive mask is added to the scores; -inf excludes a key.
 
-    Why: it is how transformers passes masks.
+    Why: transformers passes masks in this form.
 
-    Would have caught: numbers read as booleans: 0 is False, and hides.
+    Would have caught: additive values read as booleans, where 0 becomes False and excludes the key.
     """
     if subject.polyhead:
-        raise NotApplicable("its masks are objects; numbers are added by bias=")
+        raise NotApplicable("its masks are objects; bias= adds to the scores")
     subject.name_of("mask")
     return _hold(subject, draw(subject.seed, _COUNT, mask="additive"))
 
 
 @law
 def empty_rows_stay_finite(subject: FunctionSubject) -> Verdict:
-    """A query that may attend to nothing gives zeros, or at least no NaN.
+    """A query that may attend to no key gives zeros, or at least no NaN.
 
-    Why: left padding makes such rows, and their NaN reaches every weight in the backward pass.
+    Why: left padding creates such rows, and their NaN reaches every weight in the backward pass.
 
-    Would have caught: NaN of a softmax of -inf; masks of finfo.min, which give the mean of values.
+    Would have caught: the NaN of a softmax over -inf only; masks of finfo.min, which give the mean
+    of the values.
     """
     _need(subject, "mask")
     for case in draw(subject.seed, 4, mask="empty"):
         row = subject.run(case)[:, :, 0]
         if not row.isfinite().all():
-            return broken(f"{case}: an empty row gives numbers that are not finite")
+            return broken(f"{case}: an empty row gives values that are not finite")
         if row.any():
-            return reported("an empty row gives something other than zeros, and finite")
+            return reported("an empty row gives finite values other than zeros")
     return holds()
 
 
 @law
 def gqa_matches_reference(subject: FunctionSubject) -> Verdict:
-    """With H query heads over G key heads, query head h uses key head h // (H / G).
+    """With H query heads and G KV heads, query head h uses KV head h // (H / G).
 
-    Why: checkpoints are made for this order.
+    Why: checkpoints are trained with this order.
 
-    Would have caught: x-transformers groups heads in another order.
+    Would have caught: x-transformers, which groups heads in another order.
     """
     grouped = {"H": lambda case, numbers: case.G * numbers.choice((2, 3))}
     case = next(draw(subject.seed, 1, **grouped))
     try:
         subject.run(case)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise NotApplicable(f"it refuses grouped heads: {str(error).splitlines()[0]}") from None
+        raise NotApplicable(
+            f"it does not support grouped-query attention: {str(error).splitlines()[0]}"
+        ) from None
     return _hold(subject, draw(subject.seed, _COUNT, **grouped))
 
 
 @law
 def values_may_have_another_size(subject: FunctionSubject) -> Verdict:
-    """Values may have another size than queries and keys.
+    """Values may have another head size than queries and keys.
 
     Why: multi-head latent attention has such heads.
 
-    Would have caught: outputs made with the shape of the query.
+    Would have caught: outputs allocated with the shape of the query.
     """
     return _hold(subject, draw(subject.seed, _COUNT, E=lambda case, _: case.D + 2))
 
 
 @law
 def scale_is_obeyed(subject: FunctionSubject) -> Verdict:
-    """A scale that is given replaces 1 / sqrt(D).
+    """A given scale replaces 1 / sqrt(D).
 
-    Why: many models have one of their own.
+    Why: many models define a scale of their own.
 
-    Would have caught: arguments that are accepted and dropped.
+    Would have caught: a scale argument that is accepted and ignored.
     """
     subject.name_of("scale")
     return _hold(subject, draw(subject.seed, _COUNT, scale=0.7))
@@ -200,7 +204,7 @@ def softcap_is_obeyed(subject: FunctionSubject) -> Verdict:
 
     Why: Gemma 2 is trained with it.
 
-    Would have caught: kernels that drop the softcap in their backward, or without a word.
+    Would have caught: kernels that omit the softcap in their backward pass, or ignore it silently.
     """
     subject.name_of("softcap")
     return _hold(subject, draw(subject.seed, _COUNT, softcap=0.8, size=2.0))
@@ -208,7 +212,7 @@ def softcap_is_obeyed(subject: FunctionSubject) -> Verdict:
 
 @law
 def extreme_values_stay_right(subject: FunctionSubject) -> Verdict:
-    """Large scores give what they should give, and no NaN.
+    """Large scores give the right output, without NaN.
 
     Why: trained models have outliers.
 
@@ -219,11 +223,11 @@ def extreme_values_stay_right(subject: FunctionSubject) -> Verdict:
 
 @law
 def rows_and_heads_do_not_mix(subject: FunctionSubject) -> Verdict:
-    """What one batch row or head gives does not depend on another.
+    """The output of one batch row and head does not depend on another row or head.
 
-    Why: heads are independent, and so are users.
+    Why: heads are independent, and batch rows belong to different users.
 
-    Would have caught: sums over the wrong axis, strides swapped.
+    Would have caught: sums over the wrong axis, swapped strides.
     """
     case = Case(B=2, H=3, G=3, T=5, S=5, D=4, E=4, seed=subject.seed)
     inputs = case.inputs(subject.dtype)
@@ -236,17 +240,19 @@ def rows_and_heads_do_not_mix(subject: FunctionSubject) -> Verdict:
     apart = difference(subject.run(case, changed), before)
     apart[1, 2] = 0
     if apart.max() > 0:
-        return broken(f"another row or head changed by {apart.max():.2g} with row 1, head 2")
+        return broken(
+            f"another row or head changed by {apart.max():.2g} when row 1, head 2 changed"
+        )
     return holds()
 
 
 @law
 def every_argument_counts(subject: FunctionSubject) -> Verdict:
-    """Each argument that is accepted changes the output.
+    """Every accepted argument changes the output.
 
-    Why: what is accepted and dropped is a lie.
+    Why: an ignored argument gives wrong results without an error.
 
-    Would have caught: backends that drop a mask or a scale that they do not have.
+    Would have caught: backends that ignore a mask or a scale that they do not support.
     """
     case = Case(B=2, H=2, G=2, T=5, S=5, D=4, E=4, seed=subject.seed)
     plain = subject.run(case)
@@ -261,17 +267,17 @@ def every_argument_counts(subject: FunctionSubject) -> Verdict:
             continue
         if torch.equal(subject.run(replace(case, **change)), plain):  # type: ignore[arg-type]
             name = subject.names.get(purpose, purpose)
-            return broken(f"{name} is accepted and changes nothing")
+            return broken(f"{name} is accepted and ignored")
     return holds()
 
 
 @law
 def dropout_keeps_the_mean(subject: FunctionSubject) -> Verdict:
-    """With dropout p, the mean over many draws is the output without it.
+    """With dropout p, the mean over many draws is the output without dropout.
 
-    Why: kept weights grow by 1 / (1 - p).
+    Why: kept weights are scaled by 1 / (1 - p).
 
-    Would have caught: dropout that is accepted and dropped; weights not scaled up.
+    Would have caught: dropout that is accepted and ignored; kept weights that are not scaled.
     """
     name = subject.name_of("dropout")
     case = Case(B=400, H=2, G=2, T=3, S=3, D=4, E=4, seed=subject.seed)
@@ -280,23 +286,23 @@ def dropout_keeps_the_mean(subject: FunctionSubject) -> Verdict:
     with seeded(subject.seed, torch.device("cpu")):
         try:
             kept = subject.run(case, (query, key, ones), **{name: 0.3}).double()
-        except TypeError:  # where it takes a layer, as the Annotated Transformer does
+        except TypeError:  # takes a layer, as the Annotated Transformer does
             layer = torch.nn.Dropout(0.3)
             kept = subject.run(case, (query, key, ones), **{name: layer}).double()
     if kept.std() < 1e-6:
-        return broken(f"{name}=0.3 is accepted and drops nothing")
+        return broken(f"{name}=0.3 is accepted and drops no weight")
     rows = kept.mean(dim=(1, 2, 3))
     mean, error = rows.mean().item(), rows.std().item() / case.B**0.5
     if abs(mean - 1) > 6 * error:
-        return broken(f"what is kept sums to {mean:.3f} on average, not to 1")
+        return broken(f"the weights sum to {mean:.3f} on average, not to 1")
     return holds()
 
 
 @law
 def dtype_is_preserved(subject: FunctionSubject) -> Verdict:
-    """The dtype in is the dtype out.
+    """The output has the dtype of the inputs.
 
-    Why: the next layer refuses another.
+    Why: the next layer raises for another dtype.
 
     Would have caught: silent casts to bfloat16, or up to float32.
     """
@@ -304,43 +310,43 @@ def dtype_is_preserved(subject: FunctionSubject) -> Verdict:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         y = subject.run(case, case.inputs(dtype))
         if y.dtype != dtype:
-            return broken(f"{dtype} in gave {y.dtype} out")
+            return broken(f"inputs in {dtype} gave an output in {y.dtype}")
     return holds()
 
 
 @law
 def inputs_are_not_modified(subject: FunctionSubject) -> Verdict:
-    """The call changes none of its inputs, whatever their strides, and strides change nothing.
+    """The call does not modify its inputs, and their strides do not change the output.
 
-    Why: they belong to the caller.
+    Why: the inputs belong to the caller.
 
-    Would have caught: in-place scaling of the query; kernels that read raw pointers.
+    Would have caught: in-place scaling of the query; kernels that ignore strides.
     """
     case = Case(B=2, H=2, G=2, T=5, S=5, D=4, E=4, seed=subject.seed)
     inputs = case.inputs(subject.dtype)
     expected = subject.run(case, [t.clone() for t in inputs])
     for name, strided in (
-        ("as they are", [t.clone() for t in inputs]),
+        ("contiguous", [t.clone() for t in inputs]),
         ("transposed", [t.mT.contiguous().mT for t in inputs]),
         ("tokens first", [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]),
     ):
         copies = [t.clone() for t in strided]
         y = subject.run(case, strided)
         if not all(torch.equal(a, b) for a, b in zip(strided, copies, strict=True)):
-            return broken(f"inputs in memory {name} were changed by the call")
+            return broken(f"inputs ({name} in memory) were modified by the call")
         allowed = as_good_as_eager(expected, expected.double(), 4.0, 4.0)
         if difference(y, expected).max() > allowed:
-            return broken(f"inputs in memory {name} gave another output")
+            return broken(f"inputs ({name} in memory) gave a different output")
     return holds()
 
 
 @law
 def gradients_are_right(subject: FunctionSubject) -> Verdict:
-    """Gradients of query, key and value are those of the definition.
+    """Gradients with respect to query, key and value match the reference.
 
-    Why: a kernel's backward is written by hand.
+    Why: the backward pass of a kernel is written by hand.
 
-    Would have caught: gradients of shared key heads that are not summed over their group.
+    Would have caught: gradients of shared KV heads that are not summed over their group.
     """
     case = Case(B=2, H=2, G=2, T=5, S=5, D=4, E=4, seed=subject.seed)
 

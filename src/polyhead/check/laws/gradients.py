@@ -1,4 +1,4 @@
-"""Laws of gradients: they reach everything, and are those of the function."""
+"""Laws of gradients: they reach every parameter, and match finite differences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from polyhead.check.subject import Subject
 
 __all__ = ["LAWS"]
 
-_STEP = 2.0**-17  # near the cube root of float64's rounding, where central differences are best
+_STEP = 2.0**-17  # near the cube root of float64's eps: best for central differences
 
 
 def need_float64(subject: Subject) -> nn.Module:
@@ -23,12 +23,12 @@ def need_float64(subject: Subject) -> nn.Module:
 
 @law
 def gradient_reaches_every_parameter(subject: Subject) -> Verdict:
-    """Every parameter gets a gradient.
+    """Every parameter receives a gradient.
 
-    Why: what has none never learns, and nothing fails.
+    Why: a parameter without a gradient never trains, and no error is raised.
 
-    Would have caught: projections that are made and not used, `.data` and `.detach()` on the way,
-    keys projected by the queries' layer.
+    Would have caught: projections that are created and not used, `.data` and `.detach()` in the
+    forward pass, keys projected by the query layer.
     """
     parameters = {n: p for n, p in subject.exact.named_parameters() if p.requires_grad}
     if not parameters:
@@ -40,10 +40,10 @@ def gradient_reaches_every_parameter(subject: Subject) -> Verdict:
         gradients = torch.autograd.grad(weighted, list(parameters.values()), allow_unused=True)
     for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True):
         if gradient is None:
-            return broken(f"{name} takes no part in the output", unused=name)
+            return broken(f"{name} is not used in the output", unused=name)
         if not gradient.isfinite().all():
             return broken(f"the gradient of {name} is not finite")
-        # A bias of the keys shifts all scores of a query alike: its gradient is zero by nature.
+        # A key bias shifts all scores of a query equally: its exact gradient is zero.
         if parameter.ndim > 1 and not gradient.any():
             return broken(f"the gradient of {name} is zero")
     return holds()
@@ -51,13 +51,12 @@ def gradient_reaches_every_parameter(subject: Subject) -> Verdict:
 
 @law
 def gradient_matches_finite_differences(subject: Subject) -> Verdict:
-    """Gradients of the input and of every parameter are the slopes that finite differences see.
+    """Gradients of the input and of every parameter match finite differences.
 
-    Why: a backward pass written by hand, or cut by a detach, can be wrong while the forward is
-    right.
+    Why: a custom backward pass, or a detach, can be wrong while the forward pass is right.
 
-    Would have caught: scores detached for a statistic and used all the same; a custom backward
-    without the mask or the softcap.
+    Would have caught: scores detached for a statistic and then used in the output; a custom
+    backward without the mask or the softcap.
     """
     module = need_float64(subject)
     x = subject.input(2).requires_grad_()
@@ -86,12 +85,12 @@ def gradient_matches_finite_differences(subject: Subject) -> Verdict:
 
 @law
 def second_derivative_is_right_or_refused(subject: Subject) -> Verdict:
-    """The gradient of a gradient matches finite differences, or is refused.
+    """The second derivative matches finite differences, or is refused.
 
-    Why: gradient penalties and influence functions need it; a wrong one is worse than none.
+    Why: gradient penalties and influence functions need it. An error is better than a wrong one.
 
-    Would have caught: kernels whose backward is a constant to autograd. (That torch's own fused
-    kernels refuse it is reported and not judged.)
+    Would have caught: kernels whose backward pass is a constant to autograd. (torch's own fused
+    kernels refuse it, which is reported and not judged.)
     """
     module = need_float64(subject)
     x = subject.input().requires_grad_()
@@ -121,9 +120,9 @@ def second_derivative_is_right_or_refused(subject: Subject) -> Verdict:
 
 @law
 def parameters_are_registered(subject: Subject) -> Verdict:
-    """Every tensor that learns is among the module's parameters.
+    """Every learned tensor is among the module's parameters.
 
-    Why: what is not registered is not saved, not moved to the GPU, and not given to the optimizer.
+    Why: an unregistered tensor is not saved, not moved to the GPU, and not passed to the optimizer.
 
     Would have caught: heads kept in a plain list instead of an nn.ModuleList.
     """
@@ -133,7 +132,7 @@ def parameters_are_registered(subject: Subject) -> Verdict:
     for leaf in _leaves(output):
         if id(leaf) not in known:
             return broken(
-                f"a tensor of shape {tuple(leaf.shape)} learns and is not among the parameters: "
+                f"a tensor of shape {tuple(leaf.shape)} requires grad and is not a parameter: "
                 "is it in a plain list or dict?"
             )
     return holds()
@@ -153,7 +152,7 @@ def _leaves(output: Tensor) -> Sequence[Tensor]:
 
 
 def _central(value: object, leaf: Tensor, step: Tensor, *, grad: bool = False) -> float:
-    """(value at leaf + step) - (value at leaf - step), halved."""
+    """(value(leaf + step) - value(leaf - step)) / 2."""
     ends = []
     before = leaf.detach().clone()
     for sign in (1, -1):

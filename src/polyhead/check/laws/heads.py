@@ -1,4 +1,4 @@
-"""Laws of heads: each works, each alone, and key heads are shared in the common order."""
+"""Laws of heads: none dead, none identical, independent, and KV heads shared in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["LAWS"]
 
 @law
 def no_head_is_dead(subject: Subject) -> Verdict:
-    """Every head gives something, and the output changes without it.
+    """Every head has a nonzero context, and the output changes without it.
 
-    Why: a dead head costs its time and gives nothing; a loss curve does not show it.
+    Why: a dead head costs time and contributes nothing. A loss curve does not show it.
 
     Would have caught: loops over one head too few, an output projection that reads a slice.
     """
@@ -25,7 +25,7 @@ def no_head_is_dead(subject: Subject) -> Verdict:
     with torch.no_grad():
         contexts = contexts_of(subject, subject.exact, x)
     if dead := [h for h in range(H) if contexts[:, :, h].abs().max() == 0]:
-        return broken(f"head {dead[0]} of {H} gives zeros")
+        return broken(f"the context of head {dead[0]} of {H} is zero")
     name = out_projection(subject)
     if name is None:
         return holds()
@@ -52,12 +52,13 @@ def no_head_is_dead(subject: Subject) -> Verdict:
 
 @law
 def no_two_heads_are_identical(subject: Subject) -> Verdict:
-    """No two heads give the same contexts.
+    """No two heads have the same contexts.
 
-    Why: identical heads get identical gradients and stay identical: H heads of cost, one of use.
+    Why: identical heads get identical gradients and stay identical: the cost of H heads, the use of
+    one.
 
-    Would have caught: `[head] * n` for `[Head() for _ in range(n)]`, and weights initialised once
-    and copied.
+    Would have caught: `[head] * n` in place of `[Head() for _ in range(n)]`, and weights that are
+    initialized once and copied.
     """
     H = need_heads(subject)
     x = subject.input(2)
@@ -67,18 +68,18 @@ def no_two_heads_are_identical(subject: Subject) -> Verdict:
         for other in range(h):
             apart = difference(contexts[:, :, h], contexts[:, :, other]).max()
             if apart <= subject.allowed(x):
-                return broken(f"heads {other} and {h} give the same contexts")
+                return broken(f"heads {other} and {h} have the same contexts")
     return holds()
 
 
 @law
 def heads_are_independent(subject: Subject) -> Verdict:
-    """Each head has weights that not every head's context depends on.
+    """Every head has weights that do not affect the contexts of all heads.
 
-    Why: heads are independent; only the output projection brings them together.
+    Why: heads are independent; only the output projection mixes them.
 
-    Would have caught: heads merged by a view without transposing back, which deals one head's
-    numbers out to all tokens and heads, and still trains.
+    Would have caught: heads merged by a view without transposing back. It spreads the features of
+    one head over all tokens and heads, and still trains.
     """
     H = need_heads(subject)
     units = [heads for heads_by_unit in _touched(subject) for heads in heads_by_unit]
@@ -87,8 +88,8 @@ def heads_are_independent(subject: Subject) -> Verdict:
         raise NotApplicable("its heads share one projection")
     if missing := sorted(set(range(H)) - apart):
         return broken(
-            f"no weight belongs to head {missing[0]} of {H} and not to all: heads are mixed before "
-            "the output projection",
+            f"head {missing[0]} of {H} has no weights of its own: heads are mixed before the "
+            "output projection",
             mixed=len(missing),
         )
     return holds()
@@ -96,13 +97,13 @@ def heads_are_independent(subject: Subject) -> Verdict:
 
 @law
 def kv_heads_are_shared_in_order(subject: Subject) -> Verdict:
-    """With H query heads over G key heads, query head h uses key head h // (H / G).
+    """With H query heads and G KV heads, query head h uses KV head h // (H / G).
 
-    Why: it is the order of torch, transformers and flash-attention; a checkpoint read in another
-    order gives a model that talks nonsense.
+    Why: torch, transformers and flash-attention use this order. A checkpoint loaded in another
+    order generates nonsense.
 
-    Would have caught: `repeat(1, n, 1, 1)` for `repeat_interleave(n, dim=1)`; x-transformers'
-    order, which is another.
+    Would have caught: `repeat(1, n, 1, 1)` in place of `repeat_interleave(n, dim=1)`; the order of
+    x-transformers.
     """
     H = need_heads(subject)
     shared = [
@@ -112,26 +113,25 @@ def kv_heads_are_shared_in_order(subject: Subject) -> Verdict:
         if 1 < len(heads) < H
     ]
     if not shared:
-        raise NotApplicable("no weight is shared by some heads and not by others")
+        raise NotApplicable("no weight is shared by some heads only")
     for heads in shared:
         first, count = heads[0], len(heads)
         if first % count or heads != list(range(first, first + count)):
             return broken(
-                f"one key or value head is used by query heads {heads}; in the common order they "
-                "are neighbours"
+                f"one KV head is used by query heads {heads}; in the common order they are adjacent"
             )
     return holds()
 
 
 def _is_as_wide_as_its_heads(subject: Subject) -> bool:
-    """Whether some weight before the output projection has a row for each feature of each head."""
+    """True if some weight before the output projection has one row per feature of every head."""
     contexts = contexts_of(subject, subject.exact, subject.input(1, 2))
     features = contexts.shape[-2] * contexts.shape[-1]
     return any(max(weight.shape) >= features for weight in _weights(subject))
 
 
 def _weights(subject: Subject) -> list[Tensor]:
-    """Parameters of two dimensions and more, but for the output projection's."""
+    """Parameters of two or more dimensions, except those of the output projection."""
     out = out_projection(subject)
     return [
         parameter
@@ -141,11 +141,11 @@ def _weights(subject: Subject) -> list[Tensor]:
 
 
 def _touched(subject: Subject) -> list[list[set[int]]]:
-    """For each weight and each dimension of it: which heads' contexts depend on each slice."""
+    """Per weight and per dimension of it: the heads whose contexts depend on each slice."""
     H = subject.claims.num_heads or 1
     module, weights = subject.exact, [w for w in _weights(subject) if w.requires_grad]
     if not weights:
-        raise NotApplicable("it has no weights that learn")
+        raise NotApplicable("it has no weights that require grad")
     with torch.enable_grad():
         contexts = contexts_of(subject, module, subject.input(2))
         direction = subject.input(2, salt=3)[..., :1, None].expand_as(contexts)

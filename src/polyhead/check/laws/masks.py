@@ -1,4 +1,4 @@
-"""Laws of the mask argument: what is hidden has no influence, what is shown keeps it."""
+"""Laws of the mask argument: masked tokens have no influence, all others keep theirs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["LAWS"]
 
 def need_mask(subject: Subject) -> None:
     if subject.calling.mask is None:
-        raise NotApplicable("it has no mask argument that is known")
+        raise NotApplicable("no known mask argument")
 
 
 def hiding(subject: Subject, *tokens: int, B: int = 2, T: int | None = None) -> Tensor:
-    """The mask that hides these tokens from everybody."""
+    """Mask argument that excludes these tokens for every query."""
     hidden = torch.zeros(B, T or subject.T, dtype=torch.bool)
     hidden[:, list(tokens)] = True
     return subject.showing(hidden)
@@ -26,31 +26,30 @@ def hiding(subject: Subject, *tokens: int, B: int = 2, T: int | None = None) -> 
 
 @law
 def mask_that_shows_all_changes_nothing(subject: Subject) -> Verdict:
-    """A mask that hides nothing gives the output of no mask.
+    """A mask that excludes no token gives the output without a mask.
 
-    Why: it is the plainest thing that a mask can say.
+    Why: it is the simplest mask.
 
-    Would have caught: boolean masks that are added to the scores as 0 and 1; polarity turned
-    around.
+    Would have caught: boolean masks added to the scores as 0 and 1; inverted polarity.
     """
     need_mask(subject)
     x = subject.input(2)
     if subject.calling.supplies is not None:
-        raise NotApplicable("the check always passes it a mask")
+        raise NotApplicable("it is always called with a mask")
     apart = difference(subject.run(x, allowed=hiding(subject)), subject.run(x))
     if apart.max() > subject.allowed(x):
-        return broken(f"a mask that shows all changed the output, by {by(apart)}")
+        return broken(f"a mask that excludes no token changed the output, by {by(apart)}")
     return holds()
 
 
 @law
 def hidden_tokens_have_no_influence(subject: Subject) -> Verdict:
-    """A token that the mask hides does not change what others give.
+    """A masked token does not change the outputs at other tokens.
 
-    Why: padding is noise, and another document is none of this one's business.
+    Why: padding is noise, and other documents must not leak into this one.
 
-    Would have caught: masks of the wrong polarity (True hides in nn.MultiheadAttention and shows
-    in scaled_dot_product_attention), masks that broadcast along the wrong axis.
+    Would have caught: masks of the wrong polarity (True means "ignore" in nn.MultiheadAttention and
+    "attend" in scaled_dot_product_attention), masks that broadcast along the wrong axis.
     """
     need_mask(subject)
     x = subject.input(2)
@@ -63,8 +62,7 @@ def hidden_tokens_have_no_influence(subject: Subject) -> Verdict:
     if apart.max() > subject.allowed(x):
         t = int(apart.amax(dim=(0, 2)).argmax())
         return broken(
-            f"the output at token {t} changed by {by(apart)} when token {j} changed, which the "
-            "mask hides",
+            f"the output at token {t} changed by {by(apart)} when the masked token {j} changed",
             hidden_seen=True,
         )
     return holds()
@@ -72,11 +70,11 @@ def hidden_tokens_have_no_influence(subject: Subject) -> Verdict:
 
 @law
 def shown_tokens_keep_their_influence(subject: Subject) -> Verdict:
-    """A token that the mask shows still changes what later tokens give.
+    """A token that is not masked still changes the outputs at later tokens.
 
-    Why: a mask of the wrong polarity hides the text and shows the padding.
+    Why: a mask of the wrong polarity excludes the sequence and keeps the padding.
 
-    Would have caught: `masked_fill(mask, -inf)` for `masked_fill(~mask, -inf)`.
+    Would have caught: `masked_fill(mask, -inf)` in place of `masked_fill(~mask, -inf)`.
     """
     need_mask(subject)
     x = subject.input(2)
@@ -87,8 +85,8 @@ def shown_tokens_keep_their_influence(subject: Subject) -> Verdict:
     before, after = subject.run(x, allowed=mask), subject.run(changed, allowed=mask)
     if difference(before, after)[:, last].max() <= subject.allowed(x):
         return broken(
-            f"the output at token {last} did not change with token {last - 1}, which a mask of "
-            "token 0 leaves shown",
+            f"the output at token {last} did not change with token {last - 1}, though only token 0 "
+            "is masked",
             shown_unseen=True,
         )
     return holds()
@@ -96,11 +94,11 @@ def shown_tokens_keep_their_influence(subject: Subject) -> Verdict:
 
 @law
 def padding_on_the_right_changes_nothing(subject: Subject) -> Verdict:
-    """Rows padded on the right, and masked, give at their real tokens what they give alone.
+    """Rows with masked padding on the right give, at their real tokens, the output without padding.
 
-    Why: batches are made of texts of different length.
+    Why: batches contain sequences of different lengths.
 
-    Would have caught: padding masks given for queries in place of keys; averages over the padded
+    Would have caught: padding masks applied to queries instead of keys; means over the padded
     length.
     """
     need_mask(subject)
@@ -109,17 +107,19 @@ def padding_on_the_right_changes_nothing(subject: Subject) -> Verdict:
 
 @law
 def padding_on_the_left_changes_nothing(subject: Subject) -> Verdict:
-    """Rows padded on the left, and masked, give at their real tokens what they give alone.
+    """Rows with masked padding on the left give, at their real tokens, the output without padding.
 
-    Why: it is how batches of prompts are padded for generating.
+    Why: batches of prompts are padded on the left for generation.
 
-    Would have caught: empty rows of the padding turning to NaN and spreading; rotary positions
-    that are not relative.
+    Would have caught: NaN of empty padding rows that spreads; rotary positions that are not
+    relative.
     """
     need_mask(subject)
     need_no_absolute_positions(subject)
     if (pattern := subject.claims.pattern) is not None and not pattern.relative:
-        raise NotApplicable(f"who sees whom depends on the place in the text ({pattern.words})")
+        raise NotApplicable(
+            f"its attention pattern depends on absolute positions ({pattern.words})"
+        )
     return _padded(subject, left=True)
 
 
@@ -128,7 +128,7 @@ def _padded(subject: Subject, *, left: bool) -> Verdict:
     x = subject.input(2)
     hidden = torch.zeros(2, T, dtype=torch.bool)
     mask = subject.calling.mask
-    # One that is square says the same of every row.
+    # A square mask is the same for every batch row.
     rows = range(1 if mask is not None and mask.form == "square" else 2)
     for row in rows:
         n = pads[row]
@@ -143,28 +143,28 @@ def _padded(subject: Subject, *, left: bool) -> Verdict:
         if apart.max() > subject.allowed(x):
             side = "left" if left else "right"
             return broken(
-                f"row {row}, with {pads[row]} tokens of padding on the {side}, gave another output "
-                f"than alone, by {by(apart)}"
+                f"row {row}, with {pads[row]} tokens of padding on the {side}, gave a different "
+                f"output than without padding, by {by(apart)}"
             )
     return holds()
 
 
 @law
 def empty_rows_are_finite(subject: Subject) -> Verdict:
-    """A query that may attend to nothing gives a finite output and finite gradients.
+    """A query that may attend to no key gives a finite output and finite gradients.
 
-    Why: left padding makes such rows. Their NaN is not read, and yet 0 * NaN in the backward pass
-    is NaN in every weight. (Of a mask of numbers it is reported and not judged: whoever passes
-    -inf for a whole row has asked for it.)
+    Why: left padding creates such rows. Their NaN is not read, but 0 * NaN in the backward pass is
+    NaN in every weight. (With an additive mask it is reported and not judged: -inf for a whole row
+    is the caller's choice.)
 
-    Would have caught: nn.MultiheadAttention gives NaN in three of four of its configurations.
+    Would have caught: nn.MultiheadAttention, which gives NaN in three of four configurations.
     """
     need_mask(subject)
     hidden = torch.ones(2, subject.T, dtype=torch.bool)
     mask = subject.calling.mask
     if mask is None or mask.form != "square":
         hidden[1] = False
-    # Where it computes in float32 inside, float64's lowest number is infinite there.
+    # The lowest float64 value overflows in modules that compute in float32 internally.
     narrow = torch.float32 if subject.precision == torch.float32 else None
     module = subject.exact if narrow is None else subject.copy(narrow)
     x = subject.input(2).to(narrow).requires_grad_()
@@ -172,10 +172,10 @@ def empty_rows_are_finite(subject: Subject) -> Verdict:
         y = subject.call(module, x, allowed=subject.showing(hidden)).output
         if not y.isfinite().all():
             told = broken if mask is None or mask.true_means != "add" else reported
-            return told("a row whose tokens are all hidden gave numbers that are not finite")
+            return told("a row of masked tokens only gave an output that is not finite")
         (gradient,) = torch.autograd.grad(y.sum(), x)
     if not gradient.isfinite().all():
-        return broken("a row whose tokens are all hidden gave gradients that are not finite")
+        return broken("a row of masked tokens only gave gradients that are not finite")
     return holds()
 
 

@@ -1,4 +1,4 @@
-"""Laws of modes: evaluation and training, with gradients and without, autocast, compiled."""
+"""Laws of modes: training and evaluation, with and without gradients, autocast, torch.compile."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ __all__ = ["LAWS"]
 
 @law
 def evaluation_repeats(subject: Subject) -> Verdict:
-    """In evaluation the same call gives the same output, whatever the random seed.
+    """In evaluation the same call gives the same output, for any random seed.
 
-    Why: a model that answers differently each time cannot be tested, or served.
+    Why: a model whose outputs vary cannot be tested or served.
 
     Would have caught: `F.dropout` without `training=self.training`, and
-    `scaled_dot_product_attention(dropout_p=...)`, which drops in evaluation too.
+    `scaled_dot_product_attention(dropout_p=...)`, which also drops in evaluation.
     """
     x = subject.input(2)
     apart = difference(subject.run(x), subject.run(x, salt=1))
     if apart.max() > subject.allowed(x):
         drawn = draws_random_numbers(subject, subject.exact)
         made = drawn and draws_weights(subject, subject.exact)
-        reason = "; torch's generator is not the reason"
+        reason = "; torch's generator is not the cause"
         if drawn:
             reason = ": are layers made in forward?" if made else ": dropout in evaluation?"
         return broken(
-            f"two calls in evaluation gave outputs {by(apart)} apart{reason}",
+            f"two calls in evaluation gave outputs that differ by {by(apart)}{reason}",
             drawn=drawn,
             made=made,
         )
@@ -41,19 +41,19 @@ def evaluation_repeats(subject: Subject) -> Verdict:
 
 @law
 def gradient_mode_changes_nothing(subject: Subject) -> Verdict:
-    """With gradients and without, the output is the same.
+    """The output is the same with gradients and without.
 
-    Why: kernels are chosen by it: what was tested in training may not be what serves.
+    Why: kernels are chosen by it. Inference may not run the kernel that was tested in training.
 
-    Would have caught: nn.MultiheadAttention's fast path, which runs in evaluation without
-    gradients only, and treats masks in its own way.
+    Would have caught: nn.MultiheadAttention's fast path, which runs only in evaluation without
+    gradients and treats masks differently.
     """
     x = subject.input(2)
     with torch.enable_grad():
         graded = subject.call(subject.exact, x.clone().requires_grad_()).output.detach()
     apart = difference(graded, subject.run(x))
     if apart.max() > subject.allowed(x):
-        return broken(f"with gradients the output is another, by {by(apart)}")
+        return broken(f"with gradients the output differs by {by(apart)}")
     return holds()
 
 
@@ -61,7 +61,7 @@ def gradient_mode_changes_nothing(subject: Subject) -> Verdict:
 def training_without_dropout_is_evaluation(subject: Subject) -> Verdict:
     """With every dropout at 0, training and evaluation give the same output.
 
-    Why: only dropout may tell them apart in an attention.
+    Why: dropout is the only difference between the two modes of an attention.
 
     Would have caught: a mask built in one of two branches; another scale for the fused kernel.
     """
@@ -69,12 +69,12 @@ def training_without_dropout_is_evaluation(subject: Subject) -> Verdict:
     module = subject.copy().train()
     _stop_dropout(module)
     if draws_random_numbers(subject, module):
-        raise NotApplicable("its dropout cannot be switched off from outside")
+        raise NotApplicable("its dropout cannot be switched off from the outside")
     with torch.no_grad():
         trained = subject.call(module, x).output
     apart = difference(trained, subject.run(x))
     if apart.max() > subject.allowed(x):
-        return broken(f"in training without dropout the output is another, by {by(apart)}")
+        return broken(f"in training without dropout the output differs by {by(apart)}")
     return holds()
 
 
@@ -84,7 +84,7 @@ def autocast_agrees(subject: Subject) -> Verdict:
 
     Why: most training runs under autocast; masks and scales must survive the change of dtype.
 
-    Would have caught: masks filled with a number that overflows in half precision, scores added
+    Would have caught: masks filled with a value that overflows in half precision, scores added
     to a mask of another dtype.
     """
     x = subject.input(2).float()
@@ -97,27 +97,27 @@ def autocast_agrees(subject: Subject) -> Verdict:
     allowed = subject.allowed(x.to(wide), torch.bfloat16)
     apart = difference(actual.double(), exact)
     if apart.max() > allowed:
-        return broken(f"under autocast the output is {by(apart)} off, allowed are {allowed:.2g}")
+        return broken(f"under autocast the output is {by(apart)} off; allowed: {allowed:.2g}")
     return holds()
 
 
 @law
 def compiled_agrees(subject: Subject) -> Verdict:
-    """Compiled by torch.compile, the output is the same, for one length and for another.
+    """Compiled by torch.compile, the output is the same, for several lengths.
 
-    Why: guards that forget a shape give the first length's mask to the second.
+    Why: with a missing shape guard, the mask of the first length is used for the second.
 
-    Would have caught: masks cached by the first length; symbolic lengths baked in as numbers.
+    Would have caught: masks cached by the first length; symbolic lengths specialized to constants.
     """
     if not subject.compile:
-        raise NotApplicable("it takes many seconds; ask for it with --compile or compile=True")
+        raise NotApplicable("slow (many seconds): enable with --compile or compile=True")
     compiled: Any = torch.compile(subject.exact)
     for T in (subject.T, subject.T - 2, subject.T - 1):
         x = subject.input(2, T)
         with torch.no_grad():
             apart = difference(subject.call(compiled, x).output, subject.run(x))
         if apart.max() > subject.allowed(x):
-            return broken(f"compiled, {T} tokens give another output, by {by(apart)}")
+            return broken(f"compiled, the output for {T} tokens differs by {by(apart)}")
     return holds()
 
 

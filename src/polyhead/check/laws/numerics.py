@@ -1,4 +1,4 @@
-"""Laws of numbers: finite, in the dtype asked for, as exact as it can be, whatever the layout."""
+"""Laws of numerics: finite, in the requested dtype, accurate, and independent of memory layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 @law
 def output_is_finite(subject: Subject) -> Verdict:
-    """Ordinary numbers in, finite numbers out.
+    """Finite inputs of ordinary size give a finite output.
 
     Why: one NaN in a row spreads to every token of the next layer.
 
@@ -38,17 +38,17 @@ def output_is_finite(subject: Subject) -> Verdict:
     bad = ~subject.run(subject.input(2)).isfinite()
     if bad.any():
         tokens = bad.any(dim=-1).any(dim=0).nonzero().flatten().tolist()
-        return broken(f"the output at tokens {tokens} is not a number", tokens=tokens)
+        return broken(f"the output at tokens {tokens} is not finite", tokens=tokens)
     return holds()
 
 
 @law
 def odd_sizes_run(subject: Subject) -> Verdict:
-    """Any number of rows and tokens runs: 1, odd, prime, no multiple of a block.
+    """Any number of rows and tokens runs: 1, odd, prime, not a multiple of a block.
 
-    Why: the last batch is smaller, and a text is as long as it is.
+    Why: the last batch is smaller, and sequences have any length.
 
-    Would have caught: kernels that need multiples of their block, `squeeze()` at one token.
+    Would have caught: kernels that require multiples of their block size, `squeeze()` at one token.
     """
     most = subject.claims.max_tokens or 17
     features = subject.run(subject.input()).shape[-1]
@@ -57,17 +57,18 @@ def odd_sizes_run(subject: Subject) -> Verdict:
         if y.shape != (B, T, features):
             return broken(f"{B} rows of {T} tokens gave an output of shape {tuple(y.shape)}")
         if not y.isfinite().all():
-            return broken(f"{B} rows of {T} tokens gave numbers that are not finite")
+            return broken(f"{B} rows of {T} tokens gave values that are not finite")
     return holds()
 
 
 @law
 def layout_in_memory_does_not_matter(subject: Subject) -> Verdict:
-    """An input with other strides gives the same output.
+    """The strides of the input do not change the output.
 
-    Why: a slice or a transpose is a legal input, and looks the same.
+    Why: a slice or a transpose is a legal input with the same values.
 
-    Would have caught: kernels that read raw pointers, `view` where the caller's layout decides.
+    Would have caught: kernels that ignore strides, `view` on a tensor that the caller may
+    transpose.
     """
     x = subject.input(2)
     T, d_in = x.shape[1:]
@@ -80,16 +81,16 @@ def layout_in_memory_does_not_matter(subject: Subject) -> Verdict:
         try:
             y = subject.run(other, as_it_is=True)
         except RuntimeError as error:
-            return reported(f"an input of other strides is refused: {str(error).splitlines()[0]}")
+            return reported(f"an input with other strides is refused: {str(error).splitlines()[0]}")
         apart = difference(y, subject.run(x))
         if apart.max() > subject.allowed(x):
-            return broken(f"the same numbers, {name}, gave another output, by {by(apart)}")
+            return broken(f"the same values, {name}, gave a different output, by {by(apart)}")
     return holds()
 
 
 @law
 def inputs_are_not_modified(subject: Subject) -> Verdict:
-    """The call does not change its input.
+    """The call does not modify its input.
 
     Why: the residual connection adds the input to the output, after the call.
 
@@ -98,17 +99,17 @@ def inputs_are_not_modified(subject: Subject) -> Verdict:
     x = subject.input(2)
     before = x.clone()
     subject.run(x, as_it_is=True)
-    return holds() if torch.equal(x, before) else broken("the call changed its input")
+    return holds() if torch.equal(x, before) else broken("the call modified its input")
 
 
 @law
 def dtype_is_kept(subject: Subject) -> Verdict:
-    """The dtype of the input and weights is the dtype of the output.
+    """The output has the dtype of the input and weights.
 
-    Why: a silent cast costs memory or digits, and the next layer refuses the dtype.
+    Why: a silent cast costs memory or accuracy, and the next layer raises for the other dtype.
 
-    Would have caught: masks and rotary tables made in float32, which pull a bfloat16 module's
-    output up to float32; modules that cast to bfloat16 silently.
+    Would have caught: masks and rotary tables built in float32, which promote a bfloat16 module's
+    output to float32; modules that cast to bfloat16 silently.
     """
     for dtype in (torch.float32, *_HALVES):
         try:
@@ -119,47 +120,47 @@ def dtype_is_kept(subject: Subject) -> Verdict:
                 raise
             return reported(f"{dtype} does not run: {first_line(error)}")
         if y.dtype != dtype:
-            return broken(f"{dtype} in gave {y.dtype} out")
+            return broken(f"an input in {dtype} gave an output in {y.dtype}")
     return holds()
 
 
 @law
 def no_hidden_downcast(subject: Subject) -> Verdict:
-    """In float32, nothing inside is computed in half precision.
+    """In float32, no internal operation runs in half precision.
 
-    Why: bfloat16 has 8 bits. Who asked for it gave bfloat16; who gave float32 did not.
+    Why: bfloat16 has 8 significant bits. Callers who pass float32 did not choose that.
 
-    Would have caught: wrappers of kernels that cast their inputs to half precision, and the output
-    back, without a word.
+    Would have caught: kernel wrappers that silently cast their inputs to half precision, and the
+    output back.
     """
     x, spy = subject.input().float(), Narrowest()
     module = subject.copy(torch.float32)
     with torch.no_grad(), spy:
         subject.call(module, x)
     if torch.finfo(spy.dtype).eps > torch.finfo(torch.float32).eps:
-        return broken(f"a module in float32 computes in {spy.dtype} inside")
+        return broken(f"a float32 module computes in {spy.dtype} internally")
     return holds()
 
 
 @law
 def float32_is_close_to_float64(subject: Subject) -> Verdict:
-    """In float32 the output is that of float64, within what rounding does to this module.
+    """In float32 the output matches float64, within this module's rounding error.
 
-    Why: an approximation that is not told is a bug that looks like noise.
+    Why: an undocumented approximation is a bug that looks like noise.
 
-    Would have caught: softmax or rotary tables computed in half precision whatever the dtype.
+    Would have caught: softmax or rotary tables always computed in half precision.
     """
     return _close(subject, torch.float32)
 
 
 @law
 def half_precision_is_close_to_float64(subject: Subject) -> Verdict:
-    """In bfloat16 and float16 the output is that of float64, within what rounding does.
+    """In bfloat16 and float16 the output matches float64, within rounding error.
 
-    Why: a fused kernel sums in float32; one that does not loses digits with every key.
+    Why: fused kernels accumulate in float32. A half-precision sum loses digits with every key.
 
-    Would have caught: masks filled with -1e9, which float16 does not have, sums kept in half
-    precision, positions that bfloat16 cannot count.
+    Would have caught: masks filled with -1e9, which overflows in float16; sums in half precision;
+    position indices beyond the integers that bfloat16 represents.
     """
     for dtype in _HALVES:
         verdict = _close(subject, dtype)
@@ -179,16 +180,16 @@ def _close(subject: Subject, dtype: torch.dtype) -> Verdict:
     allowed = subject.allowed(x.double(), dtype)
     apart = difference(actual, exact)
     if apart.max() > allowed:
-        return broken(f"in {dtype} the output is {by(apart)} off, allowed are {allowed:.2g}")
+        return broken(f"in {dtype} the output is {by(apart)} off; allowed: {allowed:.2g}")
     return holds()
 
 
 @law
 def large_inputs_stay_finite(subject: Subject) -> Verdict:
-    """Inputs 10,000 times as large give finite outputs and gradients.
+    """Inputs scaled by 10,000 give finite outputs and gradients.
 
-    Why: activations of trained models have outliers, and softmax of large scores is still a
-    softmax.
+    Why: activations of trained models have outliers, and the softmax of large scores is still
+    defined.
 
     Would have caught: exp() without subtracting the largest score first.
     """
@@ -197,21 +198,21 @@ def large_inputs_stay_finite(subject: Subject) -> Verdict:
     with torch.enable_grad():
         y = subject.call(module, x).output
     if not y.isfinite().all():
-        return broken("inputs 10,000 times as large gave an output that is not finite")
+        return broken("inputs scaled by 10,000 gave an output that is not finite")
     (gradient,) = torch.autograd.grad(y.sum(), x)
     if not gradient.isfinite().all():
-        return broken("inputs 10,000 times as large gave a gradient that is not finite")
+        return broken("inputs scaled by 10,000 gave a gradient that is not finite")
     return holds()
 
 
 @law
 def mask_survives_large_scores(subject: Subject) -> Verdict:
-    """The future stays hidden when scores are large.
+    """Later tokens stay masked when scores are large.
 
-    Why: a masked score must be -inf, or below every score there may be.
+    Why: a masked score must be -inf, or below every possible score.
 
-    Would have caught: masked scores set to 0, or to a modest number such as -100, which scores of
-    outliers exceed; scores multiplied by the mask.
+    Would have caught: masked scores set to 0, or to a constant such as -100, which outliers exceed;
+    scores multiplied by the mask.
     """
     need_causal(subject)
     x, other = 64 * subject.input(), 64 * subject.input(salt=1)
@@ -227,7 +228,7 @@ def mask_survives_large_scores(subject: Subject) -> Verdict:
     t, s, change = worst(influence, future & influence.isfinite())
     if change > subject.allowed(x):
         return broken(
-            f"with inputs 64 times as large the output at token {t} changed by {change:.2g} when "
+            f"with inputs scaled by 64 the output at token {t} changed by {change:.2g} when "
             f"token {s} changed: masked scores are not low enough"
         )
     return holds()
@@ -235,16 +236,16 @@ def mask_survives_large_scores(subject: Subject) -> Verdict:
 
 @law
 def memory_growth(subject: Subject) -> Verdict:
-    """How the largest tensor grows when the text doubles: linearly or with its square.
+    """The largest tensor grows linearly or quadratically with the sequence length.
 
-    Why: T x T scores of every head fill the memory long before the model does. It is reported and
+    Why: T x T scores per head fill the memory long before the model does. It is reported and
     not judged.
 
-    Would have caught: fused kernels that silently fall back to the formula.
+    Would have caught: fused kernels that silently fall back to the materialized scores.
     """
     T = min(128, subject.claims.max_tokens or 128)
     if T < 32:
-        raise NotApplicable(f"it takes {T} tokens only")
+        raise NotApplicable(f"it accepts {T} tokens only")
     module = subject.copy(torch.float32)
     largest = []
     for tokens in (T // 2, T):
@@ -253,7 +254,7 @@ def memory_growth(subject: Subject) -> Verdict:
             with torch.no_grad(), sizes:
                 subject.call(module, subject.input(1, tokens).float())
         except (RuntimeError, ValueError, IndexError):
-            raise NotApplicable(f"it does not take {tokens} tokens") from None
+            raise NotApplicable(f"it does not accept {tokens} tokens") from None
         largest.append(sizes.largest)
     growth = largest[1] / largest[0]
     kind = "quadratic" if growth > 3 else "linear"
@@ -261,7 +262,7 @@ def memory_growth(subject: Subject) -> Verdict:
 
 
 class _LargestTensor(Spy):
-    """Counts the elements of the largest tensor that operations make."""
+    """Counts the elements of the largest tensor that operations produce."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Laws of order and positions."""
+"""Laws of positions and token order."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ _ROTARY = re.compile(r"rope|rotary|inv_freq|freqs|alibi", re.I)
 
 def need_no_pattern(subject: Subject) -> None:
     if (pattern := subject.claims.pattern) is not None:
-        raise NotApplicable(f"a token sees some tokens and not others ({pattern.words})")
+        raise NotApplicable(f"it has a sparse attention pattern ({pattern.words})")
 
 
 @law
 def permutation_equivariant(subject: Subject) -> Verdict:
-    """Without positions, attention reads a set: another order of the tokens seen, same output.
+    """Without positions, permuting the tokens permutes the outputs; for causal modules, permuting
+    the earlier tokens keeps the last output.
 
-    Why: whatever tells two orders apart is a position, and there should be none. Heads cut out of
-    the wrong axis are one by accident.
+    Why: attention without positions is a function of a set. Heads cut along the wrong axis act as
+    accidental positions.
 
-    Would have caught: `view(B, heads, T, size)` instead of a view and a transpose, in an encoder,
-    where no mask is there to be broken.
+    Would have caught: `view(B, heads, T, size)` in place of a view and a transpose, in an encoder,
+    where no causal mask exposes it.
     """
     claims = subject.claims
     need_no_positions(subject)
@@ -55,18 +56,19 @@ def permutation_equivariant(subject: Subject) -> Verdict:
         if not subject.sees.equal(claims.shown(subject.T).to(x.device)) and is_defined_as_seen(
             subject
         ):
-            raise NotApplicable("it does not see every token that it may")
+            raise NotApplicable("tokens do not attend to every token they may attend to")
         _need_plain_scores(subject)
         return broken(
-            f"tokens in another order gave another output, by {by(apart)}, though nothing "
-            "gives it positions: is it cut into heads along the wrong axis?"
+            f"permuted tokens gave a different output, by {by(apart)}, though it has no positions: "
+            "are heads split along the wrong axis?"
         )
     return holds()
 
 
 def _need_plain_scores(subject: Subject) -> None:
-    """Positions that nothing names act on scores alone; heads that are cut along the wrong axis mix
-    tokens before that."""
+    """Require that no unnamed positions act on the scores. Positions act on scores alone; heads cut
+    along the wrong axis mix tokens before the scores.
+    """
     try:
         learned_rows(subject)
     except NotApplicable as reason:
@@ -76,16 +78,16 @@ def _need_plain_scores(subject: Subject) -> None:
 
 @law
 def identical_tokens_agree(subject: Subject) -> Verdict:
-    """A text of one token, repeated, gives at every place what the token gives alone.
+    """A sequence of one repeated token gives the output of that token alone at every position.
 
-    Why: all values are the same, and weights sum to 1; so their weighted mean is that value,
-    whatever the scores, the scale, the mask or the rotary positions.
+    Why: all values are equal and weights sum to 1, so their weighted mean is that value, for any
+    scores, scale, mask or rotary positions.
 
-    Would have caught: softmax over the wrong axis, masking after the softmax without dividing
-    again, weights that were never normalised.
+    Would have caught: softmax over the wrong axis, masking after the softmax without renormalizing,
+    weights that were never normalized.
     """
     if "sinks" in subject.claims.features:
-        raise NotApplicable("it has sinks, which take weight and give no value")
+        raise NotApplicable("it has attention sinks, which take weight and have no value")
     need_no_absolute_positions(subject)
     token = subject.input(2, 1)
     alone, repeated = subject.run(token), subject.run(token.expand(-1, subject.T, -1))
@@ -93,21 +95,21 @@ def identical_tokens_agree(subject: Subject) -> Verdict:
     if apart.max() > subject.allowed(subject.input(2)):
         t = int(apart.amax(dim=(0, 2)).argmax())
         return broken(
-            f"at place {t} of {subject.T} identical tokens the output is another, by "
-            f"{by(apart)}, than that of the token alone: weights do not sum to 1 over keys"
+            f"at position {t} of {subject.T} identical tokens the output differs by {by(apart)} "
+            "from that of the token alone: weights do not sum to 1 over keys"
         )
     return holds()
 
 
 @law
 def relative_positions_are_relative(subject: Subject) -> Verdict:
-    """How much a token prefers its neighbour to itself does not depend on where the two stand.
+    """The ratio of two adjacent tokens' weights does not depend on their absolute positions.
 
-    Why: rotary positions, ALiBi and learned distances all depend on the distance alone; that is
-    why they work behind a cache, behind padding, and for longer texts.
+    Why: rotary positions, ALiBi and learned distances depend on the distance alone; therefore they
+    work with a cache, with padding, and for longer sequences.
 
-    Would have caught: rotary positions applied to queries and not to keys, or to them in two
-    different ways; distances counted from the start of the text.
+    Would have caught: rotary positions applied to queries and not to keys, or by two different
+    rules; distances counted from the start of the sequence.
     """
     claims = subject.claims
     if claims.positions is None:
@@ -121,33 +123,33 @@ def relative_positions_are_relative(subject: Subject) -> Verdict:
     for tokens in (x[:, 1:], x):
         misfit, shares = shares_of(subject, tokens)
         if misfit > 16 * subject.allowed(x):
-            raise NotApplicable("its contexts are no means of values")
+            raise NotApplicable("its contexts are not weighted means of values")
         preferences.append(shares[0, :, -2] / shares[0, :, -1])
     apart = difference(*preferences)
-    # Tables of angles are made in float32 whatever the dtype.
+    # Rotary tables are float32 for every dtype.
     allowed = 64 * subject.allowed(x, torch.float32) * float(preferences[0].abs().max())
     if apart.max() > max(allowed, 64 * subject.allowed(x)):
         return broken(
-            f"the last token weighs the one before it against itself by {preferences[0].max():.3g} "
-            f"in a text of two, and by {by(apart)} more or less with one token before: its "
-            "positions are not relative"
+            f"the last token's weights of the token before it and of itself have the ratio "
+            f"{preferences[0].max():.3g} in a sequence of two, and one that differs by {by(apart)} "
+            "in a sequence of three: its positions are not relative"
         )
     return holds()
 
 
 @law
 def positions_tell_order(subject: Subject) -> Verdict:
-    """With rotary positions or ALiBi, two orders of the same tokens are told apart.
+    """With rotary positions or ALiBi, swapping two tokens changes the output.
 
-    Why: positions that have no effect are no error anywhere, and the model cannot read.
+    Why: positions without effect raise no error, and the model cannot learn word order.
 
-    Would have caught: rotary positions turned along the heads' axis and not the tokens', tables
-    that are made and not applied.
+    Would have caught: rotary positions applied along the head axis instead of the token axis,
+    tables that are built and not applied.
     """
     found = subject.claims.how.get("positions", "")
     positions = subject.claims.positions or ""
     if not _ROTARY.search(positions) or subject.calling.style == "transformers":
-        raise NotApplicable("it has no positions that always act")
+        raise NotApplicable("it has no positions that always have an effect")
     if subject.claims.window == 1:
         raise NotApplicable("its window is one token")
     need_no_pattern(subject)
@@ -156,7 +158,9 @@ def positions_tell_order(subject: Subject) -> Verdict:
     if apart.max() > subject.allowed(x):
         return holds()
     told = broken if found.startswith("it has") else reported
-    return told(f"the first two tokens swapped give the third the same output, with {positions}")
+    return told(
+        f"swapping the first two tokens does not change the output at the third, with {positions}"
+    )
 
 
 LAWS = (

@@ -1,4 +1,4 @@
-"""Laws of the definition: where the layout of the weights is known, every digit can be."""
+"""Laws of the reference: modules with a known weight layout match it in every digit."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["LAWS"]
 def output_matches_reference(subject: Subject) -> Verdict:
     """The output is softmax(scale * q k^T) v, computed from the module's weights in float64.
 
-    Why: every other law leaves something open; this one does not. Wrong attention of many kinds
-    trains, only worse. (The order of a fused weight's rows, and parts without weights around the
-    attention, are learned and reported.)
+    Why: other laws test single properties; this one tests the whole output. Many kinds of wrong
+    attention train, only worse. (The row order of a fused weight, and operations without weights
+    around the attention, are learned and reported.)
 
-    Would have caught: a missing scale, heads merged without transposing back, key heads in another
+    Would have caught: a missing scale, heads merged without transposing back, KV heads in another
     order, softmax over the wrong axis: all found in published code.
     """
     x = subject.input(2)
@@ -43,7 +43,7 @@ def output_matches_reference(subject: Subject) -> Verdict:
             apart = difference(actual, defined(x))
         if apart.max() <= allowed:
             return holds()
-        off = f"the output is {by(apart)} off the definition"
+        off = f"the output differs from the reference by {by(apart)}"
         if weights is None:
             return broken(off)
         claims = subject.claims
@@ -66,27 +66,27 @@ def output_matches_reference(subject: Subject) -> Verdict:
 
 @law
 def gradients_match_reference(subject: Subject) -> Verdict:
-    """The gradients of the input and of the weights are those of the definition.
+    """The gradients of the input and of the weights match the reference.
 
-    Why: a forward pass can be right and its backward wrong: kernels have both by hand.
+    Why: the backward pass can be wrong while the forward pass is right: kernels write both by hand.
 
-    Would have caught: gradients of shared key heads that are not summed over their group.
+    Would have caught: gradients of shared KV heads that are not summed over their group.
     """
     if subject.dtype != torch.float64:
-        raise NotApplicable("the definition runs in float64")
+        raise NotApplicable("the reference runs in float64")
     x = subject.input(2).requires_grad_()
     try:
         defined, weights = _definition(subject)
     except NotApplicable as reason:
         return _gradients_of_its_core(subject, str(reason))
     if weights is None:
-        raise NotApplicable("it is converted, and its weights with it")
+        raise NotApplicable("it is compared with a converted copy, which has other weights")
     parameters = [x, *(p for p in subject.exact.parameters() if p.requires_grad)]
     direction = subject.input(2, salt=3)[..., :1]
     with torch.enable_grad():
         expected, actual = defined(x), subject.call(subject.exact, x).output
         if difference(actual.detach(), expected.detach()).max() > 4 * subject.allowed(x.detach()):
-            return _gradients_of_its_core(subject, "its output already is not the definition's")
+            return _gradients_of_its_core(subject, "its output already differs from the reference")
         pairs = [
             torch.autograd.grad((y * direction).sum(), parameters, allow_unused=True)
             for y in (actual, expected)
@@ -100,7 +100,7 @@ def _gradients_of_its_core(subject: Subject, reason: str) -> Verdict:
     except NotApplicable:
         raise NotApplicable(reason) from None
     if judged.apart > judged.allowed:
-        raise NotApplicable("its output already is not the definition's")
+        raise NotApplicable("its output already differs from the reference")
     given = judged.projected.clone().requires_grad_()
     direction = subject.input(salt=3)[0, :, :1]
     with torch.enable_grad():
@@ -117,32 +117,34 @@ def _same_gradients(pairs: Sequence[Sequence[Tensor | None]], allowed: float) ->
             continue
         apart = difference(theirs, exact)
         if apart.max() > allowed:
-            return broken(f"a gradient is {by(apart)} off the definition's")
+            return broken(f"a gradient differs from the reference by {by(apart)}")
     return holds()
 
 
 def _told(off: str, mistake: Hypothesis | None) -> Verdict:
     if mistake is None:
-        return broken(f"{off}; no usual mistake explains it")
-    return broken(f"{off}, and exactly that of this mistake: {mistake.cause}", cause=mistake.cause)
+        return broken(f"{off}; it matches no known mistake")
+    return broken(
+        f"{off}, and exactly matches a known mistake: {mistake.cause}", cause=mistake.cause
+    )
 
 
 def _definition(subject: Subject) -> tuple[Callable[[Tensor], Tensor], Weights | None]:
-    """What the output should be, as a function of the input, and the weights it uses."""
+    """Expected output as a function of the input, and the weights it uses."""
     if subject.calling.style == "transformers":
-        out_projection(subject)  # or there is more around the attention
+        out_projection(subject)  # or other operations surround the attention
         return _converted(subject), None
     claims = subject.claims
     need_no_positions(subject)
     if subject.weights is not None:
         if claims.num_heads is None:
-            raise NotApplicable("the number of heads is not known; pass num_heads=")
+            raise NotApplicable("the number of heads is unknown; pass num_heads=")
         weights = Weights(num_heads=claims.num_heads, **subject.weights(subject.exact))
         return _from_weights(claims, weights), weights
     need_plain(subject)
     weights = recognise(subject.exact, claims.num_heads)
     if weights.query.shape[1] != claims.d_in:
-        raise NotApplicable("its layout is not known: its queries' layer is given parts of x")
+        raise NotApplicable("unknown layout: its query layer receives parts of x")
     return _from_weights(claims, weights), weights
 
 
@@ -154,7 +156,7 @@ def _converted(subject: Subject) -> nn.Module:
     try:
         return from_transformers(subject.exact).to(subject.dtype).eval()
     except PolyheadError as error:
-        raise NotApplicable(f"its layout is not known: {error}") from None
+        raise NotApplicable(f"unknown layout: {error}") from None
 
 
 LAWS = (

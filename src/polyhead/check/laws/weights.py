@@ -1,4 +1,4 @@
-"""Laws of attention weights, where the module can return them."""
+"""Laws of attention weights, for modules that return them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["LAWS"]
 
 
 def need_weights(subject: Subject, x: Tensor) -> Tensor:
-    """The weights (B, H, T, T) of a call in evaluation."""
+    """Attention weights (B, H, T, T) of a call in evaluation."""
     with torch.no_grad():
         weights = subject.call(subject.exact, x, weights=True).weights
     if weights is None:
@@ -26,7 +26,7 @@ def need_weights(subject: Subject, x: Tensor) -> Tensor:
 def weights_sum_to_one(subject: Subject) -> Verdict:
     """The attention weights of a query are not negative and sum to 1 over the keys.
 
-    Why: they are shares.
+    Why: they are a probability distribution over the keys.
 
     Would have caught: softmax over the wrong axis, weights returned after dropout, scores returned
     in place of weights.
@@ -36,13 +36,13 @@ def weights_sum_to_one(subject: Subject) -> Verdict:
     if weights.min() < 0:
         return broken(f"there is a weight of {weights.min():.2g}")
     if "sinks" in subject.claims.features:
-        raise NotApplicable("it has sinks, which take a share")
+        raise NotApplicable("it has attention sinks, which take weight")
     total = weights.sum(dim=-1)
     apart = difference(total, torch.ones_like(total))
     if apart.max() > 4 * subject.allowed(x):
         rows = weights.sum(dim=-2)
-        hint = "; over queries they do" if torch.allclose(rows, torch.ones_like(rows)) else ""
-        return broken(f"weights of a query sum to 1 but for {by(apart)}{hint}")
+        hint = "; they sum to 1 over queries" if torch.allclose(rows, torch.ones_like(rows)) else ""
+        return broken(f"the weights of a query do not sum to 1 over keys, by {by(apart)}{hint}")
     return holds()
 
 
@@ -50,9 +50,9 @@ def weights_sum_to_one(subject: Subject) -> Verdict:
 def weights_hide_the_future(subject: Subject) -> Verdict:
     """In a causal module the weight on a later token is zero.
 
-    Why: the picture of a causal head is a lower triangle.
+    Why: the attention map of a causal head is a lower triangle.
 
-    Would have caught: keras dropped the causal mask whenever weights were asked for.
+    Would have caught: keras, which dropped the causal mask whenever weights were requested.
     """
     if not subject.claims.causal:
         raise NotApplicable("it is not causal")
@@ -66,33 +66,34 @@ def weights_hide_the_future(subject: Subject) -> Verdict:
 
 @law
 def asking_for_weights_changes_nothing(subject: Subject) -> Verdict:
-    """The output is the same whether weights are asked for or not.
+    """The output is the same with and without requested weights.
 
-    Why: who looks at a model must see the model.
+    Why: inspection must show the model that runs.
 
     Would have caught: modules that run another kernel, without the mask or with dropout, as soon
-    as weights are asked for.
+    as weights are requested.
     """
     x = subject.input(2)
     need_weights(subject, x)
     if subject.calling.weights is None:
-        raise NotApplicable("weights always come with the output")
+        raise NotApplicable("it always returns weights")
     with torch.no_grad():
         asked = subject.call(subject.exact, x, weights=True).output
     apart = difference(asked, subject.run(x))
     if apart.max() > subject.allowed(x):
-        return broken(f"with weights asked for, the output is another, by {by(apart)}")
+        return broken(f"with requested weights the output differs by {by(apart)}")
     return holds()
 
 
 @law
 def weights_explain_the_output(subject: Subject) -> Verdict:
-    """A head's context is its weights times values, where a token's value is its own affair.
+    """The context of a head is its weights times its values, and a value depends on its token
+    alone.
 
-    Why: weights that are not those that were used explain nothing.
+    Why: weights that did not produce the output explain nothing.
 
-    Would have caught: weights returned before the mask, or of another head; weights averaged
-    after the output was made.
+    Would have caught: weights returned before the mask, or of another head; weights averaged over
+    heads after the output was computed.
     """
     H = subject.claims.num_heads
     if subject.claims.features:
@@ -102,14 +103,16 @@ def weights_explain_the_output(subject: Subject) -> Verdict:
     x = subject.input(2)
     weights = need_weights(subject, x)
     if weights.shape[1] != H:
-        raise NotApplicable(f"weights are given for {weights.shape[1]} head, averaged")
-    # Only the first token differs: so the values of all others must come out the same.
+        raise NotApplicable(f"it returns weights averaged over heads ({weights.shape[1]} head)")
+    # Only the first token differs, so the values of all others must be equal.
     x[1, 1:] = x[0, 1:]
     weights = need_weights(subject, x)
     with torch.no_grad():
         contexts = contexts_of(subject, subject.exact, x).transpose(1, 2)
     if torch.linalg.cond(weights).max() > 1e6:
-        raise NotApplicable("its weights cannot be inverted: many tokens are seen alike")
+        raise NotApplicable(
+            "its weights cannot be inverted: several tokens have nearly equal weights"
+        )
     if subject.notes.get("gated"):
         raise NotApplicable("its heads are gated")
     values = torch.linalg.solve(weights, contexts)[:, :, 1:]
@@ -117,19 +120,19 @@ def weights_explain_the_output(subject: Subject) -> Verdict:
     allowed = subject.allowed(x) * float(torch.linalg.cond(weights).max())
     if apart.max() > 16 * allowed:
         return broken(
-            "the weights are not those that made the output: the values that would explain it "
-            f"differ by {by(apart)} between two texts, at tokens that are the same"
+            "the weights did not produce the output: the values solved from them differ by "
+            f"{by(apart)} between two sequences, at identical tokens"
         )
     return holds()
 
 
 @law
 def contexts_are_weighted_means(subject: Subject) -> Verdict:
-    """Of two tokens, each head gives w times one's value and 1 - w times the other's.
+    """Over two tokens, the context of each head is w times one value and 1 - w times the other.
 
-    Why: attention is a weighted mean, in every head, whatever the scores.
+    Why: attention is a weighted mean, in every head, for any scores.
 
-    Would have caught: softmax over queries or heads in an encoder, where no causal mask betrays it.
+    Would have caught: softmax over queries or heads in an encoder, where no causal mask exposes it.
     """
     need_plain_values(subject)
     if subject.claims.window == 1:
@@ -138,8 +141,8 @@ def contexts_are_weighted_means(subject: Subject) -> Verdict:
     allowed = 16 * subject.allowed(subject.input(1, 2))
     if misfit > allowed:
         return broken(
-            f"a head's context of two tokens is no mean of their values, by {by(misfit)}: is it "
-            "cut out of the right axis?"
+            f"a head's context over two tokens is not a weighted mean of their values, by "
+            f"{by(misfit)}: are heads split along the wrong axis?"
         )
     totals = shares[0].sum(dim=-1)
     off = difference(totals, torch.ones_like(totals))
