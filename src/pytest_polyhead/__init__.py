@@ -1,7 +1,7 @@
-"""The pytest plugin: `pytest --attention TARGET` holds it to the laws, one test a law.
+"""pytest plugin: `pytest --attention TARGET` checks the laws of attention, one test per law.
 
-A module of its own and not part of polyhead: pytest imports every plugin that is installed, and
-polyhead would bring torch into suites that never ask for it.
+A separate module, not part of polyhead: pytest imports every installed plugin, and polyhead would
+import torch into test suites that do not use it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="TARGET",
-        help="hold FILE.py:NAME, FILE.ipynb:NAME or PACKAGE.MODULE:NAME to the laws of attention, "
-        "one test a law; runs its code; may be repeated",
+        help="check FILE.py:NAME, FILE.ipynb:NAME or PACKAGE.MODULE:NAME against the laws of "
+        "attention, one test per law; runs its code; may be repeated",
     )
     group.addoption(
         "--attention-arg",
@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection(session: pytest.Session) -> Iterator[None]:
-    """After what pytest collects itself, the laws of each target."""
+    """Append the laws of each target to the collected tests."""
     result = yield
     for target in session.config.getoption("attention"):
         node = Target.from_parent(session, name=target)
@@ -51,7 +51,7 @@ def pytest_collection(session: pytest.Session) -> Iterator[None]:
 
 
 class Target(pytest.Collector):
-    """What one --attention names: loaded, and checked, when it is collected."""
+    """Target of one --attention option, loaded and checked at collection."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path=Path(options["name"].rpartition(":")[0]).absolute(), **options)

@@ -19,7 +19,7 @@ def test_a_right_one_exits_with_0():
     result = run(f"{MASKS}:Window", "--arg", "window=3", "--causal")
     assert result.exit_code == 0, result.output
     assert "holds    window_counts_its_tokens" in result.stdout
-    assert "causal: yes (you said so)" in result.stdout
+    assert "causal: yes (given)" in result.stdout
 
 
 def test_a_broken_one_exits_with_1_and_says_why(tmp_path):
@@ -63,7 +63,7 @@ def test_time_that_is_up_is_said_and_exits_with_2(tmp_path):
     only = ("--only", "batch_rows_are_independent", "--only", "batch_rows_permute")
     result = run(f"{path}:Slow", *sizes, *only, "--timeout", "6")
     assert result.exit_code == 2, result.output
-    assert "not run  batch_rows_are_independent, batch_rows_permute: time was up" in result.stdout
+    assert "not run  batch_rows_are_independent, batch_rows_permute: time limit" in result.stdout
 
 
 HOSTILE = """
@@ -168,7 +168,10 @@ class Stops(nn.Linear):
     ("name", "message"),
     [
         ("RaisesInInit", "RuntimeError: no weights here from RaisesInInit()"),
-        ("RaisesInForward", "forward must give an output for tokens of some size, and raised for"),
+        (
+            "RaisesInForward",
+            "forward must return an output for tokens of some size, and raised for",
+        ),
         ("RaisesInForward", "got 7 tokens of 8: ValueError: the moon is full; 8 tokens"),
         ("RaisesWhenCopied", "RuntimeError: may not be copied"),
         ("Hidden", "RuntimeError: no configuration"),

@@ -99,7 +99,7 @@ def test_a_module_made_in_inference_mode_can_be_checked():
 def test_a_module_on_meta_is_refused_with_a_remedy():
     with torch.device("meta"):
         module = Usual()
-    with pytest.raises(ph.errors.ArgumentError, match="must hold numbers; got weights on meta"):
+    with pytest.raises(ph.errors.ArgumentError, match="must have values; got weights on meta"):
         check_module(module)
 
 
@@ -178,5 +178,5 @@ def test_a_law_out_of_time_is_not_judged(monkeypatch):
     monkeypatch.setattr("polyhead.check.law.SECONDS", 0.0)
     report = check_module(Usual(), only=["no_future_leak_in_long_texts", "batch_of_one_agrees"])
     assert {r.verdict.outcome for r in report.results} == {Outcome.NOT_APPLICABLE}
-    assert "too slow to judge this" in report.results[0].verdict.message
+    assert "too slow for the time limit" in report.results[0].verdict.message
     assert report.exit_code == 0

@@ -33,7 +33,7 @@ def test_a_right_module_passes_and_its_facts_are_found():
     assert report.ok, report
     assert report.exit_code == 0
     assert report.facts["d_in"] == "24 (input of W_query)"
-    assert report.facts["causal"] == "yes (no token sees a later one)"
+    assert report.facts["causal"] == "yes (no token attends to a later one)"
     assert report.facts["max_tokens"] == "16 (buffer mask)"
 
 
@@ -193,7 +193,7 @@ def test_a_bug_is_found_whatever_the_number_of_heads_is_called(name):
     only = ["output_matches_reference"]
     report = ph.check.check_module(Counted(name), only=only)
     assert report.count(ph.check.Outcome.HOLDS) == 1, report
-    how = f"attribute {name}" if name else "its softmax has 4 rows for each token"
+    how = f"attribute {name}" if name else "its softmax has 4 rows per token"
     assert report.facts["num_heads"] == f"4 ({how})"
     assert ph.check.check_module(CountedWrongly(name), only=only).exit_code == 1
 
@@ -203,4 +203,4 @@ def test_other_numbers_about_heads_are_not_their_number(name):
     module = Counted("")
     setattr(module, name, 3)
     report = ph.check.check_module(module, only=["output_is_finite"])
-    assert report.facts["num_heads"] == "4 (its softmax has 4 rows for each token)"
+    assert report.facts["num_heads"] == "4 (its softmax has 4 rows per token)"

@@ -1,4 +1,4 @@
-"""Is this attention right? The conformance kit, for anybody's module or function.
+"""Conformance checks for attention: laws that any module or function can be tested against.
 
 check_module(module, causal=True)     an nn.Module
 polyhead check path/to/file.py:Name   the same from the command line

@@ -1,4 +1,4 @@
-"""What `polyhead check` does, between its options and its output."""
+"""`polyhead check` without its options and output."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def check_target(
     tokens_first: bool = False,
     **claims: Any,
 ) -> Report:
-    """Load a target, make an instance of it and check it.
+    """Load a target, construct an instance and check it.
 
     Args:
         target: see `polyhead.check.probe.target.load`.
         pairs: NAME=VALUE arguments of its constructor.
-        timeout: seconds in all; what is known by then is reported.
+        timeout: seconds in all; laws judged by then are reported.
         mask_true, only, seed, progress, claims: as in `check_module`.
-        float32: whether laws run in float32.
-        tokens_first: whether a function takes (batch, tokens, heads, size).
+        float32: run the laws in float32.
+        tokens_first: a function takes (batch, tokens, heads, size).
 
     Raises:
         PolyheadError: it cannot be judged; the message is one line.
@@ -58,7 +58,7 @@ def check_target(
         "timeout": timeout,
         "progress": progress,
     }
-    # What the target prints is not the report.
+    # Keep output of the target out of the report.
     with _one_line(), _alarm(timeout), contextlib.redirect_stdout(sys.stderr):
         module, guessed, make = build(load(target), parse_arguments(pairs))
         if not isinstance(module, nn.Module):
@@ -75,12 +75,12 @@ def check_target(
     facts = dict(report.facts)
     if guessed:
         values = ", ".join(f"{name}={value}" for name, value in guessed.items())
-        facts = {"guessed": f"{values} (--arg says otherwise)"} | facts
+        facts = {"guessed": f"{values} (override with --arg)"} | facts
     return replace(report, target=target, facts=facts)
 
 
 def list_laws() -> str:
-    """Every law and what it requires."""
+    """Return the name and requirement of every law."""
     lines = []
     for heading, laws in (("Of modules", MODULE_LAWS), ("Of functions", FUNCTION_LAWS)):
         lines.append(heading)
@@ -91,7 +91,7 @@ def list_laws() -> str:
 
 
 def _refuse(claims: dict[str, Any]) -> None:
-    """A function is held to the definition in whatever it has arguments for: nothing is claimed."""
+    """Refuse claims for a function: it is compared with the reference for every argument it has."""
     for name, value in claims.items():
         if value not in (None, False):
             option = "--" + name.replace("_", "-")
@@ -100,7 +100,7 @@ def _refuse(claims: dict[str, Any]) -> None:
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """Whatever unknown code raises where no law catches it, as one line."""
+    """Turn any exception outside a law into a one-line ArgumentError."""
     try:
         yield
     except PolyheadError as error:
@@ -109,15 +109,15 @@ def _one_line() -> Iterator[None]:
     except (Exception, SystemExit) as error:  # of unknown code
         raise ArgumentError(
             "TARGET",
-            "must answer a first call",
+            "must run a first call",
             f"{type(error).__name__}: {first_line(error)}",
-            "call it in python, which shows where it raises",
+            "call it in python to see where it raises",
         ) from error
 
 
 @contextmanager
 def _alarm(seconds: float | None) -> Iterator[None]:
-    """Interrupt the block after so many seconds, as Ctrl-C would: a law may not come back."""
+    """Interrupt the block after this time, as Ctrl-C would: a law may hang."""
     if seconds is None or not hasattr(signal, "setitimer"):
         yield
         return
@@ -126,20 +126,20 @@ def _alarm(seconds: float | None) -> Iterator[None]:
     def ring(number: int, frame: object) -> None:
         nonlocal rung
         rung = True
-        raise KeyboardInterrupt(f"time was up after {seconds:g} s")
+        raise KeyboardInterrupt(f"time limit of {seconds:g} s reached")
 
     before = signal.signal(signal.SIGALRM, ring)
-    # And again, as the target may catch it, and as the cause is looked for by calling it.
+    # Repeated: the target may catch it, and the diagnosis calls the target again.
     signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
     try:
         yield
-    except KeyboardInterrupt:  # before the first law, or while the cause was looked for
+    except KeyboardInterrupt:  # before the first law, or during the diagnosis
         if not rung:
             raise
         raise ArgumentError(
             "TARGET",
-            "must load and answer a first call",
-            f"time was up after {seconds:g} s",
+            "must load and run a first call",
+            f"time limit of {seconds:g} s reached",
             "give a larger --timeout",
         ) from None
     finally:

@@ -1,4 +1,4 @@
-"""`check_function`: functions called like scaled_dot_product_attention, held to the reference."""
+"""`check_function`: check functions with scaled_dot_product_attention's signature."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def check_function(
     timeout: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Hold a function like `scaled_dot_product_attention` to the definition, on generated calls.
+    """Check a `scaled_dot_product_attention`-like function against the reference.
 
     Args:
-        function: `function(query, key, value, ...)`. Which options it has is read from its
-            signature: attn_mask or mask, is_causal or causal, scale, softcap, dropout_p,
-            enable_gqa. What it has no argument for is "not applicable".
-        mask_true: what True in a boolean mask means, "attend" (as in torch's function) or "ignore".
+        function: `function(query, key, value, ...)`. Its options are read from its signature:
+            attn_mask or mask, is_causal or causal, scale, softcap, dropout_p, enable_gqa. Laws
+            about a missing option are "not applicable".
+        mask_true: meaning of True in a boolean mask, "attend" (as in torch's function) or "ignore".
         layout: "heads first" (B, H, T, D), or "tokens first" (B, T, H, D).
         only: names of laws; None: all.
-        seed: of the generated calls; the same seed makes the same calls.
-        dtype: of them.
+        seed: seed of the generated calls; the same seed generates the same calls.
+        dtype: dtype of the generated calls.
         timeout, progress: as in `check_module`.
 
     Returns:

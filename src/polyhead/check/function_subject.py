@@ -17,7 +17,7 @@ from polyhead.mask import causal, dense
 
 __all__ = ["FunctionSubject", "definition"]
 
-# Arguments by what they are for. The first name that the function has is taken.
+# Arguments by purpose. The first name in the signature is used.
 _NAMES = {
     "mask": ("attn_mask", "mask", "attention_mask"),
     "causal": ("is_causal", "causal"),
@@ -26,20 +26,20 @@ _NAMES = {
     "dropout": ("dropout_p", "dropout"),
     "grouped": ("enable_gqa",),
 }
-# Builtins have no signature that can be read.
+# Builtins have no readable signature.
 _SDPA = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class FunctionSubject:
-    """What the laws of functions see.
+    """Function under check, with the calls that laws of functions make.
 
     Args:
         function: `function(query, key, value, ...)`, (B, H, T, D) and (B, G, S, D) in, and
             (B, H, T, E) out, or a tuple that begins with it.
-        mask_true: what True in its mask means.
+        mask_true: meaning of True in its mask, "attend" or "ignore".
         layout: "heads first" (B, H, T, D), or "tokens first" (B, T, H, D).
-        seed: of the generated calls.
-        dtype: of them.
+        seed: seed of the generated calls.
+        dtype: dtype of the generated calls.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class FunctionSubject:
         self.polyhead = getattr(function, "__module__", "").startswith("polyhead.")
 
     def name_of(self, purpose: str) -> str:
-        """The argument for a purpose; NotApplicable if there is none."""
+        """Return the argument for a purpose; NotApplicable if there is none."""
         if purpose not in self.names:
             raise NotApplicable(f"it has no argument named {' or '.join(_NAMES[purpose])}")
         return self.names[purpose]
 
     def run(self, case: Case, inputs: Sequence[Tensor] | None = None, **more: Any) -> Tensor:
-        """The function's output for a case, (B, H, T, E)."""
+        """Return the function's output for a case, (B, H, T, E)."""
         query, key, value = case.inputs(self.dtype) if inputs is None else inputs
         keywords = self._keywords(case, query.dtype) | more
         if self.layout == "tokens first":
@@ -109,7 +109,7 @@ class FunctionSubject:
 
 
 def definition(case: Case, inputs: Sequence[Tensor]) -> Tensor:
-    """What a case should give, in the dtype of the inputs, by the definition."""
+    """Return the reference output of a case, in the dtype of the inputs."""
     query, key, value = inputs
     mask = None if (own := case.allowed()) is None else dense(own)
     if case.causal is not None:

@@ -1,4 +1,4 @@
-"""The modes in which laws run, whatever those of the caller are."""
+"""Modes in which laws run, independent of the caller's."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ __all__ = ["own_modes"]
 
 @contextlib.contextmanager
 def own_modes(device: torch.device | None = None) -> Iterator[None]:
-    """Gradients on, inference mode, autocast and anomaly detection off, deterministic algorithms
-    not required, new tensors in float32 on the CPU, or where the module is; then as before.
+    """Run the block in the laws' own modes, then restore the caller's.
+
+    Gradients on; inference mode, autocast and anomaly detection off; deterministic algorithms not
+    required; new tensors in float32 on the CPU, or on the module's device.
 
     Args:
-        device: that new tensors may be made on besides the CPU.
+        device: another allowed device for new tensors.
     """
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
     deterministic = torch.are_deterministic_algorithms_enabled()

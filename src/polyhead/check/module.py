@@ -1,4 +1,4 @@
-"""`check_module`: learn how to call it, what it claims, and run every law."""
+"""`check_module`: find out how to call a module and what it claims, then run every law."""
 
 from __future__ import annotations
 
@@ -54,43 +54,42 @@ def check_module(
     timeout: float | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Hold an attention module, anybody's, to the laws of attention.
+    """Check any attention module against the laws of attention.
 
-    What is left out is found from the module's attributes, source and behaviour; the report says
-    how. A law about something that the module does not have is "not applicable", with the reason.
+    Omitted arguments are inferred from the module's attributes, source and behavior; the report
+    shows how. A law about a feature that the module lacks is "not applicable", with the reason.
 
     Args:
         module: x (B, T, d_in) -> y (B, T, features), or (y, ...); or with query, key and value,
-            like nn.MultiheadAttention; or an attention layer of transformers. Never changed.
+            like nn.MultiheadAttention; or an attention layer of transformers. Never modified.
         d_in: features of the input.
-        causal: whether a token may see only itself and those before.
-        window: how many tokens a token sees, itself included.
-        positions: what tells it the order of tokens ("rope", ...), or "none".
-        num_heads: how many heads.
+        causal: True if a token may attend only to itself and earlier tokens.
+        window: number of tokens a token attends to, including itself.
+        positions: source of token order ("rope", ...), or "none".
+        num_heads: number of heads.
         max_tokens: the most tokens it accepts.
         scale: factor on the scores, if it is not 1 / sqrt(head_dim).
-        mask_true: what True in its boolean mask means, "attend" or "ignore".
-        call: `call(module, x)`, where it is called in another way. One that has an argument `mask`
-            too is given None, or (B, 1, T, S) booleans, True where a query may attend; one that
-            has `cache`, None or what it returned behind the output the last time, of the tokens
-            before x.
-        make: makes another instance with weights of its own, for the law on state dicts.
-        weights: `weights(module)` gives its parameters, or parts of them, by role ("query", "key",
-            "value", "out", each also with "_bias"; rows of a head together), where names do not
-            tell: then the output is held to the definition.
+        mask_true: meaning of True in its boolean mask, "attend" or "ignore".
+        call: `call(module, x)`, for other signatures. An argument `mask` receives None, or (B, 1,
+            T, S) booleans, True = may attend. An argument `cache` receives None, or the cache that
+            the previous call returned after the output.
+        make: creates another instance with its own weights, for the law on state dicts.
+        weights: `weights(module)` returns its parameters, or slices of them, by role ("query",
+            "key", "value", "out", each also with "_bias"; rows of a head contiguous), if names do
+            not show them. The output is then compared with the reference.
         only: names of laws; None: all.
-        seed: of every random number; the same seed gives the same report.
-        dtype: of most laws. float64 shows the last wrong digit; float32 runs the kernels that
-            float64 does not.
-        compile: whether to compile it too (tens of seconds).
-        timeout: seconds after which no further law is begun; the others are "not run".
-        progress: called with the law's name and the share that is done.
+        seed: seed of every random number; the same seed gives the same report.
+        dtype: dtype of most laws. float64 exposes errors in the last digit; float32 runs kernels
+            that do not support float64.
+        compile: also check the compiled module (tens of seconds).
+        timeout: seconds after which no further law starts; the others are "not run".
+        progress: called with the name of a law and the fraction done.
 
     Returns:
         A `Report`: `.ok`, `.failures` (each with `.law`); prints as a table.
 
     Raises:
-        ArgumentError: the module cannot be called; the message says what was tried.
+        ArgumentError: the module cannot be called; the message lists the attempts.
 
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(12, 12, context_length=16, dropout=0.0, num_heads=3)
@@ -106,8 +105,8 @@ def check_module(
         "max_tokens": max_tokens,
         "scale": scale,
     }
-    # What the target warns of is not what was asked; where warnings are errors, as in many test
-    # suites, it would break laws.
+    # Warnings of the target are not part of the report, and would break laws in test suites that
+    # turn warnings into errors.
     device = next((p.device for p in _tensors(module)), None)
     with warnings.catch_warnings(), own_modes(device):
         warnings.simplefilter("ignore")
@@ -125,13 +124,13 @@ def check_module(
         )
         results, stopped = run_laws(laws, subject, timeout, progress)
         causes: tuple[str, ...] = ()
-        with contextlib.suppress(KeyboardInterrupt):  # the laws' verdicts are known
+        with contextlib.suppress(KeyboardInterrupt):  # keep the verdicts without a diagnosis
             causes = diagnose(subject, {r.law: r.verdict for r in results})
     return Report(type(module).__name__, _facts(subject), results, causes, stopped)
 
 
 def choose_laws(laws: Mapping[str, Law], only: Sequence[str] | None) -> list[Law]:
-    """The laws of these names, in the table's order.
+    """Return the laws of these names, in the table's order.
 
     Raises:
         ArgumentError: there is no law of that name.
@@ -153,18 +152,18 @@ def find_subject(
     call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Subject:
-    """The module with how to call it and what it claims: see `check_module` for arguments."""
+    """Return the module with its calling convention and claims; arguments as in `check_module`."""
     if not isinstance(module, nn.Module):
         raise DtypeError(
             "module",
             "must be an nn.Module",
             type(module).__name__,
-            "check_function takes functions",
+            "use check_function for functions",
         )
     if any(t.is_meta for t in _tensors(module)):
         raise ArgumentError(
             "module",
-            "must hold numbers",
+            "must have values",
             "weights on meta",
             "make it on the CPU: with torch.device('cpu'): ...",
         )
@@ -186,7 +185,7 @@ def find_subject(
         claims.how["unfilled"] = f"{', '.join(lacking)} (the check fills them from its seed)"
     find_axes(subject)
     if not _runs_in_float64(subject):
-        claims.how["dtype"] = "float32, as it does not run in float64"
+        claims.how["dtype"] = "float32: it does not run in float64"
         subject.runs_in_float64 = False
         subject.dtype = subject.precision = torch.float32
         subject.forget()
@@ -195,8 +194,8 @@ def find_subject(
         subject.run(subject.input())
     if spy.dtype != subject.dtype:
         subject.precision = spy.dtype
-        claims.how["precision"] = f"{spy.dtype}, in which it computes inside"
-    if claims.how.get("positions") != "you said so":
+        claims.how["precision"] = f"{spy.dtype}, used internally"
+    if claims.how.get("positions") != "given":
         look_inside(subject)
     claim_causal(subject, causal)
     subject.calling = replace(subject.calling, mask=claim_mask(subject, mask_true))
@@ -209,20 +208,20 @@ def find_subject(
 def run_laws(
     laws: Sequence[Law], subject: object, timeout: float | None, progress: Progress | None
 ) -> tuple[list[LawResult], str | None]:
-    """Run laws until they are through, time is up or the user stops; and say which it was."""
+    """Run laws until all are done, time is up or the user stops; return results and the reason."""
     begun, stopped = time.monotonic(), None
     results = []
     for i, law in enumerate(laws):
         start = time.monotonic()
         if stopped is None and timeout is not None and start - begun > timeout:
-            stopped = f"time was up after {timeout:g} s"
+            stopped = f"time limit of {timeout:g} s reached"
         verdict = Verdict(Outcome.NOT_RUN, stopped or "")
         if stopped is None:
             try:
                 if progress is not None:
                     progress(law.name, i / len(laws))
                 verdict = law.judge(subject)
-            except KeyboardInterrupt as reason:  # which an alarm gives, and Ctrl-C does not
+            except KeyboardInterrupt as reason:  # set by the alarm, empty for Ctrl-C
                 stopped = str(reason) or STOPPED
                 verdict = Verdict(Outcome.NOT_RUN, stopped)
         results.append(LawResult(law.name, law.required, verdict, time.monotonic() - start))
@@ -244,8 +243,11 @@ def _runs_in_float64(subject: Subject) -> bool:
 
 
 def _supply_mask(subject: Subject, causal: bool | None) -> None:
-    """Pass the mask of the claims, where the module leaves it to its caller: so do models of
-    transformers, and so does whoever says causal=True of a module that has a mask argument."""
+    """Pass the mask of the claims, if the module leaves it to its caller.
+
+    Models of transformers do so, and so do callers who pass causal=True for a module with a mask
+    argument.
+    """
     claims, mask = subject.claims, subject.calling.mask
     if mask is None or mask.form not in ("full", "square", "batch"):
         return
@@ -264,7 +266,7 @@ def _supply_mask(subject: Subject, causal: bool | None) -> None:
 
 
 def _facts(subject: Subject) -> dict[str, str]:
-    """What the report's head says: every claim, and how it was found."""
+    """Facts for the head of the report: every claim, and its origin."""
     claims, calling = subject.claims, subject.calling
     values = {
         "called as": " ".join(filter(None, (calling.style, calling.told))),

@@ -1,4 +1,4 @@
-"""Laws as tests of a pytest suite, one test a law."""
+"""Laws as pytest tests, one test per law."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def parametrize_with_laws(
     expected_failures: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Callable[..., Any]:
-    """A decorator that runs a test once for each law of modules, as its argument `law`.
+    """Decorator that runs a test once per law of modules, passed as its argument `law`.
 
-    The test calls `law()`, which fails with the counterexample, or skips with the reason where the
+    The test calls `law()`, which fails with the counterexample, or skips with the reason if the
     law does not apply.
 
     Args:
-        make: makes the module. It is made, and checked, once for all laws.
-        expected_failures: why, by the name of the law. A law that is expected to fail and holds
-            fails the suite: the list must be kept current.
+        make: creates the module. It is created and checked once for all laws.
+        expected_failures: reason by name of the law. An expected failure that holds fails the
+            suite, which keeps the list current.
         options: as in `check_module`.
 
     Raises:
-        ArgumentError: expected_failures names no law.
+        ArgumentError: expected_failures has an unknown law.
         DependencyError: pytest is not installed.
 
     >>> import polyhead as ph

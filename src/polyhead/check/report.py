@@ -1,4 +1,4 @@
-"""What a check found: a table for people, JSON and JUnit for machines."""
+"""Report of a check: a table for people, JSON and JUnit for machines."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _GROUPED = (Outcome.NOT_APPLICABLE, Outcome.NOT_RUN)
 
 @dataclass(frozen=True)
 class LawResult:
-    """One law's verdict.
+    """Verdict of one law.
 
     Attributes:
-        law: the law's name.
-        required: what it requires, a sentence.
-        verdict: what it said.
-        seconds: how long it took.
+        law: name of the law.
+        required: its requirement, one sentence.
+        verdict: its verdict.
+        seconds: its run time.
     """
 
     law: str
@@ -45,14 +45,14 @@ class LawResult:
 
 @dataclass(frozen=True)
 class Report:
-    """The verdicts of all laws. Printing it gives a table.
+    """Verdicts of all laws. Prints as a table.
 
     Attributes:
-        target: what was checked.
-        facts: what was found out about it, and how.
-        results: one for each law, in order.
+        target: the checked module or function.
+        facts: inferred facts about it, with their origin.
+        results: one per law, in order.
         diagnosis: the probable causes, the likeliest first.
-        stopped: why laws were not run ("time is up"), or None.
+        stopped: reason why laws did not run ("time limit reached"), or None.
     """
 
     target: str
@@ -63,18 +63,19 @@ class Report:
 
     @property
     def failures(self) -> list[LawResult]:
-        """The laws that are broken."""
+        """Broken laws."""
         return [r for r in self.results if r.verdict.outcome is Outcome.BROKEN]
 
     @property
     def ok(self) -> bool:
-        """Whether every law was run and none is broken."""
+        """True if every law ran and none is broken."""
         return not self.failures and self.stopped is None
 
     @property
     def exit_code(self) -> int:
-        """0: all hold; 1: some law is broken; 2: not everything could be run; 130: nor will be,
-        as the user stopped it (what a shell has for Ctrl-C)."""
+        """0: all laws hold; 1: some law is broken; 2: not every law could run; 130: stopped by the
+        user (the shell's code for Ctrl-C).
+        """
         if self.stopped is None or self.failures:
             return 1 if self.failures else 0
         return 130 if self.stopped == STOPPED else 2
@@ -100,11 +101,11 @@ class Report:
         return "\n".join(lines)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        """In a notebook's cell: as it is printed."""
+        """Print as a table in notebooks."""
         printer.text(str(self))
 
     def _by_reason(self, outcome: Outcome) -> dict[str, list[str]]:
-        """Laws of one outcome that have the same reason."""
+        """Laws of one outcome, grouped by reason."""
         grouped: dict[str, list[str]] = {}
         for r in self.results:
             if r.verdict.outcome is outcome:
@@ -113,7 +114,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many laws hold."""
+        """Counts of verdicts, in one line."""
         counts = [
             f"{self.count(Outcome.HOLDS)} hold",
             f"{self.count(Outcome.BROKEN)} broken",
@@ -125,7 +126,7 @@ class Report:
         return line if self.stopped is None else f"{line}; {self.stopped}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as what JSON can say."""
+        """Return the report as a JSON-compatible dict."""
         return {
             "target": self.target,
             "ok": self.ok,
@@ -145,7 +146,7 @@ class Report:
         }
 
     def as_junit(self) -> str:
-        """The report as a JUnit file, for the dashboards of CI."""
+        """Return the report as JUnit XML for CI."""
         suite = ElementTree.Element(
             "testsuite",
             name=f"polyhead check {self.target}",
@@ -168,6 +169,6 @@ class Report:
 
 
 def _wrapped(head: str, text: str) -> list[str]:
-    """Lines of a row of the table, the text indented below itself."""
+    """Lines of a table row, with a hanging indent."""
     indent = " " * len(head)
     return textwrap.wrap(head + text, _WIDTH, subsequent_indent=indent) or [head.rstrip()]

@@ -1,4 +1,4 @@
-"""A module under check: how to call it, what is claimed of it, and how each fact was found."""
+"""Module under check: its calling convention and claims, each with its origin."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ __all__ = ["Claims", "Subject", "by", "copied", "difference", "seeded"]
 
 @dataclass
 class Claims:
-    """What the module is held to. `how` says where each claim comes from.
+    """Claims that the module is held to. `how` has the origin of each.
 
     Attributes:
         d_in: features of the input.
-        causal: whether a token may see itself and those before it only.
-        window: tokens that a token sees, itself included; None: all that came.
-        pattern: another rule by which it sees some tokens and not others; None: there is none.
-        positions: what gives it positions ("rope", ...), or None.
+        causal: True if a token may attend only to itself and earlier tokens.
+        window: number of tokens a token attends to, including itself; None: no window.
+        pattern: another sparse attention pattern; None: there is none.
+        positions: source of positions ("rope", ...), or None.
         num_heads: H.
         max_tokens: the most tokens it accepts, or None.
         scale: factor on the scores; None: 1 / sqrt(head_dim).
-        features: other things that some laws do not apply to ("sinks", ...).
-        tokens: how many most laws use.
+        features: other features that exclude some laws ("sinks", ...).
+        tokens: sequence length of most laws.
     """
 
     d_in: int
@@ -57,13 +57,14 @@ class Claims:
     how: dict[str, str] = field(default_factory=dict)
 
     def shown(self, T: int) -> Tensor:
-        """(T, T) True where a module of these claims lets query t see token s."""
+        """(T, T) mask of these claims; True = may attend."""
         seen = band(T, self.causal, self.window)
         return seen if self.pattern is None else seen & self.pattern.shown(T)
 
     def lengths(self) -> list[int]:
-        """How many tokens to try, the best first: more than a window holds, and a prime; others
-        for what does not take any number."""
+        """Sequence lengths to try, the best first: longer than the window, and prime; then others,
+        for modules that accept few lengths.
+        """
         small_window = self.window is not None and self.window <= 12
         best = max(7, self.window + 4) if self.window is not None and small_window else 7
         wanted = (best, best + 1, best - 1, 16, self.max_tokens or best, 4, 2)
@@ -72,7 +73,7 @@ class Claims:
 
 
 class seeded:  # noqa: N801  (a context manager, named as one)
-    """Runs its block with torch's generators seeded, and gives them back as they were."""
+    """Run the block with seeded torch generators, then restore them."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed = seed
@@ -88,25 +89,25 @@ class seeded:  # noqa: N801  (a context manager, named as one)
 
 
 class Subject:
-    """What laws see. The module given is never changed: laws work on copies.
+    """Module as laws see it. The given module is never modified: laws work on copies.
 
     Args:
-        module: what is checked.
+        module: the module under check.
         calling: how to call it.
-        claims: what it is held to.
-        seed: of every random number.
-        dtype: of most laws; float64 where the module can, so that a wrong digit shows.
-        compile: whether to compile it too.
-        make: makes another instance with other weights, or None.
-        weights: gives its weights by their role, where the layout is not one that is recognised.
+        claims: the claims to check.
+        seed: seed of every random number.
+        dtype: dtype of most laws; float64 if the module supports it, to expose errors in any digit.
+        compile: also check the compiled module.
+        make: creates another instance with other weights, or None.
+        weights: returns its weights by role, if the layout is not recognized.
 
     Attributes:
-        runs_in_float64: whether it can.
-        precision: the dtype whose rounding is allowed; not `dtype` where it computes in a
-            narrower one inside, as many rotary positions do.
+        runs_in_float64: True if it runs in float64.
+        precision: dtype whose rounding error is allowed; not `dtype` if it computes in a narrower
+            one internally, as many rotary embeddings do.
         longest: the most tokens of any call so far.
-        unfilled: names of parameters that its constructor leaves as the memory was.
-        deadline: by `time.monotonic`, when no further call is begun; None: there is none.
+        unfilled: names of parameters that its constructor leaves uninitialized.
+        deadline: `time.monotonic` after which no further call starts; None: no limit.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class Subject:
 
     @property
     def T(self) -> int:
-        """How many tokens most laws use."""
+        """Sequence length of most laws."""
         return self.claims.tokens
 
     def input(self, B: int = 1, T: int | None = None, *, salt: int = 0) -> Tensor:
@@ -151,35 +152,35 @@ class Subject:
         return x.to(self.device, self.dtype)
 
     def copy(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """A copy of the module in evaluation mode."""
-        # Not .to(dtype), which makes complex buffers (of rotary positions) real.
+        """Copy of the module in evaluation mode."""
+        # Not .to(dtype), which casts complex buffers (rotary tables) to real.
         cast = _CASTS[self.dtype if dtype is None else dtype]
         return cast(copied(self.module)).eval()
 
     @cached_property
     def exact(self) -> nn.Module:
-        """The copy in evaluation mode that most laws call."""
+        """Copy in evaluation mode that most laws call."""
         return self.copy()
 
     # Calls
 
     def call(self, module: nn.Module, x: Tensor, *, salt: int = 0, **options: Any) -> Result:
-        """Call a copy, with torch's generator seeded so that dropout repeats."""
+        """Call a copy, with a seeded torch generator so that dropout repeats."""
         if self.deadline is not None and time.monotonic() > self.deadline:
-            raise OutOfTime("its calls are too slow to judge this in the time that a law has")
-        # What it does with other strides, or to its input, is for one law each to see.
+            raise OutOfTime("its calls are too slow for the time limit of a law")
+        # Other strides and modified inputs are tested by one law each.
         x = x if options.pop("as_it_is", False) else x.clone(memory_format=torch.contiguous_format)
         self.longest = max(self.longest, x.shape[1])
         with seeded(self.seed + salt, self.device):
             return self.calling(module, x, **options)
 
     def run(self, x: Tensor, **options: Any) -> Tensor:
-        """The output of the copy in evaluation mode, without gradients."""
+        """Output of the copy in evaluation mode, without gradients."""
         with torch.no_grad():
             return self.call(self.exact, x, **options).output
 
     def takes(self, T: int) -> bool:
-        """Whether it takes so many tokens."""
+        """True if it accepts T tokens."""
         try:
             return self.run(self.input(1, T)).shape[1] == T
         except OutOfTime:
@@ -188,7 +189,7 @@ class Subject:
             return False
 
     def allowed(self, x: Tensor, dtype: torch.dtype | None = None) -> float:
-        """How far apart two equal computations of the output for x may be."""
+        """Tolerance between two equal computations of the output for x."""
         dtype = self.precision if dtype is None else dtype
         return allowed_difference(self._response(x.shape[1], x.abs().max().item()), dtype)
 
@@ -213,27 +214,28 @@ class Subject:
         return self.copy(torch.float64)
 
     def forget(self) -> None:
-        """Drop what was computed with another dtype or another way to call."""
+        """Drop cached results after a change of dtype or calling convention."""
         for name in ("exact", "influence", "sees", "notes", "_responses"):
             self.__dict__.pop(name, None)
 
-    # What the laws share
+    # Shared by laws
 
     @cached_property
     def notes(self) -> dict[str, Any]:
-        """What helpers found out once, by name."""
+        """Findings of helpers, by name, computed once."""
         return {}
 
     @cached_property
     def influence(self) -> Tensor:
-        """(T, T) by how much the output at token t changes when token s is another."""
+        """(T, T) change of the output at token t when token s changes."""
         return self.influence_in(self.exact, torch.no_grad)
 
     def influence_in(
         self, module: nn.Module, grad_mode: Callable[[], Any], size: float = 1.0
     ) -> Tensor:
-        """`influence` of this copy, called in this mode of torch.no_grad or torch.enable_grad,
-        with inputs of this size."""
+        """`influence` of a copy, in a gradient mode (torch.no_grad or torch.enable_grad), for
+        inputs of a given size.
+        """
         x, other = size * self.input(), size * self.input(salt=1)
         with grad_mode():
             before = self.call(module, x).output.detach()
@@ -247,18 +249,18 @@ class Subject:
 
     @cached_property
     def sees(self) -> Tensor:
-        """(T, T) True where the output at token t depends on token s, beyond rounding."""
+        """(T, T) True if the output at token t depends on token s, beyond rounding."""
         x = self.input()
         seen = self.influence > self.visible(x)
         ones = torch.ones_like(seen)
         if torch.equal(seen, ones) or torch.equal(seen, ones.tril()):
             return seen
-        # Large scores leave all weight to one token: smaller inputs show the others.
+        # Large scores put all weight on one token: smaller inputs reveal the others.
         small = self.influence_in(self.exact, torch.no_grad, 2**-5)
         return seen | (small > self.visible(2**-5 * x))
 
     def sees_in(self, T: int) -> Tensor:
-        """`sees`, of a text of T tokens."""
+        """`sees` for a sequence of T tokens."""
         x, other = self.input(1, T), self.input(1, T, salt=1)
         changed = torch.where(torch.eye(T, dtype=torch.bool, device=x.device)[..., None], other, x)
         before = self.run(x)
@@ -267,14 +269,16 @@ class Subject:
         return apart > self.visible(x)
 
     def visible(self, x: Tensor) -> float:
-        """By how much an output changes at least when it depends on another token. What is hidden
-        changes not one bit; so a module that computes in half precision, whose rounding is as
-        large as a token's influence, can be seen through all the same."""
+        """Smallest change of an output that counts as dependence on another token.
+
+        A masked token changes no bit. Therefore 0 works for modules that compute in half precision,
+        where rounding error is as large as the influence of a token.
+        """
         coarse = torch.finfo(self.precision).eps > torch.finfo(torch.float32).eps
         return 0.0 if coarse else self.allowed(x)
 
     def showing(self, hidden: Tensor) -> Tensor:
-        """The mask (B, 1, T, T) that hides these tokens, (B, T) True, from everybody."""
+        """Mask (B, 1, T, T) that excludes these tokens, (B, T) True, for every query."""
         T = hidden.shape[1]
         shown = torch.ones(T, T, dtype=torch.bool)
         if self.claims.causal:
@@ -283,8 +287,9 @@ class Subject:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy, also of a module that keeps tensors of earlier calls with their graph, or that
-    was made in inference mode."""
+    """Deep copy, also of modules that keep tensors of earlier calls with their graph, or that
+    were created in inference mode.
+    """
     kept = [value for part in module.modules() for value in vars(part).values()]
     kept += [item for value in kept if isinstance(value, (list, tuple)) for item in value]
     memo: dict[int, Any] = {
@@ -310,6 +315,6 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def by(apart: Tensor) -> str:
-    """The largest of some differences, for a sentence: "by 0.88"; NaN where one is no number."""
+    """Largest of several differences, formatted for "by 0.88"; NaN if one is not a number."""
     largest = apart.max().item()
     return f"{largest:.2g}" if largest < float("inf") else "NaN"

@@ -1,13 +1,12 @@
-"""How far apart two equal computations may be. Every law takes its tolerance from here.
+"""Tolerances between equal computations, used by every law.
 
-Nothing is known of the target's operations, so what rounding does to it is measured: a run in
-float64 in which every arithmetic operation's result is disturbed by random noise, relative to its
-size, shows how much of it reaches the output. That response is linear, so one measurement serves
-every dtype:
+The target's operations are unknown, so its rounding error is measured: a run in float64 in which
+random noise, relative to its size, is added to the result of every arithmetic operation shows how
+much of it reaches the output. The response is linear, so one measurement serves every dtype:
 
     allowed(dtype) = MARGIN * response * eps(dtype),     response = |disturbed - exact| / noise
 
-The idea is that of Monte Carlo arithmetic (Parker 1997; Vignes' CESTAC, 1974).
+The method is Monte Carlo arithmetic (Parker 1997; Vignes' CESTAC, 1974).
 """
 
 from __future__ import annotations
@@ -30,11 +29,11 @@ __all__ = [
     "response",
 ]
 
-# A few draws find the size of the response, not its worst case.
+# A few draws estimate the size of the response, not its worst case.
 MARGIN = 16.0
 DRAWS = 3
 
-# Sums of many terms: where they cancel, rounding is relative to the terms and not to the sum.
+# Sums of many terms: if they cancel, rounding is relative to the terms, not to the sum.
 _SUMS = {"mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "sum", "mean", "einsum"}
 _FUSED = ("scaled_dot_product", "flex_attention")
 _ELEMENTWISE = {"mul", "div", "add", "sub", "exp", "tanh", "sigmoid", "rsqrt", "pow", "sqrt"}
@@ -42,13 +41,13 @@ _ROWS = {"softmax", "safe_softmax", "log_softmax", "native_layer_norm", "cos", "
 
 
 def operation(func: Any) -> str:
-    """The name of what a dispatch mode is given, without its overload."""
+    """Name of an operation in a dispatch mode, without its overload."""
     name: str = getattr(func, "overloadpacket", func).__name__
     return name.removeprefix("_")
 
 
 class Spy(TorchDispatchMode):
-    """A mode under which flex_attention, uncompiled, runs too: it compiles in its own way."""
+    """Dispatch mode that also supports uncompiled flex_attention, a higher-order operator."""
 
     supports_higher_order_operators = True
 
@@ -90,19 +89,19 @@ class Disturb(Spy):
         if relative_to_row and x.ndim:
             size = size + x.square().mean(dim=-1, keepdim=True).sqrt()
         noise = self.noise * size * draws.to(x.device, x.dtype)
-        # Masked scores are infinite, or nearly: they are filled in, not computed.
+        # Masked scores are (nearly) infinite: they are filled in, not computed.
         return torch.where(size < 1e30, x + noise, x)
 
 
 def response(run: Callable[[], Tensor], seed: int, dtype: torch.dtype = torch.float64) -> float:
-    """By how much the output moves for each unit of relative rounding in its operations.
+    """Return the change of the output per unit of relative rounding error in its operations.
 
     Args:
         run: computes the output, the same each time.
-        seed: of the noise.
-        dtype: that it runs in: float64, or float32 where it can do no better.
+        seed: seed of the noise.
+        dtype: dtype of the run: float64, or float32 if float64 is not supported.
     """
-    # Far above the dtype's own rounding, and far below what would bend the response.
+    # Far above the dtype's own rounding, and small enough for a linear response.
     noise = math.sqrt(torch.finfo(dtype).eps)
     with torch.no_grad():
         exact = run()
@@ -114,12 +113,12 @@ def response(run: Callable[[], Tensor], seed: int, dtype: torch.dtype = torch.fl
                 disturbed = run()
             difference = (disturbed - exact).abs().nan_to_num(0.0, 0.0)
             moved = max(moved, difference.max().item() if difference.numel() else 0.0)
-    # At the least the output itself is rounded.
+    # The output itself is rounded at least.
     return max(moved / noise, largest)
 
 
 class Narrowest(Spy):
-    """Notes the narrowest floating dtype in which anything is computed."""
+    """Records the narrowest floating dtype of any computation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,7 +135,7 @@ class Narrowest(Spy):
 
 
 def allowed_difference(response: float, dtype: torch.dtype) -> float:
-    """How far a computation in `dtype` may be from the same one in exact arithmetic.
+    """Return the tolerance of a computation in `dtype` against exact arithmetic.
 
     >>> allowed_difference(1.0, torch.float32) == 16 * torch.finfo(torch.float32).eps
     True
@@ -147,13 +146,16 @@ def allowed_difference(response: float, dtype: torch.dtype) -> float:
 def as_good_as_eager(
     eager: Tensor, exact: Tensor, largest_score: float, largest_value: float
 ) -> float:
-    """How far a function may be from float64: twice as far as the formula written out is, in the
-    same dtype, and the rounding that one weight and one value have.
+    """Return the tolerance of a function against float64.
+
+    It is twice the error of the eager formula in the same dtype, plus the rounding error of one
+    weight and one value.
 
     Args:
         eager: the formula in the dtype.
         exact: the formula in float64.
-        largest_score, largest_value: a score's rounding is a weight's relative error.
+        largest_score, largest_value: the rounding error of a score is the relative error of a
+            weight.
     """
     error = (eager.double() - exact).abs().nan_to_num(0.0).max().item() if exact.numel() else 0.0
     rounding = torch.finfo(eager.dtype).eps * (1.0 + largest_score) * largest_value

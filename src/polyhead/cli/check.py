@@ -1,4 +1,4 @@
-"""`polyhead check`: is this attention right?"""
+"""`polyhead check`: conformance checks from the command line."""
 
 from __future__ import annotations
 
@@ -24,43 +24,49 @@ __all__ = ["check_command"]
     metavar="NAME=VALUE",
     help="For the constructor; config.NAME=VALUE for its configuration.",
 )
-@click.option("--causal/--bidirectional", default=None, help="Whether it hides later tokens.")
-@click.option("--window", type=click.IntRange(min=1), help="Tokens a token sees, itself included.")
-@click.option("--positions", help='What gives it positions, such as "rope"; or "none".')
-@click.option("--num-heads", type=click.IntRange(min=1), help="How many heads it has.")
+@click.option("--causal/--bidirectional", default=None, help="Later tokens are masked, or not.")
+@click.option(
+    "--window", type=click.IntRange(min=1), help="Tokens a token attends to, including itself."
+)
+@click.option("--positions", help='Source of positions, such as "rope"; or "none".')
+@click.option("--num-heads", type=click.IntRange(min=1), help="Number of heads.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens it accepts.")
 @click.option("--scale", type=float, help="Factor on the scores, if not 1 / sqrt(head_dim).")
 @click.option("--d-in", type=click.IntRange(min=1), help="Features of its input.")
 @click.option(
-    "--mask-true", type=click.Choice(["attend", "ignore"]), help="What True in a mask means."
+    "--mask-true", type=click.Choice(["attend", "ignore"]), help="Meaning of True in a mask."
 )
 @click.option("--tokens-first", is_flag=True, help="A function takes (batch, tokens, heads, size).")
-@click.option("--float32", is_flag=True, help="Run the laws in float32: on the kernels that serve.")
-@click.option("--compile", is_flag=True, help="Compile it too; takes tens of seconds.")
+@click.option(
+    "--float32", is_flag=True, help="Run the laws in float32, on the kernels used in inference."
+)
+@click.option(
+    "--compile", is_flag=True, help="Also check the compiled module; takes tens of seconds."
+)
 @click.option("--only", multiple=True, metavar="LAW", help="One law; may be repeated.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of every random number.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of every random number.")
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
     default=120.0,
     show_default=True,
-    help="Seconds in all; what is known by then is printed.",
+    help="Seconds in all; laws judged by then are printed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--junit", "junit_path", **NEW_FILE, help="Write a JUnit file too.")
-@click.option("--list", "as_list", is_flag=True, help="Print the laws and what each requires.")
+@click.option("--junit", "junit_path", **NEW_FILE, help="Also write a JUnit file.")
+@click.option("--list", "as_list", is_flag=True, help="Print every law and its requirement.")
 def check_command(
     target: str | None, as_json: bool, junit_path: Path | None, as_list: bool, **options: Any
 ) -> None:
-    """Is this attention right? Holds TARGET, anybody's, to the laws of attention.
+    """Check an attention module or function, TARGET, against the laws of attention.
 
     TARGET is path/to/file.py:Name, path/to/notebook.ipynb:Name or package.module:Name; Name is a
     class, an instance or a function of query, key and value. THIS RUNS ITS CODE.
 
-    A constructor that takes a configuration gets one of guessed sizes, of the class that it names:
-    --arg config.NAME=VALUE overrules one (before the dot, the parameter's own name).
+    A constructor that takes a configuration gets one of guessed sizes, of the annotated class:
+    --arg config.NAME=VALUE overrides a value (before the dot, the parameter's own name).
 
-    Exit code 0: no law is broken; 1: some law is; 2: it could not be run, or not to the end;
+    Exit code 0: no law is broken; 1: some law is; 2: it could not run, or not to the end;
     130: stopped by Ctrl-C.
     """
     if as_list:

@@ -21,7 +21,7 @@ class OverHeads(Plain):
 
 
 class EncoderOverQueries(Plain):
-    law, cause, flags = "contexts_are_weighted_means", "over queries", {"causal": False}
+    law, cause, flags = "contexts_are_weighted_means", "queries instead of keys", {"causal": False}
 
     def weights(self, scores):
         return scores.softmax(dim=-2)

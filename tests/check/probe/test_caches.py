@@ -228,9 +228,9 @@ def test_bugs_behind_the_mask_and_cache_of_call_are_found():
     report = check_module(Called(), call=without_its_mask, causal=True, only=MASKS + LAWS)
     assert "hidden_tokens_have_no_influence" in [r.law for r in report.failures]
     report = check_module(Called(), call=without_its_oldest_token, causal=True, only=LAWS)
-    assert "with a cache, token 1 gave another output" in report.failures[0].verdict.message
+    assert "with a cache, token 1 gave a different output" in report.failures[0].verdict.message
 
 
 def test_call_with_an_argument_that_nobody_gives_is_refused():
-    with pytest.raises(ph.errors.ArgumentError, match="a function that needs table too"):
+    with pytest.raises(ph.errors.ArgumentError, match="a function that also needs table"):
         check_module(Called(), call=lambda m, x, table: m.run(x, None, None))

@@ -113,11 +113,11 @@ def check(kind):
 @pytest.mark.parametrize(
     ("kind", "fact"),
     [
-        (SrcPaddingMask, "src_padding_mask, form keys, True hides (found by trying)"),
-        (SrcPaddingMaskShows, "src_padding_mask, form keys, True shows (found by trying)"),
-        (ValidLens, "valid_lens, form lengths, the number of real tokens (found by trying)"),
-        (Added, "src_mask, form batch, numbers are added to scores (found by trying)"),
-        (TwoMasks, "src_padding_mask, form keys, True hides (found by trying)"),
+        (SrcPaddingMask, "src_padding_mask, form keys, True means ignore (found by trying)"),
+        (SrcPaddingMaskShows, "src_padding_mask, form keys, True means attend (found by trying)"),
+        (ValidLens, "valid_lens, form lengths, number of real tokens (found by trying)"),
+        (Added, "src_mask, form batch, added to the scores (found by trying)"),
+        (TwoMasks, "src_padding_mask, form keys, True means ignore (found by trying)"),
     ],
 )
 def test_masks_are_known_by_what_they_do(kind, fact):

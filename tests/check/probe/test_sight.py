@@ -25,7 +25,7 @@ def test_a_rule_of_sight_is_found_and_judged(name):
     torch.manual_seed(0)
     report = check_module(SEEING[name](), only=LAWS)
     assert report.ok, report
-    how = "as it sees in texts of"
+    how = "observed in sequences of"
     assert report.facts["window"].startswith(f"{SEEING[name].sees} ({how}"), report.facts
 
 

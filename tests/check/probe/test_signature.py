@@ -11,5 +11,5 @@ def test_no_call_of_sizes_that_do_not_fit_needs_d_in():
 
 def test_no_call_of_another_reason_shows_forwards_own_error():
     error = no_call(["7 tokens of 3: AttributeError: 'Layer' object has no attribute 'size'"])
-    assert str(error).startswith("forward must give an output for tokens of some size")
+    assert str(error).startswith("forward must return an output for tokens of some size")
     assert "got 7 tokens of 3: AttributeError: 'Layer' object" in str(error)

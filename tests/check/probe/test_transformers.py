@@ -83,12 +83,16 @@ def test_right_layers_of_every_kind_have_no_broken_law(name):
 @pytest.mark.parametrize(
     ("name", "args", "mask"),
     [
-        ("t5:T5Attention", ["is_causal=True"], "mask, form full, numbers are added to scores"),
-        ("longt5:LongT5Attention", ["is_causal=True"], "mask, form full, numbers are added"),
-        ("mpt:MptAttention", [], "attention_mask, form full, True hides"),
-        ("deberta_v2:DisentangledSelfAttention", [], "attention_mask, form full, True shows"),
-        ("swin:SwinAttention", [], "attention_mask, form batch, numbers are added to scores"),
-        ("modernbert:ModernBertAttention", ["layer_idx=1"], "attention_mask, form full, numbers"),
+        ("t5:T5Attention", ["is_causal=True"], "mask, form full, added to the scores"),
+        ("longt5:LongT5Attention", ["is_causal=True"], "mask, form full, added"),
+        ("mpt:MptAttention", [], "attention_mask, form full, True means ignore"),
+        (
+            "deberta_v2:DisentangledSelfAttention",
+            [],
+            "attention_mask, form full, True means attend",
+        ),
+        ("swin:SwinAttention", [], "attention_mask, form batch, added to the scores"),
+        ("modernbert:ModernBertAttention", ["layer_idx=1"], "attention_mask, form full, added"),
     ],
 )
 def test_the_mask_of_a_layer_is_found_by_trying(name, args, mask):
@@ -110,14 +114,14 @@ def test_a_window_of_both_sides_is_passed_as_its_model_does():
 
 def test_alibi_is_what_its_model_makes_of_it():
     _, report = check(of("bloom:BloomAttention"), "--only", "output_matches_reference")
-    assert report["facts"]["called as"] == "transformers with alibi=its model makes"
+    assert report["facts"]["called as"] == "transformers with alibi=its model computes"
     assert [law["verdict"] for law in report["laws"]] == ["holds"]
 
 
 @pytest.mark.parametrize(
     ("name", "scale"),
     [
-        ("gpt_neo.modeling_gpt_neo:GPTNeoAttention", (1.0, "its code scales nothing")),
+        ("gpt_neo.modeling_gpt_neo:GPTNeoAttention", (1.0, "its code has no scale")),
         ("t5.modeling_t5:T5LayerSelfAttention", (1.0, "attribute scaling")),
         ("gpt2.modeling_gpt2:GPT2Attention", (0.25, "attribute scaling")),
         ("bert.modeling_bert:BertAttention", (0.25, "attribute scaling")),
@@ -130,7 +134,7 @@ def test_the_scale_is_what_a_layer_or_one_inside_it_has(name, scale):
 def test_one_number_of_tokens_is_a_fact():
     """An image's window has 16 places; no law is held to another number."""
     _, report = check(of("swin:SwinAttention"), "--only", "odd_sizes_run")
-    assert report["facts"]["tokens"].startswith("16 and no other number")
+    assert report["facts"]["tokens"].startswith("16 only")
     assert [law["verdict"] for law in report["laws"]] == ["not applicable"]
 
 

@@ -80,21 +80,21 @@ class NormAndResidual(NormInFront):
 
 
 class NormBehind(_Core):
-    words = "behind its output projection"
+    words = "after its output projection"
 
     def behind(self, y, x):
         return self.plain(x + y)
 
 
 class Squashed(_Core):
-    words = "more stands behind"
+    words = "other operations follow"
 
     def behind(self, y, x):
         return torch.tanh(y)
 
 
 class Clipped(_Core):
-    words = "something else than its input"
+    words = "something other than its input"
 
     def front(self, x):
         return x.clamp(-2, 2)
@@ -177,7 +177,7 @@ class Dilated(_Core):
 
 
 class FirstTokenAndWindow(_Core):
-    sees = "3 tokens, and the first 1 of the text"
+    sees = "3 tokens, and the first 1 of the sequence"
 
     def shown(self, T):
         return (distance(T) >= 0) & ((distance(T) < 3) | (torch.arange(T) < 1))
@@ -185,7 +185,7 @@ class FirstTokenAndWindow(_Core):
 
 class GlobalToken(_Core):
     causal = False
-    sees = "2 tokens on each side, the first 1 of the text, and these see all"
+    sees = "2 tokens on each side, the first 1 of the sequence, which attend to all"
 
     def shown(self, T):
         first = torch.arange(T) == 0

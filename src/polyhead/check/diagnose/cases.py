@@ -18,10 +18,14 @@ _SIZES = (1, 2, 3, 5, 7, 11, 17)
 class Case:
     """One call. B, H, G, T, S, D, E as in `polyhead.call`.
 
-    Attributes: causal: None, or the key that query 0 is aligned with: "start", or "end" for S - T.
+    Attributes:
+        causal: None, or the key that query 0 is aligned with: "start", or "end" for S - T.
         mask: None, "boolean" (True = may attend), "additive", or "empty": boolean, with an empty
-        first row. scale: factor on the scores; None: 1 / sqrt(D). softcap: softcap, or None. size:
-        factor on query and key, 1 or large. seed: seed of the inputs.
+            first row.
+        scale: factor on the scores; None: 1 / sqrt(D).
+        softcap: softcap, or None.
+        size: factor on query and key, 1 or large.
+        seed: seed of the inputs.
     """
 
     B: int = 1

@@ -1,1 +1,1 @@
-"""Probes: facts of a module or function that the laws need, learned from calls and weights."""
+"""Probes: facts about a module or function that the laws need, found from calls and weights."""

@@ -1,4 +1,4 @@
-"""Where a tensor comes from, read from its autograd graph."""
+"""Origin of a tensor, read from its autograd graph."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["made_by"]
 
-# What moves numbers about and computes nothing, by the names of its nodes in the graph.
+# Operations that move or select values, by the names of their graph nodes.
 _MOVES = (
     "view",
     "transpose",
@@ -31,8 +31,11 @@ _PRODUCTS = ("bmm", "mmbackward", "scaleddotproduct", "flexattention")
 
 
 def made_by(merged: Tensor) -> str | None:
-    """How contexts of heads were made: "product", "gated" (a product times something that has a
-    gradient too), or None: something else stands behind the product, if there is one."""
+    """Classify the operation that produced the contexts of heads.
+
+    "product"; "gated": a product times another tensor that requires grad; None: other operations
+    follow the product, or there is none.
+    """
     return _made_by(merged.grad_fn, 0)
 
 
@@ -44,12 +47,12 @@ def _made_by(node: Any, depth: int) -> str | None:
         return None
     name = _name(node)
     parents = [parent for parent, _ in node.next_functions]
-    if isinstance(node, torch.autograd.function.BackwardCFunction):  # somebody's own kernel
+    if isinstance(node, torch.autograd.function.BackwardCFunction):  # a custom kernel
         return "product"
     if any(product in name for product in _PRODUCTS) and "addmm" not in name:
         return None if any(_is_parameter(p) for p in parents) else "product"
     if name.startswith("sum"):
-        # Weights times values, summed one by one.
+        # Elementwise weights times values, then summed.
         return "product" if parents and _name(parents[0]).startswith("mul") else None
     if name.startswith("mul"):
         kinds = [None if parent is None else _made_by(parent, depth + 1) for parent in parents]

@@ -1,4 +1,4 @@
-"""Axes of the input, found by trying: tokens first, one number of tokens, one row."""
+"""Axes of the input, found by trying: tokens first, a fixed number of tokens, a single row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["find_axes"]
 
 
 def find_axes(subject: Subject) -> None:
-    """Find which axis is the tokens', and whether it has one size.
+    """Find the token axis, and a fixed number of tokens if there is one.
 
     Raises:
         ArgumentError: a layer of transformers takes one row only.
@@ -27,8 +27,9 @@ def find_axes(subject: Subject) -> None:
 
 
 def _turn(subject: Subject) -> None:
-    """Put tokens first where the module has them first: where batch rows see each other, and
-    tokens of a row do not, and the other way about once they are transposed."""
+    """Put tokens first if the module expects that: if batch rows influence each other and tokens
+    of a row do not, and the reverse holds once they are transposed.
+    """
     calling = subject.calling
     told = calling.style == "yours" or hasattr(subject.module, "batch_first")
     if told or not calling.batch_first or _across(subject) != (True, False):
@@ -41,7 +42,7 @@ def _turn(subject: Subject) -> None:
 
 
 def _across(subject: Subject) -> tuple[bool, bool]:
-    """Whether a token's output depends on another batch row, and on another token of its row."""
+    """True if a token's output depends on another batch row; and on another token of its row."""
     x, other = subject.input(2), subject.input(2, salt=1)
     row, token = x.clone(), x.clone()
     row[1], token[:, 0] = other[1], other[:, 0]
@@ -56,7 +57,7 @@ def _across(subject: Subject) -> tuple[bool, bool]:
 
 
 def _need_rows(subject: Subject) -> None:
-    """A layer of transformers that takes one row only was not called as its model calls it."""
+    """Require two rows: a layer of transformers that takes only one was called wrongly."""
     if not is_transformers_own(subject.module):
         return
     try:
@@ -64,15 +65,14 @@ def _need_rows(subject: Subject) -> None:
     except Exception as error:  # of unknown code
         raise ArgumentError(
             "call",
-            "must be given for a layer that takes one row as it was called, and not two",
+            "must be given for a layer that accepts one row, but not two",
             f"{type(error).__name__}: {first_line(error)}",
             "pass call=lambda module, x: ...",
         ) from error
 
 
 def _fix_length(subject: Subject) -> None:
-    """Where no number of tokens but one is taken, no law is held to another: windows of images are
-    of one size."""
+    """Exclude other lengths from all laws if the module accepts one only, as image windows do."""
     T = subject.T
     if "tokens" not in subject.claims.how or any(
         subject.takes(n) for n in (1, T - 1, T + 1, 2 * T)
@@ -83,9 +83,9 @@ def _fix_length(subject: Subject) -> None:
     def only(module: nn.Module, x: Tensor, keywords: dict[str, Any]) -> Any:
         tokens = x.shape[1 if subject.calling.batch_first else 0]
         if tokens != T:
-            raise NotApplicable(f"it takes {T} tokens and no other number")
+            raise NotApplicable(f"it accepts {T} tokens only")
         return run(module, x, keywords)
 
     subject.calling = replace(subject.calling, run=only)
     subject.claims.window = None
-    subject.claims.how["tokens"] = f"{T} and no other number ({subject.claims.how['tokens']})"
+    subject.claims.how["tokens"] = f"{T} only ({subject.claims.how['tokens']})"

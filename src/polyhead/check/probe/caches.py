@@ -1,4 +1,4 @@
-"""The cache argument of a module, and how it is used: found by trying."""
+"""Cache argument of a module and its protocol, found by trying."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["claim_cache", "placed", "start_of"]
 
 
 class _Updated:
-    """A cache as layers of transformers use one: `update` gives all keys and values so far."""
+    """Cache with the protocol of transformers: `update` returns all keys and values so far."""
 
     def __init__(self) -> None:
         self.layers: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -45,17 +45,16 @@ class _Updated:
         return len(self.layers)
 
 
-# What a cache is before the first token: nothing, that the call returns filled; or what the call
-# itself fills.
+# Empty caches: None, if the call returns a filled cache; or an object that the call fills.
 STARTS: dict[str, Callable[[], Any]] = {
     "functional": lambda: None,
     "in place: dict": dict,
     "in place: list": list,
     "in place: update()": _Updated,
-    # The layer's own package is imported already.
+    # The package of the layer is already imported.
     "transformers": lambda: sys.modules["transformers"].DynamicCache(),
 }
-# Arguments that count the tokens in the cache, or place the new ones: what they are at a step.
+# Arguments that count the tokens in the cache, or position the new ones.
 _COUNTS = re.compile(
     r"(start|offset|past|cur(rent)?|position)_?(pos|idx|index|offset|len|length)?|(cache|seq)_len"
 )
@@ -63,13 +62,14 @@ _PLACES = re.compile(r"position_ids|positions|input_pos(itions)?|cache_positions
 
 
 def claim_cache(subject: Subject) -> None:
-    """Find out how the argument that is a cache by its name is used, by reading four tokens in two
-    steps; and what goes with it."""
+    """Find out how the argument named like a cache is used, by running four tokens in two steps,
+    and the arguments that go with it.
+    """
     calling = subject.calling
     if calling.cache == "transformers":
         if is_transformers_own(subject.module) and not _comes_back(subject, calling):
             subject.calling = replace(calling, cache=None)
-            subject.claims.how["cache"] = f"{calling.cache_name} is no DynamicCache"
+            subject.claims.how["cache"] = f"{calling.cache_name} is not a DynamicCache"
         return
     if calling.style == "transformers" or calling.cache not in (None, "functional", "stateful"):
         return
@@ -81,7 +81,7 @@ def claim_cache(subject: Subject) -> None:
                     subject.calling = tried
                     subject.claims.how["cache"] = "found by trying"
                     return
-        subject.claims.how["cache"] = "none came back from a first call"
+        subject.claims.how["cache"] = "a first call returned none"
     if calling.cache != "stateful" and (flag := cache_flag(subject.module)) is not None:
         tried = replace(calling, cache="stateful", cache_name=flag)
         if _remembers(subject, tried):
@@ -90,19 +90,19 @@ def claim_cache(subject: Subject) -> None:
 
 
 def start_of(subject: Subject) -> Any:
-    """The cache before the first token."""
+    """Return an empty cache."""
     return STARTS[subject.calling.cache or ""]()
 
 
 def placed(calling: Calling, first: int, n: int) -> dict[str, Any]:
-    """The arguments that place n tokens behind `first` others in the cache."""
+    """Return the arguments that position n tokens after `first` cached ones."""
     places = torch.arange(first, first + n)
     values = {"count": first, "row": places, "rows": places[None]}
     return {name: values[kind] for name, kind in calling.placed.items()}
 
 
 def _placed(subject: Subject) -> dict[str, str]:
-    """How each argument of the module that places tokens is given: "count", "row" or "rows"."""
+    """Format of each argument that positions tokens: "count", "row" or "rows"."""
     parameters = inspect.signature(subject.module.forward).parameters
     found = {}
     for name, parameter in parameters.items():
@@ -114,7 +114,7 @@ def _placed(subject: Subject) -> dict[str, str]:
 
 
 def _comes_back(subject: Subject, calling: Calling) -> bool:
-    """Whether a first step gives a cache, and what it gives without one."""
+    """True if a first step returns a cache, and the same output as without one."""
     module, x = subject.copy(), subject.input(2)[:, :2]
     if calling.cache == "transformers":
         module.layer_idx = 0  # type: ignore[assignment]
@@ -132,14 +132,14 @@ def _comes_back(subject: Subject, calling: Calling) -> bool:
     empty = given is None or (isinstance(given, (dict, list, tuple, _Updated)) and not given)
     if empty or result.output.shape != plain.shape:
         return False
-    # Where places are given, they must be those that it takes by itself.
+    # Passed positions must equal the module's default ones.
     return not calling.placed or bool(
         difference(result.output, plain).max() <= 4 * subject.allowed(x)
     )
 
 
 def _remembers(subject: Subject, calling: Calling) -> bool:
-    """Whether the second of two steps is another than without the first."""
+    """True if the second of two steps depends on the first."""
     module, x = subject.copy(), subject.input(2)[:, :4]
     flag = {calling.cache_name: True}
     try:

@@ -1,7 +1,7 @@
-"""What a module claims to be, read from its attributes, its source and its behaviour.
+"""Claims of a module, read from its attributes, source and behavior.
 
-Every fact comes with how it was found, which the report prints: a wrong guess can be seen, and
-overruled by the argument of the same name.
+Every fact comes with its origin, which the report prints: a wrong guess is visible, and can be
+overridden by the argument of the same name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from polyhead.check.subject import Claims, Subject, copied
 
 __all__ = ["band", "claim_causal", "is_polyheads", "read_claims"]
 
-# Not in property, properly or composition.
+# Excludes property, properly and composition.
 _POSITIONS = re.compile(
     r"(?-i:(?<![dpP])rope|Rope|RoPE|(?<!P)ROPE|(?<![msr])position|Position|POSITION)"
     r"|rotary|alibi|freqs|inv_freq|pos_|relative|slopes|rotate_?half|\b(cos|sin)\b",
@@ -49,17 +49,17 @@ _CAUSAL_SOURCE = re.compile(r"\b(tril|triu)\b|is_causal\s*=\s*True")
 def read_claims(
     module: nn.Module, calling: Calling, given: dict[str, Any]
 ) -> tuple[Claims, Calling]:
-    """Everything but whether it is causal, from names; and the calling, tried out.
+    """Read every claim except causality from names, and try out the calling convention.
 
     Args:
-        module: what is checked.
+        module: the module under check.
         calling: how to call it.
-        given: what the user said; None where nothing.
+        given: claims of the user; None if not given.
 
     Raises:
-        ArgumentError: no call of it comes back.
+        ArgumentError: no call succeeds.
     """
-    how = {name: "you said so" for name, value in given.items() if value is not None}
+    how = {name: "given" for name, value in given.items() if value is not None}
 
     def fact(name: str, found: tuple[Any, str] | None) -> Any:
         if given.get(name) is not None:
@@ -72,7 +72,7 @@ def read_claims(
     max_tokens = fact("max_tokens", _length(module) or _square_buffer(module))
     window = fact("window", _integer(module, WINDOW))
     if window and "attribute window" in how.get("window", ""):
-        how["window"] += f"; {window} or {window + 1} tokens will do: pass window= to be strict"
+        how["window"] += f"; {window} or {window + 1} tokens accepted: pass window= to be strict"
     positions = fact("positions", _named(module, _POSITIONS))
     features = frozenset(name for name, words in _FEATURES.items() if _named(module, words))
     claims = Claims(
@@ -91,10 +91,10 @@ def read_claims(
 
 
 def claim_causal(subject: Subject, causal: bool | None) -> None:
-    """Decide whether the module is held to be causal.
+    """Decide whether the module must be causal.
 
-    Behaviour alone would acquit an inverted mask, so it decides only where it is plain: a token
-    sees exactly what is not after it, or everything while nothing speaks of a causal mask.
+    Behavior alone would accept an inverted mask. It decides only clear cases: a token attends to
+    itself and all earlier tokens only; or to every token, with no sign of a causal mask.
     """
     _claim_causal(subject, causal)
     claim_window(subject)
@@ -104,7 +104,7 @@ def _claim_causal(subject: Subject, causal: bool | None) -> None:
     claims, module = subject.claims, subject.module
     argument = causal_argument(module)
     if causal is not None:
-        claims.causal, claims.how["causal"] = causal, "you said so"
+        claims.causal, claims.how["causal"] = causal, "given"
         if causal and argument:
             always = {**subject.calling.always, argument: True}
             subject.calling = replace(subject.calling, always=always)
@@ -117,34 +117,36 @@ def _claim_causal(subject: Subject, causal: bool | None) -> None:
     attribute = next(
         (n for n in ("is_causal", "causal") if isinstance(getattr(module, n, None), bool)), None
     )
-    # nn.MultiheadAttention-like modules say is_causal in the call.
+    # Modules like nn.MultiheadAttention take is_causal in the call.
     if attribute is not None:
         claims.causal = getattr(module, attribute)
         claims.how["causal"] = f"attribute {attribute}"
         return
     if subject.calling.style == "transformers" and causal_by_its_model(module):
-        claims.causal, claims.how["causal"] = True, "its model makes causal masks"
+        claims.causal, claims.how["causal"] = True, "its model creates causal masks"
         return
     sees = subject.sees
     future = sees & ~band(sees.shape[0], True, None)
     if not future.any():
-        claims.causal, claims.how["causal"] = True, "no token sees a later one"
+        claims.causal, claims.how["causal"] = True, "no token attends to a later one"
     elif word := _speaks_of_causality(module):
-        claims.causal, claims.how["causal"] = True, f"its source says {word}"
+        claims.causal, claims.how["causal"] = True, f"its source contains {word}"
     elif torch.equal(sees, sees.T):
-        claims.causal, claims.how["causal"] = False, "tokens see each other both ways"
+        claims.causal, claims.how["causal"] = False, "tokens attend to each other in both "
+        "directions"
     else:
         claims.causal = True
-        claims.how["causal"] = "tokens see some but not all others; pass causal=False if meant"
+        claims.how["causal"] = "tokens attend to some others only; pass causal=False if intended"
 
 
 def claim_window(subject: Subject) -> None:
-    """Learn the window of a module that declares none, or another rule by which it sees some
-    tokens and not others, from what it sees in texts of several lengths."""
+    """Find the window, or another sparse attention pattern, of a module that declares none, from
+    its behavior on sequences of several lengths.
+    """
     claims = subject.claims
     if claims.window is not None:
         return
-    with suppress(Exception):  # of unknown code, called with other numbers of tokens and rows
+    with suppress(Exception):  # of unknown code, with other numbers of tokens and rows
         seen = {subject.T: subject.sees.cpu()}
         for T in (subject.T + 6, 67):
             T = min(T, claims.max_tokens or T)
@@ -153,7 +155,7 @@ def claim_window(subject: Subject) -> None:
         if len(seen) > 1 and (pattern := fitting(seen, claims.causal)):
             lengths = ", ".join(map(str, seen))
             claims.window = pattern.window
-            claims.how["window"] = f"as it sees in texts of {lengths} tokens"
+            claims.how["window"] = f"observed in sequences of {lengths} tokens"
             if pattern.window is None:
                 claims.pattern = pattern
             elif (tokens := claims.lengths()[0]) != claims.tokens and subject.takes(tokens):
@@ -172,8 +174,11 @@ def _places(module: nn.Module) -> Iterator[Any]:
 
 
 def _integer(module: nn.Module, names: tuple[str, ...]) -> tuple[int, str] | None:
-    """A number of the module, or else of its configuration. None in the module is an answer:
-    in models that mix layers, the configuration's window is not that of each."""
+    """Positive integer attribute of the module, or else of its configuration.
+
+    None in the module counts as a value: in models that mix layers, the configuration's window is
+    not that of every layer.
+    """
     for place in _places(module):
         for name in names:
             value = getattr(place, name, 0)
@@ -195,7 +200,7 @@ def _heads(module: nn.Module) -> tuple[int, str] | None:
 
 
 def _length(module: nn.Module) -> tuple[int, str] | None:
-    """Of the module, or of a head of it."""
+    """Maximum length of the module, or of one of its heads."""
     return next((found for part in module.modules() if (found := _integer(part, LENGTH))), None)
 
 
@@ -207,8 +212,9 @@ def _square_buffer(module: nn.Module) -> tuple[int, str] | None:
 
 
 def _scale(module: nn.Module) -> tuple[float, str] | None:
-    """What polyhead's modules and transformers' layers say of their scale. An attribute of other
-    code is not trusted: it may be the mistake."""
+    """Scale of polyhead's modules and transformers' layers. An attribute of other code is not
+    trusted: it may be the mistake.
+    """
     if is_of_transformers(module):
         return scale_of_its_class(module)
     name = "scale" if is_polyheads(module) else "scaling"
@@ -217,7 +223,7 @@ def _scale(module: nn.Module) -> tuple[float, str] | None:
 
 
 def _named(module: nn.Module, pattern: re.Pattern[str]) -> tuple[str, str] | None:
-    """A part whose name says what it is: attribute, submodule, parameter or buffer."""
+    """Attribute, submodule, parameter or buffer whose name matches."""
     names = [
         name for name, value in vars(module).items() if value is not None and value is not False
     ]
@@ -231,12 +237,12 @@ def _named(module: nn.Module, pattern: re.Pattern[str]) -> tuple[str, str] | Non
     if not is_polyheads(module):
         for source in _sources(module):
             if match := pattern.search(source):
-                return match[0], f"its source says {match[0]}"
+                return match[0], f"its source contains {match[0]}"
     return None
 
 
 def _sources(module: nn.Module) -> Iterator[str]:
-    """Code of the classes of the module and its parts, without comments, docstrings, torch."""
+    """Source of the module's and its parts' classes, without comments, docstrings and torch."""
     kinds = dict.fromkeys(kind for part in module.modules() for kind in type(part).__mro__)
     for kind in kinds:
         if not kind.__module__.startswith(("builtins", "torch.", "transformers.")):
@@ -266,11 +272,11 @@ def is_polyheads(module: nn.Module) -> bool:
 def _find_call(
     module: nn.Module, calling: Calling, claims: Claims, d_in: int | None
 ) -> tuple[int, str, Calling]:
-    """The size of the input, how it was found, and the way to call that works with it.
+    """Return the input size, its origin, and a calling convention that works with it.
 
-    Sets `claims.tokens`, the number of tokens of that call.
+    Sets `claims.tokens`, the sequence length of that call.
     """
-    sizes = {d_in: "you said so"} if d_in else _sizes(module)
+    sizes = {d_in: "given"} if d_in else _sizes(module)
     module = copied(module).eval()
     like = next(module.parameters(), torch.zeros(1))
     errors: dict[str, None] = {}
@@ -298,7 +304,7 @@ def _find_call(
 
 
 def _sizes(module: nn.Module) -> dict[int, str]:
-    """What may be the features of the input, the likeliest first, and where it was read."""
+    """Candidates for the features of the input, the likeliest first, with their origin."""
     sizes: dict[int, str] = {}
     for place in _places(module):
         for name in WIDTH:

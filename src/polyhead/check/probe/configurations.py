@@ -1,7 +1,7 @@
-"""Configurations: what a constructor takes as `config`, made with guessed sizes.
+"""Configuration objects for constructors, with guessed sizes.
 
-The class is the one that the constructor's annotation names, or else the one of its module; where
-there is neither, a stand-in has the usual names for sizes, as attributes and as keys.
+The class comes from the constructor's annotation, or else from its module. If there is neither, a
+stand-in has the usual names for sizes, as attributes and as keys.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = [
     "is_configuration",
 ]
 
-# Sizes for constructors whose caller gave none. No two that could be swapped are equal.
+# Sizes for omitted constructor arguments. Sizes that could be swapped differ.
 GUESSES: dict[str, Any] = {
     name: value
     for names, value in (
@@ -52,7 +52,7 @@ GUESSES: dict[str, Any] = {
     )
     for name in names
 }
-# Of transformers' configurations: rotary parts of a half and of a quarter of a head are even.
+# For transformers' configurations: a half and a quarter of a head (rotary parts) are even.
 SIZES_OF_TRANSFORMERS: dict[str, int] = {
     name: value
     for names, value in (
@@ -74,7 +74,7 @@ _CLASS = re.compile(r"(Config|Configuration|Cfg|Args|Arguments|HParams|Hyperpara
 
 
 class Config(types.SimpleNamespace):
-    """Stands in for a configuration, object or dict, with the usual names for sizes."""
+    """Stand-in for a configuration object or dict, with the usual names for sizes."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**(GUESSES | given))
@@ -90,14 +90,15 @@ class Config(types.SimpleNamespace):
 
 
 def is_configuration(name: str) -> bool:
-    """Whether a parameter of this name is a configuration."""
+    """True if a parameter of this name is a configuration."""
     return _PARAMETER.fullmatch(name) is not None
 
 
 def configurations(
     found: Any, parameter: inspect.Parameter, given: Mapping[str, Any]
 ) -> Iterator[tuple[Any, str]]:
-    """Configurations for one parameter of a constructor, the likeliest first, and their words.
+    """Yield configurations for one parameter of a constructor, the likeliest first, with
+    descriptions.
 
     Args:
         found: the class or function that takes one.
@@ -118,7 +119,8 @@ def configurations(
 
 
 def fill_parameters(module: Any, config: Any) -> None:
-    """Fill the parameters of a layer of transformers that its constructor leaves to its model.
+    """Initialize the parameters of a layer of transformers that its constructor leaves to its
+    model.
 
     They are NaN: see `polyhead.check.probe.target.build`.
     """
@@ -127,18 +129,18 @@ def fill_parameters(module: Any, config: Any) -> None:
     models = [
         k for f in files for k in vars(sys.modules[f]).values() if hasattr(k, "_init_weights")
     ]
-    # Not the base of all models, which has no rule for this layer.
+    # Not the base class of all models, which has no rule for this layer.
     own = next((k for k in models if k.__module__ in files), None)
     if not parts or own is None:
         return
-    model = own.__new__(own)  # its constructor would make the whole model
+    model = own.__new__(own)  # its constructor would build the whole model
     model.config = config
     for part in parts:
         model._init_weights(part)
 
 
 def _kinds(found: Any, parameter: inspect.Parameter) -> list[type]:
-    """The classes that a configuration may be of."""
+    """Candidate classes of a configuration."""
     annotation = parameter.annotation
     bases = getattr(found, "__mro__", (found,))
     files = [sys.modules.get(getattr(base, "__module__", "")) for base in reversed(bases)]
@@ -170,8 +172,9 @@ def _is_transformers(kind: type) -> bool:
 
 
 def _of_transformers(kind: Any, given: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
-    """Configurations of one class, and of those inside it: with sizes, with those that are None
-    by default as well, and as its author has it."""
+    """Configurations of one class, and of those nested in it: with sizes; also with sizes that
+    default to None; and with the defaults.
+    """
     try:
         default = kind()
     except Exception:  # of unknown code
@@ -192,16 +195,16 @@ def _of_transformers(kind: Any, given: Mapping[str, Any]) -> Iterator[tuple[Any,
     unset = {name: value for name, value in known.items() if values[name] is None}
     heads, kv_heads = (next((n for n in names if n in sizes), None) for names in (HEADS, KV_HEADS))
     if heads and kv_heads and parameters[kv_heads].default == parameters[heads].default:
-        sizes[kv_heads] = sizes[heads]  # it does not group its heads
+        sizes[kv_heads] = sizes[heads]  # no grouped-query attention
     for chosen in (sizes, sizes | unset, {}):
-        with contextlib.suppress(Exception):  # these sizes do not go together
+        with contextlib.suppress(Exception):  # inconsistent sizes
             yield _made(kind, chosen, given)
     for part in inside:
         yield from _of_transformers(part, given)
 
 
 def _made(kind: Any, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[Any, str]:
-    values = {"_attn_implementation": "eager", **given}  # which gives weights
+    values = {"_attn_implementation": "eager", **given}  # returns weights
     fields = {**sizes, **{name: v for name, v in values.items() if not name.startswith("_")}}
     config = kind(**fields)
     for name in values.keys() - fields.keys():
@@ -212,12 +215,12 @@ def _made(kind: Any, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> tupl
 def _has(config: Any, name: str) -> bool:
     try:
         return hasattr(config, name)
-    except Exception:  # of unknown code: one for each layer
+    except Exception:  # of unknown code: one value per layer
         return True
 
 
 def _of_a_class(kind: Any, given: Mapping[str, Any]) -> Iterator[tuple[Any, str]]:
-    """A configuration of somebody's own class, if it needs nothing that cannot be guessed."""
+    """Configuration of a custom class, if every required value can be guessed."""
     values = dict(given)
     for name, parameter in inspect.signature(kind).parameters.items():
         if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

@@ -1,7 +1,7 @@
-"""The core of an attention, between the outputs of its projections and the contexts of its heads:
-a function that can be called with other numbers than those that the projections give.
+"""Core of an attention: the function from the outputs of its projections to its heads' contexts,
+callable with other values than the projections produce.
 
-Products with a parameter are seen wherever they are made: in a layer, by `F.linear`, by `@`.
+Products with a parameter are detected in layers, in `F.linear` and in `@`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _PRODUCTS = {
 
 @dataclass(frozen=True)
 class _Product:
-    """A product with a parameter: its name, what it was given, what it gave."""
+    """Product with a parameter: its name, input and result."""
 
     name: str
     given: Tensor
@@ -45,14 +45,14 @@ class _Product:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one call showed.
+    """Tensors observed in one call.
 
     Attributes:
-        inputs: of the projections, as they were given.
-        projected: (T, R) the outputs of all projections side by side.
-        contexts: (T, M) what enters the output projection, or is the output.
-        behind: the output of the output projection; the contexts, without one.
-        output: of the module.
+        inputs: inputs of the projections.
+        projected: (T, R) outputs of all projections, concatenated.
+        contexts: (T, M) input of the output projection, or the output.
+        behind: output of the output projection; the contexts, without one.
+        output: output of the module.
     """
 
     inputs: Sequence[Tensor]
@@ -64,15 +64,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Core:
-    """Of one module: see above.
+    """Core of one module.
 
     Attributes:
-        subject: whose.
-        names: of the projections' weights, in the order of the calls.
-        out: the place of the output projection among the products; None: there is none.
-        axes: of each projection's output, the tokens' axis.
-        axis: that of the contexts.
-        widths: how many of the R numbers are of each projection.
+        subject: the module.
+        names: names of the projections' weights, in call order.
+        out: index of the output projection among the products; None: there is none.
+        axes: token axis of each projection's output.
+        axis: token axis of the contexts.
+        widths: number of features of each projection, R in all.
     """
 
     subject: Subject
@@ -83,8 +83,9 @@ class Core:
     widths: Sequence[int]
 
     def seen(self, x: Tensor, given: Tensor | None = None) -> Seen:
-        """Call the module with x (1, T, d_in); with `given` (T, R) the projections' outputs are
-        these numbers, whatever x is."""
+        """Call the module with x (1, T, d_in). `given` (T, R) replaces the outputs of the
+        projections.
+        """
         count = len(self.axes)
         parts = None if given is None else given.split(list(self.widths), dim=1)
         spy = _Products(self.subject, self.axes, parts)
@@ -103,12 +104,12 @@ class Core:
         )
 
     def __call__(self, given: Tensor) -> Tensor:
-        """The contexts (T, M) for the projections' outputs (T, R)."""
+        """Return the contexts (T, M) for outputs (T, R) of the projections."""
         return self.seen(self.subject.input(1, given.shape[0]), given).contexts
 
 
 def core_of(subject: Subject) -> Core:
-    """The core of a module.
+    """Return the core of a module.
 
     Raises:
         NotApplicable: it cannot be found.
@@ -118,8 +119,8 @@ def core_of(subject: Subject) -> Core:
             subject.notes["core"] = _find(subject)
         except NotApplicable as reason:
             subject.notes["core"] = str(reason)
-        except Exception as error:  # of unknown code, seen in a way that it may not allow
-            subject.notes["core"] = f"it cannot be looked into: {type(error).__name__}"
+        except Exception as error:  # of unknown code, which may not support this
+            subject.notes["core"] = f"it cannot be inspected: {type(error).__name__}"
     found = subject.notes["core"]
     if isinstance(found, str):
         raise NotApplicable(found)
@@ -128,13 +129,13 @@ def core_of(subject: Subject) -> Core:
 
 
 def flat(tensor: Tensor, axis: int) -> Tensor:
-    """(T, ...) with all that is not the tokens' axis in one."""
+    """(T, ...) with all axes except the token axis flattened."""
     return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1)
 
 
 def _find(subject: Subject) -> Core:
     if not subject.calling.batch_first:
-        raise NotApplicable("it is looked into where the batch comes first only")
+        raise NotApplicable("it can be inspected only with the batch first")
     calls = []
     for T in (2, 3):
         spy = _Products(subject)
@@ -143,15 +144,17 @@ def _find(subject: Subject) -> Core:
         calls.append((spy.seen, output))
     (few, output), (more, longer) = calls
     if [p.name for p in few] != [p.name for p in more]:
-        raise NotApplicable("it multiplies other weights in longer texts")
+        raise NotApplicable("it multiplies other weights in longer sequences")
     out = next((i for i in reversed(range(len(few))) if made_by(few[i].given)), None)
     contexts, longer = (output, longer) if out is None else (few[out].given, more[out].given)
     own = {name for name, p in subject.exact.named_parameters() if p.ndim > 1}
     if unused := sorted(own - {p.name for p in few}):
-        raise NotApplicable(f"{unused[0]} takes part in no product that is seen")
+        raise NotApplicable(f"{unused[0]} is in no detected product")
     kind = made_by(contexts)
     if kind is None:
-        raise NotApplicable("no product of weights and values is its output or enters a layer")
+        raise NotApplicable(
+            "no product of weights and values is its output or the input of a layer"
+        )
     if kind == "gated":
         raise NotApplicable("its heads are gated")
     count = len(few) if out is None else out
@@ -164,16 +167,16 @@ def _find(subject: Subject) -> Core:
 
 
 def _tokens_axis(of_two: Tensor, of_three: Tensor) -> int:
-    """The one axis that has 2 entries for two tokens and 3 for three."""
+    """Single axis that has 2 entries for two tokens and 3 for three."""
     if of_two.ndim == of_three.ndim:
         sizes = list(zip(of_two.shape, of_three.shape, strict=True))
         if [a for a in sizes if a[0] != a[1]] == [(2, 3)]:
             return sizes.index((2, 3))
-    raise NotApplicable("what its projections give has no axis of tokens")
+    raise NotApplicable("the outputs of its projections have no token axis")
 
 
 class _Products(TorchFunctionMode):
-    """Notes products with parameters, and puts other numbers in place of their results."""
+    """Records products with parameters, and can replace their results."""
 
     def __init__(
         self,

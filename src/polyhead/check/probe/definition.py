@@ -1,4 +1,4 @@
-"""The definition, computed: of a whole module whose layout is known, or of its core alone."""
+"""Reference computation: of a whole module with a known layout, or of its core alone."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _NAMES = {"query": "queries", "key": "keys", "value": "values"}
 
 @dataclass(frozen=True)
 class CoreJudged:
-    """The core of a module beside the definition with the rows that were learned.
+    """Core of a module, next to the reference with the learned rows.
 
     Attributes:
-        core, rows: as they were learned.
+        core, rows: as learned.
         x: (1, T, d_in) the input.
-        projected: (T, R) what its projections give.
-        contexts: (T, H * E) what is merged, head by head.
-        weights: those that pick queries, keys and values out of the R.
-        allowed: how far apart equal contexts may be.
-        scale: of the definition.
+        projected: (T, R) outputs of its projections.
+        contexts: (T, H * E) merged contexts, head by head.
+        weights: selection of queries, keys and values among the R.
+        allowed: tolerance between equal contexts.
+        scale: scale of the reference.
     """
 
     core: Core
@@ -53,12 +53,12 @@ class CoreJudged:
         """Learn the rows of a module.
 
         Raises:
-            NotApplicable: they cannot be learned, or it has what the definition has not.
+            NotApplicable: they cannot be learned, or it has operations that the reference lacks.
         """
         need_no_positions(subject)
         rows, core = learned_rows(subject), core_of(subject)
         if not rows.in_order:
-            raise NotApplicable("its heads are merged, or share keys, in another order")
+            raise NotApplicable("its heads are merged, or share KV heads, in another order")
         x, order = subject.input(), rows.merged.flatten()
         with torch.no_grad():
             seen = core.seen(x)
@@ -89,8 +89,8 @@ class CoreJudged:
 
 
 def judged_by_its_core(subject: Subject) -> Verdict:
-    """Hold the contexts of the heads to the definition, from what the projections give, and
-    report the order of their rows and what stands around.
+    """Compare the heads' contexts with the reference, computed from the outputs of the projections;
+    report the order of their rows and the operations around the core.
 
     Raises:
         NotApplicable: its core, or the order of its rows, cannot be learned.
@@ -100,7 +100,7 @@ def judged_by_its_core(subject: Subject) -> Verdict:
         return broken(f"{wrong}", cause=wrong)
     if judged.apart <= judged.allowed:
         return holds("; ".join(_facts(judged)))
-    off = f"the heads' contexts are {by(torch.tensor(judged.apart))} off the definition"
+    off = f"the heads' contexts differ from the reference by {by(torch.tensor(judged.apart))}"
     claims = subject.claims
     found = explanation(
         judged.contexts[None],
@@ -112,16 +112,16 @@ def judged_by_its_core(subject: Subject) -> Verdict:
     if found is not None and found.harmless:
         return holds("; ".join([found.cause, *_facts(judged)]))
     if found is not None:
-        return broken(f"{off}, and exactly those of this mistake: {found.cause}", cause=found.cause)
+        return broken(f"{off}, and exactly match a known mistake: {found.cause}", cause=found.cause)
     if is_defined_as_seen(subject):
-        return holds("; ".join(["with the mask that it is seen to have", *_facts(judged)]))
+        return holds("; ".join(["with its observed mask", *_facts(judged)]))
     need_plain(subject)
-    return broken(f"{off}; no usual mistake explains them")
+    return broken(f"{off}; they match no known mistake")
 
 
 def is_defined_as_seen(subject: Subject) -> bool:
-    """Whether the heads' contexts are those of the definition with the mask that the module is
-    seen to have, whatever it should have."""
+    """True if the heads' contexts match the reference with the observed mask, whatever the intended
+    one."""
     try:
         judged = CoreJudged.of(subject)
     except NotApplicable:
@@ -148,7 +148,7 @@ def _facts(judged: CoreJudged) -> Sequence[str]:
 
 
 def _wrong_roles(judged: CoreJudged) -> str | None:
-    """What a layer named for one role gives instead, where names tell."""
+    """Actual output of a layer whose name shows another role; None if names match."""
     places = {
         role: set(getattr(judged.rows, role).flatten().tolist())
         for role in ("query", "key", "value")
@@ -159,7 +159,7 @@ def _wrong_roles(judged: CoreJudged) -> str | None:
         named = role_of(name.removesuffix(".weight"))
         gives = [role for role, rows in places.items() if rows & own]
         if named in places and named not in gives:
-            others = " and ".join(f"the {_NAMES[g]}" for g in gives) or "nothing that is used"
+            others = " and ".join(f"the {_NAMES[g]}" for g in gives) or "no used value"
             return f"{name} gives {others}, not the {_NAMES[named]}"
     return None
 
@@ -167,12 +167,12 @@ def _wrong_roles(judged: CoreJudged) -> str | None:
 def defined_output(
     x: Tensor, weights: Weights, shown: Tensor, scale: float | None = None
 ) -> Tensor:
-    """What attention with these weights gives, by the definition that every backend is held to.
+    """Return the reference output of attention with these weights.
 
     Args:
         x: (B, T, d_in).
-        weights: of the attention.
-        shown: (T, T) True where a query may attend.
+        weights: weights of the attention.
+        shown: (T, T) mask; True = may attend.
         scale: factor on the scores; None: 1 / sqrt(head_dim).
     """
     from polyhead.backends.reference import run

@@ -1,4 +1,4 @@
-"""Parameters that a constructor leaves as the memory was: found, and filled from the seed."""
+"""Parameters that a constructor leaves uninitialized: found, and filled from the seed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ __all__ = ["filled", "unfilled"]
 
 
 def unfilled(make: Callable[[], nn.Module] | None, seed: int) -> Sequence[str]:
-    """Names of parameters and buffers that `make` makes by torch.empty and never fills.
+    """Return names of parameters and buffers that `make` creates by torch.empty and never
+    initializes.
 
-    torch fills fresh memory with NaN where deterministic algorithms are required: NaN that is left
-    was never written over.
+    torch fills fresh memory with NaN if deterministic algorithms are required: remaining NaN was
+    never overwritten.
     """
     if make is None:
         return ()
@@ -39,7 +40,7 @@ def unfilled(make: Callable[[], nn.Module] | None, seed: int) -> Sequence[str]:
 
 
 def filled(module: nn.Module, names: Sequence[str], seed: int) -> nn.Module:
-    """A copy of the module in which these are random numbers, the same for the same seed."""
+    """Return a copy of the module with random values in these, the same for the same seed."""
     module = copied(module)
     tensors = dict([*module.named_parameters(), *module.named_buffers()])
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The contexts of each head, looked for inside a module: what enters its output projection."""
+"""Contexts per head inside a module: the input of its output projection."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ RELATIVE = re.compile(r"rope|rotary|alibi|freq|relative|slopes|position_embeddin
 
 
 def need_heads(subject: Subject) -> int:
-    """The number of heads, where it is known and there are several."""
+    """Return the number of heads; NotApplicable if it is unknown or 1."""
     if subject.claims.num_heads is None:
-        raise NotApplicable("the number of heads is not known; pass num_heads=")
+        raise NotApplicable("the number of heads is unknown; pass num_heads=")
     if subject.claims.num_heads == 1:
         raise NotApplicable("it has one head")
     return subject.claims.num_heads
 
 
 def need_plain_values(subject: Subject) -> None:
-    """Contexts that are weights times values, and values that know nothing of their place."""
+    """Require that contexts are weights times values, and that values have no positions."""
     need_plain(subject)
     need_no_absolute_positions(subject)
     out_projection(subject)
@@ -48,27 +48,27 @@ def need_plain_values(subject: Subject) -> None:
 
 
 def need_plain(subject: Subject) -> None:
-    """Nothing that changes scores or weights."""
+    """Require that no other feature changes scores or weights."""
     if features := subject.claims.features:
         raise NotApplicable(f"it is more than plain attention ({', '.join(features)})")
 
 
 def need_no_positions(subject: Subject) -> None:
-    """Neither positions of the tokens nor of the scores."""
+    """Require that neither tokens nor scores have positions."""
     claims = subject.claims
     if claims.positions is not None:
         raise NotApplicable(f"it has positions ({claims.how.get('positions', claims.positions)})")
 
 
 def need_no_absolute_positions(subject: Subject) -> None:
-    """Positions, if any, that act on scores and not on values."""
+    """Require that positions, if any, act on scores and not on values."""
     positions = subject.claims.positions
     if positions is not None and not RELATIVE.search(positions):
         raise NotApplicable(f"its positions may be part of the values ({positions})")
 
 
 def contexts_of(subject: Subject, module: nn.Module, x: Tensor) -> Tensor:
-    """(B, T, H, E) the heads' contexts of a call, with their graph if gradients are on.
+    """Return the heads' contexts of a call, (B, T, H, E), with their graph if gradients are on.
 
     They are the input of the linear layer whose output is the module's; without one, the output
     itself.
@@ -84,9 +84,9 @@ def contexts_of(subject: Subject, module: nn.Module, x: Tensor) -> Tensor:
 def _contexts(subject: Subject, module: nn.Module, x: Tensor, features_first: bool) -> Tensor:
     H = subject.claims.num_heads
     if H is None:
-        raise NotApplicable("the number of heads is not known; pass num_heads=")
+        raise NotApplicable("the number of heads is unknown; pass num_heads=")
     if not subject.calling.batch_first:
-        raise NotApplicable("heads are looked into where the batch comes first only")
+        raise NotApplicable("heads can be inspected only with the batch first")
     name = out_projection(subject)
     if name is None:
         merged = subject.call(module, x).output
@@ -100,16 +100,16 @@ def _contexts(subject: Subject, module: nn.Module, x: Tensor, features_first: bo
             hook.remove()
         merged = seen[-1]
     if merged.shape[:2] != x.shape[:2] or merged[0, 0].numel() % H:
-        raise NotApplicable(f"what is merged, {tuple(merged.shape)}, is not {H} heads")
+        raise NotApplicable(f"merged contexts {tuple(merged.shape)} are not {H} heads")
     if features_first:
         return merged.reshape(x.shape[0], x.shape[1], -1, H).transpose(2, 3)
     return merged.reshape(x.shape[0], x.shape[1], H, -1)
 
 
 def _features_first(subject: Subject) -> bool:
-    """Whether the heads are interleaved in what is merged: head h has features h, h + H, ...
+    """True if the merged heads are interleaved: head h has features h, h + H, ...
 
-    Found by what holds of every head: its context of two tokens is a mean of their values.
+    Found from a property of every head: its context over two tokens is a mean of their values.
     """
     try:
         need_plain_values(subject)
@@ -131,18 +131,18 @@ def shares_of(
     module: nn.Module | None = None,
     draws: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """How well the last token's context, of each head, is a sum of the tokens' values: w times
-    one's, u times another's. A token's value is its context alone.
+    """Decompose the last token's context, per head, into the tokens' values: w times one plus u
+    times the other. The value of a token is its context alone.
 
     Args:
-        subject: what is checked.
+        subject: the module under check.
         x: (1, T, d_in) the tokens.
-        features_first: how its heads are merged, where that is not known yet.
-        module: the copy that sees all tokens; None: the one in evaluation.
-        draws: how many rows with the same tokens.
+        features_first: order of merged heads; None: find out.
+        module: copy that is called with all tokens; None: the one in evaluation.
+        draws: number of rows with the same tokens.
 
     Returns:
-        The largest misfit, and the shares of each head, (draws, H, T).
+        The largest misfit, and the shares per head, (draws, H, T).
     """
     if features_first is None:
         contexts_of(subject, subject.exact, x)  # finds out
@@ -155,17 +155,17 @@ def shares_of(
             _contexts(subject, called, part, features_first)[:, -1] for called, part in calls
         )
     if together.shape[-1] <= T:
-        raise NotApplicable(f"its heads have {together.shape[-1]} features: too few to tell")
+        raise NotApplicable(f"its heads have {together.shape[-1]} features: too few")
     values = torch.stack(alone, dim=-1).expand(draws, -1, -1, -1)
     if not (values.isfinite().all() and together.isfinite().all()):
-        raise NotApplicable("some tokens give numbers that are not finite")
+        raise NotApplicable("some tokens give values that are not finite")
     shares = torch.linalg.lstsq(values, together[..., None]).solution
     misfit = difference((values @ shares)[..., 0], together).max()
     return misfit, shares[..., 0]
 
 
 def out_projection(subject: Subject) -> str | None:
-    """The name of the layer whose output is the module's; None if its output is the heads'.
+    """Return the name of the layer whose output is the module's; None if its output is the heads'.
 
     Raises:
         NotApplicable: neither; the contexts of heads cannot be found.
@@ -179,7 +179,7 @@ def out_projection(subject: Subject) -> str | None:
 
 
 def _find_out_projection(subject: Subject) -> str | None:
-    """As `out_projection`; the reason, begun with "!", where contexts cannot be found."""
+    """As `out_projection`; a string that begins with "!" is the reason for NotApplicable."""
     module, x = subject.exact, subject.input(2).requires_grad_()
     seen: list[tuple[str, Tensor, Tensor]] = []
 
@@ -200,15 +200,16 @@ def _find_out_projection(subject: Subject) -> str | None:
             kind = made_by(merged)
             subject.notes["gated"] = kind == "gated"
             if kind is None:
-                return "!something stands between its heads and its output projection"
+                return "!other operations lie between its heads and its output projection"
             return name
     if made_by(output) is None:
-        return "!its output is not that of a layer, or of heads: there is more around the attention"
+        return "!other operations surround the attention: its output is not that of a layer or "
+        "of heads"
     return None
 
 
 def _like_linear(layer: nn.Module) -> bool:
-    """nn.Linear, and transformers' Conv1D, whose weight is transposed."""
+    """True for nn.Linear, and for transformers' Conv1D, whose weight is transposed."""
     weight = getattr(layer, "weight", None)
     return (
         isinstance(weight, Tensor)

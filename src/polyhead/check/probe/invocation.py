@@ -1,4 +1,4 @@
-"""A call of a module that has never heard of polyhead: what goes in, and what comes back."""
+"""Calls of arbitrary attention modules: arguments in, results out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from polyhead.errors import ArgumentError
 
 __all__ = ["FORMS", "Calling", "MaskArgument", "Result"]
 
-# Where a mask may stand: (batch, tokens), a shape that broadcasts to (batch, heads, T, S), or
-# (batch) how many tokens are real.
+# Mask formats: (batch, tokens), shapes that broadcast to (batch, heads, T, S), or (batch) number of
+# real tokens.
 FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "keys": lambda allowed: allowed[:, 0, -1],
     "full": lambda allowed: allowed,
@@ -29,14 +29,14 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class MaskArgument:
-    """The argument that says who may attend, and how.
+    """Mask argument of a module, and its format.
 
     Attributes:
-        name: of the argument.
+        name: name of the argument.
         form: a key of `FORMS`.
         true_means: "attend" or "ignore" for a boolean; "add" for an additive mask; "count" for
             lengths.
-        how: how this was found out.
+        how: origin of these facts.
     """
 
     name: str
@@ -45,8 +45,8 @@ class MaskArgument:
     how: str = ""
 
     def __str__(self) -> str:
-        words = {"add": "numbers are added to scores", "count": "the number of real tokens"}
-        meaning = words.get(self.true_means, f"True {self.true_means}s")
+        words = {"add": "added to the scores", "count": "number of real tokens"}
+        meaning = words.get(self.true_means, f"True means {self.true_means}")
         return f"{self.name}, form {self.form}, {meaning}"
 
     def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,7 +62,7 @@ class MaskArgument:
 
 @dataclass(frozen=True)
 class Result:
-    """What a call gave: the output (B, T, features), weights (B, H, T, S), and a cache."""
+    """Result of a call: the output (B, T, features), weights (B, H, T, S), and a cache."""
 
     output: Tensor
     weights: Tensor | None = None
@@ -71,25 +71,26 @@ class Result:
 
 @dataclass(frozen=True)
 class Calling:
-    """How to call a module. Everything that a law may ask of a call stands here.
+    """Calling convention of a module. Laws vary a call only through it.
 
     Attributes:
-        style: which of the styles above.
+        style: one of the styles in `polyhead.check.probe.signature`, or "yours".
         run: `run(module, x, keywords)`: the call itself, with x (B, T, features).
-        mask: the argument for a mask, if there is one.
-        supplies: makes a mask (T, T) that the check passes, as a model would; or None.
-        weights: the keywords that ask for attention weights.
+        mask: the mask argument, if there is one.
+        supplies: function of T that returns a mask (T, T) for every call, as a model would; or
+            None.
+        weights: keywords that request attention weights.
         always: keywords of every call.
-        cache: what kind of cache it takes: "polyhead", "transformers", "functional", "stateful", or
+        cache: protocol of its cache: "polyhead", "transformers", "functional", "stateful", or
             another of `polyhead.check.probe.caches.STARTS`.
-        cache_name: the argument for it.
+        cache_name: the cache argument.
         cache_options: keywords that come with it.
-        placed: arguments that place tokens behind those in the cache, and how they are given:
-            "count" (a number), "row" (T) or "rows" (1, T).
-        batch_first: False where tensors are (T, B, features).
-        weights_come: whether what looks like weights among the results is weights.
-        told: what the report adds to the style.
-        positions: the argument by which the check passes positions, if there is one.
+        placed: arguments that position tokens after the cached ones, and their format: "count" (an
+            integer), "row" (T) or "rows" (1, T).
+        batch_first: False if tensors are (T, B, features).
+        weights_come: True if results shaped like weights are weights.
+        told: addition to the style in the report.
+        positions: the argument for passed positions, if there is one.
     """
 
     style: str
@@ -119,10 +120,10 @@ class Calling:
         """Call the module.
 
         Args:
-            module: which.
+            module: the module.
             x: (B, T, features).
-            allowed: (B, 1, T, T) True where a query may attend, in addition to the module's rule.
-            weights: whether to ask for the attention weights.
+            allowed: (B, 1, T, T) True where a query may attend, in addition to the module's mask.
+            weights: request the attention weights.
             more: keywords passed on.
         """
         keywords = dict(self.always) | more
@@ -146,10 +147,10 @@ class Calling:
 
 
 def _lengths(real: Tensor) -> Tensor:
-    """How many tokens are real, (B), of masks of keys (B, S) whose tail alone is hidden."""
+    """Number of real tokens, (B), of key masks (B, S) that exclude only the last tokens."""
     counts = real.sum(dim=-1)
     if not torch.equal(real, torch.arange(real.shape[-1], device=real.device) < counts[:, None]):
-        raise NotApplicable("its mask argument takes lengths, which hide the last tokens only")
+        raise NotApplicable("its mask argument takes lengths, which exclude the last tokens only")
     return counts
 
 
@@ -164,7 +165,7 @@ def _read(returned: Any, T: int) -> Result:
     cache = None
     for item in items[1:]:
         if isinstance(item, Tensor) and _like_weights(item, T):
-            # The last: T5's layers return their positions' bias before them.
+            # The last one: T5's layers return their position bias first.
             weights = item if item.ndim == 4 else item[:, None]
         elif item is not None and not isinstance(item, Aux):
             cache = item
@@ -182,6 +183,6 @@ def _flat(returned: Any) -> Iterable[Any]:
 
 
 def _like_weights(item: Tensor, T: int) -> bool:
-    # Indices of keys, as sparse attention gives, are none.
+    # Key indices, as sparse attention returns, are not weights.
     shaped = item.ndim in (3, 4) and item.is_floating_point()
     return shaped and item.shape[-2] == T and item.shape[-1] >= T

@@ -1,4 +1,4 @@
-"""Which weights are the queries', keys', values' and outputs': recognised by name and shape."""
+"""Weights of queries, keys, values and output, recognized by name and shape."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyhead.check.probe.vocabulary import KV_HEADS
 
 __all__ = ["Weights", "interleaved", "recognise", "role_of"]
 
-# Names of layers by their role, lower case and without underscores.
+# Layer names by role, lower case and without underscores.
 _ROLES = {
     "qkv": re.compile(r"qkv|cattn|inproj|querykeyvalue"),
     "kv": re.compile(r"^(to|w)?kv(proj)?$"),
@@ -31,10 +31,10 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Weights:
-    """Of plain attention: q = x query^T + query_bias, and so on.
+    """Weights of plain attention: q = x query^T + query_bias, and so on.
 
     Attributes:
-        query: (H * D, d_in), the rows of a head together.
+        query: (H * D, d_in), the rows of a head contiguous.
         key: (G * D, d_in).
         value: (G * E, d_in).
         out: (d_out, H * E), or None.
@@ -57,13 +57,13 @@ class Weights:
 
 
 def recognise(module: nn.Module, num_heads: int | None) -> Weights:
-    """The weights of a module, still part of its graph.
+    """Return the weights of a module, still part of its graph.
 
     Raises:
-        NotApplicable: its layout is not known, or it has more than plain attention has.
+        NotApplicable: its layout is unknown, or it has parameters that plain attention lacks.
     """
     if num_heads is None:
-        raise NotApplicable("the number of heads is not known; pass num_heads=")
+        raise NotApplicable("the number of heads is unknown; pass num_heads=")
     if isinstance(module, nn.MultiheadAttention):
         weights, used = _of_torch(module)
     elif isinstance(heads := _module_list(module), nn.ModuleList):
@@ -73,7 +73,7 @@ def recognise(module: nn.Module, num_heads: int | None) -> Weights:
     known = {id(parameter) for parameter in used}
     for name, parameter in module.named_parameters():
         if id(parameter) not in known:
-            raise NotApplicable(f"its layout is not known: {name} has no place in plain attention")
+            raise NotApplicable(f"unknown layout: {name} is not part of plain attention")
     return weights
 
 
@@ -83,7 +83,7 @@ def _module_list(module: nn.Module) -> nn.ModuleList | None:
 
 def _of_torch(module: nn.MultiheadAttention) -> tuple[Weights, list[Tensor]]:
     if module.in_proj_weight is None:
-        raise NotApplicable("its layout is not known: keys and values of other sizes")
+        raise NotApplicable("unknown layout: keys and values of other sizes")
     query, key, value = module.in_proj_weight.chunk(3)
     biases = (None,) * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
     out = module.out_proj
@@ -103,7 +103,7 @@ def _of_torch(module: nn.MultiheadAttention) -> tuple[Weights, list[Tensor]]:
 
 
 def _of_stacked(module: nn.Module, heads: nn.ModuleList) -> tuple[Weights, list[Tensor]]:
-    """One module a head, each with projections of its own."""
+    """One module per head, each with its own projections."""
     each, used = [], []
     for head in heads:
         weights, parameters = _of_layers(head, 1)
@@ -142,7 +142,7 @@ def _of_layers(module: nn.Module, num_heads: int) -> tuple[Weights, list[Tensor]
         for name in ("query", "key", "value"):
             weights |= _split(roles[name], (name,), module, num_heads)
     else:
-        raise NotApplicable("its layout is not known: no layers named like query, key and value")
+        raise NotApplicable("unknown layout: no layers named like query, key and value")
     if out := roles.get("out"):
         weights |= {"out": out.weight, "out_bias": out.bias}
     return Weights(num_heads=num_heads, **weights), used  # type: ignore[arg-type]
@@ -155,19 +155,19 @@ def _split(
     num_heads: int,
     head_size: int | None = None,
 ) -> dict[str, Tensor | None]:
-    """The rows of a layer, dealt out to the parts that it holds one after the other."""
+    """Rows of a layer, split into its consecutive parts."""
     rows = layer.weight.shape[0]
     sizes = [rows // len(names)] * len(names)
     G = next((getattr(module, n) for n in KV_HEADS if hasattr(module, n)), None)
-    if G is None and head_size:  # nothing says it, but the rows do
+    if G is None and head_size:  # inferred from the number of rows
         G = (rows // head_size - num_heads) // 2
         if G < 1 or num_heads % G or rows != (num_heads + 2 * G) * head_size:
-            raise NotApplicable(f"its layout is not known: {rows} rows for {', '.join(names)}")
+            raise NotApplicable(f"unknown layout: {rows} rows for {', '.join(names)}")
     if len(names) == 3 and G not in (None, num_heads):
         head = rows // (num_heads + 2 * G)
         sizes = [num_heads * head, G * head, G * head]
     if sum(sizes) != rows:
-        raise NotApplicable(f"its layout is not known: {rows} rows for {', '.join(names)}")
+        raise NotApplicable(f"unknown layout: {rows} rows for {', '.join(names)}")
     parts: dict[str, Tensor | None] = dict(zip(names, layer.weight.split(sizes), strict=True))
     biases = [None] * len(names) if layer.bias is None else layer.bias.split(sizes)
     return parts | {f"{n}_bias": b for n, b in zip(names, biases, strict=True)}
@@ -178,7 +178,7 @@ def _layers(module: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _roles(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """Each layer by what its name says it is for; a name in two roles is the first's."""
+    """Layers by the role that their names show; if two have one role, the first."""
     roles: dict[str, nn.Linear] = {}
     for name, layer in layers.items():
         role = role_of(name)
@@ -188,19 +188,19 @@ def _roles(layers: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
 
 
 def role_of(name: str) -> str | None:
-    """What the name of a layer says it is for."""
+    """Role of a layer, from its name."""
     # to_out.0 of a Sequential is to_out.
     plain = re.sub(r"\.\d+$", "", name).rsplit(".", 1)[-1].lower().replace("_", "")
     return next((role for role, pattern in _ROLES.items() if pattern.search(plain)), None)
 
 
 def interleaved(weights: Weights, of: str) -> Weights:
-    """The same rows in another customary order, as the common one.
+    """Reorder the rows of another common layout to the standard one.
 
     Args:
-        weights: as `recognise` took them to be.
+        weights: as `recognise` read them.
         of: "features": head h has rows h, h + H, ... of each part (`view(B, T, size, heads)`);
-            "heads": the fused rows are head by head its query, key and value (GPT-NeoX, BLOOM).
+            "heads": the fused rows are, head by head, its query, key and value (GPT-NeoX, BLOOM).
     """
     H = weights.num_heads
     changed: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The mask argument of a module, its form, and what True means in it: found by trying."""
+"""Mask argument of a module, its form, and the meaning of True in it, found by trying."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _FORMS = ("keys", "full", "square", "batch")
 def claim_mask(subject: Subject, true_means: str | None) -> MaskArgument | None:
     """Find the mask argument and its form by trying. None: there is none, or none that runs.
 
-    What True means is what the user said; or else what two names have one meaning for
-    (`attention_mask` shows, `key_padding_mask` hides), but in layers of transformers; or else what
-    the module does with it.
+    The meaning of True is the user's; else that of two names with a fixed meaning
+    (`attention_mask`: attend, `key_padding_mask`: ignore), except in layers of transformers; else
+    the observed one.
     """
     calling = subject.calling
     if calling.style == "yours":
@@ -34,25 +34,25 @@ def claim_mask(subject: Subject, true_means: str | None) -> MaskArgument | None:
         return _polyhead_mask()
     names = mask_names(subject.module)
     if subject.claims.causal and bool(subject.sees.all()):
-        # It leaves the causal mask to its caller, which one of keys cannot say.
+        # It leaves the causal mask to its caller, and a mask over keys cannot express one.
         names = [name for name in names if "pad" not in name and "len" not in name]
     fallback = None
     for name in names:
         runs = [mask for mask in _tried(subject, name, true_means) if _runs(subject, mask)]
         if chosen := next((m for m in runs if _works(subject, m)), None):
             return chosen
-        # What hides nothing in any form is held to the first that runs; but for transformers'
-        # own, whose forms are many.
+        # A mask without effect in any form is judged in the first form that runs; except for
+        # transformers' own layers, which have many forms.
         if not is_transformers_own(subject.module):
             fallback = fallback or next(iter(runs), None)
     return fallback
 
 
 def _tried(subject: Subject, name: str, true_means: str | None) -> Iterator[MaskArgument]:
-    """The forms and meanings that a mask of this name may have, the likeliest first."""
+    """Candidate forms and meanings of a mask of this name, the likeliest first."""
     theirs = subject.calling.style == "transformers"
     by_name = None if theirs else _meaning_of(name, subject.module)
-    how = "you said so" if true_means else "by its name" if by_name else "found by trying"
+    how = "given" if true_means else "by its name" if by_name else "found by trying"
     if true_means or by_name:
         meanings = [true_means or by_name or ""]
         if meanings == ["attend"] and not true_means:
@@ -82,14 +82,14 @@ def _runs(subject: Subject, mask: MaskArgument) -> bool:
         shape = _masked(subject, mask, hide=None).shape
     except Exception:  # of unknown code
         return False
-    # A mask that broadcasts to more dimensions is folded into the tokens.
+    # A mask that broadcasts to more dimensions changes the number of tokens.
     return shape[:2] == (2, subject.T)
 
 
 def _works(subject: Subject, mask: MaskArgument) -> bool:
-    """Whether showing all changes nothing, and the token that is hidden has no influence."""
+    """True if an all-True mask changes nothing, and a masked token has no influence."""
     if mask.true_means == "add" and not isinstance(mask, _Raised):
-        # 1 on every score changes nothing; read as a boolean it hides, or shows, all.
+        # Adding 1 to every score changes nothing; read as a boolean it masks all, or none.
         higher = _Raised(mask.name, mask.form, mask.true_means, mask.how)
         if not _runs(subject, higher) or not _works(subject, higher):
             return False
@@ -109,7 +109,7 @@ def _works(subject: Subject, mask: MaskArgument) -> bool:
     others = [t for t in range(x.shape[1]) if t > 1 and t != hidden]
     rounding = subject.allowed(x)
     hides = difference(before, after)[:, others].max() <= rounding
-    # Where the caller passes the causal mask, showing all that is causal changes something.
+    # If the caller passes the causal mask, an otherwise empty mask has an effect.
     changes_nothing = difference(shown, plain).max() <= rounding
     return bool(hides and (changes_nothing or subject.sees.all()))
 
@@ -137,11 +137,11 @@ class _Raised(MaskArgument):
 
 
 def _polyhead_mask() -> MaskArgument:
-    return _PolyheadMask("mask", "full", "attend", "polyhead's masks show")
+    return _PolyheadMask("mask", "full", "attend", "True = may attend in polyhead's masks")
 
 
 class _PolyheadMask(MaskArgument):
-    """polyhead's own modules take a mask of its algebra."""
+    """Mask argument of polyhead's own modules, which take masks of its algebra."""
 
     def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Any:
         from polyhead.mask import dense

@@ -1,6 +1,4 @@
-"""What one call computes inside, seen operation by operation: it tells right modules apart that
-behave alike.
-"""
+"""Operations inside one call, which distinguish right modules with equal behavior."""
 
 from __future__ import annotations
 
@@ -23,8 +21,9 @@ _FUSED = ("scaled_dot_product", "flex_attention")
 
 
 def look_inside(subject: Subject) -> None:
-    """Add to the claims what names do not tell: positions that are added to the tokens, keys that
-    no token made, tokens that are mixed before the attention, how many heads there are."""
+    """Add claims that names do not show: positions added to the tokens, keys that come from no
+    token, tokens mixed before the attention, the number of heads.
+    """
     claims = subject.claims
     convolutions = [
         name
@@ -33,22 +32,23 @@ def look_inside(subject: Subject) -> None:
     ]
     spy = _Inside(subject)
     token = subject.input(1, 1).expand(-1, subject.T, -1)
-    # A module that cannot run with gradients is no more looked into; the laws that do so tell.
+    # A module that cannot run with gradients is not inspected further; laws with gradients report
+    # it.
     with suppress(Exception), torch.enable_grad(), spy:
-        # With gradients, as torch hides the whole call in one fused operation without.
+        # With gradients: without, torch may fuse the whole call into one operation.
         subject.call(subject.exact, token.clone().requires_grad_())
     if convolutions:
         claims.positions = f"convolution {convolutions[0]}"
-        claims.how["positions"] = "it mixes neighbours"
+        claims.how["positions"] = "it mixes adjacent tokens"
     elif spy.alike is False:
         claims.positions = "added to the tokens"
-        claims.how["positions"] = "identical tokens enter the first product apart"
+        claims.how["positions"] = "identical tokens differ at the first product"
     if spy.extra_keys:
         claims.features |= {"sinks"}
-        claims.how["features"] = f"{spy.extra_keys} keys that no token made"
+        claims.how["features"] = f"{spy.extra_keys} keys that come from no token"
     if claims.num_heads is None and len(spy.scores) == 1:
         claims.num_heads = spy.scores[0]
-        claims.how["num_heads"] = f"its softmax has {spy.scores[0]} rows for each token"
+        claims.how["num_heads"] = f"its softmax has {spy.scores[0]} rows per token"
 
 
 class _Fills(Spy):
@@ -60,8 +60,9 @@ class _Fills(Spy):
 
 
 class NarrowMasks(TorchFunctionMode):
-    """Notes masks of float32 beside queries of float64: a mask that was made in the default dtype.
-    torch's fused kernel reads it as if it were float64 too."""
+    """Detects float32 masks with float64 queries: a mask created in the default dtype. torch's
+    fused kernel reads it as if it were float64.
+    """
 
     found = False
 
@@ -75,7 +76,7 @@ class NarrowMasks(TorchFunctionMode):
 
 
 class _Inside(Spy):
-    """Sees whether identical tokens are still so at the first product, and counts keys."""
+    """Compares identical tokens at the first product, and counts keys."""
 
     def __init__(self, subject: Subject) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class _Inside(Spy):
         self.own = {t.untyped_storage().data_ptr() for t in tensors}
         self.alike: bool | None = None
         self.extra_keys = 0
-        self.scores: list[int] = []  # by softmax, how many rows each of T queries has
+        self.scores: list[int] = []  # per softmax, the number of rows per query
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operation(func)
@@ -107,9 +108,9 @@ class _Inside(Spy):
         return tensor.untyped_storage().data_ptr() in self.own
 
     def _alike(self, tensor: Tensor) -> bool:
-        """Whether it is the same along an axis that may be the tokens'."""
+        """True if it is constant along an axis that may be the token axis."""
         for axis, size in enumerate(tensor.shape):
-            # Rows or heads may stand before or behind the tokens on one axis.
+            # Batch rows or heads may be flattened with the tokens, before or after them.
             for parts, along in (((self.T, -1), axis), ((-1, self.T), axis + 1)):
                 if size and size % self.T == 0:
                     split = tensor.unflatten(axis, parts)
@@ -119,7 +120,7 @@ class _Inside(Spy):
 
 
 def draws_weights(subject: Subject, module: nn.Module) -> bool:
-    """Whether a call fills tensors with random numbers in place, as a new layer's weights are."""
+    """True if a call fills tensors with random values in place, as initialization does."""
     spy = _Fills()
     with torch.no_grad(), spy:
         subject.call(module, subject.input(2))
@@ -127,7 +128,7 @@ def draws_weights(subject: Subject, module: nn.Module) -> bool:
 
 
 def draws_random_numbers(subject: Subject, module: nn.Module) -> bool:
-    """Whether a call of this copy takes numbers from torch's generator."""
+    """True if a call of this copy uses torch's generator."""
     cuda = subject.device.type == "cuda"
 
     def state() -> Tensor:

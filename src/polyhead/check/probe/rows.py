@@ -1,10 +1,10 @@
-"""Which numbers that the projections give are queries, keys and values, of which head: learned.
+"""Rows of the projections that are queries, keys and values, and of which head: learned from calls.
 
-Attention does not say in which order a fused weight keeps its rows. With one token the contexts
-are values: each must be one of the projections' numbers. With two, a head's features share one
-weight, which tells heads apart; and the slopes of that weight's logit are, for the first token's
-keys, scale times the queries. Where any of that does not hold, nothing is learned: heads cut along
-the wrong axis and tokens that are mixed are not explained.
+A fused weight may have its rows in any order. With one token, the contexts are values: each must
+equal one of the projections' outputs. With two, a head's features share one weight, which separates
+heads; and the derivatives of that weight's logit with respect to the first token's keys are scale
+times the queries. If any of this fails, nothing is learned: heads cut along the wrong axis and
+mixed tokens are not explained.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from polyhead.check.subject import Subject, difference
 
 __all__ = ["BY_PLACE", "Rows", "learned_rows"]
 
-# Each token has queries, keys and values of its own, and scores are more than their products.
+# Each token has its own queries, keys and values, but scores are not just their products.
 BY_PLACE = (
-    "its scores are no products of queries and keys as projections give them",
-    "its scores have a part that no query and key make: positions?",
+    "its scores are not products of the projected queries and keys",
+    "its scores have a part that depends on no query and key: positions?",
 )
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The places of queries, keys and values among the R numbers of the projections.
+    """Rows of queries, keys and values among the R outputs of the projections.
 
     Attributes:
-        query, key: (H, D), the rows of a head that are multiplied in the same place.
+        query, key: (H, D), paired: row i of a head's query is multiplied by row i of its key.
         value: (H, E).
-        merged: (H, E) where a head's features stand in what is merged.
-        scale: the factor on the scores.
+        merged: (H, E) positions of a head's features in the merged contexts.
+        scale: factor on the scores.
     """
 
     query: Tensor
@@ -46,15 +46,16 @@ class Rows:
     scale: float
 
     def weights(self, count: int, like: Tensor) -> Weights:
-        """Weights that pick these of `count` numbers."""
+        """Weights that select these rows among `count` outputs."""
         picks = torch.eye(count, dtype=like.dtype, device=like.device)
         query, key, value = (picks[rows.flatten()] for rows in (self.query, self.key, self.value))
         return Weights(query, key, value, num_heads=len(self.query))
 
     @property
     def in_order(self) -> bool:
-        """Whether heads are merged one after the other, or as their values stand; and heads that
-        share keys are neighbors."""
+        """True if heads are merged one after the other, or in the order of their values, and heads
+        that share keys are adjacent.
+        """
         merged, values = self.merged.flatten(), self.value.flatten()
         together = bool((merged.diff() == 1).all())
         alike = bool((values[merged.argsort()].diff() > 0).all())
@@ -67,7 +68,7 @@ class Rows:
 
     @property
     def words(self) -> str:
-        """The order, for people: runs of rows as they stand in the projections' outputs."""
+        """Order of the rows in words: runs of rows of the projections' outputs."""
         role: dict[int, str] = {}
         for name, rows in (("q", self.query), ("k", self.key), ("v", self.value)):
             heads = dict.fromkeys(tuple(sorted(head)) for head in rows.tolist())
@@ -81,10 +82,10 @@ class Rows:
 
 
 def learned_rows(subject: Subject) -> Rows:
-    """The rows of a module's projections by what they do.
+    """Return the rows of a module's projections by their function.
 
     Raises:
-        NotApplicable: they are not those of plain attention; the message says what does not fit.
+        NotApplicable: they are not those of plain attention; the message names the mismatch.
     """
     if "rows" not in subject.notes:
         try:
@@ -93,8 +94,8 @@ def learned_rows(subject: Subject) -> Rows:
                 subject.notes["rows"] = _learn(subject, core)
         except NotApplicable as reason:
             subject.notes["rows"] = str(reason)
-        except Exception as error:  # of unknown code, given numbers that it does not expect
-            subject.notes["rows"] = f"its projections cannot be tried: {type(error).__name__}"
+        except Exception as error:  # of unknown code, with unexpected values
+            subject.notes["rows"] = f"its projections cannot be replaced: {type(error).__name__}"
     found = subject.notes["rows"]
     if isinstance(found, str):
         raise NotApplicable(found)
@@ -125,7 +126,7 @@ def _learn(subject: Subject, core: Core) -> Rows:
     scale = torch.stack([ratio for *_, ratio in pairs])
     query, key = (torch.stack([pair[i] for pair in pairs]) for i in range(2))
     if (scale - scale.mean()).abs().max() > 64 * rounding * scale.abs().max():
-        raise NotApplicable("its scores are no products: their slope is another in each head")
+        raise NotApplicable("its scores are not products: their scale differs per head")
     merged = torch.stack(heads)
     rows = Rows(query, key, values[merged], merged, float(scale.mean()))
     scores = rows.scale * (last[query] * (first - last)[key]).sum(dim=1)
@@ -136,7 +137,7 @@ def _learn(subject: Subject, core: Core) -> Rows:
 
 
 def _numbers(count: int, subject: Subject) -> tuple[Tensor, Tensor]:
-    """(R,) and (R,): all different, none small, and their differences none either."""
+    """(R,) and (R,) random values: all different, none small, and no small differences."""
     generator = torch.Generator().manual_seed(subject.seed)
     sign = torch.randint(0, 2, (count,), generator=generator).double() * 2 - 1
     drawn = [
@@ -147,42 +148,42 @@ def _numbers(count: int, subject: Subject) -> tuple[Tensor, Tensor]:
 
 
 def _values(contexts: Tensor, given: Tensor, rounding: float) -> Tensor:
-    """(M,) which number each feature of one token's contexts is."""
+    """(M,) index of the projections' output that equals each feature of one token's contexts."""
     apart = difference(contexts.detach()[:, None], given)
     nearest, which = apart.min(dim=1)
     if nearest.max() > rounding:
-        raise NotApplicable("the contexts of one token are no values that its projections give")
+        raise NotApplicable("the contexts of one token are not outputs of its projections")
     return which
 
 
 def _heads(shares: Tensor, rounding: float, num_heads: int | None) -> list[Tensor]:
-    """The features (E,) of each head: those of one weight, between 0 and 1."""
+    """Features (E,) of each head: those with one weight, between 0 and 1."""
     if not bool(((shares > 0) & (shares < 1)).all()):
-        raise NotApplicable("the contexts of two tokens are no means of their values")
+        raise NotApplicable("the contexts of two tokens are not weighted means of their values")
     order = shares.argsort()
     breaks = (shares[order].diff() > 16 * rounding).nonzero().flatten() + 1
     heads = [head.sort().values for head in order.tensor_split(breaks.cpu())]
     if len({len(head) for head in heads}) != 1 or num_heads not in (None, len(heads)):
-        raise NotApplicable("the features of a head do not share their weights")
+        raise NotApplicable("the features of a head do not share one weight")
     return sorted(heads, key=lambda head: int(head[0]))
 
 
 def _acting(slope: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """Queries (D,) and keys (D,) of a head, from its logit's slope (2, R): not yet in pairs."""
+    """Queries (D,) and keys (D,) of a head, from its logit's derivatives (2, R): not yet paired."""
     acts = slope.abs() > 64 * rounding * slope.abs().max()
     key = acts[0].nonzero().flatten()
     query = (acts[1] & ~acts[0]).nonzero().flatten()
     if not bool(acts[1, key].all()) or len(key) == 0 or len(query) not in (0, len(key)):
-        raise NotApplicable("a token's query and key are made of other tokens too")
+        raise NotApplicable("a token's query and key depend on other tokens")
     if not len(query):
-        query = key  # one projection for both
+        query = key  # shared projection
     return query, key
 
 
 def _pairs(
     slope: Tensor, last: Tensor, query: Tensor, key: Tensor, rounding: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The queries (D,), the keys (D,) that they are multiplied by, and the scale."""
+    """Queries (D,), the keys (D,) that they are multiplied by, and the scale."""
     by_slope = key[slope[0, key].argsort()]
     for descending in (False, True):
         by_size = query[last[query].argsort(descending=descending)]

@@ -1,4 +1,4 @@
-"""Who sees whom, as a rule for texts of any length: windows, chunks, strides."""
+"""Attention patterns for sequences of any length: windows, chunks, strides."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Pattern", "band", "fitting"]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A rule for masks.
+    """Attention pattern, as a rule for masks of any length.
 
     Attributes:
-        words: the rule, for people.
-        rule: (T, 1) queries' places and (T,) keys' places in; True where a query sees a key.
-        window: tokens that a query sees, itself included, where the rule is a window and no more.
-        relative: whether the rule is one of distances.
+        words: description of the rule.
+        rule: (T, 1) query positions and (T,) key positions in; True = may attend.
+        window: tokens that a query attends to, including itself, if the rule is a plain window.
+        relative: True if the rule depends on distances only.
     """
 
     words: str
@@ -33,7 +33,7 @@ class Pattern:
 
 
 def band(T: int, causal: bool, window: int | None) -> Tensor:
-    """(T, T) True where a module of these claims lets query t see token s."""
+    """(T, T) mask of these claims; True = may attend."""
     distance = torch.arange(T)[:, None] - torch.arange(T)
     seen = torch.ones(T, T, dtype=torch.bool)
     if causal:
@@ -44,17 +44,17 @@ def band(T: int, causal: bool, window: int | None) -> Tensor:
 
 
 def fitting(seen: Mapping[int, Tensor], causal: bool) -> Pattern | None:
-    """The first rule that gives what is seen in texts of each length, if one hides anything.
+    """Return the first rule that explains the observed masks of all lengths, if one masks anything.
 
     Args:
-        seen: by the length T, (T, T) True where query t sees token s.
-        causal: whether the rules are to hide the future too.
+        seen: by the length T, (T, T) True where query t attends to token s.
+        causal: rules also mask the future.
     """
     if all(torch.equal(sees, band(T, causal, None)) for T, sees in seen.items()):
         return None
     longest = max(seen)
     if int(seen[longest].sum(dim=1).max()) < 2:
-        return None  # tokens that see themselves alone: no attention
+        return None  # tokens attend to themselves only: no attention
     for pattern in _patterns(seen[longest], causal):
         if all(
             torch.equal(sees, pattern.shown(T) & band(T, causal, None)) for T, sees in seen.items()
@@ -64,9 +64,9 @@ def fitting(seen: Mapping[int, Tensor], causal: bool) -> Pattern | None:
 
 
 def _patterns(sees: Tensor, causal: bool) -> Iterator[Pattern]:
-    """Rules with the numbers that this matrix allows."""
+    """Candidate rules, with parameters consistent with this matrix."""
     T = len(sees)
-    # A window that hides one pair alone cannot be told from a mistake.
+    # A window that masks a single pair is indistinguishable from a mistake.
     middle = sees[T // 2].nonzero().flatten()
     ahead = 0 if causal else int(middle.max()) - T // 2 if len(middle) else 0
     last = sees[-1].flip(0)
@@ -106,12 +106,13 @@ def _patterns(sees: Tensor, causal: bool) -> Iterator[Pattern]:
     for first in range(1, 5):
         for near in range(2, T - 1):
             yield Pattern(
-                f"{near} tokens, and the first {first} of the text",
+                f"{near} tokens, and the first {first} of the sequence",
                 lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n),  # type: ignore[misc]
                 relative=False,
             )
             yield Pattern(
-                f"{near - 1} tokens on each side, the first {first} of the text, and these see all",
+                f"{near - 1} tokens on each side, the first {first} of the sequence, which "
+                "attend to all",
                 lambda t, s, n=first, w=near: ((t - s).abs() < w) | (s < n) | (t < n),  # type: ignore[misc]
                 relative=False,
             )

@@ -1,10 +1,10 @@
-"""How to call a module that has never heard of polyhead: found out from its signature.
+"""Calling convention of an arbitrary attention module, inferred from its signature.
 
     x style       forward(x, ...)                       most code of courses and repositories
     qkv style     forward(query, key, value, ...)       in any order, the later ones optional or not
     transformers  forward(hidden_states, ...)           layers of Hugging Face models
 
-What comes back is the output, or a tuple, list, dict or dataclass whose first tensor is the output;
+A call returns the output, or a tuple, list, dict or dataclass whose first tensor is the output;
 weights are the last tensor that ends in (tokens, tokens).
 """
 
@@ -50,7 +50,7 @@ _MASK_NAMES = (
     "mask",
 )
 _MASK = re.compile(r"mask|padding|valid_len", re.I)
-# Masks of heads, of another sequence, of queries; switches and numbers about a mask.
+# Masks of heads, of another sequence, of queries; switches and numeric options of a mask.
 _NO_MASK = re.compile(
     r"head_?mask|encoder|cross|memory|context|image|full_text|query|q_mask|expert|router"
     r"|^(is|use|return|need|with|no)_|_(type|value|prob|ratio|token|id|idx|fn|mod)$",
@@ -73,9 +73,9 @@ _NO_CACHE = re.compile(
     r"^(use|return|is|with|no|update)_|_?(position|len|length|size|dtype|idx|index|id|mask)s?$",
     re.I,
 )
-# Arguments that are often required and may be None.
+# Arguments that are often required but accept None.
 _MAY_BE_NONE = ("alibi", "head_mask", "position_ids", "position_bias")
-# Errors about sizes that do not fit, after the number of tokens and features.
+# Size mismatch errors, after the number of tokens and features.
 _OF_SIZES = re.compile(
     r"(Runtime|Value|Assertion|Index|Shape)Error: .*"
     r"\b(shapes?|sizes?|dim(ension)?s?|broadcast\w*|view|reshape|divisible)\b",
@@ -86,11 +86,11 @@ _ROLE = re.compile(r"_?(x_?|in_?)?(q|k|v|kv|query|key|value|queries|keys|values)
 
 
 def from_function(call: Callable[..., Any]) -> Calling:
-    """The calling that a user gave: `call(module, x)`, and with `mask` or `cache` too, if it has
-    arguments of these names.
+    """Return the calling convention of a user's `call(module, x)`, which may also take `mask` and
+    `cache`.
 
     Raises:
-        ArgumentError: it needs an argument that is none of these.
+        ArgumentError: it needs another argument.
     """
     parameters = dict(list(inspect.signature(call).parameters.items())[2:])
     for name, parameter in parameters.items():
@@ -99,10 +99,10 @@ def from_function(call: Callable[..., Any]) -> Calling:
             raise ArgumentError(
                 "call",
                 "must take (module, x), and may take mask and cache",
-                f"a function that needs {name} too",
+                f"a function that also needs {name}",
                 f"give {name} a value inside call",
             )
-    mask = MaskArgument("mask", "full", "attend", "you said so") if "mask" in parameters else None
+    mask = MaskArgument("mask", "full", "attend", "given") if "mask" in parameters else None
     cache = "cache" in parameters
     return Calling(
         "yours",
@@ -115,10 +115,10 @@ def from_function(call: Callable[..., Any]) -> Calling:
 
 
 def find_calling(module: nn.Module) -> Calling:
-    """How to call this module, without its mask and its cache tried out.
+    """Return the calling convention of this module; mask and cache are tried out later.
 
     Raises:
-        ArgumentError: its signature is none that is known.
+        ArgumentError: its signature is unknown.
     """
     parameters = _parameters(module)
     if is_of_transformers(module) or needs_rotary(parameters):
@@ -139,22 +139,23 @@ def find_calling(module: nn.Module) -> Calling:
 
 
 def mask_names(module: nn.Module) -> list[str]:
-    """Arguments of the module's forward that are masks by their name, the usual ones first."""
+    """Arguments of the module's forward named like masks, the usual ones first."""
     parameters = _parameters(module)
     named = [name for name in parameters if _is_mask(name, parameters[name])]
     return sorted(named, key=lambda n: _MASK_NAMES.index(n) if n in _MASK_NAMES else len(named))
 
 
 def causal_argument(module: nn.Module) -> str | None:
-    """An argument of the module's forward that makes it causal, and is False unless given."""
+    """Argument of the module's forward that makes it causal, with default False."""
     parameters = _parameters(module)
     names = [n for n in ("use_causal_mask", "causal") if n in parameters]
     return next((n for n in names if parameters[n].default is False), None)
 
 
 def other_ways(module: nn.Module, calling: Calling) -> Iterator[Calling]:
-    """Other ways to call it: with arguments that are None otherwise, and with a mask that shows
-    all, in each form, where a mask must be given."""
+    """Yield other ways to call it: with optional arguments filled in, and with an all-True mask, in
+    each form, if a mask is required.
+    """
     yield from filled(module, calling)
     for way in (calling, *filled(module, calling)):
         for name in (n for n in mask_names(module) if n in calling.always):
@@ -167,25 +168,25 @@ def other_ways(module: nn.Module, calling: Calling) -> Iterator[Calling]:
 
 
 def no_call(errors: list[str]) -> ArgumentError:
-    """The error where no call came back.
+    """Return the error for a module whose calls all failed.
 
     Args:
-        errors: what each call raised, "7 tokens of 48: RuntimeError: ...".
+        errors: error of each call, "7 tokens of 48: RuntimeError: ...".
     """
     got = "; ".join(errors[:2]) or "a module without parameters"
     if all(_OF_SIZES.search(error) for error in errors):
         return ArgumentError(
             "d_in",
-            "must be given, as no size found in the module can be called",
+            "must be given: no size found in the module works",
             got,
-            "pass d_in=, or call=lambda module, x: ... if it is called in another way",
+            "pass d_in=, or call=lambda module, x: ... if its signature differs",
         )
     return ArgumentError(
         "forward",
-        "must give an output for tokens of some size, and raised for each that was tried",
+        "must return an output for tokens of some size, and raised for each one tried",
         got,
-        "call it in python to see where it raises; pass call=lambda module, x: ... if it is "
-        "called in another way",
+        "call it in python to see where it raises; pass call=lambda module, x: ... if its "
+        "signature differs",
     )
 
 
@@ -194,14 +195,14 @@ def _may_be_none(name: str, parameter: inspect.Parameter) -> bool:
 
 
 def cache_flag(module: nn.Module) -> str | None:
-    """The switch of a cache that the module keeps itself, by its name."""
+    """Name of the switch of a cache that the module keeps itself."""
     parameters = _parameters(module)
     named = [n for n in parameters if re.fullmatch(r"(use_)?(kv_)?cache", n)]
     return next((n for n in named if isinstance(parameters[n].default, bool)), None)
 
 
 def is_cache(name: str, parameter: inspect.Parameter) -> bool:
-    """Whether an argument is a cache by its name."""
+    """True if an argument is a cache by its name."""
     flag = isinstance(parameter.default, (bool, int, float, str))
     return bool(_CACHE.search(name)) and not _NO_CACHE.search(name) and not flag
 
@@ -221,7 +222,7 @@ def _needed(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
 
 
 def _inputs(module: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> list[str | None]:
-    """The arguments that are x, by name; None for one that has no name (*args)."""
+    """Arguments that are x, by name; None for one without a name (*args)."""
     needed = [n for n in _needed(parameters) if not _may_be_none(n, parameters[n])]
     roles = [name for name in parameters if _ROLE.fullmatch(name.lower())]
     if not needed:
@@ -255,9 +256,9 @@ def _runner(inputs: list[str | None]) -> Callable[[nn.Module, Tensor, dict[str, 
 def _unknown(module: nn.Module, what: str) -> ArgumentError:
     return ArgumentError(
         "call",
-        "must be given for a module that cannot be called as module(x) or module(q, k, v)",
+        "must be given for a module that does not support module(x) or module(q, k, v)",
         f"{type(module).__name__}.forward, which {what}",
-        "pass call=lambda module, x: ..., or name a class whose forward(x) does that",
+        "pass call=lambda module, x: ..., or name a class with such a forward(x)",
     )
 
 

@@ -1,5 +1,5 @@
-"""Loading what is named on the command line: a class, function or object in a file, package or
-notebook. Loading runs its code.
+"""Load targets of the command line: a class, function or object in a file, package or notebook.
+Loading runs its code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["build", "load", "parse_arguments"]
 
 
 def load(target: str) -> Any:
-    """The object that a target names.
+    """Return the object that a target names.
 
     Args:
         target: "path/to/file.py:Name", "path/to/file.ipynb:Name" or "package.module:Name"; Name
@@ -90,18 +90,18 @@ def load(target: str) -> Any:
 def build(
     found: Any, given: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any], Callable[[], nn.Module] | None]:
-    """A module or function from what a target names.
+    """Return a module or function from a loaded target.
 
     Args:
         found: a module, a class of modules, or a function. A function whose parameters are not
-            those of attention (query, key, value) is called to make a module.
-        given: arguments of the constructor. Those it needs beside are guessed by their names.
+            those of attention (query, key, value) is called to create a module.
+        given: arguments of the constructor. Other required arguments are guessed by their names.
 
     Returns:
-        The module or function, the arguments that were guessed, and what makes another one.
+        The module or function, the guessed arguments, and a function that creates another one.
 
     Raises:
-        ArgumentError: an argument is needed that cannot be guessed, or the constructor raises.
+        ArgumentError: a required argument cannot be guessed, or the constructor raises.
     """
     if isinstance(found, nn.Module):
         return found, {}, None
@@ -145,7 +145,7 @@ def build(
 
 
 def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
-    """An instance. What its constructor leaves unfilled is NaN, and not what memory held."""
+    """Return an instance; uninitialized parameters are NaN, not arbitrary memory."""
     required = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     # Not torch.use_deterministic_algorithms, which imports its compiler: seconds.
@@ -157,13 +157,13 @@ def _made(found: Any, arguments: Mapping[str, Any]) -> nn.Module:
     config = next((arguments[n] for n in arguments if is_configuration(n)), None)
     if is_of_transformers(module) and config is not None:
         if not hasattr(module, "config"):
-            module.config = config  # which tells how its model calls it
+            module.config = config  # documents how its model calls it
         fill_parameters(module, config)
     return module
 
 
 def _remedy(error: BaseException, path: Path, name: str) -> str:
-    """What helps a file or package whose import raised."""
+    """Return a remedy for a file or package that cannot be imported."""
     if "relative import" in str(error) and path.suffix == ".py":
         folder, parts = path.resolve().parent, [path.stem]
         while (folder / "__init__.py").exists() or len(parts) == 1:
@@ -171,11 +171,11 @@ def _remedy(error: BaseException, path: Path, name: str) -> str:
         return f"name it in its package: polyhead check {'.'.join(parts)}:{name}, run in {folder}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"install {error.name}, or run where it can be imported"
-    return "import it with python, which shows where it raises"
+    return "import it in python to see where it raises"
 
 
 def takes_query_key_value(function: Any) -> bool:
-    """Whether a function's first three parameters are those of attention."""
+    """True if a function's first three parameters are those of attention."""
     try:
         names = list(inspect.signature(function).parameters)[:3]
     except (TypeError, ValueError):  # a builtin, such as scaled_dot_product_attention
@@ -223,7 +223,7 @@ def _arguments(
         elif needed:
             raise ArgumentError(
                 "--arg",
-                f"must give {name}, which {found.__name__} needs and whose value cannot be guessed",
+                f"must give {name}, which {found.__name__} requires: it cannot be guessed",
                 ", ".join(given) or "nothing",
                 f"add --arg {name}=VALUE",
             )
@@ -259,7 +259,7 @@ def _from_file(path: Path) -> types.ModuleType:
     if spec is None or spec.loader is None or not path.exists():
         raise FileNotFoundError(path)
     module = importlib.util.module_from_spec(spec)
-    # Its neighbours can be imported, as when it is run; dataclasses look for it in sys.modules.
+    # Files in its folder are importable, as for a script; dataclasses need it in sys.modules.
     sys.modules[name] = module
     sys.path.insert(0, str(path.resolve().parent))
     try:
@@ -270,8 +270,10 @@ def _from_file(path: Path) -> types.ModuleType:
 
 
 def _from_notebook(path: Path) -> types.ModuleType:
-    """The code cells of a notebook, run in order. Lines for the notebook itself (%, !) are left
-    out; what a cell raises after its definitions is told, and the other cells still run."""
+    """Run the code cells of a notebook in order.
+
+    Magics (%, !) are skipped. An exception in a cell is printed, and the other cells still run.
+    """
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     module = types.ModuleType(f"_polyhead_target_{path.stem}")
     module.__file__ = str(path)
@@ -282,7 +284,7 @@ def _from_notebook(path: Path) -> types.ModuleType:
         lines = "".join(cell["source"]).splitlines(keepends=True)
         source = "".join("\n" if line.lstrip().startswith(("%", "!")) else line for line in lines)
         name = f"<{path.name} cell {number}>"
-        # So that inspect.getsource finds the classes.
+        # For inspect.getsource.
         linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
         try:
             exec(compile(source, name, "exec"), module.__dict__)

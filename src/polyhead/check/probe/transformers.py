@@ -1,4 +1,4 @@
-"""How to call attention layers of transformers: as their models do, which pass them rotary
+"""Calling convention of attention layers of transformers: as their models call them, with rotary
 positions, other sequences and masks.
 """
 
@@ -29,37 +29,37 @@ __all__ = [
     "scale_of_its_class",
 ]
 
-# What a model passes beside the tokens: another sequence to read, and numbers added to scores.
+# Arguments of a model in addition to the tokens: another sequence, and a bias on the scores.
 _OTHERS = re.compile(r"(encoder|cross_attention|image)_(hidden_)?states|key_value_states")
 _SCALES = re.compile(r"scal(?!ar)|sqrt|\*\*\s*\(?-|inv_norm|attention_interface|scaled_dot_product")
 _BIASES = ("alibi", "position_bias")
 
 
 def is_of_transformers(module: object) -> bool:
-    """Whether a module, or a class, is of transformers, or made from one of its classes."""
+    """True if a module, or a class, is of transformers, or a subclass of one of its classes."""
     kind = module if isinstance(module, type) else type(module)
     return any(base.__module__.startswith("transformers.") for base in kind.__mro__)
 
 
 def is_transformers_own(module: object) -> bool:
-    """Whether a module's class itself is one of transformers, and nobody's change of one."""
+    """True if a module's class itself is defined in transformers."""
     return type(module).__module__.startswith("transformers.")
 
 
 def needs_rotary(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a forward is that of a layer of transformers with rotary positions."""
+    """True if a forward is that of a transformers layer with rotary positions."""
     return {"hidden_states", "position_embeddings"} <= parameters.keys()
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The call of a layer.
+    """Call of a layer.
 
     Attributes:
-        rotary: makes `position_embeddings`, if they are passed.
-        position_ids: whether they are passed.
-        fills: arguments that are no None: "x" for the tokens, "0" for zeros like them, or "bias"
-            for what the model's own function makes of distances.
+        rotary: computes `position_embeddings`, if they are passed.
+        position_ids: True if they are passed.
+        fills: arguments other than None: "x" for the tokens, "0" for zeros of their shape, or
+            "bias" for the position bias of the model's own function.
         bias: that function, given (B, S) ones.
     """
 
@@ -88,10 +88,10 @@ class _Run:
 def calling_of_transformers(
     module: nn.Module, parameters: Mapping[str, inspect.Parameter]
 ) -> Calling:
-    """How to call a layer whose class is one of transformers. Its mask is found by trying.
+    """Return the calling convention of a transformers layer. Its mask is found by trying.
 
     Raises:
-        ArgumentError: it needs what only its model can make.
+        ArgumentError: it needs arguments that only its model can create.
     """
     config: Any = getattr(module, "config", None)
     passed = parameters.get("position_embeddings")
@@ -99,7 +99,7 @@ def calling_of_transformers(
     if passed is not None and rotary is None and passed.default is passed.empty:
         raise ArgumentError(
             "call",
-            "must be given for a layer whose rotary positions cannot be made",
+            "must be given for a layer whose rotary positions cannot be computed",
             type(module).__name__,
             "pass call=lambda module, x: ...",
         )
@@ -123,7 +123,7 @@ def calling_of_transformers(
 
 
 def filled(module: nn.Module, calling: Calling) -> Iterator[Calling]:
-    """The same call with what may be None filled in: other sequences, positions' bias."""
+    """Yield the same call with optional arguments filled in: other sequences, position bias."""
     if not isinstance(calling.run, _Run):
         return
     parameters = inspect.signature(module.forward).parameters
@@ -134,7 +134,7 @@ def filled(module: nn.Module, calling: Calling) -> Iterator[Calling]:
         if fills:
             run = replace(calling.run, fills={**calling.run.fills, **fills}, bias=bias)
             words = [
-                f"{n}={'x' if fill == 'x' else 'its model makes'}" for n, fill in fills.items()
+                f"{n}={'x' if fill == 'x' else 'its model computes'}" for n, fill in fills.items()
             ]
             positions = next(iter(biases), "") if fills != others else ""
             told = f"with {', '.join(words)}"
@@ -142,7 +142,7 @@ def filled(module: nn.Module, calling: Calling) -> Iterator[Calling]:
 
 
 def _bias(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The function of a layer's file that makes ALiBi's bias, of (B, S) ones."""
+    """Function of a layer's file that builds the ALiBi bias, from (B, S) ones."""
     heads = next((getattr(module, n) for n in HEADS if hasattr(module, n)), None)
     for source in _sources(module):
         for name, function in vars(source).items():
@@ -166,7 +166,7 @@ def _bias(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def causal_by_its_model(module: nn.Module) -> bool:
-    """Whether the model of a layer of transformers makes causal masks, and no other."""
+    """True if the model of a transformers layer creates causal masks, and no other."""
     made = [vars(source) for source in _sources(module)]
     return any("create_causal_mask" in names for names in made) and not any(
         "create_bidirectional_mask" in names for names in made
@@ -174,8 +174,9 @@ def causal_by_its_model(module: nn.Module) -> bool:
 
 
 def scale_of_its_class(module: nn.Module) -> tuple[float, str] | None:
-    """The scale of a layer of transformers, as it, or a layer inside it, has it; 1 where its code
-    scales nothing (GPT-Neo); and how it was found."""
+    """Scale of a transformers layer, from it or a layer inside it, and its origin; 1 if its code
+    has no scale (GPT-Neo).
+    """
     for part in module.modules():
         value = getattr(part, "scaling", None)
         if isinstance(value, float):
@@ -183,22 +184,22 @@ def scale_of_its_class(module: nn.Module) -> tuple[float, str] | None:
     parts = [type(part) for part in module.modules() if is_transformers_own(part)]
     if not parts or any(_SCALES.search(inspect.getsource(kind)) for kind in set(parts)):
         return None
-    return 1.0, "its code scales nothing"
+    return 1.0, "its code has no scale"
 
 
 def _sources(module: nn.Module) -> Iterator[Any]:
-    """The files of a module's class and of those it was made from, but torch's."""
+    """Files of a module's class and its base classes, except torch's."""
     for kind in type(module).__mro__:
         if not kind.__module__.startswith(("torch.", "builtins")):
             yield sys.modules[kind.__module__]
 
 
 def _rotary(module: nn.Module, config: Any) -> nn.Module | None:
-    """What makes a layer's rotary positions: the first of its file that takes its configuration."""
+    """Rotary embedding of a layer: the first of its file that takes its configuration."""
     for source in _sources(module):
         for name in dir(source):
             if name.endswith("RotaryEmbedding"):
-                with contextlib.suppress(Exception):  # it is of another part of the model
+                with contextlib.suppress(Exception):  # belongs to another part of the model
                     rotary: nn.Module = getattr(source, name)(config=config)
                     kinds = _layer_type(module, rotary)
                     cos, sin = rotary(torch.zeros(1, 2, 4), torch.arange(2)[None], **kinds)
@@ -208,7 +209,7 @@ def _rotary(module: nn.Module, config: Any) -> nn.Module | None:
 
 
 def _layer_type(module: nn.Module, rotary: nn.Module) -> dict[str, Any]:
-    """Models with several kinds of layers have rotary positions for each."""
+    """Keyword for rotary embeddings of models with several kinds of layers."""
     if "layer_type" not in inspect.signature(rotary.forward).parameters:
         return {}
     types = getattr(getattr(module, "config", None), "layer_types", [None])

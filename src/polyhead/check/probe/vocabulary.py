@@ -1,4 +1,4 @@
-"""What people call things: the names that constructors, attributes and configurations use."""
+"""Common names in constructors, attributes and configurations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HEADS = _names(
     "n_local_heads num_local_heads n_attn_heads num_attn_heads n_attention_heads attention_heads "
     "attn_heads num_q_heads n_q_heads num_query_heads n_query_heads head_count h H"
 )
-# Other names of numbers of heads: words around "head", and none about their size or sharing.
+# Other names for the number of heads: words around "head", none about size or sharing.
 HEAD_COUNT = re.compile(
     r"_?(?!.*(kv|key|size|dim|feat|width|group|per_|rank|drop|mask|hidden|idx|index|scale|repeat))"
     r"(\w*_)?n?heads?(_?(num|count|number|n))?",
