@@ -1,4 +1,4 @@
-"""polyhead check cries no wolf: right attentions of many styles pass."""
+"""polyhead check has no false alarms: right attentions of many styles pass."""
 
 import inspect
 from functools import partial
@@ -16,7 +16,7 @@ RIGHT = Path(__file__).parents[1] / "check/right"
 
 
 def styles(file):
-    """The modules defined in one of the files of right attentions, by name."""
+    """Modules defined in one of the files of right attentions, by name."""
     found = load(f"{RIGHT / file}.py:__dict__")
     kinds = {n: k for n, k in found.items() if inspect.isclass(k) and n[0] != "_"}
     own = {n: k for n, k in kinds.items() if k.__module__ == found["__name__"]}
@@ -28,7 +28,7 @@ def ours(**options):
 
 
 def layer(name, kind=None, **options):
-    """The attention of a tiny random model of transformers."""
+    """Attention of a tiny random model of transformers."""
     transformers = pytest.importorskip("transformers")
     sizes = {
         "hidden_size": 32,
@@ -109,23 +109,23 @@ def checked(name, seed):
     return check_module(make(), seed=seed, **flags)
 
 
-QUICK = [name for name in CASES if name != "Flex"]  # it compiles for seconds
+QUICK = [name for name in CASES if name != "Flex"]  # compiles for seconds
 
 
-# One seed each, in turn, as there are many; all of 20 in the slow test.
+# Two seeds, round-robin; 20 seeds each in the slow test.
 @pytest.mark.parametrize(("name", "seed"), [(name, i % 2) for i, name in enumerate(QUICK)])
 def test_right_attention_passes(name, seed):
     report = checked(name, seed)
     assert report.ok, report
 
 
-def test_there_are_enough_of_them():
+def test_enough_right_attentions():
     assert len(CASES) >= 15
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_right_attention_passes_whatever_the_seed(name):
+def test_right_attention_passes_for_any_seed(name):
     for seed in range(20):
         report = checked(name, seed)
         assert report.ok, report

@@ -1,4 +1,4 @@
-"""`polyhead check`, as it is typed."""
+"""`polyhead check` from the command line."""
 
 import json
 from pathlib import Path
@@ -15,14 +15,14 @@ def run(*args):
     return CliRunner().invoke(main, ["check", *map(str, args)])
 
 
-def test_a_right_one_exits_with_0():
+def test_check_of_a_right_module_exits_with_0():
     result = run(f"{MASKS}:Window", "--arg", "window=3", "--causal")
     assert result.exit_code == 0, result.output
     assert "holds    window_counts_its_tokens" in result.stdout
     assert "causal: yes (given)" in result.stdout
 
 
-def test_a_broken_one_exits_with_1_and_says_why(tmp_path):
+def test_check_of_a_broken_module_exits_with_1(tmp_path):
     junit = tmp_path / "junit.xml"
     result = run(f"{MASKS}:Inverted", "--junit", junit)
     assert result.exit_code == 1
@@ -31,26 +31,26 @@ def test_a_broken_one_exits_with_1_and_says_why(tmp_path):
     assert 'name="no_future_leak"' in junit.read_text()
 
 
-def test_json_and_only():
+def test_check_json_with_only_reports_one_law():
     result = run(f"{MASKS}:Inverted", "--json", "--only", "no_future_leak")
     report = json.loads(result.stdout)
     assert [law["law"] for law in report["laws"]] == ["no_future_leak"]
     assert not report["ok"]
 
 
-def test_a_function():
+def test_check_of_a_function_exits_with_0():
     name = "torch.nn.functional:scaled_dot_product_attention"
     result = run(name, "--only", "plain_calls_are_right")
     assert result.exit_code == 0, result.output
 
 
-def test_the_list_names_every_law():
+def test_list_prints_requirements():
     result = run("--list")
     assert result.exit_code == 0
     assert "  no_future_leak\n      In a causal module" in result.stdout
 
 
-def test_time_that_is_up_is_said_and_exits_with_2(tmp_path):
+def test_timeout_is_reported_and_exits_with_2(tmp_path):
     path = tmp_path / "slow.py"
     path.write_text(
         "import time\nfrom torch import nn\n"
@@ -87,7 +87,7 @@ class GivesANumber(nn.Linear):
 SIZES = ("--arg", "in_features=8", "--arg", "out_features=8")
 
 
-def test_what_a_target_prints_is_not_the_report(tmp_path):
+def test_target_output_goes_to_stderr(tmp_path):
     (tmp_path / "hostile.py").write_text(HOSTILE)
     only = ("--only", "output_is_finite")
     result = run(f"{tmp_path / 'hostile.py'}:Prints", *SIZES, "--json", *only)
@@ -99,7 +99,7 @@ def test_what_a_target_prints_is_not_the_report(tmp_path):
     ("name", "message"),
     [("Exits", "7 tokens of 8: SystemExit"), ("GivesANumber", "is not (1, 7, features)")],
 )
-def test_a_call_that_gives_nothing_is_no_success(tmp_path, name, message):
+def test_call_without_output_exits_with_2(tmp_path, name, message):
     (tmp_path / "hostile.py").write_text(HOSTILE)
     result = run(f"{tmp_path / 'hostile.py'}:{name}", *SIZES)
     assert result.exit_code == 2
@@ -110,7 +110,7 @@ def test_a_call_that_gives_nothing_is_no_success(tmp_path, name, message):
     ("source", "message"),
     [("import sys; sys.exit(0)", "SystemExit"), ("class X(", "SyntaxError"), ("1 / 0", "Zero")],
 )
-def test_a_file_that_does_not_load_is_no_success(tmp_path, source, message):
+def test_unloadable_file_exits_with_2(tmp_path, source, message):
     (tmp_path / "bad.py").write_text(source)
     result = run(f"{tmp_path / 'bad.py'}:X")
     assert result.exit_code == 2
@@ -129,7 +129,7 @@ def test_a_file_that_does_not_load_is_no_success(tmp_path, source, message):
         ((f"{MASKS}:Window", "--junit", "no-folder/x.xml"), "there is no folder"),
     ],
 )
-def test_bad_usage_is_one_message_and_exit_code_2(args, message):
+def test_bad_usage_prints_one_message_and_exits_with_2(args, message):
     result = run(*args)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
@@ -178,7 +178,7 @@ class Stops(nn.Linear):
         ("NotThere", "must name something in"),
     ],
 )
-def test_what_is_not_judged_is_one_line_and_exit_code_2(tmp_path, name, message):
+def test_unjudged_target_prints_one_line_and_exits_with_2(tmp_path, name, message):
     (tmp_path / "unjudged.py").write_text(UNJUDGED)
     result = run(f"{tmp_path / 'unjudged.py'}:{name}", *(SIZES if "Init" not in name else ()))
     assert result.exit_code == 2, result.output
@@ -194,7 +194,7 @@ def test_ctrl_c_before_the_first_law_exits_with_130(tmp_path):
     assert "stopped by the user" in result.stderr
 
 
-def test_ctrl_c_within_a_law_prints_what_is_known_and_exits_with_130(tmp_path):
+def test_ctrl_c_in_a_law_prints_results_and_exits_with_130(tmp_path):
     (tmp_path / "stops.py").write_text(
         "import signal\nfrom torch import nn\n"
         "class Stops(nn.Linear):\n"
@@ -209,8 +209,8 @@ def test_ctrl_c_within_a_law_prints_what_is_known_and_exits_with_130(tmp_path):
     assert "not run  batch_rows_permute" in result.stdout
 
 
-def test_a_relative_import_says_which_package_to_name(tmp_path, monkeypatch):
-    """The remedy works as it is printed."""
+def test_relative_import_error_names_the_package(tmp_path, monkeypatch):
+    """The printed remedy works."""
     inner = tmp_path / "outer" / "inner"
     inner.mkdir(parents=True)
     for folder in (inner.parent, inner):
@@ -230,12 +230,12 @@ def test_a_relative_import_says_which_package_to_name(tmp_path, monkeypatch):
     assert run("outer.inner.layer:Layer", "--only", "output_is_finite").exit_code == 0
 
 
-def test_a_package_that_is_missing_is_to_be_installed(tmp_path):
+def test_missing_package_error_names_the_package(tmp_path):
     (tmp_path / "needs.py").write_text("import no_such_package_here\n")
     result = run(f"{tmp_path / 'needs.py'}:X")
     assert result.exit_code == 2
     assert "install no_such_package_here" in result.stderr
 
 
-def test_help_documents_values_of_a_configuration():
+def test_help_documents_configuration_values():
     assert "config.NAME=VALUE" in run("--help").stdout

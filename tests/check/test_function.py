@@ -1,4 +1,4 @@
-"""check_function: right functions pass, and each law has a broken twin that it catches."""
+"""check_function: right functions pass, and every law has a broken twin."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from polyhead.check.probe.target import load
 
 FUNCTIONS = load(f"{Path(__file__).parent / 'broken' / 'functions'}.py:__dict__")
 
-# Laws that no function is meant for stand behind the function that also breaks them.
+# Laws without a function of their own are listed after a function that also breaks them.
 TWINS = {
     "no_scale": "plain_calls_are_right",
     "off_by_one": "causal_calls_are_right",
@@ -37,12 +37,12 @@ TWINS = {
 
 
 @pytest.mark.parametrize(("name", "law"), TWINS.items())
-def test_a_broken_function_is_caught(name, law):
+def test_broken_function_breaks_its_law(name, law):
     report = check_function(FUNCTIONS[name])
     assert law in [failure.law for failure in report.failures], report
 
 
-def test_every_law_has_a_broken_twin():
+def test_every_function_law_has_a_broken_twin():
     assert set(TWINS.values()) == FUNCTION_LAWS.keys()
 
 
@@ -59,7 +59,7 @@ BACKENDS = [b.name for b in ph.backends() if b.name != "flex"]
         *(pytest.param(b, id=b) for b in BACKENDS),
     ],
 )
-def test_right_functions_pass(function, seed):
+def test_right_functions_break_no_law(function, seed):
     if isinstance(function, str):
         run = partial(ph.attention, backend=(function, "reference"))
         run.__module__ = "polyhead.functional"
@@ -68,13 +68,13 @@ def test_right_functions_pass(function, seed):
     assert report.ok, report
 
 
-def test_a_counterexample_is_small():
+def test_counterexample_is_shrunk():
     report = check_function(FUNCTIONS["no_scale"], only=["plain_calls_are_right"])
     message = report.failures[0].verdict.message
     assert message.startswith("B=1 H=1 G=1 T=1 S=2 D=2 E=1") or "T=1" in message
 
 
-def test_dropout_may_be_a_layer():
+def test_dropout_argument_may_be_a_layer():
     def annotated(query, key, value, dropout=None):
         weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)
         return (weights if dropout is None else dropout(weights)) @ value
@@ -84,7 +84,7 @@ def test_dropout_may_be_a_layer():
     assert not check_function(ignored, only=["dropout_keeps_the_mean"]).ok
 
 
-def test_a_function_of_tokens_first():
+def test_function_with_tokens_first_passes():
     def turned(query, key, value, is_causal=False):
         heads = (t.transpose(1, 2) for t in (query, key, value))
         return F.scaled_dot_product_attention(*heads, is_causal=is_causal).transpose(1, 2)
@@ -101,7 +101,7 @@ def test_a_function_of_tokens_first():
         ({"only": ["no_such_law"]}, "got no_such_law; see --list"),
     ],
 )
-def test_wrong_arguments(options, message):
+def test_check_function_with_wrong_argument_raises(options, message):
     with pytest.raises(ph.errors.ArgumentError) as caught:
         check_function(torch.nn.functional.scaled_dot_product_attention, **options)
     assert message in str(caught.value)

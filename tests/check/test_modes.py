@@ -1,4 +1,4 @@
-"""Laws run in modes of their own, which are given back."""
+"""Modes of laws: their own, restored afterwards."""
 
 import contextlib
 
@@ -34,7 +34,7 @@ MODES = {
 
 
 class Usual(nn.Module):
-    """Makes its mask in the default dtype, on the default device."""
+    """Creates its mask in the default dtype, on the default device."""
 
     def __init__(self, embed_dim=24, num_heads=4):
         super().__init__()
@@ -71,7 +71,7 @@ LAWS = [
 
 @pytest.mark.parametrize("make", [Usual, ours])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_check_in_any_mode_finds_the_same(mode, make):
+def test_check_is_independent_of_the_callers_mode(mode, make):
     torch.manual_seed(0)
     module = make().train()
     expected = check_module(module, only=LAWS)
@@ -89,21 +89,21 @@ def test_a_check_in_any_mode_finds_the_same(mode, make):
     assert module.training
 
 
-def test_a_module_made_in_inference_mode_can_be_checked():
+def test_module_created_in_inference_mode_is_checked():
     with torch.inference_mode():
         module = Usual()
     report = check_module(module, only=LAWS)
     assert report.ok, report
 
 
-def test_a_module_on_meta_is_refused_with_a_remedy():
+def test_module_on_meta_is_refused_with_a_remedy():
     with torch.device("meta"):
         module = Usual()
     with pytest.raises(ph.errors.ArgumentError, match="must have values; got weights on meta"):
         check_module(module)
 
 
-def test_a_law_that_leaves_a_mode_behind_leaves_it_to_itself():
+def test_law_that_changes_a_mode_does_not_leak_it():
     def law(subject):
         torch.set_grad_enabled(False)
         raise RuntimeError("stopped")
@@ -112,7 +112,7 @@ def test_a_law_that_leaves_a_mode_behind_leaves_it_to_itself():
     assert torch.is_grad_enabled()
 
 
-def test_own_modes_are_given_back_when_the_block_raises():
+def test_own_modes_are_restored_after_an_exception():
     torch.set_default_dtype(torch.float64)
     try:
         seen = []
@@ -126,7 +126,7 @@ def test_own_modes_are_given_back_when_the_block_raises():
 
 
 class Inside(Usual):
-    """Computes in a dtype of its own inside."""
+    """Computes in another dtype internally."""
 
     def forward(self, x):
         T = x.shape[1]
@@ -137,24 +137,24 @@ class Inside(Usual):
         return self.out((weights @ v).transpose(1, 2).flatten(2).to(x.dtype))
 
 
-def test_float32_inside_breaks_no_law():
+def test_internal_float32_breaks_no_law():
     module = type("Inside32", (Inside,), {"dtype": torch.float32})()
     assert check_module(module).ok
 
 
-def test_bfloat16_inside_breaks_its_own_law_alone():
+def test_internal_bfloat16_breaks_only_its_own_law():
     report = check_module(type("Inside16", (Inside,), {"dtype": torch.bfloat16})())
     assert [failure.law for failure in report.failures] == ["no_hidden_downcast"]
 
 
 class OnlyFloat32(Usual):
-    """Casts its input; so it does not run in float64."""
+    """Casts its input, so that it does not run in float64."""
 
     def forward(self, x):
         return super().forward(x.float())
 
 
-def test_a_module_of_float32_alone_agrees_under_autocast():
+def test_float32_only_module_agrees_under_autocast():
     report = check_module(OnlyFloat32(), only=["autocast_agrees"])
     assert report.ok, report
     assert report.facts["dtype"] == "float32, as it does not run in float64"
@@ -167,14 +167,14 @@ class Refuses(Usual):
         return super().forward(x)
 
 
-def test_what_polyhead_refuses_is_not_broken():
+def test_call_that_polyhead_refuses_is_not_applicable():
     report = check_module(Refuses(), only=["batch_rows_are_independent"])
     verdict = report.results[0].verdict
     assert verdict.outcome is Outcome.NOT_APPLICABLE
     assert verdict.message == "polyhead refuses the call: rows must be even; got 3; pass 2"
 
 
-def test_a_law_out_of_time_is_not_judged(monkeypatch):
+def test_law_over_its_time_limit_is_not_judged(monkeypatch):
     monkeypatch.setattr("polyhead.check.law.SECONDS", 0.0)
     report = check_module(Usual(), only=["no_future_leak_in_long_texts", "batch_of_one_agrees"])
     assert {r.verdict.outcome for r in report.results} == {Outcome.NOT_APPLICABLE}

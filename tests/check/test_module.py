@@ -1,4 +1,4 @@
-"""check_module: it finds bugs in modules that know nothing of polyhead, and clears right ones."""
+"""check_module: bugs in arbitrary modules are found, and right modules pass."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import polyhead as ph
 
 
 class Book(nn.Module):
-    """A multi-head attention as in courses, with a switch for the bug of its mask."""
+    """Multi-head attention as in courses, with a switch for a mask bug."""
 
     def __init__(self, d_model=24, n_heads=4, context_length=16, inverted=False):
         super().__init__()
@@ -28,7 +28,7 @@ class Book(nn.Module):
         return self.out_proj((weights @ v).transpose(1, 2).flatten(2))
 
 
-def test_a_right_module_passes_and_its_facts_are_found():
+def test_right_module_passes_with_its_facts():
     report = ph.check.check_module(Book())
     assert report.ok, report
     assert report.exit_code == 0
@@ -37,7 +37,7 @@ def test_a_right_module_passes_and_its_facts_are_found():
     assert report.facts["max_tokens"] == "16 (buffer mask)"
 
 
-def test_an_inverted_mask_is_caught_and_named():
+def test_inverted_mask_is_caught_and_named():
     report = ph.check.check_module(Book(inverted=True))
     assert not report.ok
     assert "no_future_leak" in [failure.law for failure in report.failures]
@@ -45,14 +45,14 @@ def test_an_inverted_mask_is_caught_and_named():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_our_own_module_passes(dtype):
+def test_polyhead_module_passes(dtype):
     mha = ph.MultiHeadAttention(24, 24, context_length=16, dropout=0.1, num_heads=4)
     report = ph.check.check_module(mha, dtype=dtype)
     assert report.ok, report
 
 
 class Odd(nn.Module):
-    """Right, under names that tell nothing."""
+    """Right, with uncommon names."""
 
     n_heads = 4
 
@@ -68,7 +68,7 @@ class Odd(nn.Module):
         return self.d(y.transpose(1, 2).flatten(2))
 
 
-def test_weights_that_names_do_not_tell_can_be_given():
+def test_weights_assigns_roles_to_uncommon_names():
     names = {"query": "a", "key": "b", "value": "c", "out": "d"}
 
     def verdict(**roles):
@@ -85,7 +85,7 @@ def test_weights_that_names_do_not_tell_can_be_given():
 
 
 class WithProperty(Book):
-    """Properly cut, but for the mask. Neither word is a rope."""
+    """Right except for the mask. "Properly" does not mean rope."""
 
     @property
     def composition(self):
@@ -96,7 +96,7 @@ class WithProperty(Book):
         return super().forward(x)
 
 
-def test_words_that_contain_rope_or_position_give_no_positions():
+def test_words_containing_rope_or_position_are_ignored():
     report = ph.check.check_module(WithProperty(inverted=True))
     assert "positions" not in report.facts
     assert "output_matches_reference" in [failure.law for failure in report.failures]
@@ -123,7 +123,7 @@ def test_tokens_first_is_found_and_judged():
 
 
 class TokensFirstOfThree(nn.Module):
-    """query, key and value, with nothing that says where the batch stands."""
+    """query, key and value, without a batch_first attribute."""
 
     def __init__(self):
         super().__init__()
@@ -139,7 +139,7 @@ def test_tokens_first_is_found_with_query_key_and_value():
     assert report.facts["called as"] == "query, key, value tokens first"
 
 
-def test_a_bug_behind_tokens_first_is_found():
+def test_tokens_first_with_a_bug_is_broken():
     report = ph.check.check_module(TokensFirstLeaks(), only=["no_future_leak"])
     assert report.exit_code == 1, report
     assert report.diagnosis[0].startswith(
@@ -148,20 +148,20 @@ def test_a_bug_behind_tokens_first_is_found():
 
 
 class RowsSeeEachOther(Book):
-    """Broken: every row sees all rows, and its own tokens too. It is not turned."""
+    """Broken: every row attends to all rows, and to its own tokens. It is not transposed."""
 
     def forward(self, x):
         return super().forward(x - x.mean(dim=0))
 
 
-def test_rows_that_see_each_other_are_no_other_layout():
+def test_mixed_batch_rows_are_not_another_layout():
     report = ph.check.check_module(RowsSeeEachOther(), only=["batch_rows_are_independent"])
     assert report.exit_code == 1
     assert "layout" not in report.facts
 
 
 class Counted(nn.Module):
-    """Right, with its number of heads under a name."""
+    """Right, with its number of heads under a given name."""
 
     def __init__(self, name):
         super().__init__()
@@ -179,7 +179,7 @@ class Counted(nn.Module):
 
 
 class CountedWrongly(Counted):
-    """The scale is that of all heads' features together."""
+    """Wrong scale: 1 / sqrt(num_heads * head_dim)."""
 
     def attend(self, q, k, v):
         return (q @ k.mT / 24**0.5).softmax(dim=-1) @ v
@@ -189,7 +189,7 @@ NAMES = ["num_head", "n_local_heads", "nheads", "heads", "num_attn_heads", "enco
 
 
 @pytest.mark.parametrize("name", [*NAMES, ""])
-def test_a_bug_is_found_whatever_the_number_of_heads_is_called(name):
+def test_num_heads_under_any_name_is_found(name):
     only = ["output_matches_reference"]
     report = ph.check.check_module(Counted(name), only=only)
     assert report.count(ph.check.Outcome.HOLDS) == 1, report
@@ -199,7 +199,7 @@ def test_a_bug_is_found_whatever_the_number_of_heads_is_called(name):
 
 
 @pytest.mark.parametrize("name", ["head_dim", "heads_per_group", "num_kv_heads", "head_dropout"])
-def test_other_numbers_about_heads_are_not_their_number(name):
+def test_other_head_attributes_are_not_num_heads(name):
     module = Counted("")
     setattr(module, name, 3)
     report = ph.check.check_module(module, only=["output_is_finite"])

@@ -1,4 +1,4 @@
-"""parametrize_with_laws: one test a law, with declared failures."""
+"""parametrize_with_laws: one test per law, with declared failures."""
 
 import pytest
 from torch import nn
@@ -25,11 +25,11 @@ def test_laws_hold(law):
     window=2,
     expected_failures={"window_counts_its_tokens": "it has none"},
 )
-def test_a_declared_failure_is_expected(law):
+def test_declared_failure_is_expected(law):
     law()
 
 
-def test_a_broken_law_fails_with_its_counterexample():
+def test_broken_law_fails_with_its_counterexample():
     only = ["past_is_used", "window_counts_its_tokens"]
     mark = parametrize_with_laws(torch_module, only=only, window=2)
     past, window = (parameter.values[0] for parameter in mark.args[1])
@@ -38,6 +38,6 @@ def test_a_broken_law_fails_with_its_counterexample():
         window()
 
 
-def test_a_declared_failure_must_name_a_law():
+def test_declared_failure_of_unknown_law_raises():
     with pytest.raises(ph.errors.ArgumentError, match="got no_such_law"):
         parametrize_with_laws(torch_module, expected_failures={"no_such_law": "because"})

@@ -1,4 +1,4 @@
-"""Reports: what people read, and what machines do."""
+"""Reports: table, JSON, JUnit, exit code."""
 
 import json
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ LEFT = LawResult("three", "Three.", Verdict(Outcome.NOT_APPLICABLE, "it has no c
 NOT_RUN = LawResult("four", "Four.", Verdict(Outcome.NOT_RUN, "time was up"), 0.0)
 
 
-def test_what_is_ok():
+def test_ok_and_exit_code():
     assert NotApplicable("x").args == ("x",)
     for results, stopped, ok, code in (
         ([HOLDS, LEFT], None, True, 0),
@@ -25,7 +25,7 @@ def test_what_is_ok():
         assert (report.ok, report.exit_code) == (ok, code)
 
 
-def test_the_table():
+def test_report_prints_as_a_table():
     report = Report("x.py:Y", {"causal": "yes"}, [HOLDS, BROKEN, LEFT], ["a mask"], None)
     text = str(report)
     assert "BROKEN   two    off by 3" in text
@@ -38,7 +38,7 @@ def test_the_table():
     assert shown == [text]
 
 
-def test_json_and_junit():
+def test_report_as_json_and_junit():
     report = Report("x.py:Y", {}, [HOLDS, BROKEN, LEFT], ["a mask"], None)
     data = json.loads(json.dumps(report.as_dict()))
     assert [law["verdict"] for law in data["laws"]] == ["holds", "broken", "not applicable"]

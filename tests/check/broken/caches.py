@@ -1,4 +1,4 @@
-"""Bugs of caches, with rotary positions."""
+"""Bugs of KV caches, with rotary positions."""
 
 import math
 
@@ -7,7 +7,7 @@ from plain import Plain
 
 
 class Cached(Plain):
-    """Right: forward(x, cache=None) returns the output and a new cache, and turns by positions."""
+    """Right: forward(x, cache=None) returns the output and a new cache; keys are rotated."""
 
     def forward(self, x, cache=None):
         q, k, v = (self.split(W(x)) for W in (self.W_query, self.W_key, self.W_value))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 def right(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, softcap=None
 ):
-    """A right one, written out."""
+    """Right, with materialized scores."""
     group = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
     return attend(query, key, value, attn_mask, dropout_p, is_causal, scale, softcap)
@@ -52,7 +52,7 @@ def off_by_one(query, key, value, is_causal=False):
 
 
 def between(query, key, value, is_causal=False):
-    """Stands neither at the start nor at the end."""
+    """Aligned neither at the start nor at the end."""
     T, S = query.shape[2], key.shape[2]
     mask = torch.ones(T, S, dtype=torch.bool).tril((S - T) // 2) if is_causal else None
     return F.scaled_dot_product_attention(query, key, value, mask)

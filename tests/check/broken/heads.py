@@ -57,7 +57,7 @@ class HeadNotRead(Plain):
 
 
 class _OneHead(nn.Module):
-    """A head of its own, as the stacked mechanism has them."""
+    """One head as a module, as in stacked heads."""
 
     def __init__(self, d_model, size):
         super().__init__()
@@ -71,7 +71,7 @@ class _OneHead(nn.Module):
 
 
 class Stacked(nn.Module):
-    """Right: heads side by side."""
+    """Right: stacked heads, concatenated."""
 
     def __init__(self, d_model=20, n_heads=4):
         super().__init__()
@@ -101,7 +101,7 @@ class PlainList(Stacked):
 
 
 class TokensFirst(Plain):
-    """Takes (tokens, batch, features), though it is said to take the batch first."""
+    """Takes (tokens, batch, features) in spite of batch_first."""
 
     law, cause = "batch_rows_are_independent", "does it take (tokens, batch, features)?"
     batch_first = True

@@ -1,5 +1,5 @@
-"""Mistakes that learned facts must not explain away: beside rows in another order, behind a norm,
-in layers whose names tell nothing."""
+"""Bugs that learned facts must not hide: with rows in another order, after a norm,
+in layers with uncommon names."""
 
 import math
 
@@ -107,14 +107,14 @@ class OtherRowsScaledByTheLength(_HeadsFeaturesRoles):
 
 
 class NormedNoScale(OtherRowsNoScale):
-    """A norm in front and a residual behind."""
+    """A norm before and a residual after."""
 
     def forward(self, x):
         return x + 0.5 * super().forward(nn.functional.layer_norm(x, x.shape[-1:]))
 
 
 class PartsOfTheInputNoScale(nn.Module):
-    """The queries' layer is given parts of x, and they are multiplied by no scale."""
+    """The query layer receives parts of x, and the scale is missing."""
 
     law, cause = "output_matches_reference", "missing scale"
 
@@ -142,7 +142,7 @@ class PartsOfTheInputScaledByTheWidth(PartsOfTheInputNoScale):
 
 
 class WeightsInBareParameters(nn.Module):
-    """No layers at all, and no scale."""
+    """No layers, and no scale."""
 
     law, cause = "output_matches_reference", "missing scale"
 
@@ -161,7 +161,7 @@ class WeightsInBareParameters(nn.Module):
 
 
 class FirstTokenHidden(Plain):
-    """A mask for the padding index that hides the first token of every text: no window."""
+    """A mask for the padding index excludes the first token of every sequence: not a window."""
 
     law, cause = "past_is_used", ""
 
@@ -172,7 +172,7 @@ class FirstTokenHidden(Plain):
 
 
 class SeesItselfAlone(Plain):
-    """A band of one token is no window."""
+    """A band of one token is not a window."""
 
     law, cause = "past_is_used", ""
 

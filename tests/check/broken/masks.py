@@ -1,4 +1,4 @@
-"""Bugs of masks. Each class names the law that must catch it and the words of the diagnosis."""
+"""Bugs of masks. Each class has the law that must catch it and words of the diagnosis."""
 
 import math
 
@@ -31,7 +31,7 @@ class MaskNotUsed(Plain):
     law, cause = "no_future_leak", "no mask reaches the scores"
 
     def weights(self, scores):
-        scores.masked_fill(self.hidden(scores.shape[-1]), -math.inf)  # the result is dropped
+        scores.masked_fill(self.hidden(scores.shape[-1]), -math.inf)  # the result is discarded
         return scores.softmax(dim=-1)
 
 
@@ -105,7 +105,7 @@ class MaskOfTheFirstLength(Plain):
 
 
 class Window(Plain):
-    """Right: a token sees `window` tokens, itself included."""
+    """Right: a token attends to `window` tokens, including itself."""
 
     def __init__(self, window=4, **sizes):
         super().__init__(**sizes)
@@ -131,7 +131,7 @@ class WindowTooNarrow(Window):
 
 
 class Padded(Plain):
-    """Right: key_padding_mask (B, T) is True where a token is padding."""
+    """Right: True in key_padding_mask (B, T) means padding."""
 
     def forward(self, x, key_padding_mask=None):
         self.padding = key_padding_mask
@@ -227,7 +227,7 @@ class FillsWhatIsShown(Padded):
 
 
 class Encoder(Padded):
-    """Right: every token that is no padding is seen."""
+    """Right: every token except padding is attended to."""
 
     flags = {"causal": False}  # noqa: RUF012
 
@@ -250,7 +250,7 @@ class CountsFromTheStart(Padded):
 
 
 class LeaksBehindABlock(Plain):
-    """Blocks of 8: a query in the second block sees one key too many."""
+    """Blocks of 8: a query in the second block attends to one key too many."""
 
     law, cause = "no_future_leak_in_long_texts", ""
 
@@ -269,7 +269,7 @@ class PaddingIgnored(Padded):
 
 
 class AttentionMaskPolarity(Plain):
-    """The name says that True shows; here it hides. It is not taken for a mask that is added."""
+    """By its name True means attend; here it means ignore. It is not an additive mask."""
 
     law, cause = "hidden_tokens_have_no_influence", "mask of the wrong polarity"
     flags = {"causal": False}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""Bugs of dtypes, layouts in memory, gradients and state."""
+"""Bugs of dtypes, memory layouts, gradients and state."""
 
 import math
 
@@ -26,7 +26,7 @@ class SumsInHalf(Plain):
     law, cause = "half_precision_is_close_to_float64", ""
 
     def weights(self, scores):
-        # Seven bits of weight, where the dtype has eight and more.
+        # Weights of seven bits, although the dtype has at least eight.
         weights = super().weights(scores)
         half = scores.dtype in (torch.bfloat16, torch.float16)
         return (weights * 8).round() / 8 if half else weights
@@ -64,7 +64,7 @@ class DetachedKeys(Plain):
 
 
 class DetachedLargest(Plain):
-    """The softmax by hand, its sum detached as if it were only a shift."""
+    """Softmax by hand; its sum is detached as if it were only a shift."""
 
     law, cause = "gradient_matches_finite_differences", ""
 
@@ -75,7 +75,7 @@ class DetachedLargest(Plain):
 
 
 class _Mix(torch.autograd.Function):
-    """weights @ v, with a backward that is a constant to autograd."""
+    """weights @ v, with a backward pass that is a constant to autograd."""
 
     @staticmethod
     def forward(ctx, weights, v):
@@ -97,7 +97,7 @@ class SecondDerivativeCut(Plain):
 
 
 class _OneOfTheGroup(torch.autograd.Function):
-    """Shares key heads, with the gradient of one of each group in place of their sum."""
+    """Shared KV heads, with the gradient of one query head per group instead of the sum."""
 
     @staticmethod
     def forward(ctx, heads, group):
@@ -167,7 +167,7 @@ class WeightsOfAnotherHead(WeightsBeforeTheMask):
         return weights.roll(1, dims=1)
 
 
-class WeightsUnnormalised(WeightsBeforeTheMask):
+class WeightsUnnormalized(WeightsBeforeTheMask):
     law, cause = "weights_sum_to_one", ""
 
     def shown(self, weights):
@@ -175,7 +175,7 @@ class WeightsUnnormalised(WeightsBeforeTheMask):
 
 
 class CastsToHalf(Plain):
-    """As wrappers of kernels do that have half precision only."""
+    """Wrapper of a kernel that supports half precision only."""
 
     law, cause = "no_hidden_downcast", ""
 

@@ -1,4 +1,4 @@
-"""A right attention, cut into steps. Each broken one replaces a step."""
+"""Right attention in steps. Each broken twin replaces one step."""
 
 import math
 

@@ -7,7 +7,7 @@ from plain import Plain
 
 
 class Rotary(Plain):
-    """Right: queries and keys are turned by their places."""
+    """Right: queries and keys are rotated by their positions."""
 
     def __init__(self, **sizes):
         super().__init__(d_model=24, **sizes)
@@ -56,7 +56,7 @@ class TurnsValuesToo(Rotary):
 
 
 class DistancesFromTheStart(Plain):
-    """A bias for the key's place, taken for one of the distance."""
+    """A bias of the key's position instead of the distance."""
 
     law, cause = "relative_positions_are_relative", ""
 
@@ -70,7 +70,7 @@ class DistancesFromTheStart(Plain):
 
 
 class AddedPositions(Plain):
-    """Right: learned positions are added to the tokens, under a name that says nothing."""
+    """Right: learned positions, under an uncommon name, are added to the tokens."""
 
     def __init__(self, **sizes):
         super().__init__(**sizes)

@@ -63,7 +63,7 @@ class Overflowing(Plain):
         return raised / raised.sum(dim=-1, keepdim=True)
 
 
-class NeverNormalised(Plain):
+class NeverNormalized(Plain):
     law, cause = "identical_tokens_agree", ""
 
     def weights(self, scores):

@@ -1,4 +1,4 @@
-"""The mistakes that teaching code has had, and that its readers make in it."""
+"""Bugs that teaching code has had, and that its readers introduce."""
 
 import sys
 from pathlib import Path
@@ -49,7 +49,7 @@ class HeadsScaledByTheWidth(right.LectureHeads):
 
 
 class EinsumKeysAreQueries(right.EinsumWeights):
-    """W_key is made, and the queries' weight is read in its place."""
+    """W_key is created, but the query weight is used instead."""
 
     law, cause = "gradient_reaches_every_parameter", ""
 
@@ -72,7 +72,7 @@ class FromScratchScaledByTheWidth(right.FromScratch):
 
 
 class SequenceFirst(right.ModulesOfModules):
-    """Split by a view alone."""
+    """Split by a view without a transpose."""
 
     law, cause = "permutation_equivariant", "by a view"
 
@@ -82,7 +82,7 @@ class SequenceFirst(right.ModulesOfModules):
 
 
 class ResidualTwice(right.WithItsResidual):
-    """Scaled twice, behind a norm and a residual."""
+    """Scaled twice, with a norm and a residual."""
 
     law, cause = "output_matches_reference", "wrong scale"
 
@@ -99,7 +99,7 @@ class ResidualTwice(right.WithItsResidual):
 
 
 class DropsTheCausalArgument(nn.Module):
-    """`causal` is an argument that changes nothing."""
+    """The argument `causal` is ignored."""
 
     law, cause = "no_future_leak", "no mask reaches the scores"
     flags = {"causal": True}  # noqa: RUF012

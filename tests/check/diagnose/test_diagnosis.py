@@ -1,4 +1,4 @@
-"""Every law has broken twins: it catches them, by the law meant for it and with the right cause."""
+"""Diagnosis: every law has broken twins, caught by that law with the right cause."""
 
 import inspect
 from pathlib import Path
@@ -26,7 +26,7 @@ FILES = (
 
 
 def classes(file):
-    """The modules defined in one of the files of broken attentions."""
+    """Modules defined in one of the files of broken attentions."""
     module = load(f"{BROKEN / file}.py:__dict__")
     kinds = [kind for name, kind in module.items() if inspect.isclass(kind) and name[0] != "_"]
     own = [kind for kind in kinds if kind.__module__ == module["__name__"]]
@@ -38,7 +38,7 @@ WRONG = [kind for kind in ALL if "law" in vars(kind)]
 SOUND = [kind for kind in ALL if not hasattr(kind, "law")]
 
 
-# What a diagnosis is made from.
+# Laws that the diagnosis reads.
 PATTERNS = {
     "cache_in_chunks_agrees",
     "cache_token_by_token_agrees",
@@ -72,19 +72,19 @@ def check(kind, **options):
 
 
 @pytest.mark.parametrize("kind", WRONG, ids=lambda kind: kind.__name__)
-def test_a_broken_attention_is_caught_and_named(kind):
+def test_broken_twin_breaks_its_law_with_its_cause(kind):
     report = check(kind, only={kind.law} | PATTERNS)
     assert kind.law in [failure.law for failure in report.failures], report
     assert any(kind.cause in cause for cause in report.diagnosis) or not kind.cause, report
 
 
 @pytest.mark.parametrize("kind", SOUND, ids=lambda kind: kind.__name__)
-def test_what_the_broken_ones_are_made_of_is_right(kind):
+def test_base_of_broken_twins_breaks_no_law(kind):
     report = check(kind)
     assert report.ok, report
 
 
-def test_every_law_has_a_broken_twin():
+def test_every_module_law_has_a_broken_twin():
     judged = MODULE_LAWS.keys() - {"memory_growth", "compiled_agrees"}
     assert judged - {kind.law for kind in WRONG} == set()
     assert len(WRONG) >= 30

@@ -1,4 +1,4 @@
-"""Cache arguments of many names, and the ways in which they are used."""
+"""Cache arguments of many names and protocols."""
 
 import math
 
@@ -91,7 +91,7 @@ class InAList(Cached):
 
 
 class Updates(Cached):
-    """As layers of transformers: the cache has update and get_seq_length."""
+    """As in transformers: the cache has update and get_seq_length."""
 
     late = 0
 
@@ -113,7 +113,7 @@ class UpdatesLate(Updates):
 
 
 class Placed(Cached):
-    """The caller counts the tokens that came before."""
+    """The caller passes the number of cached tokens."""
 
     def forward(self, x, kv_cache=None, start_pos=0):
         return self.attend(x, kv_cache, start_pos)
@@ -126,7 +126,7 @@ class PlacedByRows(Cached):
 
 
 class Keeps(Cached):
-    """The cache is the module's own, and a switch turns it on."""
+    """The module keeps its own cache, enabled by a switch."""
 
     kept = None
 
@@ -164,14 +164,14 @@ def outcomes(kind, **options):
         (Keeps, "use_kv_cache, stateful (its second call depends on its first)"),
     ],
 )
-def test_caches_are_known_by_how_they_are_used(kind, fact):
+def test_cache_protocol_of_any_name_is_found(kind, fact):
     found, report = outcomes(kind)
     assert found == [Outcome.HOLDS] * 2, report
     assert report.facts["cache"] == fact
 
 
 @pytest.mark.parametrize("kind", [PastKeyValuesRestart, InADictForgets, UpdatesLate, KeepsRestart])
-def test_bugs_behind_caches_of_other_names_are_found(kind):
+def test_cache_bug_under_another_name_is_found(kind):
     found, report = outcomes(kind)
     assert Outcome.BROKEN in found, report
 
@@ -181,13 +181,13 @@ class NoCacheAtAll(Cached):
         return self.attend(x, None, 0)[0]
 
 
-def test_an_argument_that_is_no_cache_is_not_judged():
+def test_cache_named_argument_without_cache_is_not_judged():
     found, report = outcomes(NoCacheAtAll)
     assert found == [Outcome.NOT_APPLICABLE] * 2, report
 
 
 class Called(Cached):
-    """Only its caller knows how it is called; the mask must be given."""
+    """Module with a signature of its own; the mask is required."""
 
     def run(self, x, past, shown):
         first = 0 if past is None else past[0].shape[2]
@@ -219,18 +219,18 @@ def without_its_oldest_token(module, x, mask=None, cache=None):
     return module.run(x, kept, mask if kept is None else mask[..., 1:])
 
 
-def test_call_takes_a_mask_and_a_cache():
+def test_call_with_mask_and_cache_passes():
     report = check_module(Called(), call=given, causal=True, only=MASKS + LAWS)
     assert [r.verdict.outcome for r in report.results] == [Outcome.HOLDS] * 5, report
 
 
-def test_bugs_behind_the_mask_and_cache_of_call_are_found():
+def test_call_with_mask_and_cache_bugs_are_found():
     report = check_module(Called(), call=without_its_mask, causal=True, only=MASKS + LAWS)
     assert "hidden_tokens_have_no_influence" in [r.law for r in report.failures]
     report = check_module(Called(), call=without_its_oldest_token, causal=True, only=LAWS)
     assert "with a cache, token 1 gave a different output" in report.failures[0].verdict.message
 
 
-def test_call_with_an_argument_that_nobody_gives_is_refused():
+def test_call_with_another_required_argument_is_refused():
     with pytest.raises(ph.errors.ArgumentError, match="a function that also needs table"):
         check_module(Called(), call=lambda m, x, table: m.run(x, None, None))

@@ -1,4 +1,4 @@
-"""Configurations that constructors take: whose class is found, with guessed sizes."""
+"""Configurations of constructors: classes are found, sizes are guessed."""
 
 import dataclasses
 import inspect
@@ -47,8 +47,8 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["Annotated", "Bare"])
-def test_the_class_of_an_annotation_or_of_the_file_is_made(file, name):
-    """Sizes are guessed; what is no size, or is None, stays as its author has it."""
+def test_configuration_class_from_annotation_or_file(file, name):
+    """Sizes are guessed; other values, and None, keep their defaults."""
     parameter = "args" if name == "Annotated" else "config"
     module, guessed, _ = build(load(f"{file}:{name}"), {f"{parameter}.n_heads": 3})
     assert dataclasses.asdict(module.args) == {
@@ -60,21 +60,21 @@ def test_the_class_of_an_annotation_or_of_the_file_is_made(file, name):
     assert guessed == {parameter: "ModelArgs(n_heads=3, dim=48)"}
 
 
-def test_a_stand_in_is_an_object_and_a_dict(file):
+def test_stand_in_configuration_is_an_object_and_a_dict(file):
     assert build(load(f"{file}:Dict"), {})[0].size == 49
     assert Config(n_embd=3).n_embd == 3
 
 
 @pytest.mark.parametrize("name", ["config", "cfg", "model_args", "vision_config", "hparams"])
-def test_names_of_configurations(name):
+def test_is_configuration_accepts_usual_names(name):
     assert is_configuration(name)
 
 
-def test_names_that_are_no_configurations():
+def test_is_configuration_rejects_other_names():
     assert not any(is_configuration(name) for name in ("arguments_of_x", "conv", "reconfigure"))
 
 
-def test_a_name_before_the_dot_must_be_a_configuration(file):
+def test_arg_before_the_dot_must_be_a_configuration(file):
     with pytest.raises(ArgumentError, match=r"must name a parameter of Bare: config; got cfg\.dim"):
         build(load(f"{file}:Bare"), {"cfg.dim": 3})
 
@@ -84,7 +84,7 @@ def layer(name, **given):
     return build(load(f"transformers.models.{name}"), given)
 
 
-def test_a_configuration_of_transformers_has_guessed_sizes():
+def test_transformers_configuration_has_guessed_sizes():
     module, guessed, make = layer("llama.modeling_llama:LlamaAttention", layer_idx=0)
     config = module.config
     assert type(config).__name__ == "LlamaConfig"
@@ -97,7 +97,7 @@ def test_a_configuration_of_transformers_has_guessed_sizes():
     assert make() is not module
 
 
-def test_a_value_of_a_configuration_can_be_given():
+def test_configuration_value_overrides_a_guess():
     module = layer("mistral.modeling_mistral:MistralAttention", **{"config.sliding_window": 7})[0]
     assert module.config.sliding_window == 7
     with pytest.raises(ArgumentError, match=r"config\.windo must be an attribute of MistralConfig"):
@@ -111,20 +111,20 @@ def test_a_value_of_a_configuration_can_be_given():
         ("clip.modeling_clip:CLIPAttention", "CLIPVisionConfig"),  # one of two
         ("whisper.modeling_whisper:WhisperAttention", "WhisperConfig"),  # optional
         ("deepseek_v3.modeling_deepseek_v3:DeepseekV3Attention", "DeepseekV3Config"),
-        ("nemotron.modeling_nemotron:NemotronAttention", "NemotronConfig"),  # None for key heads
+        ("nemotron.modeling_nemotron:NemotronAttention", "NemotronConfig"),  # None for KV heads
         ("modernbert.modeling_modernbert:ModernBertAttention", "ModernBertConfig"),
         ("swin.modeling_swin:SwinAttention", "SwinConfig"),
         ("idefics.modeling_idefics:IdeficsAttention", "IdeficsConfig"),
     ],
 )
-def test_layers_of_transformers_are_made(name, config):
+def test_transformers_layers_are_constructed(name, config):
     module, guessed, _ = layer(name)
     assert guessed["config"].startswith(config)
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-def test_parameters_that_a_model_fills_are_filled():
-    """Sinks are left to GptOssPreTrainedModel: memory's old content is no weight."""
+def test_parameters_left_to_the_model_are_initialized():
+    """Sinks are initialized by GptOssPreTrainedModel, not by the layer."""
     module, _, make = layer("gpt_oss.modeling_gpt_oss:GptOssAttention")
     assert module.sinks.isfinite().all()
     torch.manual_seed(3)
@@ -139,13 +139,13 @@ class Unfilled(nn.Module):
         self.weight = nn.Parameter(torch.empty(3, 3))
 
 
-def test_parameters_that_nobody_fills_are_nan():
-    """And not what memory held: the same seed gives the same report."""
+def test_uninitialized_parameters_are_nan():
+    """NaN instead of arbitrary memory: the same seed gives the same report."""
     assert build(Unfilled, {})[0].weight.isnan().all()
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_class_that_needs_what_cannot_be_guessed_is_passed_over():
+def test_class_with_unknown_required_argument_is_skipped():
     class Config:
         def __init__(self, shape_of_things):
             raise AssertionError

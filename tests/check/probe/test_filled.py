@@ -1,4 +1,4 @@
-"""Parameters that nobody filled are found, named, and the same for the same seed."""
+"""Uninitialized parameters are found, named, and filled the same for the same seed."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.parametrize("name", MAKES)
-def test_memory_that_nobody_filled_is_found(name):
+def test_unfilled_names_uninitialized_parameters(name):
     assert list(unfilled(lambda: Mixed(MAKES[name]), 0)) == ["mix"]
     assert list(unfilled(lambda: Mixed(MAKES[name], fill=True), 0)) == []
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_was_not_filled_is_filled_from_the_seed():
+def test_filled_is_the_same_for_the_same_seed():
     module = Mixed(MAKES["torch.empty"])
     one, same, other = (filled(module, ["mix"], seed).mix for seed in (1, 1, 2))
     assert torch.equal(one, same)
@@ -43,7 +43,7 @@ def test_what_was_not_filled_is_filled_from_the_seed():
     assert one.isfinite().all()
 
 
-def test_a_check_names_them_and_repeats():
+def test_check_names_uninitialized_parameters_and_repeats():
     make = lambda: Mixed(MAKES["torch.empty"])  # noqa: E731
     torch.manual_seed(0)
     module = make()
@@ -59,7 +59,7 @@ def test_a_check_names_them_and_repeats():
     assert messages[0] == messages[1]
 
 
-def test_what_raises_while_it_is_made_is_no_finding():
+def test_unfilled_of_a_raising_constructor_is_empty():
     def make():
         raise RuntimeError("no")
 

@@ -1,4 +1,4 @@
-"""Mask arguments of many names: their form and meaning are found by trying."""
+"""Mask arguments of many names: form and meaning are found by trying."""
 
 import math
 
@@ -17,7 +17,7 @@ LAWS = [
 
 
 class Masked(nn.Module):
-    """An encoder's attention; `hides` gives what a mask hides of the scores."""
+    """Encoder attention; `hides` returns the masked entries of the scores."""
 
     def __init__(self, dim=24, num_heads=4):
         super().__init__()
@@ -63,7 +63,7 @@ class SrcPaddingMaskIgnored(SrcPaddingMask):
 
 
 class PadMaskMultiplied(Masked):
-    """Masked scores are 0 and not -inf."""
+    """Masked scores are 0 instead of -inf."""
 
     def forward(self, x, pad_mask=None):
         return self.attend(x, pad_mask)
@@ -87,7 +87,7 @@ class ValidLensOneMore(ValidLens):
 
 
 class Added(Masked):
-    """(B, T, T) numbers, added."""
+    """Additive (B, T, T) mask."""
 
     def forward(self, x, src_mask=None):
         return self.attend(x, src_mask)
@@ -97,7 +97,7 @@ class Added(Masked):
 
 
 class TwoMasks(SrcPaddingMask):
-    """The first by name is one that no form fits; the other is found all the same."""
+    """No form fits the first mask by name; the other one is still found."""
 
     def forward(self, x, mask=None, src_padding_mask=None):
         if mask is not None and mask.dtype != torch.int8:
@@ -120,7 +120,7 @@ def check(kind):
         (TwoMasks, "src_padding_mask, form keys, True means ignore (found by trying)"),
     ],
 )
-def test_masks_are_known_by_what_they_do(kind, fact):
+def test_mask_form_and_meaning_are_found_by_trying(kind, fact):
     report = check(kind)
     assert report.ok, report
     assert report.facts["mask"] == fact
@@ -129,7 +129,7 @@ def test_masks_are_known_by_what_they_do(kind, fact):
 @pytest.mark.parametrize(
     "kind", [SrcPaddingMaskOfQueries, SrcPaddingMaskIgnored, PadMaskMultiplied, ValidLensOneMore]
 )
-def test_bugs_behind_masks_of_other_names_are_found(kind):
+def test_mask_bug_under_another_name_is_found(kind):
     report = check(kind)
     assert report.exit_code == 1, report
 
@@ -139,5 +139,5 @@ class Switch(Masked):
         return self.attend(x, None)
 
 
-def test_switches_and_masks_of_heads_are_no_masks():
+def test_switches_and_head_masks_are_not_masks():
     assert "mask" not in check(Switch).facts

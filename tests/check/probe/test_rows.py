@@ -1,4 +1,4 @@
-"""The order of a fused weight's rows is learned, and explains no mistake away."""
+"""Row order of a fused weight: learned, without hiding mistakes."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def subject_of(module):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("name", ORDERS)
-def test_rows_in_any_order_are_learned(name, causal):
+def test_rows_of_any_order_are_learned(name, causal):
     torch.manual_seed(0)
     module = ORDERS[name]()
     module.causal = causal
     rows = learned_rows(subject_of(module))
     assert rows.scale == pytest.approx(6**-0.5, rel=1e-9)
-    # What was learned is which rows the module reads.
+    # The learned rows are those that the module reads.
     numbers = torch.arange(float(module.qkv_proj.out_features))
     query, key, value = (t[0, :, 0] for t in module.cut(numbers[None, None]))
     group = len(query) // len(key)
@@ -50,7 +50,7 @@ LAWS = [
 
 
 @pytest.mark.parametrize("name", ORDERS)
-def test_rows_in_any_order_break_no_law(name):
+def test_rows_of_any_order_break_no_law(name):
     torch.manual_seed(0)
     report = check_module(ORDERS[name](), only=LAWS)
     assert report.ok, report
@@ -60,14 +60,14 @@ def test_rows_in_any_order_break_no_law(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ORDERS)
-def test_rows_in_any_order_pass_all_laws(name):
+def test_rows_of_any_order_pass_all_laws(name):
     for seed in range(2):
         torch.manual_seed(seed)
         report = check_module(ORDERS[name](), make=ORDERS[name], seed=seed)
         assert report.ok, report
 
 
-def test_the_order_is_reported():
+def test_row_order_is_reported():
     torch.manual_seed(0)
     report = check_module(ORDERS["GroupsKVQ"](), only=LAWS[:1])
     assert report.results[0].verdict.message == "rows: k0 v0 q0 q1 k1 v1 q2 q3"
@@ -75,7 +75,7 @@ def test_the_order_is_reported():
 
 @pytest.mark.parametrize("name", ["RolesKVQ", "HeadsFeaturesRoles", "GroupsQKV"])
 @pytest.mark.parametrize(("factor", "cause"), [(6**0.5, "missing scale"), (0.9, "wrong scale")])
-def test_other_rows_with_a_wrong_scale_are_caught(name, factor, cause):
+def test_rows_of_another_order_with_wrong_scale_are_caught(name, factor, cause):
     class Scaled(ORDERS[name]):
         def __init__(self):
             super().__init__()
@@ -89,7 +89,7 @@ def test_other_rows_with_a_wrong_scale_are_caught(name, factor, cause):
     assert cause in report.diagnosis[0]
 
 
-def test_other_rows_cut_by_a_view_are_not_learned():
+def test_rows_split_by_a_view_are_not_learned():
     class View(ORDERS["RolesKVQ"]):
         def __init__(self):
             super().__init__()
@@ -108,7 +108,7 @@ WRAPPED = {name: kind for name, kind in AROUND.items() if "words" in getattr(kin
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_parts_without_weights_are_reported(name):
+def test_operations_without_weights_are_reported(name):
     torch.manual_seed(0)
     report = check_module(WRAPPED[name](), only=LAWS)
     assert report.ok, report
@@ -116,14 +116,14 @@ def test_parts_without_weights_are_reported(name):
 
 
 @pytest.mark.parametrize("name", ["UnitQueriesAndKeys", "StandardQueriesAndKeys"])
-def test_normed_queries_and_keys_are_not_judged(name):
+def test_normalized_queries_and_keys_are_not_judged(name):
     torch.manual_seed(0)
     report = check_module(AROUND[name](), only=LAWS[:1])
     assert report.results[0].verdict.outcome is Outcome.NOT_APPLICABLE
     assert "not products of the projected queries and keys" in report.results[0].verdict.message
 
 
-def test_a_bias_of_places_is_no_part_of_the_rows():
+def test_position_bias_in_scores_is_not_applicable():
     class Biased(AROUND["HalfResidual"]):
         def between(self, heads):
             place = torch.arange(heads.shape[2], dtype=heads.dtype)[:, None]
@@ -134,12 +134,12 @@ def test_a_bias_of_places_is_no_part_of_the_rows():
         learned_rows(subject_of(Biased()))
 
 
-def test_positions_that_nothing_names_break_no_law():
+def test_unnamed_positions_break_no_law():
     torch.manual_seed(0)
     report = check_module(AROUND["TurnedElsewhere"](), only=["permutation_equivariant", *LAWS])
     assert report.ok, report
 
 
-def test_a_module_without_a_core_is_told():
+def test_core_of_a_linear_layer_is_not_applicable():
     with pytest.raises(NotApplicable, match="no product of weights and values"):
         core_of(subject_of(nn.Linear(8, 8)))

@@ -1,4 +1,4 @@
-"""Rules of sight, found from what is seen."""
+"""Attention patterns, found from observed masks."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ LAWS = [
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_a_rule_of_sight_is_found_and_judged(name):
+def test_attention_pattern_is_found_and_judged(name):
     torch.manual_seed(0)
     report = check_module(SEEING[name](), only=LAWS)
     assert report.ok, report
@@ -29,7 +29,7 @@ def test_a_rule_of_sight_is_found_and_judged(name):
     assert report.facts["window"].startswith(f"{SEEING[name].sees} ({how}"), report.facts
 
 
-def test_a_window_of_one_length_is_a_window_of_another():
+def test_fitting_requires_one_window_for_all_lengths():
     seen = {T: band(T, True, 4) for T in (7, 13)}
     pattern = fitting(seen, causal=True)
     assert pattern.window == 4
@@ -37,7 +37,7 @@ def test_a_window_of_one_length_is_a_window_of_another():
     assert fitting({7: band(7, True, 4), 13: band(13, True, 5)}, causal=True) is None
 
 
-def test_what_hides_nothing_has_no_rule():
+def test_fitting_of_a_full_mask_is_none():
     assert fitting({7: band(7, True, None), 13: band(13, True, None)}, causal=True) is None
 
 
@@ -52,12 +52,12 @@ def test_what_hides_nothing_has_no_rule():
     ],
     ids=["itself alone", "not itself", "not the first", "not the one before", "not the very first"],
 )
-def test_a_mask_that_hides_too_much_has_no_rule(shown):
+def test_fitting_of_a_wrong_mask_is_none(shown):
     seen = {T: shown(torch.arange(T)[:, None], torch.arange(T)) for T in (7, 13, 67)}
     assert fitting(seen, causal=True) is None
 
 
-def test_a_layers_own_window_of_none_is_believed():
+def test_layer_window_of_none_overrides_its_configuration():
     class Layer(AROUND["Divided"]):
         def __init__(self):
             super().__init__()
@@ -70,7 +70,7 @@ def test_a_layers_own_window_of_none_is_believed():
     assert "window" not in report.facts
 
 
-def test_a_window_longer_than_texts_that_are_tried_is_not_judged():
+def test_window_longer_than_tried_sequences_is_not_judged():
     class Long(AROUND["Divided"]):
         sliding_window = 4096
 

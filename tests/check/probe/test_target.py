@@ -1,4 +1,4 @@
-"""Targets: files, packages, notebooks; arguments that are given and guessed."""
+"""Targets: files, packages, notebooks; given and guessed arguments."""
 
 import json
 
@@ -34,19 +34,19 @@ def file(tmp_path):
     return path
 
 
-def test_a_class_in_a_file_with_arguments_given_and_guessed(file):
+def test_class_in_a_file_with_given_and_guessed_arguments(file):
     module, guessed, make = build(load(f"{file}:Head"), {"n_heads": 3, "dropout": 0.5})
     assert (module.size, module.n_heads, module.p) == (48, 3, 0.5)
     assert guessed == {"d_model": 48}
     assert make() is not module
 
 
-def test_a_configuration_has_the_usual_names(file):
+def test_stand_in_configuration_has_the_usual_names(file):
     assert build(load(f"{file}:Configured"), {})[0].size == 48
     assert build(load(f"{file}:Configured"), {"config.n_embd": 20})[0].size == 20
 
 
-def test_a_notebook(tmp_path):
+def test_notebook_cells_run_in_order(tmp_path):
     path = tmp_path / "notes.ipynb"
     cells = [
         {"cell_type": "markdown", "source": ["# Heads"]},
@@ -59,7 +59,7 @@ def test_a_notebook(tmp_path):
     assert module.size == 12
 
 
-def test_a_package():
+def test_package_name_is_imported():
     assert load("torch.nn:MultiheadAttention") is nn.MultiheadAttention
 
 
@@ -75,7 +75,7 @@ def test_a_package():
         ("{file}:__name__", "must be a module, a class or a function"),
     ],
 )
-def test_what_cannot_be_loaded_is_one_message(file, name, message):
+def test_unloadable_target_raises_one_message(file, name, message):
     with pytest.raises(ArgumentError) as caught:
         build(load(name.format(file=file)), {"in_features": -1} if "Linear" in name else {})
     assert message in str(caught.value)

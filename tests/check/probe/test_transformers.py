@@ -1,4 +1,4 @@
-"""Attention layers of transformers, made and called from the command line: right ones pass."""
+"""Attention layers of transformers from the command line: right ones pass."""
 
 import json
 
@@ -11,8 +11,8 @@ from polyhead.cli import main
 
 pytest.importorskip("transformers")
 
-# Each of another kind: rotary, learned and no positions, ALiBi, windows, sinks, latent keys, norms
-# of queries and keys; fused, grouped and interleaved weights; encoders, decoders, cross attention.
+# One per kind: rotary, learned and no positions, ALiBi, windows, sinks, latent keys, QK norms;
+# fused, grouped and interleaved weights; encoders, decoders, cross attention.
 RIGHT = [
     "llama:LlamaAttention",
     "mistral:MistralAttention",
@@ -67,14 +67,14 @@ def broken(report):
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_a_right_layer_has_no_broken_law(name):
+def test_transformers_layer_breaks_no_law(name):
     code, report = check(of(name))
     assert code == 0, broken(report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RIGHT if name not in QUICK])
-def test_right_layers_of_every_kind_have_no_broken_law(name):
+def test_transformers_layers_of_every_kind_break_no_law(name):
     code, report = check(of(name))
     assert code == 0, broken(report)
     assert sum(law["seconds"] for law in report["laws"]) < 60
@@ -95,7 +95,7 @@ def test_right_layers_of_every_kind_have_no_broken_law(name):
         ("modernbert:ModernBertAttention", ["layer_idx=1"], "attention_mask, form full, added"),
     ],
 )
-def test_the_mask_of_a_layer_is_found_by_trying(name, args, mask):
+def test_transformers_mask_is_found_by_trying(name, args, mask):
     pairs = [word for pair in args for word in ("--arg", pair)]
     laws = ["past_is_used", "hidden_tokens_have_no_influence", "shown_tokens_keep_their_influence"]
     code, report = check(of(name), *pairs, *(word for law in laws for word in ("--only", law)))
@@ -104,7 +104,7 @@ def test_the_mask_of_a_layer_is_found_by_trying(name, args, mask):
     assert [law["verdict"] for law in report["laws"]] == ["holds"] * 3
 
 
-def test_a_window_of_both_sides_is_passed_as_its_model_does():
+def test_transformers_two_sided_window_is_passed():
     target = of("modernbert:ModernBertAttention")
     code, report = check(target, "--arg", "layer_idx=1", "--only", "past_is_used")
     assert code == 0, broken(report)
@@ -112,7 +112,7 @@ def test_a_window_of_both_sides_is_passed_as_its_model_does():
     assert report["facts"]["window"] == fact
 
 
-def test_alibi_is_what_its_model_makes_of_it():
+def test_transformers_alibi_comes_from_its_model():
     _, report = check(of("bloom:BloomAttention"), "--only", "output_matches_reference")
     assert report["facts"]["called as"] == "transformers with alibi=its model computes"
     assert [law["verdict"] for law in report["laws"]] == ["holds"]
@@ -127,18 +127,18 @@ def test_alibi_is_what_its_model_makes_of_it():
         ("bert.modeling_bert:BertAttention", (0.25, "attribute scaling")),
     ],
 )
-def test_the_scale_is_what_a_layer_or_one_inside_it_has(name, scale):
+def test_scale_comes_from_a_layer_or_one_inside_it(name, scale):
     assert scale_of_its_class(build(load(f"transformers.models.{name}"), {})[0]) == scale
 
 
-def test_one_number_of_tokens_is_a_fact():
-    """An image's window has 16 places; no law is held to another number."""
+def test_fixed_number_of_tokens_is_reported():
+    """An image window has 16 tokens; no law is judged with another number."""
     _, report = check(of("swin:SwinAttention"), "--only", "odd_sizes_run")
     assert report["facts"]["tokens"].startswith("16 only")
     assert [law["verdict"] for law in report["laws"]] == ["not applicable"]
 
 
-def test_a_long_window_takes_no_minutes():
+def test_long_window_is_checked_quickly():
     name = of("mistral:MistralAttention")
     laws = ("window_counts_its_tokens", "calls_are_stateless")
     only = [word for law in laws for word in ("--only", law)]
@@ -172,7 +172,7 @@ class MaskIgnoredByKeysOnly(LlamaAttention):
 @pytest.mark.parametrize(
     ("name", "code"), [("NoMask", 1), ("Right", 0), ("MaskIgnoredByKeysOnly", 1)]
 )
-def test_layers_made_from_those_of_transformers_are_judged(tmp_path, name, code):
+def test_subclasses_of_transformers_layers_are_judged(tmp_path, name, code):
     (tmp_path / "changed.py").write_text(CHANGED)
     laws = ("no_future_leak", "past_is_used", "hidden_tokens_have_no_influence")
     only = [word for law in laws for word in ("--only", law)]

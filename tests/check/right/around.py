@@ -1,4 +1,4 @@
-"""Right attentions with parts that have no weights around them, or with masks not declared."""
+"""Right attentions with operations without weights around them, or undeclared masks."""
 
 import math
 
@@ -12,7 +12,7 @@ def distance(T):
 
 
 class _Core(nn.Module):
-    """One fused layer; what is in front, behind and between can be replaced."""
+    """One fused layer; subclasses replace the operations before, after and in between."""
 
     causal = True
 
@@ -193,7 +193,7 @@ class GlobalToken(_Core):
 
 
 class MaskOfTheDefaultDtype(_Core):
-    """torch's fused kernel reads a mask of float32 beside queries of float64 wrongly."""
+    """torch's fused kernel misreads a float32 mask with float64 queries."""
 
     def forward(self, x):
         B, T, width = x.shape
@@ -212,7 +212,7 @@ class OnlyFloat32(_Core):
 
 
 def turned(heads):
-    """Rotary positions by a function of its own, which no name of the module tells."""
+    """Rotary positions by an external function, visible in no name of the module."""
     T, size = heads.shape[-2:]
     angles = torch.outer(torch.arange(T).double(), 10.0 ** -torch.arange(size // 2).double())
     a, b = heads[..., ::2], heads[..., 1::2]

@@ -1,4 +1,4 @@
-"""More right attentions, in styles that the laws were not written with in mind."""
+"""More right attentions, in styles that the laws were not designed for."""
 
 import math
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _Projected(nn.Module):
-    """Four layers and a split into heads, which the ones below share."""
+    """Four layers and a split into heads, shared by subclasses."""
 
     def __init__(self, dim=24, heads=4):
         super().__init__()
@@ -42,7 +42,7 @@ class ValuesFirst(_Projected):
 
 
 class MaskMustBeGiven(_Projected):
-    """forward(Q, K, V, mask): None will not do; it keeps its weights, graph and all."""
+    """forward(Q, K, V, mask): None is not accepted; it keeps its weights with their graph."""
 
     flags = {"causal": True}  # noqa: RUF012
 
@@ -54,7 +54,7 @@ class MaskMustBeGiven(_Projected):
 
 
 class KerasLike(_Projected):
-    """query, value, and key if it is another; a causal mask on request."""
+    """query, value, and an optional key; a causal mask on request."""
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class ReturnsDataclass(_Projected):
 
 
 class RotaryWithCache(nn.Module):
-    """Rotary positions, shared key heads, a cache that is a tuple."""
+    """Rotary positions, shared KV heads, a tuple as the cache."""
 
     def __init__(self, dim=24, num_heads=4, num_kv_heads=2):
         super().__init__()
@@ -145,7 +145,7 @@ class RotaryWithCache(nn.Module):
 
 
 class Alibi(_Projected):
-    """Distances weighed by slopes, and the causal mask, in one saved table."""
+    """ALiBi slopes times distances, and the causal mask, in one saved table."""
 
     def __init__(self, dim=24, heads=4, max_len=32):
         super().__init__(dim, heads)
@@ -163,7 +163,7 @@ class Alibi(_Projected):
 
 
 class RelativeBias(_Projected):
-    """T5's: learned distances, no scale; the mask is added."""
+    """As T5: learned distances, no scale, an additive mask."""
 
     flags = {"scale": 1.0}  # noqa: RUF012
 
@@ -180,7 +180,7 @@ class RelativeBias(_Projected):
 
 
 class MultiQuery(nn.Module):
-    """One key head for all, x-transformers' way of writing; True in the mask shows."""
+    """One KV head for all, in the style of x-transformers; True in the mask means attend."""
 
     def __init__(self, dim=24, heads=4, dim_head=6, causal=True):
         super().__init__()
@@ -205,7 +205,7 @@ class MultiQuery(nn.Module):
 
 
 class MemoryAndGates(_Projected):
-    """Keys that no token made, a gate on the heads, dropout: x-transformers' extras."""
+    """Memory keys, gated heads, dropout: extras of x-transformers."""
 
     def __init__(self, dim=24, heads=4):
         super().__init__(dim, heads)
@@ -226,7 +226,7 @@ class MemoryAndGates(_Projected):
 
 
 class PreNorm(nn.Module):
-    """x + attention(norm(x)), with a network behind it: a whole block."""
+    """x + attention(norm(x)), followed by an MLP: a whole block."""
 
     def __init__(self, config):
         super().__init__()
@@ -253,7 +253,7 @@ class PostNorm(PreNorm):
 
 
 class Residual(PreNorm):
-    """x + attention(x), at times without the attention: stochastic depth."""
+    """x + attention(x), sometimes without the attention: stochastic depth."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -265,7 +265,7 @@ class Residual(PreNorm):
 
 
 class AddedPositions(nn.Module):
-    """Sinusoids added to the tokens, under a name that says nothing."""
+    """Sinusoids, under an uncommon name, added to the tokens."""
 
     def __init__(self, d_model=24, n_head=4):
         super().__init__()
@@ -297,14 +297,14 @@ class OneProjectionForAllHeads(nn.Module):
 
 
 class Differential(nn.Module):
-    """Two softmaxes, one taken from the other, and a norm a head."""
+    """Difference of two softmaxes, and a norm per head."""
 
     def __init__(self, dim=24, num_heads=2):
         super().__init__()
         self.num_heads = num_heads
         self.to_qkv, self.to_out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.share = nn.Parameter(torch.tensor(0.5))
-        # Without eps the norm takes that of its dtype: another function in float64.
+        # Without eps the norm uses that of its dtype: another function in float64.
         self.after = nn.RMSNorm(dim // num_heads, eps=1e-5)
 
     def forward(self, x):
@@ -320,7 +320,7 @@ class Differential(nn.Module):
 
 
 class MaskUnsqueezed(_Projected):
-    """As in the Annotated Transformer: whatever mask comes, an axis of heads is put into it."""
+    """As in the Annotated Transformer: every mask gets a head axis."""
 
     def forward(self, query, key, value, mask=None):
         q, k, v = self.project(query, key, value)
@@ -332,7 +332,7 @@ class MaskUnsqueezed(_Projected):
 
 
 class MaskAdded(_Projected):
-    """As BERT: attention_mask is numbers, 0 and -inf, added to the scores."""
+    """As BERT: attention_mask is additive, 0 and -inf."""
 
     def forward(self, hidden_states, attention_mask=None):
         q, k, v = self.project(*3 * [hidden_states])
@@ -343,7 +343,7 @@ class MaskAdded(_Projected):
 
 
 class OneKeyHeadFused(nn.Module):
-    """One key head for all, in one layer with the queries, and no attribute that says so."""
+    """One KV head for all, in one layer with the queries, without an attribute for it."""
 
     def __init__(self, dim=24, n_heads=4):
         super().__init__()
@@ -361,8 +361,8 @@ class OneKeyHeadFused(nn.Module):
 
 
 class Saturated(nn.Module):
-    """The course's first class: weights from 0 to 1 make scores so large that one token gets all
-    the weight, and others seem unseen."""
+    """The course's first class: weights from 0 to 1 give scores so large that one token gets all
+    the weight, and the others seem masked."""
 
     def __init__(self, d_in=48, d_out=48):
         super().__init__()

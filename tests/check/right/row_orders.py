@@ -1,4 +1,4 @@
-"""Right attentions whose projections keep their rows in other orders, one class an order.
+"""Right attentions with other row orders in their projections, one class per order.
 
 An order is a function: (B, T, rows) of one fused layer in; query, key, value (B, H, T, D) out.
 """
@@ -23,7 +23,7 @@ def attend(q, k, v, causal=True):
 
 
 def axes(*names):
-    """The order in which the axes role (n), head (h) and feature (d) follow each other."""
+    """Order of the axes role (n), head (h) and feature (d)."""
     sizes = {"n": 3, "h": H, "d": D}
 
     def split(fused):
@@ -35,7 +35,7 @@ def axes(*names):
 
 
 def roles(order, *inner):
-    """Roles one after the other in this order, each cut by `inner` axes of head and feature."""
+    """Consecutive roles in this order, each split by `inner` axes of head and feature."""
 
     def split(fused):
         parts = dict(zip(order, fused.chunk(3, dim=-1), strict=True))
@@ -49,7 +49,7 @@ def roles(order, *inner):
 
 
 def within_heads(order):
-    """Each head's rows together, and in them the roles in this order."""
+    """Rows grouped by head, with the roles in this order."""
 
     def split(fused):
         parts = fused.unflatten(-1, (H, 3 * D)).transpose(1, 2).chunk(3, dim=-1)
@@ -59,7 +59,7 @@ def within_heads(order):
 
 
 def groups(order, kv_heads):
-    """Each group's rows together: its queries, its key, its value, in this order (Falcon,
+    """Rows per group: its queries, its key, its value, in this order (Falcon,
     InternLM 2)."""
     sizes = {"q": H // kv_heads, "k": 1, "v": 1}
 
@@ -72,7 +72,7 @@ def groups(order, kv_heads):
 
 
 def parts(order, kv_heads):
-    """All queries, all keys, all values, in this order, with fewer keys' heads."""
+    """All queries, all keys, all values, in this order, with fewer KV heads."""
     sizes = {"q": H * D, "k": kv_heads * D, "v": kv_heads * D}
 
     def split(fused):
@@ -83,7 +83,7 @@ def parts(order, kv_heads):
 
 
 def blocks(order, count):
-    """CodeGen's: blocks of heads, each with its queries, keys and values in this order."""
+    """As CodeGen: blocks of heads, each with its queries, keys and values in this order."""
 
     def split(fused):
         y = fused.unflatten(-1, (count, -1)).chunk(3, dim=-1)
@@ -94,7 +94,7 @@ def blocks(order, count):
 
 
 def halves(fused):
-    """Even rows of a head are its first half: as rotary weights are permuted."""
+    """Even rows of a head form its first half, as in permuted rotary weights."""
     q, k, v = axes("n", "h", "d")(fused)
     return [t.unflatten(-1, (D // 2, 2)).transpose(-1, -2).flatten(-2) for t in (q, k)] + [v]
 
@@ -116,7 +116,7 @@ def keys_of_all_first(fused):
     return [q.unflatten(-1, (H, D)).transpose(1, 2), k, v]
 
 
-# (split, number of key heads)
+# (split, number of KV heads)
 ORDERS = {
     "RolesHeadsFeatures": (axes("n", "h", "d"), H),
     "HeadsRolesFeatures": (axes("h", "n", "d"), H),

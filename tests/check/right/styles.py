@@ -1,4 +1,4 @@
-"""Right attentions, in the styles in which people write them. `flags` are what check is told."""
+"""Right attentions in common styles. `flags` are arguments of the check."""
 
 import math
 
@@ -28,7 +28,7 @@ class CourseHead(nn.Module):
 
 
 class CourseStacked(nn.Module):
-    """Heads side by side, and a layer over them."""
+    """Stacked heads, concatenated, with an output projection."""
 
     def __init__(self, d_in=10, d_out=6, num_heads=3):
         super().__init__()
@@ -63,7 +63,7 @@ class CourseSplit(nn.Module):
 
 
 class GPTFused(nn.Module):
-    """A small GPT's: one fused layer, configured by an object, dropout behind it too."""
+    """As a small GPT: one fused layer, a configuration object, dropout after it too."""
 
     def __init__(self, config):
         super().__init__()
@@ -84,7 +84,7 @@ class GPTFused(nn.Module):
 
 
 class Einsum(nn.Module):
-    """Weights without layers, one einsum a step; queries are scaled before."""
+    """Weights without layers, one einsum per step; queries are scaled first."""
 
     def __init__(self, dim=15, heads=3, dim_head=4):
         super().__init__()
@@ -101,7 +101,7 @@ class Einsum(nn.Module):
 
 
 class HeadsFirst(nn.Module):
-    """Rows of the fused layer head by head, as GPT-NeoX and BLOOM have them."""
+    """Rows of the fused layer head by head, as in GPT-NeoX and BLOOM."""
 
     def __init__(self, hidden_size=20, num_heads=4):
         super().__init__()
@@ -136,7 +136,7 @@ class FeaturesFirst(nn.Module):
 
 
 class Grouped(nn.Module):
-    """Shared key heads and rotary positions of complex numbers, as in Llama's own code."""
+    """Shared KV heads and complex rotary positions, as in Llama's own code."""
 
     def __init__(self, dim=24, n_heads=6, n_kv_heads=2):
         super().__init__()
@@ -188,7 +188,7 @@ class Flex(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Sees both ways; attention_mask is 1 where there is text; returns its weights if asked."""
+    """Bidirectional; attention_mask is 1 for real tokens; returns its weights on request."""
 
     def __init__(self, hidden_size=18, num_attention_heads=3):
         super().__init__()
@@ -212,7 +212,7 @@ class Encoder(nn.Module):
 
 
 class Annotated(nn.Module):
-    """Query, key and value are three inputs; the mask, 1 = may attend, comes from outside."""
+    """Query, key and value are three inputs; the mask, 1 = may attend, is passed in."""
 
     flags = {"causal": True}  # noqa: RUF012
 

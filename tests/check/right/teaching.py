@@ -1,4 +1,4 @@
-"""Right attentions in the forms of well-known teaching code, written from memory."""
+"""Right attentions in the forms of well-known teaching code."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ class SmallGPT(nn.Module):
 
 
 class SmallestGPT(nn.Module):
-    """minGPT's first form: key, query, value in that order, and a mask with room for more."""
+    """minGPT's first form: key, query, value in that order, and a larger mask than needed."""
 
     def __init__(self, n_embd=24, n_head=4, block_size=32, attn_pdrop=0.1):
         super().__init__()
@@ -128,7 +128,7 @@ class AnnotatedHeads(nn.Module):
 
 
 class CombinedQKV(nn.Module):
-    """LLMs-from-scratch's variant with one layer, cut as (tokens, 3, heads, features)."""
+    """LLMs-from-scratch's variant with one layer, split as (tokens, 3, heads, features)."""
 
     def __init__(self, d_in=24, d_out=24, num_heads=4, context_length=32, dropout=0.1):
         super().__init__()
@@ -148,7 +148,7 @@ class CombinedQKV(nn.Module):
 
 
 class EinsumWeights(nn.Module):
-    """LLMs-from-scratch's variant with bare parameters and einsum; nothing names a layer."""
+    """LLMs-from-scratch's variant with bare parameters and einsum, without layers."""
 
     def __init__(self, d_in=24, d_out=24, num_heads=4):
         super().__init__()
@@ -173,7 +173,7 @@ class EinsumWeights(nn.Module):
 
 
 class FromScratch(nn.Module):
-    """former's: heads folded into the batch, and the scale's root on queries and keys."""
+    """former's: heads folded into the batch; the root of the scale on queries and keys."""
 
     def __init__(self, emb=24, heads=4, mask=True):
         super().__init__()
@@ -236,7 +236,7 @@ class _ScaledDot(nn.Module):
 
 
 class ModulesOfModules(nn.Module):
-    """The paper in small modules, one a box of its figure."""
+    """The paper in small modules, one per box of its figure."""
 
     def __init__(self, d_model=24, n_head=4):
         super().__init__()

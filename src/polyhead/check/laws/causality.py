@@ -37,8 +37,8 @@ def no_future_leak(subject: Subject) -> Verdict:
     Why: a model trained with a leak copies the next token instead of predicting it. Its loss is
     excellent and its generated text is noise.
 
-    Would have caught: a bonus variant in a book's repository, with an inverted boolean mask for two
-    years.
+    Would have caught: a bonus variant in a book's repository, whose boolean mask was inverted for
+    two years.
     """
     need_causal(subject)
     influence = subject.influence
@@ -154,7 +154,7 @@ def causal_in_every_mode(subject: Subject) -> Verdict:
 def past_is_used(subject: Subject) -> Verdict:
     """The output at a token depends on every token it may attend to, including itself.
 
-    Why: a mask that hides too much fails no test. The model trains, but badly.
+    Why: a mask that excludes too much raises no error. The model trains, but badly.
 
     Would have caught: a causal mask without its diagonal; a mask that was added where it should
     have been multiplied.

@@ -54,8 +54,8 @@ def no_head_is_dead(subject: Subject) -> Verdict:
 def no_two_heads_are_identical(subject: Subject) -> Verdict:
     """No two heads have the same contexts.
 
-    Why: identical heads get identical gradients and stay identical: the cost of H heads, the use of
-    one.
+    Why: identical heads get identical gradients and stay identical. H heads then cost H times as
+    much as one, and compute the same.
 
     Would have caught: `[head] * n` in place of `[Head() for _ in range(n)]`, and weights that are
     initialized once and copied.

@@ -32,7 +32,7 @@ def output_is_finite(subject: Subject) -> Verdict:
 
     Why: one NaN in a row spreads to every token of the next layer.
 
-    Would have caught: a mask that hides everything from the first token; an inverted causal mask,
+    Would have caught: a mask that excludes every key for the first token; an inverted causal mask,
     whose last row is empty.
     """
     bad = ~subject.run(subject.input(2)).isfinite()

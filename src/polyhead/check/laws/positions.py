@@ -29,10 +29,9 @@ def need_no_pattern(subject: Subject) -> None:
 
 @law
 def permutation_equivariant(subject: Subject) -> Verdict:
-    """Without positions, permuting the tokens permutes the outputs; for causal modules, permuting
-    the earlier tokens keeps the last output.
+    """Without positions, permuting the tokens that a query attends to keeps its output.
 
-    Why: attention without positions is a function of a set. Heads cut along the wrong axis act as
+    Why: attention without positions is a function of a set. Heads split along the wrong axis act as
     accidental positions.
 
     Would have caught: `view(B, heads, T, size)` in place of a view and a transpose, in an encoder,
