@@ -157,7 +157,7 @@ class OnlyFloat32(Usual):
 def test_float32_only_module_agrees_under_autocast():
     report = check_module(OnlyFloat32(), only=["autocast_agrees"])
     assert report.ok, report
-    assert report.facts["dtype"] == "float32, as it does not run in float64"
+    assert report.facts["dtype"] == "float32: it does not run in float64"
 
 
 class Refuses(Usual):

@@ -36,7 +36,7 @@ class Outcome(str, Enum):
     HOLDS = "holds"
     BROKEN = "broken"
     NOT_APPLICABLE = "not applicable"
-    REPORTED = "reported"  # a fact, not a fault
+    REPORTED = "reported"  # a fact that is not judged
     NOT_RUN = "not run"  # time limit reached, or stopped by the user
 
 

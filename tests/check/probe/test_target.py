@@ -70,7 +70,7 @@ def test_package_name_is_imported():
         ("{file}:Hed", "modules there: Head, Configured, Needs); got Hed"),
         ("nowhere.py:Head", "must name a file that exists"),
         ("no.such.package:Head", "must be importable"),
-        ("{file}:Needs", "must give shape_of_things, which Needs needs"),
+        ("{file}:Needs", "must give shape_of_things, which Needs requires"),
         ("{file}:nn.Linear", "must be constructible; got"),
         ("{file}:__name__", "must be a module, a class or a function"),
     ],

@@ -109,7 +109,7 @@ def _works(subject: Subject, mask: MaskArgument) -> bool:
     others = [t for t in range(x.shape[1]) if t > 1 and t != hidden]
     rounding = subject.allowed(x)
     hides = difference(before, after)[:, others].max() <= rounding
-    # If the caller passes the causal mask, an otherwise empty mask has an effect.
+    # If the caller must pass the causal mask, even a mask of no other token has an effect.
     changes_nothing = difference(shown, plain).max() <= rounding
     return bool(hides and (changes_nothing or subject.sees.all()))
 
@@ -130,7 +130,7 @@ def _masked(
 
 
 class _Raised(MaskArgument):
-    """A mask of numbers, each larger by 1."""
+    """Additive mask with 1 added to every element."""
 
     def given(self, allowed_b1ts: Tensor, dtype: torch.dtype) -> Tensor:
         return super().given(allowed_b1ts, dtype) + 1

@@ -188,7 +188,7 @@ def scale_of_its_class(module: nn.Module) -> tuple[float, str] | None:
 
 
 def _sources(module: nn.Module) -> Iterator[Any]:
-    """Files of a module's class and its base classes, except torch's."""
+    """Source files of a module's class and its base classes, except torch's."""
     for kind in type(module).__mro__:
         if not kind.__module__.startswith(("torch.", "builtins")):
             yield sys.modules[kind.__module__]
