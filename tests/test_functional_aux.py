@@ -118,7 +118,7 @@ def test_stats_of_equal_weights_by_hand(all_aux):
     """T = 2 against S = 4 with equal scores: the queries stand at keys 2 and 3."""
     query, key = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, 4, 8)
     _, aux = ph.attention(query, key, key, mask=ph.mask.causal(), return_aux=all_aux)
-    stats = {name: x.flatten().tolist() for name, x in vars(aux.stats).items()}
+    stats = {name: x.flatten().tolist() for name, x in aux.stats.tensors.items()}
     assert stats["entropy"] == pytest.approx([math.log(3), math.log(4)])
     assert stats["mean_distance"] == pytest.approx([(2 + 1) / 3, (3 + 2 + 1) / 4])
     assert stats["mass_first"] == pytest.approx([1 / 3, 1 / 4])

@@ -16,7 +16,8 @@ Shape suffixes in dense code give the layout: `scores_bhts` is (B, H, T, S).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch import Tensor
 from polyhead.cache_view import CacheView
 from polyhead.mask import Mask
 
-__all__ = ["NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
+__all__ = ["BACKEND_STATS", "NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,11 @@ class AuxRequest:
 
 @dataclass(frozen=True, eq=False)
 class HeadStats:
-    """Per-head attention statistics of every query: (B, H, T) tensors in the compute dtype.
+    """Attention statistics per head and query: (B, H, T) tensors in the compute dtype.
 
+    `attention(..., return_aux=)` computes the six without a default; `look.stats` computes all.
     Distances are between absolute positions: query t of T against S keys has position S - T + t.
-    A query with no key to attend to has zeros, and max_logit -inf.
+    A query with no key to attend to has zeros; max_logit and lse are -inf there.
 
     Attributes:
         entropy: entropy of the weights, in nats; 0 if all weight is on one key.
@@ -69,6 +71,12 @@ class HeadStats:
         mass_previous: weight on the key just before the query's position.
         mass_self: weight on the key at the query's own position.
         max_logit: the largest unmasked score, after scale, softcap and bias.
+        mass_recent: weight on the last 16 tokens: the query's own position and the 15 before it.
+        mass_same_token: weight on earlier keys of the query's own token. None without token ids.
+        mass_induction: weight on the keys that follow an earlier occurrence of the query's token:
+            what came next last time. None without token ids.
+        repeats: (B or 1, 1, T) True if the query's token came before: if there are such keys.
+        lse: the log-sum-exp of the scores, sinks left out.
     """
 
     entropy: Tensor
@@ -77,12 +85,69 @@ class HeadStats:
     mass_previous: Tensor
     mass_self: Tensor
     max_logit: Tensor
+    mass_recent: Tensor | None = None
+    mass_same_token: Tensor | None = None
+    mass_induction: Tensor | None = None
+    repeats: Tensor | None = None
+    lse: Tensor | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The statistics by name, without those that are None."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
+    @property
+    def effective_keys(self) -> Tensor:
+        """exp(entropy): the number of equally weighted keys with this entropy."""
+        return torch.exp(self.entropy)
 
     def per_head(self) -> dict[str, Tensor]:
-        """Per-head means over batch rows and queries, (H,); of max_logit the largest value."""
-        means = {f.name: getattr(self, f.name).mean(dim=(0, 2)) for f in fields(self)}
-        means["max_logit"] = self.max_logit.amax(dim=(0, 2))
+        """One value per head by name, (H,): the mean over the queries that attend to a key.
+
+        `mass_same_token` and `mass_induction` are means over the queries whose token came before;
+        `max_logit` is the largest. `effective_keys` is included; fields that are None are not.
+        """
+        attends = self.max_logit != -torch.inf
+        means = {}
+        for name in _PER_HEAD:
+            values = getattr(self, name)
+            if name == "max_logit":
+                means[name] = values.amax(dim=(0, 2))
+            elif name in ("mass_same_token", "mass_induction"):
+                if values is not None and self.repeats is not None:
+                    means[name] = _mean(values, attends & self.repeats)
+            elif values is not None:
+                means[name] = _mean(values, attends)
         return means
+
+    @staticmethod
+    def concat(parts: Sequence[HeadStats], dim: int) -> HeadStats:
+        """Return the backend statistics of several calls as one: dim 1 for heads, 2 for queries."""
+        joined = (torch.cat([getattr(p, name) for p in parts], dim=dim) for name in BACKEND_STATS)
+        return HeadStats(*joined)
+
+
+# The statistics that a backend computes, in the order of the kernels.
+BACKEND_STATS = tuple(field.name for field in fields(HeadStats) if field.default is MISSING)
+
+_PER_HEAD = (
+    "entropy",
+    "effective_keys",
+    "mean_distance",
+    "mass_first",
+    "mass_previous",
+    "mass_self",
+    "mass_recent",
+    "mass_same_token",
+    "mass_induction",
+    "max_logit",
+    "lse",
+)
+
+
+def _mean(values_bht: Tensor, where_bht: Tensor) -> Tensor:
+    total = values_bht.masked_fill(~where_bht, 0.0).sum(dim=(0, 2))
+    return total / where_bht.sum(dim=(0, 2)).clamp(min=1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -201,7 +201,7 @@ GIVING = ph.Backend("giving", lambda call: [], once, aux=REFERENCE.aux, first_or
 def named(output, aux):
     """Everything a call returned, by name; -inf, which has no gradient, as 0."""
     found = {"output": output, **vars(aux)}
-    found |= vars(found.pop("stats"))
+    found |= found.pop("stats").tensors
     return {name: x.masked_fill(x == -math.inf, 0.0) for name, x in found.items() if x is not None}
 
 

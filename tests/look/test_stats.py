@@ -119,6 +119,33 @@ def test_one_number_a_head(example):
     assert "mass_induction" not in ph.look.stats(one.query, one.key).per_head()
 
 
+def test_per_head_of_aux_is_that_of_look(example):
+    """Both average over the queries with a key to attend to: two of row 1 have none."""
+    one = example(7, 7, mask="left padding")
+    request = ph.AuxRequest(stats=True)
+    _, aux = ph.attention(one.query, one.key, one.key, return_aux=request, **one.options)
+    want = ph.look.stats(one.query, one.key, **one.options).per_head()
+    got = aux.stats.per_head()
+    assert list(got) == [name for name in want if name not in ("mass_recent", "lse")]
+    for name, per_head in got.items():
+        torch.testing.assert_close(per_head, want[name], msg=name)
+
+
+def test_per_head_without_queries_that_attend_is_zero():
+    """A mean over no query; its largest score is -inf."""
+    query = torch.randn(1, 2, 3, 8)
+    _, aux = ph.attention(
+        query, query, query, mask=ph.mask.lengths([0]), return_aux=ph.AuxRequest(stats=True)
+    )
+    got = aux.stats.per_head()
+    assert got.pop("max_logit").tolist() == [-math.inf, -math.inf]
+    assert all((per_head == 0).all() for per_head in got.values())
+
+
+def test_head_stats_is_one_class():
+    assert ph.look.HeadStats is ph.HeadStats
+
+
 def test_as_many_effective_keys_as_share_the_weight():
     query, key = torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8)
     got = ph.look.stats(query, key, mask=ph.mask.causal()).effective_keys

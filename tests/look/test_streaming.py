@@ -24,7 +24,7 @@ def test_a_range_of_keys_has_its_share(example, tolerance, mask, T, S, dtype):
     call = call_of(one)
     totals = sums.total_logsumexp(call, sums.key_logsumexp(call))
     for first, last in ((0, S), (0, 3), (2, 5), (S - 1, S)):
-        got = sums.shares(sums.key_logsumexp(call, (first, last)), totals)
+        got = sums.weight_mass(sums.key_logsumexp(call, (first, last)), totals)
         want = one.weights[..., first:last].sum(dim=-1)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance(one.lse, dtype))
 
@@ -35,7 +35,7 @@ def test_every_kind_of_score(example, tolerance, options, dtype):
     call = call_of(one)
     lse = sums.key_logsumexp(call)
     torch.testing.assert_close(lse.double(), one.lse, rtol=0, atol=tolerance(one.lse, dtype))
-    got = sums.shares(sums.key_logsumexp(call, (2, 6)), sums.total_logsumexp(call, lse))
+    got = sums.weight_mass(sums.key_logsumexp(call, (2, 6)), sums.total_logsumexp(call, lse))
     want = one.weights[..., 2:6].sum(dim=-1)
     torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance(one.lse, dtype))
 
@@ -49,7 +49,7 @@ def test_chunks_give_the_definition(monkeypatch, example, mask, T, S, cells):
     got = sums.stream_aux(call_of(one), request)
     _, want = ph.attention(one.query, one.key, one.key, **one.options, return_aux=request)
     torch.testing.assert_close(got.lse, want.lse, rtol=0, atol=1e-12)
-    for name, values in vars(want.stats).items():
+    for name, values in want.stats.tensors.items():
         torch.testing.assert_close(getattr(got.stats, name), values, rtol=0, atol=1e-12, msg=name)
 
 

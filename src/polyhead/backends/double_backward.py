@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polyhead.backends import reference
-from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
+from polyhead.call import BACKEND_STATS, AttentionCall, Aux, AuxRequest, HeadStats
 from polyhead.errors import BackendError
 
 __all__ = ["DIFFERENTIATED_AUX", "run_twice_differentiable"]
@@ -20,8 +20,6 @@ Run = Callable[[AttentionCall], tuple[Tensor, Aux]]
 
 # Of the aux a kernel may give, that which its own backward pass has a gradient of.
 DIFFERENTIATED_AUX = frozenset({"lse"})
-
-_STATS = tuple(field.name for field in fields(HeadStats))
 
 
 def run_twice_differentiable(run: Run, call: AttentionCall) -> tuple[Tensor, Aux]:
@@ -37,7 +35,7 @@ def run_twice_differentiable(run: Run, call: AttentionCall) -> tuple[Tensor, Aux
         run, call, tuple(tensors), *tensors.values()
     )
     named = dict(zip(_names(call.aux), results, strict=True))
-    stats = [named.pop(name) for name in _STATS] if call.aux.stats else None
+    stats = [named.pop(name) for name in BACKEND_STATS] if call.aux.stats else None
     return named.pop("output"), Aux(**named, stats=HeadStats(*stats) if stats else None)
 
 
@@ -185,7 +183,7 @@ def _names(asked: AuxRequest) -> tuple[str, ...]:
     """What a call returns, a name for each tensor."""
     names = ["output"]
     for name in asked.names:
-        names += _STATS if name == "stats" else [name]
+        names += BACKEND_STATS if name == "stats" else [name]
     return tuple(names)
 
 
@@ -193,13 +191,13 @@ def _named(output: Tensor | None, aux: Aux) -> dict[str, Tensor]:
     """What a run returned, by these names."""
     found = {"output": output, **vars(aux)}
     stats = found.pop("stats")
-    found |= {} if stats is None else vars(stats)
+    found |= {} if stats is None else stats.tensors
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _request(names: Iterable[str]) -> AuxRequest:
     """That which returns the tensors of these names."""
-    asked = {"stats" if name in _STATS else name for name in names if name != "output"}
+    asked = {"stats" if name in BACKEND_STATS else name for name in names if name != "output"}
     return AuxRequest(**dict.fromkeys(asked, True))
 
 

@@ -2,86 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from polyhead.call import AttentionCall, AuxRequest
+from polyhead.call import AttentionCall, AuxRequest, HeadStats
 from polyhead.look.streaming import key_logsumexp, stream_aux, total_logsumexp, weight_mass
 from polyhead.look.token_mass import check_token_ids, token_masses
 from polyhead.mask import Mask, Window
 from polyhead.validate import build_call
 
-__all__ = ["BY_POSITION", "RECENT", "HeadStats", "stats", "stats_of"]
+__all__ = ["BY_POSITION", "RECENT", "stats", "stats_of"]
 
 RECENT = 16  # tokens
 # Numbers that compare the positions of queries and keys; without meaning if these are of two texts.
 BY_POSITION = frozenset({"mean_distance", "mass_previous", "mass_self", "mass_recent"})
-_MASSES = ("mass_first", "mass_previous", "mass_self", "mass_recent")
-
-
-@dataclass(frozen=True, eq=False)
-class HeadStats:
-    """What each head does, for every query: tensors of shape (B, H, T), in the compute dtype.
-
-    Distances are between absolute positions: query t of T against S keys stands at S - T + t.
-    A query with nothing to attend to has zeros; max_logit and lse are -inf there.
-
-    Attributes:
-        entropy: of the weights, in nats; 0 when all weight is on one key.
-        mean_distance: weighted mean of |query position - key position|, in tokens.
-        mass_first: weight on key 0 (an "attention sink").
-        mass_previous: weight on the key just before the query's position.
-        mass_self: weight on the key at the query's own position.
-        mass_recent: weight on the last 16 tokens: the query's own position and the 15 before it.
-        mass_same_token: weight on earlier keys of the query's own token. None without token ids.
-        mass_induction: weight on the keys that follow an earlier occurrence of the query's token:
-            what came next last time. None without token ids.
-        repeats: (B or 1, 1, T) whether the query's token came before: whether there are such keys.
-        max_logit: the largest score that was allowed, after scale, softcap and bias.
-        lse: the log-sum-exp of the scores, sinks left out.
-    """
-
-    entropy: Tensor
-    mean_distance: Tensor
-    mass_first: Tensor
-    mass_previous: Tensor
-    mass_self: Tensor
-    mass_recent: Tensor
-    mass_same_token: Tensor | None
-    mass_induction: Tensor | None
-    repeats: Tensor | None
-    max_logit: Tensor
-    lse: Tensor
-
-    @property
-    def effective_keys(self) -> Tensor:
-        """exp(entropy): over how many keys, weighted equally, the weight would be as spread."""
-        return torch.exp(self.entropy)
-
-    def per_head(self) -> dict[str, Tensor]:
-        """One number a head, (H,): the mean over the queries that have something to attend to.
-
-        Of `mass_same_token` and `mass_induction` over those whose token came before; of max_logit
-        the largest. `effective_keys` is among them; what is None is not.
-        """
-        seen = self.lse > -torch.inf
-        means = {
-            name: _mean(getattr(self, name), seen)
-            for name in ("entropy", "effective_keys", "mean_distance", *_MASSES)
-        }
-        if self.repeats is not None:
-            for name in ("mass_same_token", "mass_induction"):
-                means[name] = _mean(getattr(self, name), seen & self.repeats)
-        means["max_logit"] = self.max_logit.amax(dim=(0, 2))
-        means["lse"] = _mean(self.lse, seen)
-        return means
-
-
-def _mean(values_bht: Tensor, where_bht: Tensor) -> Tensor:
-    total = values_bht.masked_fill(~where_bht, 0.0).sum(dim=(0, 2))
-    return total / where_bht.sum(dim=(0, 2)).clamp(min=1)
 
 
 @torch.no_grad()
@@ -140,8 +76,8 @@ def stats_of(call: AttentionCall, token_ids: Tensor | None = None) -> HeadStats:
     same = induction = repeats = None
     if token_ids is not None:
         same, induction, repeats = token_masses(call, token_ids, totals)
-    return HeadStats(
-        **vars(aux.stats),
+    return replace(
+        aux.stats,
         mass_recent=weight_mass(key_logsumexp(recent), totals),
         mass_same_token=same,
         mass_induction=induction,

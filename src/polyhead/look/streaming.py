@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -174,10 +174,7 @@ def _by_definition(call: AttentionCall, first: int, last: int) -> Aux:
         parts.append(compute_aux(part, first_position=call.S - call.T + start - first))
     return Aux(
         lse=torch.cat([p.lse for p in parts if p.lse is not None], dim=2) if call.aux.lse else None,
-        stats=_joined([p.stats for p in parts if p.stats is not None]) if call.aux.stats else None,
+        stats=HeadStats.concat([p.stats for p in parts if p.stats is not None], dim=2)
+        if call.aux.stats
+        else None,
     )
-
-
-def _joined(parts: list[HeadStats]) -> HeadStats:
-    names = [field.name for field in fields(HeadStats)]
-    return HeadStats(*(torch.cat([getattr(p, name) for p in parts], dim=2) for name in names))

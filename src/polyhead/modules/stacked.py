@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, overload
 
 import torch
@@ -207,12 +206,9 @@ def _side_by_side(parts: list[Aux]) -> Aux:
 
     means = [part.mean_weights for part in parts if part.mean_weights is not None]
     stats = [part.stats for part in parts if part.stats is not None]
-    names = [field.name for field in dataclasses.fields(HeadStats)]
     return Aux(
         weights=joined([part.weights for part in parts]),
         lse=joined([part.lse for part in parts]),
-        stats=HeadStats(*(torch.cat([getattr(s, n) for s in stats], dim=1) for n in names))
-        if stats
-        else None,
+        stats=HeadStats.concat(stats, dim=1) if stats else None,
         mean_weights=torch.stack(means).mean(dim=0) if means else None,
     )
