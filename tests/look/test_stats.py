@@ -171,7 +171,7 @@ def test_token_ids_are_checked():
     query, key = torch.ones(2, 2, 3, 8), torch.ones(2, 2, 5, 8)
     message = (
         "token_ids must name the token of each of the S = 5 keys, (S,) or (B, S) with B = 2, the "
-        "T = 3 queries among them; got (3,); give one id a key token, of cached tokens too"
+        "T = 3 queries among them; got (3,); give one id per key token, of cached tokens too"
     )
     with pytest.raises(ShapeError, match=re.escape(message)):
         ph.look.stats(query, key, token_ids=torch.zeros(3, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Heads taken out of a model, for a while."""
+"""Head ablation: heads switched off in a model temporarily."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ M = TypeVar("M", bound=nn.Module)
 
 @contextmanager
 def ablate(model: M, heads: Collection[Head], how: How = "zero") -> Iterator[M]:
-    """A model without some of its heads, for a while.
+    """Switch off some heads of a model within a `with` block.
 
-    What a head computed is replaced where it enters the output projection, so it does not matter
-    which kernel computed it, or how many heads share a key head. Gradients flow through the rest.
+    A head's output is replaced at the input of the output projection, so this works with any
+    kernel and any number of query heads per KV head. Gradients flow through the other heads.
 
     Args:
         model: built of polyhead's modules, or of transformers, whatever attention it runs.
         heads: (layer, head) pairs; layers count from 0 (`attention_layers`), heads are query heads.
         how: "zero": the head adds nothing. "mean": it adds its average over the tokens of the same
-            sequence in this forward, so that only what differs between tokens is lost. Padding is
-            left out of the average: tokens that attention_mask (B, S) forbids, or `lengths` and
+            sequence in this forward, so that only the differences between tokens are lost. Padding
+            is left out of the average: tokens masked by attention_mask (B, S), or by `lengths` and
             `left_padding` for our modules; without a mask all tokens count. (With one token, as in
-            generating with a cache, the average is that token's.)
+            generation with a cache, the average is that token's.)
 
     Raises:
         ArgumentError: the model has no such heads or is compiled; or, in a forward, a layer's
@@ -102,7 +102,7 @@ def _without(
 
 
 def _mean(by_head: Tensor, real: Tensor | None) -> Tensor:
-    """(B, 1, H, E) the mean over the real tokens of each sequence; zeros where there are none."""
+    """Mean over the real tokens of each sequence, (B, 1, H, E); zeros where there are none."""
     if real is None:
         return by_head.mean(dim=1, keepdim=True)
     total = by_head.masked_fill(~real[..., None, None], 0.0).sum(dim=1, keepdim=True)

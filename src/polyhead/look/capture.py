@@ -1,4 +1,4 @@
-"""Look at every head of a model while it reads a text."""
+"""Capture of per-head statistics and attention maps during one forward pass of a model."""
 
 from __future__ import annotations
 
@@ -49,31 +49,31 @@ def capture(
     tokens: Sequence[str] = (),
     **inputs: Any,
 ) -> HeadReport:
-    """One forward, and what each head did in it: statistics, map, most attended keys, contribution.
+    """Run one forward and report statistics, map, top keys and contribution per head.
 
-    A layer is looked at when it is reached, so no more than one layer's queries and keys are held.
-    Before that, three or four forwards establish which tokens each layer reads: with its own heads
-    off, and some tokens changed. Hooks of others see these forwards too.
+    Layers are analyzed one by one as they run, so at most one layer's queries and keys are in
+    memory. Before that, three or four forwards establish which tokens each layer reads: with its
+    heads off, and some tokens changed. Other hooks on the model run in these forwards too.
 
     Args:
         model: built of polyhead's modules, or of transformers: then
             `polyhead.integrations.transformers.register()` must have been called once, and the
             model attends by polyhead for this forward.
-        input_ids: (T,) or (1, T) token ids, or what else the model's forward takes first, with
+        input_ids: (T,) or (1, T) token ids, or another first input of the model's forward, with
             one batch row.
-        heads: (layer, head) pairs to look at; None: all. Layers count from 0.
-        weights: whether to keep the weights too, T x S of each head. For short texts.
+        heads: (layer, head) pairs to report; None: all. Layers count from 0.
+        weights: True to keep the weights too, T x S per head. For short texts.
         bins: rows and columns of each map.
-        n_keys: how many most attended keys of each query to keep.
-        tokens: the text of each token, for people to read.
-        inputs: more of the model's forward, such as attention_mask=.
+        n_keys: the number of most attended keys to keep per query.
+        tokens: the text of each token, for display.
+        inputs: further inputs of the model's forward, such as attention_mask=.
 
     Returns:
         `HeadReport`, on the CPU.
 
     Raises:
         ArgumentError, ShapeError: the model has no such heads, or none that attends by polyhead;
-            or there is more than one batch row.
+            or the input has more than one batch row.
 
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(8, 8, context_length=16, dropout=0.0, num_heads=2)
@@ -122,7 +122,7 @@ def capture(
 
 @dataclass(eq=False)
 class _LayerRecorder:
-    """One layer, from when it is entered until it returns."""
+    """Recorder of one layer's attention calls, from its entry to its return."""
 
     layer: AttentionLayer
     heads: list[int]
@@ -208,7 +208,7 @@ def _on_cpu(ids: Tensor | None) -> Tensor | None:
 
 
 def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs with caches of their own, so that a forward leaves those given as they are."""
+    """Copy the caches among the inputs, so that a forward leaves the originals unchanged."""
     return {
         name: copy.deepcopy(x, dict(_clones(x, set())))
         if isinstance(x, Cache) or hasattr(x, "get_seq_length")
@@ -218,7 +218,7 @@ def _copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _clones(x: Any, seen: set[int]) -> Iterator[tuple[int, Tensor]]:
-    """A copy by id of each tensor in a cache; `deepcopy` takes none that has a gradient."""
+    """Yield a copy, by id, of each tensor in a cache; `deepcopy` rejects those with a gradient."""
     if id(x) in seen:
         return
     seen.add(id(x))
@@ -231,7 +231,7 @@ def _clones(x: Any, seen: set[int]) -> Iterator[tuple[int, Tensor]]:
 
 
 def _norms(layer: AttentionLayer, merged: Tensor) -> Tensor | None:
-    """The mean norm of what each head adds to the layer's output, (H,)."""
+    """Mean norm of each head's contribution to the layer's output, (H,)."""
     by_head = merged.detach().flatten(0, -2).unflatten(-1, (layer.num_heads, -1))
     projection = layer.projection
     if projection is None:
@@ -249,7 +249,7 @@ def _norms(layer: AttentionLayer, merged: Tensor) -> Tensor | None:
 
 
 def _weight_of(projection: nn.Module, device: torch.device) -> Tensor | None:
-    """(features out, features in), of a plain linear layer: adapters and integers hold more."""
+    """Weight of a plain linear layer, (out, in); None for adapters and quantized layers."""
     if why_not_linear(projection) is not None:
         return None
     weight = read_parameter(projection, "weight")
@@ -270,7 +270,7 @@ def _weights_of(call: AttentionCall) -> Tensor:
 
 @contextmanager
 def _attending_by_polyhead(model: nn.Module) -> Iterator[None]:
-    """The models of transformers in here with our attention, for a while."""
+    """Set the attention of all transformers models within to polyhead, temporarily."""
     theirs: list[Any] = [m for m in model.modules() if hasattr(m, "set_attn_implementation")]
     if theirs:
         from transformers import AttentionInterface
@@ -288,6 +288,6 @@ def _attending_by_polyhead(model: nn.Module) -> Iterator[None]:
             module.set_attn_implementation("polyhead")
         yield
     finally:
-        # Outermost first: each sets those within it, which then get their own back.
+        # Outermost first: setting one also sets those within it, which are restored after it.
         for module, name in before:
             module.set_attn_implementation(name)

@@ -1,4 +1,4 @@
-"""How much worse a model gets without each of its heads."""
+"""Head importance: the increase of a model's loss without each of its heads."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = ["HeadImportance", "head_importance", "next_token_loss"]
 
 @dataclass(frozen=True)
 class HeadImportance:
-    """Losses of a model with one head less.
+    """Losses of a model without one head each.
 
     Attributes:
         loss: with all heads.
-        change: by (layer, head), how much the loss grows without it; below 0 it shrinks.
+        change: by (layer, head), the increase of the loss without it; negative if it decreases.
     """
 
     loss: float
@@ -42,12 +42,12 @@ class HeadImportance:
 
     @property
     def ranked(self) -> list[Head]:
-        """The heads, the one that is missed most first."""
+        """The heads in descending order of `change`: the most important first."""
         return sorted(self.change, key=self.change.__getitem__, reverse=True)
 
 
 def show_bar(done: int, total: int) -> None:
-    """A progress bar on the terminal; nothing where stderr is none."""
+    """Show a progress bar on stderr if that is a terminal."""
     if sys.stderr.isatty():
         filled = "=" * (30 * done // max(1, total))
         end = "\n" if done == total else ""
@@ -55,10 +55,10 @@ def show_bar(done: int, total: int) -> None:
 
 
 def next_token_loss(model: nn.Module, input_ids: Tensor) -> Tensor:
-    """The mean cross-entropy of each token given those before it, in nats.
+    """Return the mean cross-entropy of each token given those before it, in nats.
 
     Args:
-        model: from (B, T) token ids to logits (B, T, vocabulary), or what has them as `.logits`.
+        model: from (B, T) token ids to logits (B, T, vocabulary), or an output with `.logits`.
         input_ids: (B, T).
     """
     spared = {name: value for name, value in inference_kwargs(model).items() if name == "use_cache"}
@@ -78,19 +78,20 @@ def head_importance(
     resume: str | os.PathLike[str] | None = None,
     progress: Callable[[int, int], None] = show_bar,
 ) -> HeadImportance:
-    """The change of loss when each head is removed, one at a time: a forward a head.
+    """Measure the change of loss when each head is ablated, one at a time: one forward per head.
 
     Args:
         model: as in `ablate`.
-        input_ids: (T,) or (B, T): what the loss is taken on.
-        heads: (layer, head) pairs to remove in turn; None: every head.
+        input_ids: (T,) or (B, T) tokens of which the loss is computed.
+        heads: (layer, head) pairs to ablate one after the other; None: every head.
         how: as in `ablate`.
-        loss: a number of (model, input_ids); default: of the next tokens.
-        resume: a file that keeps what is done, after each head. If it exists the rest is computed.
-        progress: called with how many heads are done, and of how many.
+        loss: a function of (model, input_ids); default: `next_token_loss`.
+        resume: a file with the losses so far, written after each head. If it exists, only the
+            missing heads are computed.
+        progress: called with the number of heads done, and their total.
 
     Raises:
-        ModelError: the file to resume from is of another model, text or way of removing.
+        ModelError: the file to resume from is of another model, text or `how`.
         ArgumentError: as in `ablate`.
 
     >>> import polyhead as ph
@@ -116,7 +117,7 @@ def head_importance(
 
 
 class _ResumeFile:
-    """Losses by removed head, on disk after each if there is a path."""
+    """Losses by ablated head, written to disk after each if there is a path."""
 
     def __init__(
         self, path: str | os.PathLike[str] | None, about: dict[str, str], loss: float
@@ -132,7 +133,7 @@ class _ResumeFile:
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             before = {name: kept[name] for name in self.about}
-            # Another number of threads may round otherwise; another model is further away.
+            # Another number of threads may round differently; another model differs by more.
             same = before == self.about and abs(kept["loss"] - self.loss) <= 1e-4 * abs(self.loss)
             losses = {(layer, head): loss for layer, head, loss in kept["heads"]}
         except (ValueError, KeyError, TypeError) as error:
@@ -151,7 +152,7 @@ class _ResumeFile:
             text = json.dumps({**self.about, "loss": self.loss, "heads": entries})
             beside = self.path.with_name(self.path.name + ".part")
             beside.write_text(text, encoding="utf-8")
-            beside.replace(self.path)  # whole or not at all, whenever it is stopped
+            beside.replace(self.path)  # atomic, even if interrupted
 
 
 def _fingerprint(model: nn.Module, input_ids: Tensor, how: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""A name for what a head does, by plain thresholds."""
+"""Head kinds (induction, previous token, sink, local, other), by thresholds on mean statistics."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ LOCAL = 0.5
 
 
 def name_head(stats: Mapping[str, float]) -> str:
-    """What a head does, in a word, from its mean statistics over a text.
+    """Return the kind of a head, from its mean statistics over a text: the first rule that holds.
 
-    The first of these that holds:
-
-    | name | rule | what it means |
+    | kind | rule | the head attends to |
     |---|---|---|
-    | induction | `mass_induction` >= 0.4 | where a token repeats, looks at what came next |
-    | previous token | `mass_previous` >= 0.4 | looks at the token just before |
-    | sink | `mass_first` >= 0.5 | rests on the first token: it has little to say here |
-    | local | `mass_recent` >= 0.5 | looks at the last 16 tokens, at no single one of them |
-    | other | else | farther back, several tokens at once, or everything alike |
+    | induction | `mass_induction` >= 0.4 | the token that followed this one last time |
+    | previous token | `mass_previous` >= 0.4 | the token just before |
+    | sink | `mass_first` >= 0.5 | the first token, which adds little here |
+    | local | `mass_recent` >= 0.5 | the last 16 tokens, no single one of them |
+    | other | else | tokens farther back, several at once, or all tokens evenly |
 
-    The numbers are means over one text, and a name holds for that text: an induction head rests on
-    the first token where nothing repeats. Take 100 tokens at least: of fewer, the last 16 are so
-    many that a head which spreads evenly is called local.
+    The statistics are means over one text, and the kind holds for that text: an induction head is
+    a sink where nothing repeats. Use at least 100 tokens: in a shorter text the last 16 are so
+    large a part that an even head counts as local.
 
     Args:
-        stats: numbers by name, as `HeadStats.per_head` has them for one head. Without
-            `mass_induction` no head is called that.
+        stats: values by name, as in `HeadStats.per_head`, of one head. Without `mass_induction`
+            no head is an induction head.
 
     Sources: induction heads: Olsson et al. 2022; attention sinks: Xiao et al. 2024.
 

@@ -1,4 +1,4 @@
-"""The attention layers of a model, and where each head's own output can be seen and changed."""
+"""Attention layers of a model, and hooks to read or replace the output of each head."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OURS = (
     MultiHeadAttentionWrapper,
     CausalAttention,
 )
-# What transformers' models call them, by family; BERT's stands beside its attention.
+# Names in transformers' models, by family; BERT's projection is a sibling of its attention.
 _PROJECTIONS = ("out_proj", "o_proj", "c_proj", "dense", "o", "Wo", "wo")
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 
@@ -49,10 +49,10 @@ class AttentionLayer:
 
     Attributes:
         index: its number in the model, from 0.
-        name: its name in the model.
+        name: its module name in the model.
         module: the layer.
-        num_heads: its query heads.
-        projection: what mixes the merged heads; None: nothing does, or it is not known.
+        num_heads: its number of query heads.
+        projection: the output projection; None: there is none, or it is not recognized.
     """
 
     index: int
@@ -63,17 +63,17 @@ class AttentionLayer:
 
     @property
     def shows_heads(self) -> bool:
-        """Whether the merged heads can be found: at the projection, or as the output of ours."""
+        """True if the merged heads are accessible: at the projection, or as our module's output."""
         return self.projection is not None or isinstance(self.module, _OURS)
 
     def on_heads(self, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
         """Call `see` with the merged heads, (B, T, H * E), in each forward.
 
-        They are what enters the output projection: after a gate, before the heads are mixed. What
-        `see` returns, unless None, takes their place.
+        They are the input of the output projection: after a gate, before the heads are mixed. The
+        result of `see` replaces them unless it is None.
 
         Raises:
-            ArgumentError: it is not known where to find them.
+            ArgumentError: the output projection is not recognized.
         """
         if not self.shows_heads:
             raise ArgumentError(
@@ -104,13 +104,13 @@ def _on_output(see: Callable[[Tensor], Tensor | None]) -> Callable[..., Any]:
 
 
 def attention_layers(model: nn.Module) -> tuple[AttentionLayer, ...]:
-    """The attention layers of a model, in the order of its modules.
+    """Return the attention layers of a model, in the order of its modules.
 
-    A layer is a module of ours, or the innermost module whose class is called something with
-    "Attention", as in every model of transformers.
+    A layer is a module of ours, or the innermost module with "Attention" in its class name, as in
+    every model of transformers.
 
     Raises:
-        ArgumentError: there is none.
+        ArgumentError: the model has none.
 
     >>> import polyhead as ph
     >>> block = nn.Sequential(nn.LayerNorm(8), ph.MultiHeadAttention(8, 8, 16, 0.0, num_heads=2))
@@ -154,11 +154,11 @@ def check_heads(heads: Collection[Head], layers: tuple[AttentionLayer, ...]) -> 
             raise ArgumentError("heads", rule, (layer, head), "see attention_layers(model)")
         if not 0 <= head < layers[layer].num_heads:
             rule = f"must name heads from 0 to {layers[layer].num_heads - 1} of layer {layer}"
-            raise ArgumentError("heads", rule, (layer, head), "count query heads, not key heads")
+            raise ArgumentError("heads", rule, (layer, head), "count query heads, not KV heads")
 
 
 def check_not_compiled(model: nn.Module) -> None:
-    """Raise ArgumentError for a compiled model: it runs without the hooks that see heads."""
+    """Raise ArgumentError for a compiled model: it runs without hooks."""
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
             raise ArgumentError(
@@ -170,18 +170,18 @@ def check_not_compiled(model: nn.Module) -> None:
 
 
 def inference_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Keywords that spare a model of transformers a cache and the logits of a long text."""
+    """Keywords that make a transformers model skip its cache and all logits but the last."""
     known = inspect.signature(model.forward).parameters
     spared = {"use_cache": False, "logits_to_keep": 1}
     return {name: value for name, value in spared.items() if name in known}
 
 
 def bound_arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call of a module by name; those of **kwargs among them."""
+    """Return the arguments of a module call by name, including those of **kwargs."""
     signature = inspect.signature(module.forward)
     try:
         bound = dict(signature.bind_partial(*args, **kwargs).arguments)
-    except TypeError:  # its call will raise, in its own words
+    except TypeError:  # the module's own call will raise
         return dict(kwargs)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -190,12 +190,12 @@ def bound_arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]
 
 
 def is_ours(module: nn.Module) -> bool:
-    """Whether a layer is one of polyhead's modules."""
+    """True if a layer is one of polyhead's modules."""
     return isinstance(module, _OURS)
 
 
 def input_embeddings(model: nn.Module) -> Any:
-    """The embeddings of a model of transformers; None where it has, or names, none."""
+    """Return the input embeddings of a model of transformers; None without any."""
     try:
         return getattr(model, "get_input_embeddings", lambda: None)()
     except NotImplementedError:  # raised by models of images and sounds

@@ -1,4 +1,4 @@
-"""Attention maps that fit a screen, at any length."""
+"""Attention maps of fixed size, at any sequence length."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from polyhead.validate import build_call
 
 __all__ = ["attention_map", "bin_edges", "map_of"]
 
-# A pass over so few keys costs more than to hold their weights.
+# For fewer keys per bin, a pass costs more than materializing their weights.
 _KEYS_A_PASS = 32
 
 
@@ -34,22 +34,22 @@ def attention_map(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """The T x S weights of each head averaged into bins x bins, without ever holding them.
+    """Attention weights averaged into bins x bins per head, without a T x S tensor.
 
     Exact; memory grows with T. The weight on a bin of keys is exp(lse over the bin - lse over all
-    keys), so the map costs as many passes over *one bin's* keys as there are bins: two passes over
-    all keys, with the one for the totals. No gradients.
+    keys), so the map costs one pass per bin over that bin's keys: with the pass for the totals,
+    two passes over all keys. No gradients.
 
     Args:
         query: (B, H, T, D).
         key: (B, G, S, D), G a divisor of H.
-        bins: rows and columns of the map, at most; never more than there are tokens. Bin i of n
-            holds tokens i * T // n to (i + 1) * T // n - 1 (`bin_edges`).
+        bins: the most rows and columns of the map; at most one per token. Bin i of n holds tokens
+            i * T // n to (i + 1) * T // n - 1 (`bin_edges`).
         mask, bias, scale, softcap, sinks, alibi_slopes: as in `polyhead.attention`.
 
     Returns:
-        (B, H, min(bins, T), min(bins, S)): the mean weight in each cell, weights that the mask
-        forbids counted as the zeros they are. With bins >= T and S the weights themselves.
+        (B, H, min(bins, T), min(bins, S)): the mean weight in each cell; masked weights count as
+        zeros. With bins >= T and S, the weights themselves.
 
     >>> import polyhead as ph
     >>> query, key = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8)   # equal weights
@@ -62,7 +62,7 @@ def attention_map(
 
 
 def map_of(call: AttentionCall, bins: int) -> Tensor:
-    """The same, of a call."""
+    """`attention_map` of an `AttentionCall`."""
     if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
         raise ArgumentError("bins", "must be an integer of at least 1", repr(bins), "say 128")
     if call.S // bins < _KEYS_A_PASS:
@@ -71,7 +71,7 @@ def map_of(call: AttentionCall, bins: int) -> Tensor:
 
 
 def _from_weights(call: AttentionCall, bins: int) -> Tensor:
-    """The weights of some queries at a time, summed over the rows of each bin, then its columns."""
+    """Sum the weights, in chunks of queries, over the rows and then the columns of each bin."""
     rows, columns = Bins(call.T, bins, call.device), Bins(call.S, bins, call.device)
     dtype = call.compute_dtype
     cells = torch.zeros(call.B, call.H, rows.n, columns.n, dtype=dtype, device=call.device)
@@ -85,21 +85,21 @@ def _from_weights(call: AttentionCall, bins: int) -> Tensor:
     return cells / rows.sizes[:, None] / columns.sizes
 
 
-def _from_sums(call: AttentionCall, bins: int, log_totals_bht: Tensor) -> Tensor:
-    """The share of each bin of keys in the weight of every query, then the mean over its rows."""
+def _from_sums(call: AttentionCall, bins: int, total_lse_bht: Tensor) -> Tensor:
+    """Compute each query's weight on each bin of keys, then the mean over the rows of each bin."""
     rows, columns = Bins(call.T, bins, call.device), Bins(call.S, bins, call.device)
     cells = []
     for first, last in pairwise(columns.edges.tolist()):
         start = _first_query(call, rows.edges.tolist(), first)
         sums_bht = key_logsumexp(_from_query(call, start), (first, last))
-        mass_bht = weight_mass(sums_bht, log_totals_bht[..., start:])
+        mass_bht = weight_mass(sums_bht, total_lse_bht[..., start:])
         total = mass_bht.new_zeros(call.B, call.H, rows.n)
         cells.append(total.index_add_(2, rows.bin_of[start:], mass_bht))
     return torch.stack(cells, dim=-1) / rows.sizes[:, None] / columns.sizes
 
 
 class Bins:
-    """Tokens in even bins: their edges, their sizes, and the bin of every token."""
+    """Even bins of tokens: their edges, their sizes, and the bin of each token."""
 
     def __init__(self, tokens: int, bins: int, device: torch.device) -> None:
         self.edges = bin_edges(tokens, bins)
@@ -109,10 +109,10 @@ class Bins:
 
 
 def _first_query(call: AttentionCall, rows: list[int], key: int) -> int:
-    """The last edge before which no query reaches this key: in a causal map, half is nothing."""
+    """The last edge before which no query reaches this key: skips half of a causal map."""
     mask = call.mask
     if mask is None or any(isinstance(rule, Documents) for rule in mask.primitives()):
-        return 0  # documents have a structure only for all queries at once
+        return 0  # a documents mask cannot be narrowed to some queries
     seen = bisect_left(
         rows, True, key=lambda stop: mask.key_range(0, stop, call.T, call.S)[1] > key
     )
@@ -130,7 +130,7 @@ def _from_query(call: AttentionCall, start: int) -> AttentionCall:
 
 
 def bin_edges(tokens: int, bins: int) -> Tensor:
-    """Where each of min(bins, tokens) bins begins, and where the last ends.
+    """Return the starts of min(bins, tokens) bins, and the end of the last one.
 
     >>> bin_edges(tokens=7, bins=3)
     tensor([0, 2, 4, 7])

@@ -1,4 +1,4 @@
-"""Padding of a forward: which tokens of each sequence are real, as the model was told."""
+"""Padding of a forward pass: the real tokens of each sequence, from the masks of its layers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _REMEDY = 'use how="zero", or pass a mask that says it'
 
 
 class Padding:
-    """The masks that a model and its layers were called with, while they run.
+    """Recorder of the masks with which a model and its layers are called, while they run.
 
     Args:
         model: of transformers, whose parts get an attention_mask (B, S), or of our modules.
-        layers: whose tokens are wanted.
+        layers: the layers whose tokens are needed.
     """
 
     def __init__(self, model: nn.Module, layers: list[AttentionLayer]) -> None:
@@ -36,7 +36,7 @@ class Padding:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Within it, masks are noted when a module is entered, and dropped when it is left."""
+        """Record a module's mask when it is entered, and drop it when it returns."""
         modules = {id(part): part for parts in self.parts.values() for part in parts}
         modules |= {id(layer.module): layer.module for layer in self.layers}
         with ExitStack() as stack:
@@ -66,7 +66,7 @@ class Padding:
         self.given.pop(id(module), None)
 
     def real_tokens(self, layer: AttentionLayer, merged: Tensor) -> Tensor | None:
-        """(B, T) which tokens are no padding; None: all are.
+        """Return (B, T), True for tokens that are not padding; None: all are real.
 
         Raises:
             ArgumentError: it is not certain.
@@ -93,7 +93,7 @@ class Padding:
 
 
 def _parts_around(named: dict[str, nn.Module], layer: AttentionLayer) -> Iterator[nn.Module]:
-    """The models of transformers that a layer is in, the innermost first; and the whole model."""
+    """Yield the transformers models around a layer, the innermost first, then the whole model."""
     name = layer.name
     if not name:
         yield named[name]

@@ -1,4 +1,4 @@
-"""A report as one small picture: every head's map, a row per layer, a column per head."""
+"""Thumbnail of a report: the map of each head, one row per layer, one column per head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIDE, _GAP = 12, 2  # pixels of a map, and between maps
 
 
 def grid_png(report: HeadReport) -> bytes:
-    """PNG of all maps, dark where a head looks, each up to its own largest weight."""
+    """Return a PNG of all maps, dark where the weight is, each scaled to its own largest weight."""
     columns = max(len(layer.heads) for layer in report.layers)
     step = _SIDE + _GAP
     pixels = torch.full((len(report.layers) * step + _GAP, columns * step + _GAP), 255.0)
@@ -34,9 +34,9 @@ def grid_png(report: HeadReport) -> bytes:
 
 
 def _png(gray: Tensor) -> bytes:
-    """(height, width) of 0 to 255 as a PNG file."""
+    """Encode (height, width) values from 0 to 255 as a PNG file."""
     height, width = gray.shape
-    lines = F.pad(gray, (1, 0))  # each begins with its filter: none
+    lines = F.pad(gray, (1, 0))  # each begins with its filter byte: 0, none
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checked = kind + data

@@ -1,4 +1,4 @@
-"""Proof that a pruned model computes what the ablated one does, on one input."""
+"""Pruning check: a pruned model must compute the same as the ablated one, on one input."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ __all__ = ["Proof"]
 
 _TOKENS = 7
 _INPUTS = ("q_proj", "k_proj", "v_proj", "W_query", "W_key", "W_value", "W_qkv")
-# Roundings of the pruned layer against those of its inputs that are measured.
+# Tolerance: the rounding of a pruned layer over the measured rounding of its inputs.
 _MARGIN = 16
 
 
 class Proof:
-    """The ablated model on one input, to hold the pruned one against.
+    """Outputs of the ablated model on one input, to compare the pruned model with.
 
-    Each layer is judged on its own: in the pruned run the layers after it get the outputs of the
+    Each layer is compared separately: in the pruned run the layers after it get the outputs of the
     ablated run. The tolerance is measured: `_MARGIN` times the change that one rounding of the
     queries, keys and values makes in the ablated run.
 
     Args:
-        model: as it is before anything changes.
+        model: the model before pruning.
         kept: by layer, its heads that stay.
-        heads: the (layer, head) pairs that go.
+        heads: the (layer, head) pairs to remove.
         inputs: keywords of the model's forward; None: made here.
 
     Raises:
@@ -79,7 +79,7 @@ class Proof:
         }
 
     def check(self) -> None:
-        """Raise ArgumentError unless the model, pruned by now, computes the same."""
+        """Raise ArgumentError unless the model, now pruned, computes the same."""
         layers = [layer for layer in attention_layers(self.model) if layer.index in self.kept]
         try:
             with _evaluating(self.model):
@@ -134,7 +134,7 @@ class Proof:
         *,
         round_inputs: bool = False,
     ) -> tuple[dict[int, list[Tensor]], list[Tensor]]:
-        """Outputs of each layer's projection; and those of the model, given `forced` outputs."""
+        """Return the outputs of each layer's projection and of the model, with `forced` outputs."""
         seen: dict[int, list[Tensor]] = defaultdict(list)
         with ExitStack() as stack:
             for layer in layers:
@@ -160,14 +160,14 @@ def _seeing(seen: list[Tensor], forced: Sequence[Tensor] | None) -> Callable[...
 
 
 def _rounded(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    generator = torch.Generator(output.device).manual_seed(1)  # the model's own goes on as it was
+    generator = torch.Generator(output.device).manual_seed(1)  # leaves the global one alone
     signs = torch.randn(output.shape, generator=generator, device=output.device).sign()
     return output + signs.to(output.dtype) * torch.finfo(output.dtype).eps * output.abs().amax()
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout or gradients; modes and random numbers are as before afterwards."""
+    """Disable dropout and gradients within; modes and random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     devices = {x.device for x in model.parameters() if x.device.type == "cuda"}
     try:
@@ -189,7 +189,7 @@ def _features(module: MultiHeadAttention) -> Tensor:
 
 
 def _text(model: nn.Module) -> dict[str, Any] | None:
-    """Some token ids for a model of transformers, none of them with a role of its own."""
+    """Random token ids for a model of transformers, without special tokens."""
     config: Any = getattr(model, "config", None)
     embeddings = input_embeddings(model)
     count = getattr(embeddings, "num_embeddings", None)
@@ -208,7 +208,7 @@ def _text(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _image(model: nn.Module) -> dict[str, Any] | None:
-    """Random pixels for a model of transformers that reads images of one size."""
+    """Random pixels for a model of transformers with a fixed image size."""
     config: Any = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
     names = inspect.signature(model.forward).parameters
@@ -230,7 +230,7 @@ def _special_ids(config: Any) -> Iterator[int]:
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
-    """The floating tensors of an output, in order."""
+    """Yield the floating-point tensors of an output, in order."""
     if isinstance(result, Tensor):
         if result.is_floating_point():
             yield result

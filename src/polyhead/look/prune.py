@@ -30,7 +30,7 @@ __all__ = ["prune"]
 
 M = TypeVar("M", bound=nn.Module)
 _THEIRS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NORMS = ("q_norm", "k_norm")  # of each head alone, with one weight for all heads
+_NORMS = ("q_norm", "k_norm")  # per-head norms, with one weight shared by all heads
 # Numbers that layers of transformers read in forward, each under one of its names.
 _QUERY_COUNTS = ("num_heads", "num_attention_heads", "n_heads")
 _KEY_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -45,26 +45,26 @@ def prune(
 ) -> M:
     """Remove heads from a model permanently: its weights get smaller, and it computes less.
 
-    The function is that of `ablate(model, heads, how="zero")`. This is proven before `prune`
+    The function is that of `ablate(model, heads, how="zero")`. This is checked before `prune`
     returns: the model runs once with the heads ablated and once pruned. Heads that stay are
     renumbered from 0 in each layer.
 
     Saving and loading: the weights are an ordinary `state_dict`. A fresh model with the same heads
-    pruned loads it, so keep the list of heads beside the file. One of our modules can be built in
-    its new size instead: num_heads=, num_kv_heads= and head_dim= are all it takes.
+    pruned loads it, so keep the list of heads with the file. One of our modules can be built in
+    its new size instead, by num_heads=, num_kv_heads= and head_dim=.
 
     Args:
-        model: whose attention is `MultiHeadAttention`, or of transformers with separate q_proj,
-            k_proj, v_proj and o_proj, as in Llama, Mistral, Qwen and SmolLM. Changed in place.
+        model: a model with `MultiHeadAttention`, or of transformers with separate q_proj, k_proj,
+            v_proj and o_proj, as in Llama, Mistral, Qwen and SmolLM. Changed in place.
         heads: (layer, head) pairs; layers count from 0 (`attention_layers`), heads are query heads.
         repeat_keys: as in `MultiHeadAttention.prune_heads`.
-        inputs: keywords of the model's forward for the proof; None: a few token ids, or random
-            features where all layers are ours. Needed where the layers run on something else.
+        inputs: keywords of the model's forward for the check; None: a few token ids, or random
+            features if all layers are ours. Required where the layers run on other inputs.
 
     Raises:
-        ArgumentError: there are no such heads, a layer would lose all, is of another kind, or has
-            parameters per head that pruning cannot follow; or the pruned model computes something
-            else than the ablated one. The model is then as it was.
+        ArgumentError: there are no such heads; a layer would lose all its heads, is not supported,
+            or has per-head parameters that cannot be pruned; or the pruned model computes another
+            result than the ablated one. The model is then unchanged.
 
     >>> import polyhead as ph
     >>> mha = ph.MultiHeadAttention(8, 8, 16, 0.0, num_heads=4, num_kv_heads=2)
@@ -102,7 +102,7 @@ def prune(
 def _plans(
     gone: Mapping[AttentionLayer, Collection[int]], repeat_keys: bool
 ) -> dict[AttentionLayer, KeptHeads]:
-    """What stays in each layer: errors come before anything is changed."""
+    """Compute the heads kept per layer; raises before the model is changed."""
     plans = {}
     for layer, heads in gone.items():
         if isinstance(layer.module, MultiHeadAttention):
@@ -127,7 +127,7 @@ def _num_kv_heads(layer: AttentionLayer) -> int:
                 f"{type(module).__name__} ({layer.name}) with {name}: {unreadable.kind}",
                 f"use polyhead.look.ablate, or: {unreadable.remedy}",
             )
-    # A norm over all heads together would change with their number.
+    # A norm over all heads jointly would change with their number.
     norms = [getattr(module, name, None) for name in _NORMS]
     by_head = all(norm is None or _shape_of(norm) in (None, (size,)) for norm in norms)
     if size is None or not has_all or not by_head:
@@ -157,13 +157,13 @@ def _num_kv_heads(layer: AttentionLayer) -> int:
 
 
 def _shape_of(norm: Any) -> tuple[int, ...] | None:
-    """Of a norm's weight; None without one."""
+    """Shape of a norm's weight; None without one."""
     weight = getattr(norm, "weight", None)
     return None if weight is None else tuple(weight.shape)
 
 
 def _check_no_other_parts(layer: AttentionLayer) -> None:
-    """Raise where a parameter is none of those that pruning cuts, or leaves rightly as it is."""
+    """Raise if the layer has a parameter other than those that pruning slices or may keep."""
     size: Any = layer.module.head_dim
     known: dict[str, tuple[int, ...] | None] = {"sinks": (layer.num_heads,)}
     known |= {f"{name}.{part}": None for name in _THEIRS for part in ("weight", "bias")}
@@ -191,7 +191,7 @@ def _prune_theirs(module: Any, kept: KeptHeads) -> None:
     module.o_proj = without_columns(module.o_proj, kept.queries, size)
     if isinstance(sinks := getattr(module, "sinks", None), nn.Parameter):
         module.sinks = make_parameter(sinks.detach()[kept.queries], sinks)
-    # The config, which all layers share, still has the old numbers: these are read first.
+    # The config, shared by all layers, keeps the old numbers: these attributes are read first.
     for names, count in ((_QUERY_COUNTS, len(kept.queries)), (_KEY_COUNTS, len(kept.keys))):
         for name in names:
             if name == names[0] or hasattr(module, name):
@@ -200,7 +200,7 @@ def _prune_theirs(module: Any, kept: KeptHeads) -> None:
 
 
 def _state_of(module: nn.Module) -> dict[str, Any]:
-    """All that an assignment to an attribute of the module can change."""
+    """Copy of the module's attributes, to undo assignments to it."""
     return {
         name: dict(value) if isinstance(value, dict) else value
         for name, value in vars(module).items()

@@ -1,4 +1,4 @@
-"""What was seen of a model's heads on one text: numbers to read, tabulate, plot, save."""
+"""Report on a model's heads on one text: statistics and maps to tabulate, plot and save."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _FLAGS = ("is_self", "is_input")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerReport:
-    """What the heads of one attention layer did.
+    """Statistics, maps and top keys of the heads of one attention layer.
 
     Attributes:
         index: the layer's number in the model.
-        name: its name in the model.
-        heads: numbers of the heads seen, N of them; the first dimension of every tensor.
-        stats: one number a head by name, each (N,): `HeadStats.per_head`, and `contribution`,
-            the mean norm of what the head alone adds to the layer's output (where that is mixed
-            by a plain linear layer).
-        map: (N, rows, columns) as of `attention_map`.
-        keys, key_weights: (N, T, n) as of `top_keys`.
-        weights: (N, T, S), if asked for.
-        is_self: whether keys and queries are of the same tokens, as far as it is established. If
-            not, `stats` holds no number that compares their positions, and heads get no names.
-        is_input: whether query t and key t are of token t of what the model read first, so that
-            the report's tokens are those of the map.
-        query_ids, key_ids: (T,), (S,) the token of each query and key; None: not known.
+        name: its module name in the model.
+        heads: indices of the N reported heads, the first dimension of every tensor.
+        stats: one value per head by name, each (N,): `HeadStats.per_head`, and `contribution`,
+            the mean norm of the head's own addition to the layer's output (if the output
+            projection is a plain linear layer).
+        map: (N, rows, columns) as from `attention_map`.
+        keys, key_weights: (N, T, n) as from `top_keys`.
+        weights: (N, T, S), if requested.
+        is_self: True if queries and keys are established to be of the same tokens. If not, `stats`
+            has no statistic that compares their positions, and heads get no names.
+        is_input: True if query t and key t are of token t of the model's first input, so that
+            the report's tokens label the map.
+        query_ids, key_ids: (T,), (S,) the token of each query and key; None: not established.
     """
 
     index: int
@@ -68,20 +68,20 @@ class LayerReport:
         return f"LayerReport({self.index}, {self.name!r}, {len(self.heads)} heads)"
 
     def of_head(self, head: int) -> dict[str, float]:
-        """The numbers of one head."""
+        """Return the statistics of one head."""
         at = self.heads.index(head)
         return {name: values[at].item() for name, values in self.stats.items()}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class HeadReport:
-    """What every head of a model did on one text (`polyhead.look.capture`).
+    """Per-head analysis of a model on one text (`polyhead.look.capture`).
 
     Attributes:
         model: the model's class.
         tokens: the text of each token, if it was given.
-        token_ids: (T,) what the model read; None where it read no ids.
-        layers: one `LayerReport` a layer.
+        token_ids: (T,) the model's input; None if that was not token ids.
+        layers: one `LayerReport` per layer.
     """
 
     model: str
@@ -95,7 +95,7 @@ class HeadReport:
         return f"HeadReport({self.model}: {len(self.layers)} layers, {heads} heads, {T} tokens)"
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row per head: layer, head, its name (`name_head`; None over other tokens), numbers."""
+        """One row per head: layer, head, name (`name_head`; None unless is_self), statistics."""
         return [
             {
                 "layer": layer.index,
@@ -109,7 +109,7 @@ class HeadReport:
         ]
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """`rows` as a data frame of pandas.
+        """Return `rows` as a pandas data frame.
 
         Raises:
             DependencyError: pandas is not installed.
@@ -121,13 +121,13 @@ class HeadReport:
         return pandas.DataFrame(self.rows())
 
     def plot_grid(self, statistic: str = "entropy") -> matplotlib.figure.Figure:
-        """One number of every head as colors: a row a layer, a column a head.
+        """Plot one statistic of all heads as a heat map: one row per layer, one column per head.
 
         Args:
             statistic: a column of `to_dataframe`, such as "mass_first" or "contribution".
 
         Raises:
-            ArgumentError: there is no such number.
+            ArgumentError: there is no such statistic.
             DependencyError: matplotlib is not installed.
         """
         rows = self.rows()
@@ -156,13 +156,13 @@ class HeadReport:
         return figure
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the page of `docs/heads.md`: one file, for any browser, without a network.
+        """Write the page of `docs/heads.md`: one HTML file for any browser, without a network.
 
-        It stays under 5 MB for 270 heads, whatever the length of the text: where that asks for it,
-        weights are rounded and weak ones left out, and the page says so.
+        It stays under 5 MB for 270 heads at any text length: if necessary, weights are rounded and
+        weak ones left out, and the page notes it.
 
         Raises:
-            ArgumentError: the tokens are not those the model read, or there is no self-attention.
+            ArgumentError: the tokens are not those of the input, or there is no self-attention.
 
         >>> import tempfile, torch, polyhead as ph
         >>> mha = ph.MultiHeadAttention(8, 8, context_length=16, dropout=0.0, num_heads=2)
@@ -175,10 +175,10 @@ class HeadReport:
             file.write(render(self))
 
     def _repr_html_(self) -> str:
-        """The page as a notebook shows it: in a frame of its own, where it can only draw.
+        """Return the page for a notebook, in a sandboxed frame.
 
-        Where a notebook is not trusted, frames and styles are taken out of what it shows: then a
-        line and a picture of all maps are seen instead.
+        An untrusted notebook removes frames and styles: it shows a line of text and a picture of
+        all maps instead.
         """
         from polyhead.look.page import render
 
@@ -196,7 +196,7 @@ class HeadReport:
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file: the tensors, and the rest as JSON in its header.
+        """Write a safetensors file: the tensors, and the other fields as JSON in its header.
 
         Raises:
             DependencyError: safetensors is not installed.
@@ -218,10 +218,10 @@ class HeadReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> HeadReport:
-        """Read what `save` wrote.
+        """Read a file written by `save`.
 
         Raises:
-            ModelError: the file holds something else.
+            ModelError: the file is not a report of this format.
             DependencyError: safetensors is not installed.
         """
         with _safetensors("safe_open")(path, "pt") as file:

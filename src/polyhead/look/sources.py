@@ -1,12 +1,12 @@
-"""Token provenance: which tokens the queries and keys of each layer belong to.
+"""Token provenance: the tokens to which the queries and keys of each layer belong.
 
-Equal lengths establish nothing: a decoder may read as many tokens as its encoder, latents may be as
-many as the text, and images may stand in the place of tokens. So the model runs without mixing
-between tokens, once as it is and once with some tokens changed. Queries that change at just these
-places belong to these tokens, one for one.
+Equal lengths establish nothing: decoder and encoder inputs may have equal lengths, latents may have
+the length of the text, and image features may replace tokens. So the model runs without mixing
+between tokens, once unchanged and once with some tokens changed. Queries that change at exactly
+these positions belong to these tokens, one for one.
 
-Without mixing, heads add nothing; in layers of ours, which may stand without a residual stream,
-each token attends to itself alone.
+Without mixing, heads add nothing; in layers of ours, which may lack a residual stream, each token
+attends to itself only.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Marks = dict[int, list[tuple[Tensor, Tensor]]]
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What the queries and keys of a layer are, as far as it is established.
+    """Established provenance of a layer's queries and keys.
 
     Attributes:
-        is_self: whether keys and queries are of the same tokens: the last T keys are of the T
+        is_self: True if queries and keys are of the same tokens: the last T keys are of the T
             queries, in order.
-        query_ids: (T,) token of each query; None: not known, or none.
-        key_ids: (S,) token of each key; None: not known, or none.
-        is_input: whether query t and key t are of token t of the model's first input.
+        query_ids: (T,) token of each query; None: not established, or none.
+        key_ids: (S,) token of each key; None: not established, or none.
+        is_input: True if query t and key t are of token t of the model's first input.
     """
 
     is_self: bool
@@ -60,11 +60,11 @@ def find_sources(
     inputs: Mapping[str, Any],
     run: Callable[[Tensor], Any],
 ) -> dict[int, Sources]:
-    """The sources of each layer that calls `polyhead.attention`, by its index.
+    """Return the sources of each layer that calls `polyhead.attention`, by its index.
 
     Args:
-        model: whose forward it is.
-        layers: of the model.
+        model: the model that `run` calls.
+        layers: its attention layers.
         first: the first input, (1, T) token ids or (1, T, features) or another.
         inputs: the other inputs, by name.
         run: a forward of the model on a first input.
@@ -89,7 +89,7 @@ def find_sources(
 
 
 def is_probing() -> bool:
-    """Whether the forward that runs is one to find sources, and not the one that is looked at."""
+    """True during a forward of `find_sources`, as opposed to the captured one."""
     return _probing.get()
 
 
@@ -114,7 +114,7 @@ def _judge(
 
 
 def _same(found: Sequence[Tensor | None]) -> Tensor | None:
-    """The ids that all of them are."""
+    """The ids common to all entries that have any; None if they differ."""
     known = [ids for ids in found if ids is not None]
     return known[0] if known and all(torch.equal(ids, known[0]) for ids in known) else None
 
@@ -122,7 +122,7 @@ def _same(found: Sequence[Tensor | None]) -> Tensor | None:
 def _aligned(
     base: Sequence[tuple[Tensor, Tensor]], moved: Sequence[tuple[Tensor, Tensor]] | None
 ) -> tuple[bool, bool, bool]:
-    """Whether exactly the changed tokens' queries, the last keys, and the keys of all changed."""
+    """True for queries, last keys and all keys that changed at exactly the changed tokens."""
     if moved is None or len(moved) != len(base):
         return False, False, False
     found = []
@@ -137,7 +137,7 @@ def _aligned(
 
 
 def _moves(before: Tensor, after: Tensor) -> Tensor:
-    """Which rows have changed by more than rounding, (T,)."""
+    """True for rows that changed by more than rounding, (T,)."""
     wide, wide_after = before.float(), after.float()
     apart = (wide_after - wide).norm(dim=-1)
     total = wide.norm(dim=-1) + wide_after.norm(dim=-1)
@@ -146,7 +146,7 @@ def _moves(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _places(tokens: int) -> Tensor:
-    """The tokens to change: about half, in no order, the first of them and not the last."""
+    """Mask of tokens to change: a random half, including the first token but not the last."""
     on = torch.rand(tokens, generator=torch.Generator().manual_seed(5)) < 0.5
     on[:1] = True
     if tokens > 1:
@@ -155,7 +155,7 @@ def _places(tokens: int) -> Tensor:
 
 
 def _changed(x: Tensor) -> Tensor:
-    """Values of the tokens at `_places`, (..., T, features) or (..., T) ids, made others."""
+    """Replace the values of the tokens at `_places`: (..., T, features), or (..., T) ids."""
     if not x.is_floating_point():
         on = _places(x.shape[-1]).to(x.device)
         return torch.where(on, torch.where(x == x.max(), x.min(), x.max()), x)
@@ -171,7 +171,7 @@ def _can_change(first: Tensor) -> bool:
 
 
 class _Probe:
-    """Forwards of a model without mixing between tokens, with marks of all queries and keys."""
+    """Forwards of a model without mixing between tokens, recording marks of queries and keys."""
 
     def __init__(
         self,
@@ -190,12 +190,12 @@ class _Probe:
     def run(
         self, *, local: bool = False, event: int | None = None, first: Tensor | None = None
     ) -> Marks:
-        """Marks of the calls by layer; with one input changed.
+        """Run the model with one input changed and return the marks of its calls by layer.
 
         Args:
-            local: the input of each layer, which the other layers do not see.
-            event: the output of this embedding, by its number among those that ran.
-            first: the model's first input.
+            local: True to change the input of each layer, invisibly to the other layers.
+            event: index of the embedding call whose output is changed.
+            first: a changed first input of the model.
         """
         marks: Marks = defaultdict(list)
         self.events = []
@@ -213,7 +213,7 @@ class _Probe:
         return marks
 
     def texts(self) -> list[tuple[int, Tensor]]:
-        """Embeddings of token ids, by their number; not those of positions or kinds of token."""
+        """Token embedding calls, by index, with their ids; not those of positions or types."""
         own = {
             id(embedding)
             for module in self.model.modules()
@@ -301,7 +301,7 @@ class _Probe:
             yield passed, block, True
 
     def _blocks_of_another_kind(self) -> Iterator[nn.Module]:
-        """Blocks between those with attention that mix tokens by something else: skipped."""
+        """Yield blocks that mix tokens without attention, next to blocks with it: skipped."""
         attends = {id(layer.module) for layer in self.layers}
         for module in self.model.modules():
             if isinstance(module, nn.ModuleList):
@@ -311,7 +311,7 @@ class _Probe:
 
 
 def _mark(heads_bhtd: Tensor) -> Tensor:
-    """A few numbers by which each token's heads are told apart, (T, features), on the CPU."""
+    """Random projection of each token's heads, to compare runs: (T, features), on the CPU."""
     rows = heads_bhtd[0].transpose(0, 1).flatten(1)
     generator = torch.Generator().manual_seed(7)
     project = torch.randn(rows.shape[1], _FEATURES, generator=generator) / rows.shape[1] ** 0.5
@@ -320,7 +320,7 @@ def _mark(heads_bhtd: Tensor) -> Tensor:
 
 
 def _with_first_changed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A layer's arguments, the first features of tokens among them changed."""
+    """Return a layer's arguments with the first token features among them changed."""
 
     def fits(x: Any) -> bool:
         return isinstance(x, Tensor) and x.is_floating_point() and x.ndim == 3

@@ -1,4 +1,4 @@
-"""HeadStats of attention weights at any length: exact, and linear in T in memory."""
+"""`HeadStats` of attention weights at any length: exact, with memory linear in T."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from polyhead.validate import build_call
 __all__ = ["BY_POSITION", "RECENT", "stats", "stats_of"]
 
 RECENT = 16  # tokens
-# Numbers that compare the positions of queries and keys; without meaning if these are of two texts.
+# Statistics that compare positions of queries and keys: meaningless if these are of two texts.
 BY_POSITION = frozenset({"mean_distance", "mass_previous", "mass_self", "mass_recent"})
 
 
@@ -33,22 +33,22 @@ def stats(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> HeadStats:
-    """What each head does for every query: entropy, distances, mass on the first token, and so on.
+    """Attention statistics per head and query: entropy, distance, mass on the first token, ...
 
-    Exact, against the definition; memory grows with T, not with T x S. The C++ kernels give most
-    of it from one pass without values; where they do not run, scores are held for some queries at
-    a time. No gradients.
+    Equal to those of the materialized weights; memory grows with T, not with T x S. The C++
+    kernels compute most of them in one pass without values; elsewhere the reference runs in
+    chunks of queries. No gradients.
 
     Args:
         query: (B, H, T, D).
         key: (B, G, S, D), G a divisor of H.
-        mask: who may attend, in terms of absolute positions; None: everybody.
+        mask: a mask of absolute positions; None: every query may attend to every key.
         token_ids: (S,) or (B, S) integers, the token of each key; the queries are the last T of
             them. For `mass_same_token` and `mass_induction`, which take a pass each.
         bias, scale, softcap, sinks, alibi_slopes: as in `polyhead.attention`.
 
     Returns:
-        `HeadStats` of (B, H, T) tensors; `.per_head()` gives one number a head.
+        `HeadStats` of (B, H, T) tensors; `.per_head()` returns one value per head.
 
     >>> import polyhead as ph
     >>> query, key = torch.zeros(1, 2, 4, 8), torch.zeros(1, 1, 4, 8)   # equal weights
@@ -64,7 +64,7 @@ def stats(
 
 
 def stats_of(call: AttentionCall, token_ids: Tensor | None = None) -> HeadStats:
-    """The same, of a call."""
+    """`stats` of an `AttentionCall`."""
     if token_ids is not None:
         check_token_ids(token_ids, call)
     aux = stream_aux(call, AuxRequest(lse=True, stats=True))

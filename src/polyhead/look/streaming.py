@@ -1,7 +1,7 @@
-"""Sums over keys, streamed: what every number about heads is made of.
+"""Streamed sums over keys, from which all per-head statistics are computed.
 
 The weight that a query puts on a set of keys is exp(lse over the set - lse over all its keys), and
-a fused kernel gives an lse without a T x S tensor. So a share of weight, whatever the set, is one
+a fused kernel computes an lse without a T x S tensor. So the weight on any set of keys costs one
 more pass of the kernel.
 """
 
@@ -31,27 +31,27 @@ __all__ = [
     "weights_by_chunk",
 ]
 
-# Without a kernel the scores of some queries are held at a time; this many cells of them.
+# Without a kernel, scores are computed in chunks of queries, of this many cells each.
 _CELLS = 2**22
 
 
-def total_logsumexp(call: AttentionCall, log_sums_bht: Tensor) -> Tensor:
-    """The logarithm of what exp(score) is divided by, (B, H, T): the sum of keys and sink."""
+def total_logsumexp(call: AttentionCall, lse_bht: Tensor) -> Tensor:
+    """Log of the softmax denominator, (B, H, T): the sum over keys and the sink."""
     if call.sinks is None:
-        return log_sums_bht
-    return torch.logaddexp(log_sums_bht, call.sinks.to(log_sums_bht.dtype)[:, None])
+        return lse_bht
+    return torch.logaddexp(lse_bht, call.sinks.to(lse_bht.dtype)[:, None])
 
 
-def weight_mass(log_sums_bht: Tensor, log_totals_bht: Tensor) -> Tensor:
-    """The weight on the keys whose log-sum is given; 0 for a query with nothing to attend to."""
-    return torch.exp(log_sums_bht - log_totals_bht).masked_fill(log_sums_bht == -torch.inf, 0.0)
+def weight_mass(lse_bht: Tensor, total_lse_bht: Tensor) -> Tensor:
+    """Weight on the keys with this log-sum-exp; 0 for a query with no key to attend to."""
+    return torch.exp(lse_bht - total_lse_bht).masked_fill(lse_bht == -torch.inf, 0.0)
 
 
 def key_logsumexp(call: AttentionCall, keys: tuple[int, int] | None = None) -> Tensor:
-    """log sum exp(score) over the keys each query may attend to, (B, H, T); -inf over none.
+    """Log-sum-exp of the scores over the keys each query may attend to, (B, H, T); -inf over none.
 
     Args:
-        call: whose scores; its output is not computed.
+        call: the call with these scores; its output is not computed.
         keys: (first, last), to sum over keys first .. last - 1 only.
     """
     lse = stream_aux(call, AuxRequest(lse=True), keys).lse
@@ -62,11 +62,10 @@ def key_logsumexp(call: AttentionCall, keys: tuple[int, int] | None = None) -> T
 def stream_aux(
     call: AttentionCall, request: AuxRequest, keys: tuple[int, int] | None = None
 ) -> Aux:
-    """lse and stats as of `attention(..., return_aux=request)`, in memory that grows with T alone.
+    """Return lse and stats as `attention(..., return_aux=request)` does, in memory linear in T.
 
-    By the first backend, of those that would run here, that has them from its own pass; else by
-    the definition, chunk by chunk. With `keys` = (first, last), as if there were no other keys
-    than first .. last - 1.
+    They come from the first eligible backend that computes them in its own pass, else from the
+    reference, in chunks. With `keys` = (first, last), only keys first .. last - 1 count.
     """
     first, last = (0, call.S) if keys is None else keys
     # Values of no features: there is no output to compute.
@@ -82,13 +81,13 @@ def stream_aux(
         with _autocast_off(call.query):
             return backend.run(asked)[1]
     with _autocast_off(call.query):
-        return _by_definition(replace(asked, mask=call.mask), first, last)
+        return _by_reference(replace(asked, mask=call.mask), first, last)
 
 
 def weights_by_chunk(call: AttentionCall) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, weights of queries start .. stop - 1), in the compute dtype: by the definition.
+    """Yield (start, stop, weights of queries start .. stop - 1) of the reference, in compute dtype.
 
-    The weights are of keys 0 .. last - 1, as many as the mask lets these queries reach.
+    The weights are of keys 0 .. last - 1, where `last` is the end of the mask's key range.
     """
     wide = {n: getattr(call, n).to(call.compute_dtype) for n in ("query", "key")}
     call = replace(call, **wide, value=wide["key"][..., :0], aux=AuxRequest(weights=True))
@@ -104,16 +103,16 @@ def weights_by_chunk(call: AttentionCall) -> Iterator[tuple[int, int, Tensor]]:
 
 
 def chunks(call: AttentionCall, cells_a_row: int, cells: int) -> Iterator[tuple[int, int]]:
-    """Queries start .. stop - 1 at a time, of at most `cells` cells (and at least one query)."""
+    """Yield ranges (start, stop) of queries, of at most `cells` cells (and at least one query)."""
     rows = max(1, cells // max(1, cells_a_row))
     for start in range(0, max(call.T, 1), rows):
         yield start, min(start + rows, call.T)
 
 
 def slice_call(call: AttentionCall, start: int, stop: int, first: int, last: int) -> AttentionCall:
-    """The call of queries start .. stop - 1 against keys first .. last - 1, its mask written out.
+    """Return the call of queries start .. stop - 1 and keys first .. last - 1, mask materialized.
 
-    Query 0 of it stands at call.S - call.T + start - first among its keys.
+    Its query 0 has position call.S - call.T + start - first among its keys.
     """
     mask = None
     if call.mask is not None:
@@ -136,7 +135,7 @@ def slice_call(call: AttentionCall, start: int, stop: int, first: int, last: int
 
 
 def _within(call: AttentionCall, first: int, last: int) -> Mask | None:
-    """The call's mask, and only keys first .. last - 1: rules whose structure a kernel knows."""
+    """Restrict the call's mask to keys first .. last - 1, by masks that kernels read as ranges."""
     mask = call.mask
     rules: list[Mask] = []
     if first > 0:
@@ -149,14 +148,14 @@ def _within(call: AttentionCall, first: int, last: int) -> Mask | None:
 
 
 def _keeps_structure(call: AttentionCall) -> bool:
-    """Whether a kernel can read the mask without writing out T x S booleans that are not there."""
+    """True if a kernel can read the mask without materializing T x S booleans for it."""
     rest = read_ranges(call.mask, call.T, call.S).unstructured
     return rest is None or isinstance(rest, Dense) or call.T * call.S <= _CELLS
 
 
 @contextmanager
 def _autocast_off(query: Tensor) -> Iterator[None]:
-    """As `attention` does: a caller's autocast decides the dtype of queries and keys, no more."""
+    """Disable autocast within, as `attention` does: it decides the dtype of its inputs only."""
     if autocasts(query):
         with torch.autocast(query.device.type, enabled=False):
             yield
@@ -164,7 +163,7 @@ def _autocast_off(query: Tensor) -> Iterator[None]:
         yield
 
 
-def _by_definition(call: AttentionCall, first: int, last: int) -> Aux:
+def _by_reference(call: AttentionCall, first: int, last: int) -> Aux:
     parts = []
     for start, stop in chunks(call, call.B * call.H * (last - first), _CELLS):
         end = last

@@ -1,4 +1,4 @@
-"""The weight that queries put on keys because of which tokens these are."""
+"""Attention mass by token identity: on repeated tokens, and on the tokens after these."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from polyhead.validate import check_is_tensor
 
 __all__ = ["check_token_ids", "token_masses"]
 
-# Which keys count is written out for some queries at a time; this many bytes of it.
+# The mask of counted keys is materialized in chunks of queries, of this many bytes each.
 _CELLS = 2**24
 
 
 def token_masses(
-    call: AttentionCall, token_ids: Tensor, log_totals_bht: Tensor
+    call: AttentionCall, token_ids: Tensor, total_lse_bht: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weight on earlier keys of the query's token and on the keys just after those, (B, H, T).
 
-    And whether there are any: whether the query's token came before, (B or 1, 1, T).
+    Third, True for each query whose token came before, so that there are any: (B or 1, 1, T).
     """
     T, S = call.T, call.S
     ids_bs = torch.atleast_2d(token_ids.to(call.device))
     masses = []
     for start, stop in chunks(call, ids_bs.shape[0] * S, _CELLS):
-        # No later key counts, and without those the last query stands at the last key again.
+        # No later key counts; without these the last query is again at the last key's position.
         first_query, last = S - T + start, S - T + stop
         key = torch.arange(last, device=call.device)
         earlier_ts = key < torch.arange(first_query, last, device=call.device)[:, None]
@@ -38,7 +38,7 @@ def token_masses(
         after_bts = torch.zeros_like(same_bts)
         after_bts[..., 1:] = same_bts[..., :-1]
         part = slice_call(call, start, stop, 0, last)
-        total = log_totals_bht[..., start:stop]
+        total = total_lse_bht[..., start:stop]
         same, after = (
             weight_mass(key_logsumexp(_only(part, on)), total) for on in (same_bts, after_bts)
         )
@@ -55,7 +55,7 @@ def _only(part: AttentionCall, allowed_bts: Tensor) -> AttentionCall:
 
 
 def check_token_ids(token_ids: Tensor, call: AttentionCall) -> None:
-    """Raise if these cannot name the tokens of the call's keys, its queries among them."""
+    """Raise unless there is one integer id per key of the call, the queries being the last T."""
     check_is_tensor("token_ids", token_ids)
     if token_ids.is_floating_point() or token_ids.is_complex():
         raise DtypeError("token_ids", "must be integers", token_ids.dtype, "pass the ids as read")
@@ -65,5 +65,5 @@ def check_token_ids(token_ids: Tensor, call: AttentionCall) -> None:
             f"must name the token of each of the S = {call.S} keys, (S,) or (B, S) with "
             f"B = {call.B}, the T = {call.T} queries among them",
             tuple(token_ids.shape),
-            "give one id a key token, of cached tokens too",
+            "give one id per key token, of cached tokens too",
         )

@@ -1,4 +1,4 @@
-"""The most attended keys of every query."""
+"""Most attended keys of each query."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["TopKeys", "top_keys", "top_keys_of"]
 
 @dataclass(frozen=True, eq=False)
 class TopKeys:
-    """The most attended keys of every query, the most attended first.
+    """Most attended keys of each query, in descending order of weight.
 
     Attributes:
-        keys: (B, H, T, n) their numbers; -1 where a query has fewer keys with any weight.
+        keys: (B, H, T, n) key indices; -1 where a query has fewer keys with any weight.
         weights: (B, H, T, n) the weight on each, in the compute dtype; 0 where there is none.
     """
 
@@ -43,14 +43,14 @@ def top_keys(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> TopKeys:
-    """The n most attended keys of every query of every head, and the weight on each.
+    """Return the n most attended keys per query and head, and the weight on each.
 
-    Exact; the weights of some queries are held at a time. No gradients.
+    Exact; weights are materialized in chunks of queries. No gradients.
 
     Args:
         query: (B, H, T, D).
         key: (B, G, S, D), G a divisor of H.
-        n: how many; fewer if there are fewer keys.
+        n: the number of keys to return; at most S.
         mask, bias, scale, softcap, sinks, alibi_slopes: as in `polyhead.attention`.
 
     >>> import polyhead as ph
@@ -65,7 +65,7 @@ def top_keys(
 
 
 def top_keys_of(call: AttentionCall, n: int) -> TopKeys:
-    """The same, of a call."""
+    """`top_keys` of an `AttentionCall`."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ArgumentError("n", "must be an integer of at least 1", repr(n), "say 8")
     n = min(n, call.S)

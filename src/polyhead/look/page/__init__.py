@@ -1,4 +1,4 @@
-"""One HTML file that shows what each head does: no server, no network, nothing to install."""
+"""Self-contained HTML page of a head report: no server, no network, nothing to install."""
 
 from polyhead.look.page.payload import payload
 from polyhead.look.page.render import render

@@ -1,4 +1,4 @@
-"""Maps and keys in few characters: quantized, deflated, base64; coarser until they fit."""
+"""Compact encoding of maps and keys: quantized, deflated, base64; coarser until they fit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 __all__ = ["pack_keys", "pack_maps"]
 
-# Levels of a cell, and how often its map is halved; from the finest.
+# (levels of a cell, number of halvings of its map), finest first.
 _MAPS = ((255, 0), (127, 0), (63, 0), (31, 0), (31, 1), (31, 2), (15, 3))
-# Levels of a weight, and the least weight that is kept.
+# (levels of a weight, smallest weight that is kept), finest first.
 _KEYS = (
     *((levels, 0.0) for levels in (255, 63, 31)),
     *((31, least) for least in (0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1)),
@@ -30,14 +30,14 @@ Detail = TypeVar("Detail")
 
 
 def pack_maps(maps: Sequence[Tensor], edges: Sequence[int], budget: int) -> dict[str, Any]:
-    """The maps of all heads in `budget` characters, or as coarse as we go.
+    """Encode the maps of all heads in `budget` characters, or at the coarsest detail.
 
-    A cell is round(levels * sqrt(weight / scale)), scale being the largest weight of its map; kept
-    is its difference from the cell above, modulo 256: what goes straight down costs nothing.
+    A cell is round(levels * sqrt(weight / scale)), with scale the largest weight of its map. Its
+    difference from the cell above is stored, modulo 256: vertical stripes cost almost nothing.
 
     Args:
-        maps: (n, n) mean weights, one a head.
-        edges: n + 1 numbers: which tokens each row, and each column, stands for.
+        maps: one (n, n) tensor of mean weights per head.
+        edges: n + 1 token indices: row and column i of a map are tokens edges[i] .. edges[i+1] - 1.
         budget: characters.
     """
 
@@ -69,14 +69,14 @@ def pack_maps(maps: Sequence[Tensor], edges: Sequence[int], budget: int) -> dict
 def pack_keys(
     keys: Sequence[Tensor], weights: Sequence[Tensor], budget: int
 ) -> dict[str, Any] | None:
-    """The most attended keys of all tokens and heads in `budget` characters; None: too many.
+    """Encode the most attended keys of all tokens and heads in `budget` characters; None: too many.
 
-    A head holds how many keys of each token are kept, a byte a token; then of all keys that are,
-    token by token and the most attended first, round(levels * sqrt(weight)), a byte a key; then
-    (query - key) mod T, T itself for the first token, in `bytes` bytes a key: all low ones first.
+    Per head: the number of keys kept per token, one byte per token; then for all kept keys, in
+    token order and the most attended first, round(levels * sqrt(weight)), one byte per key; then
+    (query - key) mod T, T itself for key 0, in `bytes` bytes per key: all low bytes first.
 
     Args:
-        keys, weights: (T, n) as of `top_keys`, one a head.
+        keys, weights: (T, n) as from `top_keys`, one pair per head.
         budget: characters.
     """
     T, given = keys[0].shape
@@ -111,7 +111,7 @@ def pack_keys(
 def _finest(
     details: Sequence[Detail], encode: Callable[[int, Detail], str], heads: int, budget: int
 ) -> tuple[Detail, list[str]] | None:
-    """The first detail in which all heads fit; what some of them take tells which to try."""
+    """Return the first detail at which all heads fit; a sample of heads skips hopeless ones."""
     some = range(0, heads, max(1, heads // 20))
     for detail in details:
         if sum(len(encode(head, detail)) for head in some) * heads > budget * len(some):
@@ -127,7 +127,7 @@ def _halved(edges: Sequence[int], halvings: int) -> list[int]:
 
 
 def _joining(edges: Sequence[int], bins: Sequence[int]) -> Tensor:
-    """(bins, cells): the mean over the tokens of each bin, of means over those of cells."""
+    """Pooling matrix (bins, cells): from means over cells to means over bins of tokens."""
     sizes = torch.tensor(edges).diff().float()
     join = torch.zeros(len(bins) - 1, len(sizes))
     at = {edge: i for i, edge in enumerate(edges)}
@@ -150,7 +150,7 @@ def _codes(weight_mass: Tensor, levels: int) -> Tensor:
 
 
 def _held(weights_tn: Tensor, kept_tn: Tensor) -> float:
-    """How much of its weight a token has on the keys that are kept, on average."""
+    """Mean weight per token on the keys that are kept."""
     return round(weights_tn.float().masked_fill(~kept_tn, 0.0).sum(dim=1).mean().item(), 3)
 
 

@@ -1,10 +1,10 @@
-"""What the page says of kinds of heads and of numbers, for those who read such a page first."""
+"""Legend of the page: short explanations of head kinds and statistics."""
 
 from __future__ import annotations
 
 __all__ = ["KINDS", "NUMBERS"]
 
-# In the order in which `name_head` asks; each goes on from "This head".
+# In the order of the rules of `name_head`; each continues "This head".
 KINDS = {
     "induction": "looks at what followed this token last time",
     "previous token": "looks at the token just before",
@@ -13,8 +13,8 @@ KINDS = {
     "other": "does none of these: farther back, several tokens at once, or everything alike",
 }
 
-# name: (label, unit, what it says). A "share" is of a token's weight, all of which is 1; its label
-# goes on from "weight on".
+# name: (label, unit, explanation). A "share" is of a token's total weight, 1; its label continues
+# "weight on".
 NUMBERS = {
     "mass_first": ("first token", "share", "Weight on the first token of the text."),
     "mass_previous": ("previous token", "share", "Weight on the token just before."),

@@ -1,4 +1,4 @@
-"""What the page shows, as data."""
+"""JSON data of the page."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 __all__ = ["BUDGET", "payload"]
 
 BUDGET = 4_800_000  # characters, of a page under 5 MB
-_MAPS_SHARE = 0.25  # of what the text leaves, where keys are needed too
+_MAPS_SHARE = 0.25  # of the budget after the text, where keys are included too
 
 
 def payload(report: HeadReport, *, budget: int = BUDGET) -> dict[str, Any]:
-    """The data of the page: a dictionary of JSON, its `maps` and `keys` as detailed as fits.
+    """Return the data of the page as a JSON dictionary, `maps` and `keys` as detailed as fits.
 
     Args:
-        report: of `capture`. A layer that attends to another text than the report's own, as an
-            encoder's does to a decoder, is left out: `left_out` has its name.
-        budget: characters of JSON, at most; texts and numbers are kept whole whatever they take.
+        report: from `capture`. A layer over other tokens than the report's own, such as
+            cross-attention, is left out: `left_out` has its name.
+        budget: the most characters of JSON; texts and numbers are never shortened.
 
     Raises:
-        ArgumentError: there are no tokens or not those that the model read, or all layers are
+        ArgumentError: there are no tokens or not those of the model's input, or all layers are
             left out.
     """
     tokens = _tokens(report)
@@ -72,7 +72,7 @@ def payload(report: HeadReport, *, budget: int = BUDGET) -> dict[str, Any]:
         keys = [keys for layer in layers for keys in layer.keys]
         weights = [weights for layer in layers for weights in layer.key_weights]
         data["keys"] = pack_keys(keys, weights, left - len(json.dumps(data["maps"])))
-        if pooled:  # what the keys did not need
+        if pooled:  # with the characters that the keys left over
             data["maps"] = pack_maps(maps, edges, left - len(json.dumps(data["keys"])))
     return data
 

@@ -1,4 +1,4 @@
-"""The page itself: its files and its data in one document that runs nothing else."""
+"""Renderer of the page: its files and its data in one HTML document."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ _SCRIPTS = (
 
 
 def render(report: HeadReport, *, live: bool = False, budget: int = BUDGET) -> str:
-    """The page as one HTML document: to be opened from disk, sent, or put on any server.
+    """Render the page as one HTML document, to open from disk, send, or put on any server.
 
-    What it may load or run is in the document, named by hash in its content security policy; a
-    text that holds HTML is shown, not run.
+    All scripts and styles are in the document, listed by hash in its content security policy;
+    HTML in the text is shown, not run.
 
     Args:
-        report: of `capture`.
-        live: whether the page may ask the server it came from for another report (`live.js`).
-        budget: characters of data, as of `payload`.
+        report: from `capture`.
+        live: True to let the page request other reports from its own server (`live.js`).
+        budget: characters of data, as for `payload`.
 
     Raises:
-        ArgumentError: as of `payload`.
+        ArgumentError: as for `payload`.
     """
     names = (*_SCRIPTS, *(("live.js",) if live else ()))
     return assemble(
