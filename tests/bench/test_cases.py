@@ -107,7 +107,7 @@ def test_what_a_cache_holds_is_counted_as_it_holds_it():
     codes = Case("D", 1, 4, 2, 1, 40, 24, codes=True, blocks=16, dtype=torch.bfloat16)
     assert codes.work == 2 * 2 * 40 * (24 + 4)
     assert Case("D", 1, 4, 2, 1, 40, 24, blocks=16).work == 2 * 2 * 40 * 24 * 4
-    assert str(codes) == "decode 1, 4/2, 1, 40, 24, full, int8 codes, blocks of 16, bfloat16"
+    assert str(codes) == "decode 1, 4/2, 1, 40, 24, full, int8, blocks of 16, bfloat16"
 
 
 def test_values_of_a_latent_are_in_the_keys_and_read_once():

@@ -124,7 +124,7 @@ def test_what_was_measured_before_it_is_interrupted_is_kept(monkeypatch):
 def test_warnings_tell_what_makes_numbers_worthless():
     result = run_bench((), TRIAL)
     assert result.warnings[0].startswith("measured with --anyway")
-    assert "sizes divided by 64: a trial, to be compared with nothing" in result.warnings
+    assert "sizes divided by 64: a trial, not a measurement" in result.warnings
     assert result.left_out == ("flex", "book: flex")
 
 

@@ -118,9 +118,9 @@ def test_bench_exits_with_1_when_polyhead_is_wrong(bench):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("xyz", "'xyz' is no peer. The peers: "),
-        ("fle", "'fle' is no peer; did you mean 'flex'? The peers: "),
-        ("polyhead", "'polyhead' is no peer"),
+        ("xyz", "'xyz' is not a peer. The peers: "),
+        ("fle", "'fle' is not a peer; did you mean 'flex'? The peers: "),
+        ("polyhead", "'polyhead' is not a peer"),
     ],
 )
 def test_bench_without_unknown_peer_names_the_peers(bench, name, hint):

@@ -114,7 +114,7 @@ def test_busy_and_failed(session, monkeypatch):
     monkeypatch.setattr(session, "answer", lambda **asked: 1 / 0)
     answer = client.post("/api/read", json={"text": TEXT})
     assert answer.status_code == 500
-    assert answer.json() == {"error": "the server failed; its terminal says how"}
+    assert answer.json() == {"error": "the server failed; see its terminal for the error"}
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 

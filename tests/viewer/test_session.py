@@ -60,7 +60,7 @@ def test_one_at_a_time(session, monkeypatch):
     first = threading.Thread(target=lambda: answers.append(session.answer(TEXT, (), "zero")))
     first.start()
     assert reading.wait(10)
-    with pytest.raises(BusyError, match="another text; ask again"):
+    with pytest.raises(BusyError, match="another text; try again"):
         session.answer(TEXT, (), "zero")
     go_on.set()
     first.join()

@@ -59,7 +59,7 @@ def test_a_number_is_a_colour_from_the_least_to_the_most(printed, report):
     colors = {cell.split()[1]: color for color, cell in cells}
     assert (colors["1.10"], colors["3.20"]) == (dark, yellow)
     assert len(set(colors.values())) == 4
-    assert "Colour: effective tokens" in "\n".join(lines)
+    assert "Color: effective tokens" in "\n".join(lines)
     # Shares stand between 0 and 1, whatever the heads have.
     shares = printed(report, "mass_first", colors="truecolor")
     assert yellow not in "\n".join(shares[3:5])

@@ -1,7 +1,8 @@
-"""`polyhead bench`: polyhead beside its peers, on this machine, in one run.
+"""`polyhead bench`: polyhead and its peers, measured on this machine in one run.
 
-Each peer is held to float64 before it is timed; peers take turns; times are told with the share of
-this machine's ceilings, measured in the same run. Nothing is told when other processes were busy.
+Each peer is checked against float64 before it is timed; peers run round-robin; rates are reported
+as shares of this machine's ceilings, measured in the same run. Nothing is reported if other
+processes were busy.
 """
 
 from polyhead.bench.cases import Case

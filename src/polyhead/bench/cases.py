@@ -1,4 +1,4 @@
-"""What is measured: one `Case` is sizes, dtype, rule, and what is wanted of it."""
+"""Benchmark cases: one `Case` has sizes, dtype, mask and targets."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ __all__ = ["Case", "Inputs"]
 
 Inputs = dict[str, Tensor]
 
-# Tensors of at least this many bytes in turn do not stay in a processor's cache.
+# Inputs of at least this many bytes in total do not stay in a processor's cache.
 _OUT_OF_CACHE = 2**28
 _MOST_COPIES = 8
-# More operations than this for each byte of keys and values take longer than reading it.
+# With more operations per byte of keys and values, a case is not memory-bound.
 _OPERATIONS_A_BYTE = 16
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure. Sizes as in the legend of `polyhead.call`.
+    """One benchmark case. Sizes as in the legend of `polyhead.call`.
 
     Attributes:
         id: as in the table of targets; variants of a row follow a slash (`P7/bf16`).
         B, H, G, T, S, D: the sizes; a module's width is H * D.
-        latent: size of values that are the first features of the keys; None: of their own, D.
-        codes: whether a cache holds keys and values as int8 codes.
-        blocks: in blocks of how many tokens a cache holds them; None: side by side.
+        latent: size of values that are the first features of the keys; None: separate, size D.
+        codes: True if the KV cache is int8.
+        blocks: block size of the paged KV cache, in tokens; None: contiguous.
         dtype: of every tensor.
         kind: "attention" on queries, keys and values; "module" with projections; "generate", a
-            decoder of transformers, of which a token is measured, or with T = S its prompt.
+            transformers decoder, measured per token, or with T = S on its prompt.
         decoder: of "generate": a Llama of 4 layers as wide as H * D, or the real SmolLM2-135M.
-        causal: whether a query sees only keys at its position and before.
-        window: how many keys before its own position a query sees, or None for all.
-        train: whether the gradients belong to it.
+        causal: True if a query attends only to keys at its position and before.
+        window: the number of keys before its own position a query attends to; None: all.
+        train: True if gradients are computed too.
         dropout: probability with which a weight is dropped.
-        statistics: whether head statistics are asked for beside the output.
-        in_cache: whether keys and values may stay in the processor's cache from call to call.
-        targets: the least speed-up wanted over "best" (the best peer), or over a peer by name.
-        target_share: the least share wanted of the ceiling.
-        target_us: the most microseconds wanted.
+        statistics: True if head statistics are requested in addition to the output.
+        in_cache: True if keys and values may stay in the processor's cache between calls.
+        targets: minimum speed-up over "best" (the best peer), or over a peer by name.
+        target_share: minimum share of the ceiling.
+        target_us: maximum microseconds.
     """
 
     id: str
@@ -74,22 +74,22 @@ class Case:
 
     @property
     def decode(self) -> bool:
-        """Whether it is one query against many keys."""
+        """True if it is one query per sequence against many keys."""
         return self.kind == "attention" and self.T == 1
 
     @property
     def reads(self) -> bool:
-        """Whether reading keys and values is the work, and not the products with them."""
+        """True if it is memory-bound: reading keys and values takes longer than the products."""
         return self.decode and self._operations <= _OPERATIONS_A_BYTE * self._cache_bytes
 
     @property
     def cached(self) -> bool:
-        """Whether keys and values are what a cache holds, and not tensors."""
+        """True if keys and values are in a KV cache that is paged or quantized."""
         return self.codes or self.blocks is not None
 
     @property
     def mask(self) -> Mask | None:
-        """The rule, as polyhead writes it. One last query sees every key: no rule is needed."""
+        """The polyhead mask. None for decoding: the last query attends to every key."""
         if not self.causal or self.decode:
             return None
         causal = polyhead.mask.causal()
@@ -97,17 +97,17 @@ class Case:
 
     @property
     def pairs(self) -> float:
-        """Query-key pairs of a head that count as work; causal is half of all, as is usual."""
+        """Query-key pairs per head that count as work; by convention, causal counts half."""
         if self.window is not None:
             return self.T * min(self.window + 1, self.S)
         return self.T * self.S / (2 if self.causal and not self.decode else 1)
 
     @property
     def work(self) -> float | None:
-        """What a call has to do: bytes where reading is the work, else floating-point operations.
+        """Work of one call: bytes read if memory-bound, else floating-point operations.
 
         A forward pass is 2 * B * H * pairs * (D + E) (two products), and a backward pass 2.5 times
-        that (five products, one of them again). A module adds four projections; their backward pass
+        that (five products, one recomputed). A module adds four projections; their backward pass
         costs twice their forward. None for a whole decoder.
         """
         if self.kind == "generate":
@@ -124,14 +124,14 @@ class Case:
 
     @property
     def unit(self) -> str | None:
-        """Of the rate at which the work is done."""
+        """Unit of the rate, work per time."""
         if self.kind == "generate":
             return None
         return "GB/s" if self.reads else "GFLOP/s"
 
     @property
     def ceiling(self) -> str | None:
-        """Which ceiling of this machine bounds it. (float16 is computed in float32.)"""
+        """Name of the machine ceiling that bounds it. (float16 is computed in float32.)"""
         if self.kind == "generate" or self.in_cache:
             return None
         if self.reads:
@@ -144,19 +144,19 @@ class Case:
 
     @property
     def copies(self) -> int:
-        """How many inputs take turns, so that decoding reads memory as it does between layers."""
+        """Number of inputs used round-robin, so that decoding reads memory, not the CPU cache."""
         if not self.decode or self.in_cache:
             return 1
         return min(ceil(_OUT_OF_CACHE / self._cache_bytes), _MOST_COPIES)
 
     @property
     def tokens(self) -> int:
-        """How many tokens one call makes; its time is divided by it."""
+        """Number of tokens one call generates; its time is divided by it."""
         return 8 if self.kind == "generate" and not self.prompt else 1
 
     @property
     def prompt(self) -> bool:
-        """Whether reading a prompt is the work of a decoder, and not the tokens after it."""
+        """True if a decoder's prompt is measured, not the tokens after it."""
         return self.kind == "generate" and self.T == self.S
 
     @property
@@ -166,7 +166,7 @@ class Case:
     @property
     def _cache_bytes(self) -> int:
         tensors = 1 if self.latent else 2
-        # Codes have a scale of float32 for each token.
+        # int8 values have one float32 scale per token.
         token = self.D + 4 if self.codes else self.D * self.dtype.itemsize
         return self.B * self.G * self.S * tensors * token
 
@@ -178,17 +178,17 @@ class Case:
         sizes = f"{self.B}, {self.H}/{self.G}, {self.T}, {self.S}, {self.D}"
         rule = "full" if self.mask is None else repr(self.mask)
         extras = [f"values of {self.latent} in the keys"] if self.latent else []
-        extras += ["int8 codes"] if self.codes else []
+        extras += ["int8"] if self.codes else []
         extras += [f"blocks of {self.blocks}"] if self.blocks else []
         extras += [f"dropout {self.dropout}"] if self.dropout else []
         extras += ["head statistics"] if self.statistics else []
         return ", ".join([f"{kind} {sizes}", rule, *extras, self.dtype_name])
 
     def shrunk(self, factor: int) -> Case:
-        """The same kind of case with batch, heads and tokens divided: a trial, no measurement."""
+        """Return the case with batch, heads and tokens divided: for trials, not measurements."""
         if factor == 1:
             return self
-        fixed = self.kind == "generate" and self.decoder != "Llama"  # it has the heads it has
+        fixed = self.kind == "generate" and self.decoder != "Llama"  # its heads are given
         G = self.G if fixed else max(self.G // factor, 1)
         return replace(
             self,
@@ -200,7 +200,7 @@ class Case:
         )
 
     def inputs(self, seed: int) -> Inputs:
-        """Random numbers of this case's shapes, the same for the same seed in every dtype."""
+        """Return random inputs of this case's shapes, equal for equal seeds in every dtype."""
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -230,7 +230,7 @@ class Case:
 
     @staticmethod
     def _exact_codes(numbers: Tensor) -> Tensor:
-        """Numbers that int8 codes keep exactly: what peers differ in is then not the rounding."""
+        """Round to values that int8 represents exactly, so that peers do not differ by rounding."""
         codes = (numbers.float() * 32).round().clamp(-127, 127)
-        codes[..., 0] = 127  # the largest of a token is what its scale is made of
+        codes[..., 0] = 127  # the scale is computed from each token's largest value
         return (codes / 64).to(numbers.dtype)

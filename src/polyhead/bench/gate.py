@@ -1,13 +1,13 @@
-"""No number without this: every peer's output and gradients are held to float64 first.
+"""Correctness gate: every peer's output and gradients are checked against float64 before timing.
 
-Allowed is twice the largest error of an eager run in the same dtype, and 4 units in the last place
-of the largest number: a peer need not be better than the formula written out, nor may it be worse.
-Of attention's output, where thousands of values may cancel, that number is the largest sum of their
-magnitudes: the sums round in proportion to what they add up (Higham 2002, section 4.2).
+The tolerance is twice the largest error of an eager run in the same dtype, plus 4 units in the last
+place of the largest value: a peer need not be better than eager attention, nor may it be worse.
+For attention's output, where thousands of values may cancel, that value is the largest sum of their
+magnitudes: sums round in proportion to the magnitudes added (Higham 2002, section 4.2).
 
-Everything is checked at the size that is measured, with these exceptions, named in `scope`: of a
-long forward pass some queries (of all heads, the first and the last among them); of a decoder a
-shorter prompt; with dropout the same call without it, and that it drops and scales as it should.
+Everything is checked at the measured size, with these exceptions, named in `scope`: a long forward
+pass on a sample of queries (all heads, including the first and last query); a decoder on a shorter
+prompt; dropout by the same call without it, plus a test that it drops and scales correctly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from polyhead.bench.peers.registry import definition_of
 
 __all__ = ["Check", "Gate", "gate"]
 
-# Scores of the truth that may be held at a time.
+# Scores of the float64 run per chunk.
 _CELLS = 2**24
 _QUERIES = 64
 _PROMPT = 64
@@ -33,7 +33,7 @@ _PROMPT = 64
 
 @dataclass(frozen=True)
 class Check:
-    """One tensor of a peer against float64."""
+    """Error of one tensor of a peer against float64."""
 
     what: str
     error: float
@@ -49,7 +49,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Gate:
-    """What the peers of a case were held to, how each fared, and the seconds of its first call."""
+    """Result of the gate: its scope, the checks of each peer, and the seconds of its first call."""
 
     scope: str
     checks: Mapping[str, tuple[Check, ...]]
@@ -60,12 +60,12 @@ class Gate:
 
 
 def gate(case: Case, prepared: Mapping[Peer, Run], inputs: Inputs) -> Gate:
-    """Hold every prepared peer to float64.
+    """Check every prepared peer against float64.
 
     Args:
-        case: what is measured.
+        case: the case to measure.
         prepared: the calls that will be measured, by peer.
-        inputs: what they were prepared with.
+        inputs: the inputs with which they were prepared.
     """
     if case.kind == "generate":
         S = min(_PROMPT, case.S)
@@ -115,10 +115,10 @@ def _compare(case: Case, prepared: Mapping[Peer, Run], inputs: Inputs, scope: st
 def _checks(
     peer: Peer, results: Results, eager: Results, exact: Results, sizes: Mapping[str, float]
 ) -> tuple[Check, ...]:
-    """`sizes` says of what size the numbers are that were added up, where not of the result's."""
+    """Checks of one peer; `sizes` has the magnitude of a sum's terms where it exceeds the sum."""
     checks = []
     for name in exact:
-        # Statistics are asked of polyhead alone. Anything else that is missing is wrong.
+        # Statistics are requested of polyhead only. Any other missing result is an error.
         if name == "entropy" and not peer.ours:
             continue
         largest = sizes.get(name, exact[name].abs().max().item())
@@ -132,7 +132,7 @@ def _checks(
 
 
 def _error(actual: Tensor, exact: Tensor) -> float:
-    """The largest difference; a NaN, or another shape, is infinitely wrong."""
+    """Largest absolute difference; infinite for NaN or another shape."""
     if actual.shape != exact.shape:
         return float("inf")
     error = (actual.double() - exact).abs().max().item()
@@ -140,7 +140,7 @@ def _error(actual: Tensor, exact: Tensor) -> float:
 
 
 def _query_rows(case: Case) -> list[int]:
-    """Some queries, evenly from the first to the last, as many as the truth can hold."""
+    """Evenly spaced queries, first and last included, within the memory of the float64 run."""
     most = _CELLS // (case.B * case.H * case.S)
     if most >= case.T:
         return list(range(case.T))
@@ -164,7 +164,7 @@ def _attention_rows(case: Case, inputs: Inputs, rows: list[int], dtype: torch.dt
 
 
 def _exact(case: Case, inputs: Inputs) -> Results:
-    """The definition in float64, a batch row at a time: all at once would not fit in memory."""
+    """Run the eager peer in float64, one batch row at a time to limit memory."""
     definition, parts = definition_of(case), []
     for b in range(case.B):
         one = replace(case, B=1, dtype=torch.float64)
@@ -186,11 +186,11 @@ _SUMS = frozenset({"dqkv_weight", "dout_weight", "dout_bias"})
 
 
 def _dropout_checks(peer: Peer, case: Case, inputs: Inputs) -> tuple[Check, Check]:
-    """With values of one the outputs are the kept weights, scaled: on average one, but not all."""
+    """Check dropout: with values of one, the outputs have a mean of one but are not all one."""
     ones = inputs | {"value": torch.ones_like(inputs["value"])}
     output = peer.prepare(case, ones)()["output"].double()
     kept = case.B * case.H * case.T
-    # A row's variance is at most p / (1 - p); the mean may be 5 standard deviations off.
+    # A row's variance is at most p / (1 - p); the mean may differ by 5 standard deviations.
     allowed = 5 * (case.dropout / (1 - case.dropout) / kept) ** 0.5
     varies = output.std().item() > torch.finfo(case.dtype).eps * 100
     return (

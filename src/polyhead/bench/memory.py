@@ -1,8 +1,8 @@
-"""The most memory a call holds, beyond its inputs, weights and masks.
+"""Peak memory of a call, beyond its inputs, weights and masks.
 
-A process of its own, for each peer: it prepares the call, resets the kernel's high-water mark of
-resident memory, and tells by how much one call raises it. What the allocator of an earlier call
-kept would hide in another's number otherwise.
+Each peer runs in a separate process: it prepares the call, resets the kernel's high-water mark of
+resident memory, and reports by how much one call raises it. In a shared process, memory kept by
+the allocator from an earlier call would hide some of the next call's.
 """
 
 from __future__ import annotations
@@ -26,27 +26,30 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 class MemoryProbeError(PolyheadError):
-    """A process that was to measure memory failed."""
+    """A memory-measuring process failed."""
 
 
 def check_memory_is_told() -> None:
-    """Raise ArgumentError where the system does not tell a process's peak memory."""
+    """Raise ArgumentError on a system that does not report a process's peak memory."""
     if not (_STATUS.exists() and _CLEAR.exists()):
         raise ArgumentError(
-            "--memory", "must be used on Linux, which tells peak memory", sys.platform, "leave it"
+            "--memory",
+            "must be used on Linux, which reports peak memory",
+            sys.platform,
+            "leave it out",
         )
 
 
 def peak_mebibytes(case_id: str, peer_name: str, shrink: int) -> float:
-    """Measure in a fresh process.
+    """Measure the peak memory of one call, in a fresh process.
 
     Args:
-        case_id: of `polyhead.bench.cases.CASES`.
+        case_id: an id in `polyhead.bench.suites.CASES`.
         peer_name: a peer that can run it.
         shrink: as in `Settings`.
 
     Raises:
-        MemoryProbeError: that process failed; the message ends with what it said.
+        MemoryProbeError: that process failed; the message ends with its last line of stderr.
     """
     arguments = [case_id, peer_name, str(shrink), str(torch.get_num_threads())]
     done = subprocess.run(
@@ -54,7 +57,7 @@ def peak_mebibytes(case_id: str, peer_name: str, shrink: int) -> float:
         capture_output=True,
         text=True,
         check=False,
-        # Freed blocks go back to the system at once, so that they are not found free again.
+        # Freed blocks return to the system at once, so that they are not reused uncounted.
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
     if done.returncode:
@@ -67,11 +70,11 @@ def peak_mebibytes(case_id: str, peer_name: str, shrink: int) -> float:
 
 
 def measure_here(case_id: str, peer_name: str, shrink: int) -> float:
-    """Mebibytes by which one call raises this process's peak."""
+    """Return the mebibytes by which one call raises this process's peak."""
     case = find_cases((case_id,))[0].shrunk(shrink)
     peer = next(peer for peer in peers_of(case) if peer.name == peer_name)
     with torch.set_grad_enabled(case.train):
-        # What libraries set up at their first call is not the call's.
+        # Memory that libraries allocate at their first call does not count.
         small = case.shrunk(16)
         peer.prepare(small, small.inputs(0))()
         run = peer.prepare(case, case.inputs(0))
@@ -85,7 +88,7 @@ def measure_here(case_id: str, peer_name: str, shrink: int) -> float:
 
 
 def tell() -> None:
-    """What the process of its own does: measure what its arguments say, print the number."""
+    """Entry point of the separate process: measure the case in its arguments, print the result."""
     case_id, peer_name, shrink, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     print(measure_here(case_id, peer_name, int(shrink)))

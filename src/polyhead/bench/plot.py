@@ -1,4 +1,4 @@
-"""Pictures: shares of the ceiling as bars, and time and memory against length."""
+"""Plots: shares of the ceiling as bars, and time and memory against length."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def check_can_plot() -> None:
 
 
 def plot(result: BenchResult, path: Path) -> None:
-    """Write a picture; its format is the name's ending, as matplotlib knows it.
+    """Write a plot, in the format of the file's extension, by matplotlib.
 
     Args:
-        result: cases of one kind (`L256` ... and `L131072`) give curves against T, others bars.
-        path: where to.
+        result: scale cases (`L256` ... `L131072`) give curves against T, other cases bars.
+        path: the file to write.
 
     Raises:
         DependencyError: matplotlib is not installed.
@@ -47,9 +47,9 @@ def plot(result: BenchResult, path: Path) -> None:
 
 
 def _bars(result: BenchResult, figure: Any) -> None:
-    """A bar a case, polyhead's; its peers are marks on it; the ceiling is a line at 1.
+    """One bar per case, polyhead's; peers are marks on it; the ceiling is a line at 1.
 
-    Cases without a ceiling have no bar.
+    Cases without a ceiling are left out.
     """
     cases = [case for case in result.cases if any(v.share for v in case.variants)]
     figure.set_size_inches(9, 2 + 0.3 * len(cases))
@@ -75,7 +75,7 @@ def _bars(result: BenchResult, figure: Any) -> None:
 
 
 def _kind(name: str) -> str:
-    """One mark for all modules of the book: they are many, and close together."""
+    """Use one mark for all modules of the book: they are many, and close together."""
     return "the book's modules" if name.startswith("book: ") else name
 
 
@@ -99,7 +99,7 @@ def _curves(result: BenchResult, figure: Any) -> None:
 
 
 def _names(cases: list[CaseResult]) -> list[str]:
-    """Every peer that was timed somewhere, polyhead first."""
+    """Names of all peers timed in any case, polyhead first."""
     return list(dict.fromkeys(v.name for c in cases for v in c.variants if v.milliseconds))
 
 

@@ -1,4 +1,4 @@
-"""The tables that a person reads."""
+"""Tables of benchmark results for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["print_result"]
 
 
 def print_result(result: BenchResult, console: Console) -> None:
-    """The machine, its ceilings, a table a case, and a table of all."""
+    """Print the machine, its ceilings, one table per case, and a summary table."""
     console.print(str(result.machine), highlight=False)
     ceilings = ", ".join(str(ceiling) for ceiling in result.ceilings)
     console.print(f"ceilings: {ceilings}", highlight=False)
@@ -32,7 +32,7 @@ def print_result(result: BenchResult, console: Console) -> None:
 
 
 def _case_table(case: CaseResult, warnings: tuple[str, ...]) -> Table:
-    """Polyhead first, then its peers; the speed-up is polyhead's over the peer."""
+    """Table of one case: polyhead first, then its peers; the speed-up is polyhead's over them."""
     checked = f"checked against float64: {case.gate}"
     if case.ceiling:
         checked += f"; ceiling: {case.ceiling}"
@@ -102,7 +102,7 @@ def _summary(result: BenchResult) -> Table:
 
 
 def _verdict(target: Target) -> Text:
-    """Said in words, not in color alone."""
+    """One target: wanted, got, and the verdict in words, not in color only."""
     share = target.what.startswith("of ")
 
     def shown(value: float) -> str:
@@ -115,7 +115,7 @@ def _verdict(target: Target) -> Text:
 
 
 def _number(value: float) -> str:
-    """Three digits that mean something, without powers of ten."""
+    """Format with three significant digits, without exponent."""
     if value >= 100:
         return f"{value:.0f}"
     digits = 1 if value >= 10 else 2 if value >= 1 else 3 if value >= 0.1 else 4

@@ -1,4 +1,4 @@
-"""What a run of the benchmark found: plain numbers and texts, as they go into the JSON file."""
+"""Benchmark results: plain numbers and strings, as in the JSON file."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class VariantResult:
-    """One peer on one case. Without a time: `refused` says why.
+    """Result of one peer on one case; without a time, `refused` has the reasons.
 
     Attributes:
         name: the peer.
-        ours: whether it is polyhead.
-        backend: which kernel ran, where the peer chooses by itself.
-        refused: why there is no time: it cannot run the case, or was wrong.
-        wrong: whether it was wrong.
-        milliseconds, lower, upper: median and quartiles of a call (of a token, for a decoder).
-        samples: how many samples these are of.
+        ours: True for polyhead.
+        backend: the kernel that ran, where the peer chooses between several.
+        refused: reasons for not measuring it: it cannot run the case, or was wrong.
+        wrong: True if it was wrong.
+        milliseconds, lower, upper: median and quartiles per call (per token, for a decoder).
+        samples: the number of samples.
         rate: work per second, in the case's unit.
         share: of the case's ceiling; 1 is all of it.
-        memory_mib: the most memory held beyond inputs, weights and masks; None: not measured.
+        memory_mib: peak memory beyond inputs, weights and masks; None: not measured.
     """
 
     name: str
@@ -47,7 +47,7 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class Target:
-    """Something wanted of a case, and what was got: None where there is nothing to judge by."""
+    """One target of a case and the value got; None if it was not measured."""
 
     what: str
     wanted: float
@@ -57,16 +57,16 @@ class Target:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One case: its peers, and what came of it.
+    """Results of one case.
 
     Attributes:
-        id, what: the case, and its sizes in words.
-        tokens: T, which a plot against length needs.
-        unit, ceiling: of the rates, and which ceiling the shares are of.
-        gate: what the peers were held to.
+        id, what: the case, and its description with sizes.
+        tokens: T, for plots against length.
+        unit, ceiling: the unit of the rates, and the ceiling of the shares.
+        gate: the scope of the correctness gate.
         others_share: other processes' share of the processors meanwhile; None: not known.
         variants: the peers, polyhead first.
-        targets: what was wanted.
+        targets: the targets, with the values got.
     """
 
     id: str
@@ -81,18 +81,18 @@ class CaseResult:
 
     @property
     def ours(self) -> VariantResult | None:
-        """Polyhead, if it was timed: the first of what is ours."""
+        """The first variant that is polyhead's, if it was timed."""
         first = next((v for v in self.variants if v.ours), None)
         return first if first is not None and first.milliseconds else None
 
     @property
     def best_peer(self) -> VariantResult | None:
-        """The fastest of the others."""
+        """The fastest peer."""
         timed = [v for v in self.variants if not v.ours and v.milliseconds]
         return min(timed, key=lambda v: v.milliseconds or 0.0, default=None)
 
     def speedup_over(self, name: str) -> float | None:
-        """How many times as fast as this peer ("best": the best of them) polyhead is."""
+        """Speed-up of polyhead over this peer ("best": the fastest)."""
         peer = self.best_peer
         if name != "best":
             peer = next((v for v in self.variants if v.name == name), None)
@@ -104,15 +104,15 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """A whole run.
+    """Results of a whole run.
 
     Attributes:
-        machine: where.
-        ceilings: the most this machine did, in the same run.
-        cases: what was measured.
-        warnings: what a reader of any number here must know.
-        left_out: beginnings of the names of peers that were not asked.
-        refusal: why the run stopped before its end, if it did.
+        machine: the machine.
+        ceilings: its measured maxima, in the same run.
+        cases: the results of each case.
+        warnings: caveats that apply to every number here.
+        left_out: names of peers that were left out.
+        refusal: the reason why the run stopped early, if it did.
     """
 
     machine: Machine
@@ -124,9 +124,9 @@ class BenchResult:
 
     @property
     def wrong(self) -> bool:
-        """Whether polyhead itself was wrong somewhere."""
+        """True if polyhead was wrong in any case."""
         return any(v.ours and v.wrong for case in self.cases for v in case.variants)
 
     def to_json(self) -> str:
-        """Everything, as one JSON object; `schema` counts its changes."""
+        """Return all results as one JSON object; `schema` is its version."""
         return json.dumps({"schema": SCHEMA, **dataclasses.asdict(self)}, indent=1) + "\n"

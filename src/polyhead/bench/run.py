@@ -1,4 +1,4 @@
-"""A run: ceilings, then each case; its peers are checked, measured in turn, and compared."""
+"""Benchmark run: ceilings, then each case; its peers are checked, timed round-robin, compared."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from polyhead.bench.results import BenchResult, CaseResult, Target, VariantResul
 
 __all__ = ["Settings", "run_bench"]
 
-# A peer that is so many times slower than the fastest, and takes so long, is not measured further.
+# A peer that is this many times slower than the fastest, and takes this long, is not measured.
 _HOPELESS = 20
 _HOPELESS_SECONDS = 1.0
 
-# Called with what is being done, and the share of the whole run that is done.
+# Called with the current step, and the fraction of the whole run that is done.
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure.
+    """Settings of a benchmark run.
 
     Attributes:
-        rounds: each case at least so many rounds.
-        seconds: and at least so long.
-        threads: for every peer; None: as torch is set.
-        memory: whether peak memory is measured too, each peer in a process of its own.
+        rounds: the minimum number of rounds per case.
+        seconds: the minimum seconds per case.
+        threads: for every peer; None: torch's setting.
+        memory: True to measure peak memory too, each peer in a separate process.
         anyway: measure although other processes are busy.
         shrink: divide batch, heads and tokens by this: a trial of the benchmark itself.
         without: names of peers that are left out.
@@ -59,13 +59,12 @@ def run_bench(
     settings: Settings,
     progress: Progress = lambda step, done: None,
 ) -> BenchResult:
-    """Measure the cases. What was measured before a disturbance, or Ctrl-C, is kept; `refusal`
-    tells of it.
+    """Measure the cases. After a disturbance or Ctrl-C, results so far are kept; see `refusal`.
 
     Args:
-        cases: what to measure, at full size.
-        settings: how.
-        progress: told about each step.
+        cases: the cases, at full size.
+        settings: the settings.
+        progress: called before each step.
 
     Raises:
         DisturbedError: other processes were busy before anything was measured.
@@ -112,12 +111,12 @@ def _warnings(settings: Settings, share: float | None) -> tuple[str, ...]:
     warnings = []
     if settings.anyway:
         warnings.append(
-            "measured with --anyway: other processes may have been busy, trust no number here"
+            "measured with --anyway: other processes may have been busy, do not trust these numbers"
         )
     if share is None:
-        warnings.append("this system does not tell what other processes did meanwhile")
+        warnings.append("this system does not report the load by other processes")
     if settings.shrink > 1:
-        warnings.append(f"sizes divided by {settings.shrink}: a trial, to be compared with nothing")
+        warnings.append(f"sizes divided by {settings.shrink}: a trial, not a measurement")
     return tuple(warnings)
 
 
@@ -127,12 +126,12 @@ def run_case(
     ceilings: Mapping[str, Ceiling],
     progress: Progress = lambda step, done: None,
 ) -> CaseResult:
-    """Check all peers of a case, measure those that are right, judge the targets.
+    """Check all peers of a case, measure the correct ones, evaluate the targets.
 
     Raises:
-        DisturbedError: other processes were busy in every try.
+        DisturbedError: other processes were busy in every attempt.
     """
-    # Compiled code of other cases counts against the limit of recompilations.
+    # Compiled code of other cases counts toward the recompilation limit.
     torch.compiler.reset()
     progress("preparing", 0.0)
     inputs = [case.inputs(settings.seed + i) for i in range(case.copies)]
@@ -187,9 +186,9 @@ def run_case(
 
 
 def too_slow(case: Case, peers: list[Peer], seconds: Mapping[str, float]) -> dict[Peer, str]:
-    """Peers that would cost minutes and are no competition, and what to say of them.
+    """Return peers that are too slow to measure, each with the reason.
 
-    Polyhead is none of them, nor is a peer that a target names, nor one whose first call compiles.
+    Exempt are polyhead, peers named in a target, and peers that compile in their first call.
     """
     known = [peer for peer in peers if not peer.ours and not peer.compiles]
     least = min((seconds[peer.name] for peer in known), default=0.0)
@@ -238,7 +237,7 @@ def _variant(
 
 
 def judge(case: Case, result: CaseResult) -> tuple[Target, ...]:
-    """What was wanted of the case beside what was got."""
+    """Compare the targets of the case with its results."""
     targets = []
     for name, wanted in case.targets.items():
         peer = "the best peer" if name == "best" else name

@@ -1,4 +1,4 @@
-"""The cases we measure, what we want of each, and the suites they are run in."""
+"""Benchmark cases with their targets, and the suites that contain them."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def _cases() -> tuple[Case, ...]:
     def best(ratio: float) -> dict[str, float]:
         return {"best": ratio}
 
-    # Where the speed-up wanted was set against SDPA alone, it is judged against SDPA alone: other
-    # peers are bound by the same memory, and a ratio to them can be out of any kernel's reach.
+    # These targets are speed-ups over SDPA only: other peers are bound by the same memory, and a
+    # ratio to them can be out of any kernel's reach.
     def sdpa(ratio: float) -> dict[str, float]:
         return {"sdpa": ratio}
 
     def cached(row: str, sizes: dict[str, Any]) -> tuple[Case, ...]:
-        """The same as a cache holds it. Codes are half as many bytes, or a quarter."""
+        """The same case with an int8 or paged KV cache; int8 is half the bytes, or a quarter."""
         return (
             Case(f"{row}/int8", **sizes, codes=True, targets={"side by side": 1.0}),
             Case(f"{row}/blocks", **sizes, blocks=16, targets={"side by side": 1 / 1.15}),
@@ -71,10 +71,10 @@ def _cases() -> tuple[Case, ...]:
         *cached("D3", d3),
         Case("D4", **d4, targets=sdpa(8)),
         *cached("D4", d4),
-        # One key leaves a kernel nothing to do: what is left is the cost of a call.
+        # With one key there is no work for a kernel: this measures the overhead of a call.
         Case("D4/call", **(d4 | {"S": 1}), target_us=15),
         Case("D5", **d3, dtype=half, targets=sdpa(50)),
-        # DeepSeek's latent, of 512 and 64 numbers, and 16 heads that share it.
+        # DeepSeek's latent, of 512 and 64 features, shared by 16 heads.
         Case("D6", B=1, H=16, G=1, T=1, S=8192, D=576, latent=512, dtype=bf16, targets=sdpa(25)),
         Case("C1/f32", **chunk, targets=best(1.2)),
         Case("C1/bf16", **chunk, dtype=bf16, targets=best(1.2)),
@@ -106,7 +106,7 @@ CASES: tuple[Case, ...] = _cases()
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases that are run together, by id or by the letter of their kind, and the peers left out."""
+    """Cases that run together, by id or by the letter of their kind, and the peers left out."""
 
     cases: tuple[str, ...]
     without: tuple[str, ...] = ()
@@ -130,12 +130,12 @@ SUITES: Mapping[str, Suite] = {
     "train": Suite(("T",)),
     "module": Suite(("M",)),
     "scale": Suite(("L",), rounds=5, seconds=2.0),
-    "hf": Suite(("E",), rounds=5, seconds=2.0),  # a prompt of 4096 tokens takes its time
+    "hf": Suite(("E",), rounds=5, seconds=2.0),  # a prompt of 4096 tokens is slow
 }
 
 
 def find_cases(asked: tuple[str, ...]) -> tuple[Case, ...]:
-    """The cases of these ids, in the order of the table; `P7`, no id itself, is all of that row.
+    """Return the cases of these ids, in the order of the table; `P7` means all of its variants.
 
     Raises:
         ArgumentError: there is no such case.

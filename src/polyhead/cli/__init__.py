@@ -1,6 +1,6 @@
-"""The commands, a file each: one reads its arguments, calls one function and prints.
+"""Commands, one file each: a command parses its arguments, calls one function and prints.
 
-Their list, and what they have in common, is in `polyhead_command`.
+The list of commands and their common parts are in `polyhead_command`.
 """
 
 from polyhead_command import main

@@ -1,4 +1,4 @@
-"""`polyhead bench`: how fast, beside the peers."""
+"""`polyhead bench`: speed of polyhead and its peers."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ def bench_command(
     anyway: bool,
     shrink: int,
 ) -> None:
-    """Measure polyhead beside its peers on this machine.
+    """Measure polyhead and its peers on this machine.
 
-    Every peer is first held to float64. Exit code 1: polyhead was wrong; 2: it could not be
-    measured, because other processes were busy or the options are wrong.
+    Every peer is first checked against float64. Exit code 1: polyhead was wrong; 2: it could not
+    be measured, because other processes were busy or the options are wrong.
     """
     if suite is not None and ids:
         raise click.UsageError("give either --suite or --case")
     chosen = SUITES[suite or "quick"]
     cases = find_cases(ids) if ids else chosen.select()
-    # Found out before, not after, minutes of measuring.
+    # Fail before, not after, minutes of measuring.
     _check_peers(without)
     if memory:
         check_memory_is_told()
@@ -89,6 +89,6 @@ def _check_peers(names: Iterable[str]) -> None:
             near = difflib.get_close_matches(name, peers, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise click.BadParameter(
-                f"{name!r} is no peer{hint} The peers: {', '.join(peers)}",
+                f"{name!r} is not a peer{hint} The peers: {', '.join(peers)}",
                 param_hint="--without",
             )

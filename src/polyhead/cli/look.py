@@ -1,4 +1,4 @@
-"""`polyhead look`: what each head of a model does on a text."""
+"""`polyhead look`: per-head analysis of a model on a text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["look_command"]
 _PAGE = Path("heads.html")
 _PORT = 8765
 _LOOPBACK = "127.0.0.1"
-# The surname that comes next is known from the first sentence alone: by induction heads.
+# The next token, the surname, occurs in the first sentence only: induction heads copy it.
 _TEXT = (
     "Yusuf Adeyemi paints ships. In the harbour they say that no ship is lost if it was painted "
     "by Yusuf"
@@ -52,7 +52,7 @@ _TEXT = (
 @click.option(
     "--by",
     type=click.Choice(list(NUMBERS)),
-    help="What gives the heads their colors with --terminal; default entropy.",
+    help="Statistic that colors the heads with --terminal; default entropy.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object; no page unless --out."
@@ -60,7 +60,7 @@ _TEXT = (
 @click.option("--serve", is_flag=True, help="Serve a live page: other texts, heads switched off.")
 @click.option("--port", type=click.IntRange(0, 65535), help=f"To serve on; default {_PORT}.")
 @click.option("--host", help=f"To serve on; default {_LOOPBACK}, which only this machine reaches.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Of a served text; default 500.")
+@click.option("--max-tokens", type=click.IntRange(min=2), help="Limit with --serve; default 500.")
 def look_command(
     text: str | None,
     file: Path | None,
@@ -76,10 +76,10 @@ def look_command(
     host: str | None,
     max_tokens: int | None,
 ) -> None:
-    """Show what each head of a model does on TEXT: in a page, in the terminal, live.
+    """Analyze each head of a model on TEXT: in a page, in the terminal, or live.
 
     TEXT is the text itself, or - for standard input, or left out with --file (and with --serve,
-    which then begins with a text of its own).
+    which then begins with a built-in text).
     """
     if serve:
         if out or force or terminal or as_json or by:
@@ -113,12 +113,12 @@ def look_command(
     elif terminal:
         print_report(report, Console(), by or "entropy")
     if path is not None:
-        _tell_of_page(path, report, quiet=terminal or as_json)
+        _print_summary(path, report, quiet=terminal or as_json)
         if open_page:
             show_in_browser(path.resolve().as_uri())
 
 
-def _tell_of_page(path: Path, report: HeadReport, quiet: bool) -> None:
+def _print_summary(path: Path, report: HeadReport, quiet: bool) -> None:
     heads = sum(len(layer.heads) for layer in report.layers)
     size = path.stat().st_size / 1e6
     click.echo(
@@ -143,7 +143,7 @@ def _serve(
             f'{package} is needed to serve: pip install "polyhead[serve]"'
         ) from error
     check_text(text)
-    with server.listen(host, port) as listening:  # a port that is taken is told before the rest
+    with server.listen(host, port) as listening:  # fail early if the port is taken
         with progress_bar() as show:
             show("loading the model", 0.0)
             seen = Session(load_model(model), text, most or 500, show)
@@ -154,7 +154,7 @@ def _serve(
             click.echo(f"Look at {address} (Ctrl-C stops)")
             if not is_loopback(host):
                 click.echo(
-                    "Anybody who reaches this machine on that port can ask the model.", err=True
+                    "Anyone who can reach this machine on that port can use the model.", err=True
                 )
             if open_page:
                 show_in_browser(address)

@@ -1,4 +1,4 @@
-"""What several commands read and show in the same way."""
+"""Options, input and progress bar shared by several commands."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["NEW_FILE", "progress_bar", "read_text", "show_in_browser"]
 
 
 def _in_a_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before minutes of work for it."""
+    """Refuse a file in a missing folder, before minutes of work."""
     if value is not None and not value.parent.is_dir():
         raise click.BadParameter(f"there is no folder {str(value.parent)!r}")
     return value
@@ -47,8 +47,7 @@ def read_text(text: str | None, file: Path | None) -> str:
         raise ArgumentError("TEXT", "must be readable", f"{name}, which is closed", "open it")
     try:
         data = sys.stdin.buffer.read() if file is None else file.read_bytes()
-        # The newline that ends a text file is not part of what the model should go on from, and
-        # neither is the mark that some editors begin it with.
+        # The model must not continue after the file's final newline, nor read its byte order mark.
         return data.decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
     except OSError as error:
         raise ArgumentError("TEXT", "must be readable", f"{name}: {error}", "check it") from error
@@ -60,9 +59,9 @@ def read_text(text: str | None, file: Path | None) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, float], None]]:
-    """What to call with a step and the share done; cleared at the end.
+    """Yield a function of a step's description and the fraction done; the bar is cleared after.
 
-    It shows the time so far, and the time that is left as the steps so far let expect.
+    It shows the elapsed time and an estimate of the remaining time.
     """
     left = (TimeRemainingColumn(elapsed_when_finished=False), TextColumn("left"))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *left)
@@ -72,6 +71,6 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
 
 
 def show_in_browser(address: str) -> None:
-    """Open a page in the browser, or say where it is."""
+    """Open a page in the browser, or print its address."""
     if not webbrowser.open(address):
         click.echo(f"No browser could be opened; the page is {address}", err=True)

@@ -1,4 +1,4 @@
-"""`polyhead run`: both mechanisms on a real model."""
+"""`polyhead run`: both multi-head mechanisms on one layer of a real model."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def _mechanism_table(report: RunReport) -> Table:
 
 
 def _head_table(report: RunReport) -> Table:
-    """One line a head; shares colored from 0 to 1, the rest up to the largest possible."""
-    table = Table(title="What each head looks at, on average", title_justify="left")
+    """One line per head; shares are colored from 0 to 1, others up to the largest possible."""
+    table = Table(title="Attention of each head, on average", title_justify="left")
     table.add_column("head", justify="right")
     for heading in ("first token", "previous", "itself", "mean distance", "entropy (nats)"):
         table.add_column(heading, justify="right")

@@ -1,1 +1,1 @@
-"""`polyhead look`: a text read by a model, shown in a page, in the terminal, by a server."""
+"""Viewer of `polyhead look`: a text and the heads of a model, in a page, a terminal or a server."""

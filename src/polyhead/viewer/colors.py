@@ -1,4 +1,4 @@
-"""Numbers as colors in the terminal."""
+"""Color scale of the terminal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from rich.text import Text
 
 __all__ = ["colored"]
 
-# Dark blue to yellow through green, the order of viridis: told apart by the color-blind too.
+# Dark blue to yellow through green, the order of viridis: legible for the color-blind too.
 _SCALE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 
 def colored(text: str, share: float) -> Text:
-    """The text on a background that says where `share` stands between 0 and 1."""
+    """Return the text on a background color for `share` between 0 and 1."""
     place = min(max(share, 0.0), 1.0) * (len(_SCALE) - 1)
     left = min(int(place), len(_SCALE) - 2)
     part = place - left

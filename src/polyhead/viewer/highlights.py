@@ -1,4 +1,4 @@
-"""The heads of a report that are worth a look first, each with an example from the text."""
+"""Highlights of a report: the strongest heads of each kind, with an example from the text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from polyhead.look import HeadReport, LayerReport
 
 __all__ = ["KINDS", "Example", "Highlight", "highlights"]
 
-# What a head is called, and the number that says how much it is so.
+# Head kinds, and the statistic by which the heads of each are ranked.
 KINDS = {
     "induction": "mass_induction",
     "previous token": "mass_previous",
@@ -26,7 +26,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Example:
-    """One token that looks at another; both by their place in the text."""
+    """A query and a key by their positions in the text, and the weight between them."""
 
     query: int
     key: int
@@ -35,7 +35,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Highlight:
-    """A head, what it is called, its numbers, and the place where that shows best."""
+    """One head: its kind, its statistics, and the example with the largest weight."""
 
     layer: int
     head: int
@@ -45,11 +45,11 @@ class Highlight:
 
 
 def highlights(report: HeadReport, n: int = 10) -> tuple[Highlight, ...]:
-    """The heads worth a look first: the best of each kind, then the second best of each, and so on.
+    """Return n heads round-robin over kinds: the best of each kind, the second best of each, ...
 
-    They come kind by kind. The best of a kind has the largest of the number that names it
-    (`KINDS`): the induction head with the largest `mass_induction` and so on; the other one spreads
-    over the most keys. Of heads alike to two decimals the one that spreads less comes first.
+    The result is grouped by kind. The best head of a kind has the largest statistic of `KINDS`:
+    the induction head with the largest `mass_induction` and so on; "other" heads are ranked by
+    `effective_keys`. Of heads equal to two decimals, the one with fewer effective keys is first.
 
     >>> import torch
     >>> import polyhead as ph
@@ -66,10 +66,10 @@ def highlights(report: HeadReport, n: int = 10) -> tuple[Highlight, ...]:
         )
         for name, number in KINDS.items()
     ]
-    in_turn = [row for rank in zip_longest(*kinds) for row in rank if row is not None]
+    round_robin = [row for rank in zip_longest(*kinds) for row in rank if row is not None]
     layers = {layer.index: layer for layer in report.layers}
     found = []
-    for row in sorted(in_turn[:n], key=lambda row: list(KINDS).index(row["name"])):
+    for row in sorted(round_robin[:n], key=lambda row: list(KINDS).index(row["name"])):
         numbers = {k: v for k, v in row.items() if k not in ("layer", "head", "name")}
         example = _example(report, layers[row["layer"]], row["head"], row["name"])
         found.append(Highlight(row["layer"], row["head"], row["name"], numbers, example))
@@ -77,8 +77,8 @@ def highlights(report: HeadReport, n: int = 10) -> tuple[Highlight, ...]:
 
 
 def _example(report: HeadReport, layer: LayerReport, head: int, name: str) -> Example | None:
-    """The largest weight that the head puts on a key as its name says, if there is any."""
-    if not layer.is_input:  # its tokens are not those of the report
+    """Return the head's largest weight that is typical of its kind, if there is any."""
+    if not layer.is_input:  # its tokens are not the report's
         return None
     at = layer.heads.index(head)
     keys, weights = layer.keys[at].long(), layer.key_weights[at]
@@ -97,7 +97,7 @@ def _after_the_same(ids: Tensor | None, queries: Tensor, keys: Tensor) -> Tensor
     return (keys >= 1) & (keys <= queries) & (ids[(keys - 1).clamp(min=0)] == ids[queries])
 
 
-# The first token is left out where a head may merely rest on it.
+# The first token is left out of kinds for which it may be a mere sink.
 _SHOWS: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
     "induction": _after_the_same,
     "previous token": lambda ids, q, k: (k == q - 1) & (k > 0),
@@ -108,7 +108,7 @@ _SHOWS: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
 
 
 def as_dict(report: HeadReport) -> dict[str, Any]:
-    """All heads and the telling ones, for JSON: what `polyhead look --json` prints."""
+    """Return the JSON of `polyhead look --json`: all heads, and the highlights."""
     return {
         "model": report.model,
         "tokens": report.tokens,

@@ -1,4 +1,4 @@
-"""The page's file: nothing else is replaced by it, and it is there whole or not at all."""
+"""Atomic writing of the page's file, without replacing files of other origin."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ _HEAD = 4096  # bytes in which it stands
 
 @contextmanager
 def page_file(path: Path, *, replace: bool = False) -> Iterator[TextIO]:
-    """A file to write a page into, which takes the place of `path` when the block ends well.
+    """Yield a temporary file that replaces `path` when the block ends without an error.
 
-    It is made when the block begins, beside `path`: where nothing can be written that is known
+    It is created next to `path` when the block begins, so that an unwritable folder is an error
     before minutes of work.
 
     Args:
-        path: where the page shall be. A page of ours that is there is replaced.
+        path: the page's path. An existing page of ours is replaced.
         replace: replace any other file, too.
 
     Raises:
-        ArgumentError: something else is there, or nothing can be written.
+        ArgumentError: `path` is another file, or is not writable.
     """
-    path = path.resolve()  # what a link leads to is replaced, not the link
+    path = path.resolve()  # the target of a link is replaced, not the link
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.exists() and not replace and not _is_ours(path):

@@ -1,4 +1,4 @@
-"""A text read by a model, with some of its heads switched off."""
+"""Reading a text with a model, optionally with some heads switched off."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from polyhead.models.text import read_ids, token_texts
 
 __all__ = ["NextTokens", "Progress", "Reading", "compare_next", "read"]
 
-# Called before each step with what it is and the share that is done; what it raises ends the work.
+# Called before each step with its description and the fraction done; an exception ends the work.
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What a model made of a text.
+    """Result of reading a text.
 
     Attributes:
-        report: what its heads did.
-        next_token: (vocabulary,) the probability of each token to come next.
+        report: the per-head report.
+        next_token: (vocabulary,) the probability of each next token.
     """
 
     report: HeadReport
@@ -40,7 +40,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class NextTokens:
-    """One token that may come next, and how probable it is before and after a change."""
+    """A next-token candidate, and its probability before and after a change."""
 
     text: str
     before: float
@@ -57,14 +57,14 @@ def read(
     most: int | None = None,
     progress: Progress = lambda step, share: None,
 ) -> Reading:
-    """Read a text, and look at every head of the model while it does.
+    """Read a text with a model and capture all of its heads.
 
     Args:
-        text: at least two tokens of it.
-        loaded: the model; in one thread at a time.
+        text: a text of at least two tokens.
+        loaded: the model; used by one thread at a time.
         off: (layer, head) pairs that are switched off.
         how: as in `polyhead.look.ablate`.
-        most: how many tokens are allowed; None: as many as the model's context.
+        most: the most tokens allowed; None: the model's context length.
 
     Raises:
         ArgumentError, ShapeError: the text is too short or too long, or there are no such heads.
@@ -79,7 +79,7 @@ def read(
     with ExitStack() as stack:
         if off:
             stack.enter_context(ablate(loaded.model, off, how))
-        stack.enter_context(_telling_layers(loaded.model, progress))
+        stack.enter_context(_reporting_layers(loaded.model, progress))
         keep = loaded.model.register_forward_hook(lambda *call: logits.append(call[-1].logits))
         stack.callback(keep.remove)
         report = capture(loaded.model, ids, tokens=token_texts(text, loaded))
@@ -87,28 +87,28 @@ def read(
 
 
 @contextmanager
-def _telling_layers(model: Any, progress: Progress) -> Iterator[None]:
-    """Call `progress` before each layer, for a while."""
+def _reporting_layers(model: Any, progress: Progress) -> Iterator[None]:
+    """Call `progress` before each layer within the block."""
     layers = attention_layers(model)
     with ExitStack() as stack:
         for layer in layers:
             step = f"reading: layer {layer.index + 1} of {len(layers)}"
             share = layer.index / len(layers)
 
-            def tell(*_: Any, step: str = step, share: float = share) -> None:
+            def report_step(*_: Any, step: str = step, share: float = share) -> None:
                 if is_probing():
                     progress("finding what each layer reads", 0.0)
                 else:
                     progress(step, share)
 
-            stack.callback(layer.module.register_forward_pre_hook(tell).remove)
+            stack.callback(layer.module.register_forward_pre_hook(report_step).remove)
         yield
 
 
 def compare_next(
     before: Tensor, after: Tensor, tokenizer: Any, n: int = 8
 ) -> tuple[NextTokens, ...]:
-    """The n most probable next tokens before and the n after, the most probable before first.
+    """Return the union of the n most probable tokens before and after, sorted by `before`.
 
     Args:
         before, after: (vocabulary,) probabilities.

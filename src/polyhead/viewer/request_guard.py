@@ -1,4 +1,4 @@
-"""What stands before the server: whom it answers, and what browsers may do with an answer."""
+"""Request guard of the server: checks of Host and Origin, and security headers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# Unless the answer has a policy of its own.
+# Unless the response has a policy of its own.
 _POLICY = "default-src 'none'; frame-ancestors 'none'"
 
 
 class Guard:
-    """Answers only those who ask for this server by its own name, from a page of its own.
+    """ASGI middleware that accepts requests under the server's own name, from its own page, only.
 
-    A page of somebody else's whose name is made to lead here (DNS rebinding) asks under that name,
-    and is refused; a form or script of another page names that page as its origin, and is refused.
+    A foreign page whose name resolves to this server (DNS rebinding) sends that name as Host, and
+    is refused; a form or script of another page sends that page as Origin, and is refused.
 
     Args:
-        app: what answers the others.
-        host: where the server listens.
+        app: the application that receives accepted requests.
+        host: the address on which the server listens.
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -73,13 +73,13 @@ class Guard:
         name = parts.hostname or ""
         if is_loopback(self._host):
             return is_loopback(name)
-        if _is_any(self._host):  # by a number, or as the machine calls itself: nobody rebinds these
+        if _is_any(self._host):  # an IP address or the machine's name: these cannot be rebound
             return _is_number(name) or name in ("localhost", socket.gethostname().lower())
         return name == self._host
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine as only itself can reach it.
+    """True if a host is a loopback address or name.
 
     >>> [is_loopback(host) for host in ("localhost", "127.0.0.1", "::1", "0.0.0.0", "example.org")]
     [True, True, True, False, False]

@@ -1,4 +1,4 @@
-"""The live page: a server of three addresses, for one person on one machine."""
+"""HTTP server of the live page, for a single user: three routes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from polyhead.viewer.session import BusyError, Session, StoppedError
 __all__ = ["MAX_BYTES", "listen", "make_app", "serve"]
 
 MAX_BYTES = 2**17  # of a request
-_GRACE = 3  # seconds for answers that are under way when the server stops
+_GRACE = 3  # seconds for responses in progress when the server stops
 
 
 def make_app(session: Session, host: str) -> ASGIApp:
-    """The server of one session.
+    """Return the ASGI app of one session.
 
-    | address | answer |
+    | route | response |
     |---|---|
     | GET / | the page |
     | GET /api/start | `Session.start()` |
     | POST /api/read | `Session.answer()` of {"text": ..., "off": [[layer, head]], "how": ...} |
 
     An error is {"error": message}, of status 400 (bad arguments), 403 (`Guard`), 408 (too slow),
-    413 (too large), 415 (no JSON), 500 or 503 (busy: ask again).
+    413 (too large), 415 (no JSON), 500 or 503 (busy: retry).
     """
     policy = _policy(session.page)
 
@@ -65,7 +65,7 @@ def make_app(session: Session, host: str) -> ASGIApp:
             return _error(413, f"the request must have at most {MAX_BYTES} bytes")
         try:
             asked = _parse(body)
-            # Off the event loop, which goes on to say that it is busy.
+            # In a thread, so that the event loop can refuse other requests meanwhile.
             return JSONResponse(await run_in_threadpool(session.answer, **asked))
         except (BusyError, StoppedError) as error:
             return _error(503, str(error), {"Retry-After": "1"})
@@ -81,7 +81,7 @@ def make_app(session: Session, host: str) -> ASGIApp:
 
 
 async def _body(request: Request) -> bytes | None:
-    """The body of a request; None if it is too large."""
+    """Read the body of a request; None if it is too large."""
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -91,11 +91,11 @@ async def _body(request: Request) -> bytes | None:
 
 
 def _failed(request: Request, error: Exception) -> Response:
-    return _error(500, "the server failed; its terminal says how")
+    return _error(500, "the server failed; see its terminal for the error")
 
 
 def _policy(page: str) -> str:
-    """The page's own content security policy, and what only a header can say."""
+    """The page's own content security policy, and the directive that only a header can set."""
     found = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
     assert found is not None
     return f"{found[1]}; frame-ancestors 'none'"
@@ -106,11 +106,13 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 
 def _parse(body: bytes) -> dict[str, Any]:
-    """Text, off and how of a request; whether there are such heads is for the model to say."""
+    """Parse text, off and how of a request; the existence of the heads is checked by `read`."""
     try:
         asked = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise ArgumentError("the request", "must be JSON", error, "ask as the page does") from error
+        raise ArgumentError(
+            "the request", "must be JSON", error, "send what the page sends"
+        ) from error
     asked = asked if isinstance(asked, dict) else {}
     text, off, how = asked.get("text"), asked.get("off", []), asked.get("how", "zero")
     unknown = sorted(asked.keys() - {"text", "off", "how"})
@@ -130,10 +132,10 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, of any free port for port 0.
+    """Return a listening socket; port 0 takes any free port.
 
     Raises:
-        ArgumentError: the port is taken or not allowed, or the host is not this machine's.
+        ArgumentError: the port is taken or not allowed, or the host is not of this machine.
     """
     rule = "must be a name or an address of this machine"
     remedy = "leave it out to serve on 127.0.0.1"
@@ -160,8 +162,8 @@ def serve(session: Session, host: str, listening: socket.socket, ready: Callable
 
     Args:
         host: as given to `listen`.
-        listening: what `listen` returned.
-        ready: called when the server answers.
+        listening: the socket from `listen`.
+        ready: called once the server accepts requests.
     """
 
     class Server(uvicorn.Server):
@@ -185,5 +187,5 @@ def serve(session: Session, host: str, listening: socket.socket, ready: Callable
         limit_concurrency=64,
         timeout_graceful_shutdown=_GRACE,
     )
-    with suppress(KeyboardInterrupt):  # which uvicorn passes on when it has stopped
+    with suppress(KeyboardInterrupt):  # raised again by uvicorn after it has stopped
         Server(config).run(sockets=[listening])

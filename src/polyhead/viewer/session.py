@@ -1,4 +1,4 @@
-"""What the live page asks for: one model, one text at a time, some heads switched off."""
+"""Session of the live page: one model, one text at a time, some heads switched off."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class BusyError(PolyheadError):
 
 
 class StoppedError(PolyheadError):
-    """The reading was stopped."""
+    """The reading was stopped because the server stops."""
 
 
 class Session:
-    """Answers about one model. Of several threads that ask at once one is answered.
+    """Readings by one model. Of several concurrent requests, one is served and the others raise.
 
     Args:
         loaded: the model.
-        text: what it reads first.
-        most: how many tokens a text may have.
-        progress: told of the first reading.
+        text: the first text.
+        most: the most tokens of a text.
+        progress: called during the first reading.
 
     Raises:
-        ArgumentError, ShapeError: as of `read`, for the first text.
+        ArgumentError, ShapeError: as for `read`, for the first text.
     """
 
     def __init__(
@@ -55,23 +55,23 @@ class Session:
         self._first = {"text": text, "most": most, "next": self._next(self._whole)}
 
     def stop(self) -> None:
-        """End a reading at its next layer, and refuse others."""
+        """End the current reading at its next layer, and refuse further ones."""
         self._stopped.set()
 
     def start(self) -> dict[str, Any]:
-        """What the page shows before anything is asked: its text, its limit, the next tokens."""
+        """Initial state of the page: its text, its token limit, the next tokens."""
         return self._first
 
     def answer(self, text: str, off: Collection[Head], how: How) -> dict[str, Any]:
-        """What the page shows of a text read without some heads, beside all of them.
+        """Read a text without some heads; next tokens are compared with those of all heads.
 
         Raises:
-            BusyError: it is reading already.
+            BusyError: another text is being read.
             StoppedError: `stop` was called.
-            ArgumentError, ShapeError: as of `read`.
+            ArgumentError, ShapeError: as for `read`.
         """
         if not self._one_at_a_time.acquire(blocking=False):
-            raise BusyError("the model is reading another text; ask again in a moment")
+            raise BusyError("the model is reading another text; try again in a moment")
         try:
             if self._text != text:
                 whole = self._read(text)

@@ -1,4 +1,4 @@
-"""Tables in the terminal."""
+"""Terminal tables that keep their numbers whole."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ __all__ = ["print_table"]
 
 
 def print_table(console: Console, table: Table, least: int) -> None:
-    """Print a table with its numbers whole, also where the terminal is narrower.
+    """Print a table without truncating numbers, even on a narrower terminal.
 
     rich would cut each to a digit or to nothing; longer lines are wrapped by the terminal.
 
     Args:
-        console: where.
-        table: what.
-        least: columns in which the table has room for its numbers.
+        console: the console to print on.
+        table: the table.
+        least: the fewest columns in which the table's numbers fit.
     """
     width = console.width
     console.width = max(width, least)

@@ -1,4 +1,4 @@
-"""A report in the terminal: the grid of layers x heads in color, and the most telling heads."""
+"""Terminal view of a report: the grid of layers x heads in color, and the highlights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from polyhead.viewer.tables import print_table
 
 __all__ = ["print_report"]
 
-_RECENT = 16  # tokens of `mass_recent`, by which a head is called local
+_RECENT = 16  # tokens of `mass_recent`, which defines local heads
 _LETTERS = {kind: kind[0].upper() for kind in KINDS}
 _WIDE, _NARROW = 7, 2  # columns of a cell: with its number, with a digit
 _EXAMPLE_AT = 59  # columns before the example
@@ -28,11 +28,11 @@ _COLUMNS = ("mass_first", "mass_previous", "mass_recent", "mass_induction", "eff
 
 
 def print_report(report: HeadReport, console: Console, by: str = "entropy") -> None:
-    """Print the grid and the ten most telling heads.
+    """Print the grid of all heads and the ten highlights.
 
     Args:
-        report: with token ids and the text of each token.
-        by: the number that gives the cells their colors, one of those of `HeadReport.rows`.
+        report: a report with token ids and the text of each token.
+        by: the statistic that colors the cells, a name in `HeadReport.rows`.
     """
     rows = report.rows()
     scale = _Scale([row[by] for row in rows if by in row], by)
@@ -40,18 +40,18 @@ def print_report(report: HeadReport, console: Console, by: str = "entropy") -> N
     console.print(Text(f"{read}, {len(rows)} heads"), soft_wrap=True)
     for part in (
         _grid(rows, scale, console.width),
-        _legend(scale, coloured_too=console.color_system is not None),
+        _legend(scale, has_color=console.color_system is not None),
     ):
         console.print()
         console.print(part)
     if len(report.tokens) <= _RECENT:
         console.print("All tokens are among the last 16: local is true of every head.")
     console.print()
-    print_table(console, _telling(report, console.width), _LEAST)
+    print_table(console, _highlights(report, console.width), _LEAST)
 
 
 class _Scale:
-    """Where a number stands among those of all heads; shares stand between 0 and 1."""
+    """Scale of one statistic over all heads: its range, or 0 to 1 for shares."""
 
     def __init__(self, values: Sequence[float], by: str) -> None:
         self.by = by
@@ -68,10 +68,10 @@ class _Scale:
 
 
 def _grid(rows: list[dict[str, Any]], scale: _Scale, width: int) -> Text:
-    """A line a layer, a cell a head: its letter, its number, and the number as a color.
+    """One line per layer, one cell per head: its letter, its number, and the number as a color.
 
-    Where that is too wide, a digit from 0 to 9 stands for the number; where that is too wide, too,
-    the heads stand in several blocks.
+    If that is too wide, a digit from 0 to 9 replaces the number; if that is still too wide, the
+    heads are split into several blocks.
     """
     cells = {(row["layer"], row["head"]): row for row in rows}
     layers = sorted({layer for layer, _ in cells})
@@ -85,7 +85,7 @@ def _grid(rows: list[dict[str, Any]], scale: _Scale, width: int) -> Text:
     lines = []
     for first in range(0, heads, block):
         chosen = range(first, min(first + block, heads))
-        # A narrow cell has no room for its number: every fifth head's is told.
+        # A narrow column has no room for its head's number: every fifth is labeled.
         numbers = "".join(
             f"{head:>{cell_width}}" if wide else f"{head:<10}" if head % 5 == 0 else ""
             for head in chosen
@@ -109,13 +109,13 @@ def _cell(row: dict[str, Any] | None, scale: _Scale, wide: bool) -> Text:
     return colored(f"{letter}{min(int(place * 10), 9)}", place)
 
 
-def _legend(scale: _Scale, coloured_too: bool) -> Text:
+def _legend(scale: _Scale, has_color: bool) -> Text:
     label, unit, says = NUMBERS[scale.by]
     label = f"weight on {label}" if unit == "share" else label
     legend = Text("   ".join(f"{letter} {kind}" for kind, letter in _LETTERS.items()) + "\n")
-    legend.append(f"{'Colour' if coloured_too else 'Number'}: {label}, from ")
+    legend.append(f"{'Color' if has_color else 'Number'}: {label}, from ")
     legend.append(scale.text(scale.least))
-    if coloured_too:
+    if has_color:
         legend.append(" ")
         for step in range(16):
             legend.append_text(colored(" ", step / 15))
@@ -123,9 +123,9 @@ def _legend(scale: _Scale, coloured_too: bool) -> Text:
     return legend.append(f". {says}")
 
 
-def _telling(report: HeadReport, width: int) -> Table:
+def _highlights(report: HeadReport, width: int) -> Table:
     table = Table(
-        title="Telling heads: the best of each kind",
+        title="Highlights: the best heads of each kind",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,

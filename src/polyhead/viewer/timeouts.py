@@ -12,7 +12,7 @@ SECONDS = 10.0  # for the headers of a request, and for its body
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's HTTP with a limit for headers; its own begins after a connection's first answer."""
+    """uvicorn's HTTP protocol with a time limit for headers, from a connection's first byte on."""
 
     _late: asyncio.TimerHandle | None = None
 
@@ -29,7 +29,7 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _watch(self) -> None:
-        """Start the clock while headers are awaited; stop it once a request is being answered."""
+        """Start the timer while headers are awaited; stop it while a request is handled."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._forget()
         elif self._late is None and not self.transport.is_closing():

@@ -75,7 +75,7 @@ def test_nobody_to_measure():
 
 
 def test_fewer_than_five_rounds_say_little():
-    with pytest.raises(ArgumentError, match="rounds must be at least 5; got 4; medians of fewer"):
+    with pytest.raises(ArgumentError, match="rounds must be at least 5; got 4; measure more"):
         interleave({"a": lambda: None}, rounds=4, seconds=0.0)
 
 

@@ -28,7 +28,7 @@ def test_they_list_every_reason(small, monkeypatch):
         "computes no gradients",
         "has no dropout",
         "has no window",
-        "measured with one key head a query head; got H = 6, G = 2",
+        "measured with one KV head per query head; got H = 6, G = 2",
         "measured on whole prompts; got T = 1, S = 17",
     ]
     assert OPENVINO.why_not(case) == ["openvino is not installed", *shared]

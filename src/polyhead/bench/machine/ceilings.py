@@ -1,8 +1,8 @@
-"""What this machine can do at most, measured in the same run: every share is a share of these.
+"""Machine ceilings (roofline): peak FLOP/s and read bandwidth, measured in the same run.
 
-A ceiling is the best of several plain loops, each at its own best; `source` names which one. For
-arithmetic these are multiply-adds of numbers in registers, which no kernel can beat, and torch's
-product of large matrices, which may know units that our loop does not; for memory, one long read.
+A ceiling is the best of several simple loops, each at its own best; `source` names the best one.
+For arithmetic these are multiply-adds in registers, which no kernel can beat, and torch's product
+of large matrices, which may use units that our loop does not; for memory, one long read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop of one kind of work: so many operations, or bytes read, a call."""
+    """A loop of one kind of work: `work` operations, or bytes read, per call."""
 
     source: str
     work: float
@@ -32,7 +32,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The most that was reached: GFLOP/s, or GB/s read."""
+    """Highest measured rate: GFLOP/s, or GB/s read."""
 
     name: str
     giga_per_second: float
@@ -46,14 +46,14 @@ class Ceiling:
 def ceiling_loops(
     features: Collection[str], size: int = 2048, megabytes: int = 512, steps: int = 500_000
 ) -> dict[str, tuple[Loop, ...]]:
-    """The loops of each ceiling.
+    """Return the loops of each ceiling.
 
     Args:
-        features: the processor's, as Linux names them. Without products of bfloat16 it widens the
-            numbers: float32 bounds it, and torch's own product could take half a minute.
+        features: the processor's, in Linux' names. Without bfloat16 products it widens values to
+            float32: that ceiling applies, and torch's own product could take half a minute.
         size: rows and columns of the matrices.
-        megabytes: how much is read.
-        steps: of each loop of multiply-adds.
+        megabytes: mebibytes to read.
+        steps: steps of each loop of multiply-adds.
     """
     single, half = torch.ones(size, size), torch.ones(size, size, dtype=torch.bfloat16)
     long = torch.ones(megabytes * 2**20 // 4)
@@ -84,7 +84,7 @@ def measure_ceilings(
     seconds: float = 1.0,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Ceiling]:
-    """The best of each ceiling's loops, each repeated for `seconds`.
+    """Measure the best of each ceiling's loops, each repeated for `seconds`.
 
     >>> loop = Loop("nothing", 1e9, lambda: None)
     >>> measure_ceilings({"read": (loop,)}, 0.0)["read"].source
@@ -102,7 +102,7 @@ def measure_ceilings(
 
 
 def _least(call: Callable[[], object], seconds: float, clock: Clock) -> float:
-    """The shortest time of a call: what others did meanwhile is no limit of the machine."""
+    """Shortest time of a call, so that other processes do not lower the ceiling."""
     call()
     start, least = clock(), float("inf")
     while least == float("inf") or clock() - start < seconds:

@@ -1,4 +1,4 @@
-"""Where a measurement was taken: processor, versions, threads, free memory."""
+"""Machine description: processor, versions, threads, free memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PACKAGES = ("polyhead", "torch", "transformers", "onnxruntime", "openvino")
 
 @dataclass(frozen=True)
 class Machine:
-    """What a reader must know to compare: names and numbers, no timing."""
+    """Hardware and software of a measurement, as needed to compare it with others."""
 
     cpu: str
     features: tuple[str, ...]
@@ -46,7 +46,7 @@ class Machine:
 
 
 def describe_machine() -> Machine:
-    """This machine, as it is set up now."""
+    """Describe this machine in its current configuration."""
     info = _fields(Path("/proc/cpuinfo"))
     flags = info.get("flags", info.get("Features", "")).split()
     total = _kibibytes("MemTotal")
@@ -64,7 +64,7 @@ def describe_machine() -> Machine:
 
 
 def available_bytes() -> int | None:
-    """Memory that a new tensor can have, or None where that is not known."""
+    """Return the memory available to new tensors, or None where it is not known."""
     kibibytes = _kibibytes("MemAvailable")
     return None if kibibytes is None else kibibytes * 1024
 
@@ -75,7 +75,7 @@ def _kibibytes(name: str) -> int | None:
 
 
 def _fields(path: Path) -> dict[str, str]:
-    """`name: value` lines of a file of Linux, the first of each name; empty elsewhere."""
+    """Parse `name: value` lines of a Linux file, the first of each name; empty elsewhere."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError:

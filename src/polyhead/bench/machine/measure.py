@@ -1,4 +1,4 @@
-"""Time, fairly: variants take turns, medians are told with their quartiles."""
+"""Fair timing: variants run round-robin, medians are reported with quartiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyhead.errors import ArgumentError
 __all__ = ["LEAST_ROUNDS", "Timing", "interleave"]
 
 LEAST_ROUNDS = 5
-# A sample is at least so long, so that the clock and a single hiccup do not count.
+# Minimum length of a sample, so that clock resolution and single interruptions do not matter.
 _SAMPLE_SECONDS = 0.01
 _MOST_REPEATS = 10_000
 
@@ -23,7 +23,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a call, one sample a round."""
+    """Seconds per call, one sample per round."""
 
     samples: tuple[float, ...]
 
@@ -33,7 +33,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """Half of the samples lie between these two.
+        """Lower and upper quartile of the samples.
 
         >>> Timing((1.0, 2.0, 3.0, 4.0, 50.0)).quartiles
         (2.0, 4.0)
@@ -50,17 +50,17 @@ def interleave(
     clock: Clock = time.perf_counter,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Timing]:
-    """Measure calls in turn: a round takes one sample of each, beginning with another each time.
+    """Time calls round-robin: each round takes one sample per call, in rotated order.
 
-    So a busy moment hits all of them, and none always follows the same other. Short calls are
-    repeated within a sample, after one that does not count.
+    So a busy moment affects all calls. Short calls are repeated within a sample, after a warm-up
+    call.
 
     Args:
-        calls: what to measure, by name.
-        rounds: at least so many, and at least 5.
-        seconds: go on at least so long.
-        clock: tells seconds.
-        progress: called after each round with the share that is done.
+        calls: the calls to time, by name.
+        rounds: the minimum number of rounds, at least 5.
+        seconds: the minimum total time.
+        clock: returns seconds.
+        progress: called after each round with the fraction done.
 
     Raises:
         ArgumentError: fewer than 5 rounds.
@@ -71,7 +71,7 @@ def interleave(
     """
     if rounds < LEAST_ROUNDS:
         raise ArgumentError(
-            "rounds", f"must be at least {LEAST_ROUNDS}", rounds, "medians of fewer say little"
+            "rounds", f"must be at least {LEAST_ROUNDS}", rounds, "measure more rounds"
         )
     repeats = {name: _repeats(call, clock) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -87,7 +87,7 @@ def interleave(
 
 
 def _repeats(call: Call, clock: Clock) -> int:
-    """How many calls make a sample. The first call, which may set things up, is not looked at."""
+    """Number of calls per sample. The first call, which may do one-time setup, is not timed."""
     call()
     once = _sample(call, 1, clock)
     return max(1, min(ceil(_SAMPLE_SECONDS / max(once, 1e-9)), _MOST_REPEATS))

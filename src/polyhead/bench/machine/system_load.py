@@ -1,4 +1,4 @@
-"""Whether the machine was ours while we measured: others' share of its processors' time."""
+"""System load during a measurement: other processes' share of CPU time."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 
 class DisturbedError(PolyheadError):
-    """Other processes took too much of the processors for a measurement to mean anything."""
+    """Other processes took too much CPU time for a meaningful measurement."""
 
 
 @dataclass(frozen=True)
 class CpuTimes:
-    """Seconds so far, of all processors together: busy, in all, and busy with this process."""
+    """CPU seconds so far, summed over all processors: busy, total, and of this process."""
 
     busy: float
     total: float
@@ -40,7 +40,7 @@ class CpuTimes:
 
 
 def read_cpu_times(stat: Path = Path("/proc/stat")) -> CpuTimes | None:
-    """What Linux has counted since it started, or None on another system."""
+    """Read Linux' counters since boot, or None on another system."""
     try:
         first = stat.read_text(encoding="utf-8").splitlines()[0]
     except OSError:
@@ -55,7 +55,7 @@ def read_cpu_times(stat: Path = Path("/proc/stat")) -> CpuTimes | None:
 
 
 def others_share(before: CpuTimes, after: CpuTimes) -> float:
-    """The share of all processors' time that went to other processes, from 0 to 1.
+    """Return the fraction of all CPU time used by other processes, from 0 to 1.
 
     >>> others_share(CpuTimes(10, 100, 5), CpuTimes(14, 110, 8))   # 4 of 10 busy, 3 of them ours
     0.1
@@ -73,20 +73,20 @@ def quietly(
     sleep: Callable[[float], None] = time.sleep,
     waits: tuple[float, ...] = _WAITS,
 ) -> tuple[T, float | None]:
-    """Measure, and again after a wait if others were busy meanwhile.
+    """Measure, and repeat after a wait if other processes were busy meanwhile.
 
     Args:
-        measure: what to do.
-        anyway: take the first measurement, whatever the others did.
-        read: tells the processors' times; None where nobody does.
-        sleep: waits.
-        waits: seconds before each try.
+        measure: the function to call.
+        anyway: keep the first measurement regardless of other processes.
+        read: returns the CPU times, or None where these are not known.
+        sleep: waits for some seconds.
+        waits: seconds before each attempt.
 
     Returns:
-        What `measure` returned, and the others' share of the processors (None: not known).
+        The result of `measure`, and other processes' share of CPU time (None: not known).
 
     Raises:
-        DisturbedError: others took more than 5 % of the processors in every try.
+        DisturbedError: other processes took more than 5 % of CPU time in every attempt.
     """
     shares = []
     for wait in waits:

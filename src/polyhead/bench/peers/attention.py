@@ -1,4 +1,4 @@
-"""Who computes attention: polyhead and the others, each as a `Peer`."""
+"""Attention peers: polyhead, SDPA and eager attention, each as a `Peer`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
     "scores_reasons",
 ]
 
-# What a call gives, by name: "output", and in training "dquery" and so on.
+# Results of a call by name: "output", and in training "dquery" and so on.
 Results = dict[str, Tensor]
 Run = Callable[[], Results]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -38,16 +38,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute a case.
+    """One implementation of a case.
 
     Attributes:
-        name: how the tables call it.
-        why_not: every reason why it cannot run a case; none: it can.
-        prepare: all that happens once, and what is then measured.
-        compared: a run's results in the names and layout that all peers share.
-        backend: which kernel runs, where the peer chooses by itself.
-        ours: whether it is polyhead.
-        compiles: whether its first call compiles.
+        name: its name in tables.
+        why_not: every reason why it cannot run a case; empty if it can.
+        prepare: does the one-time setup and returns the call to measure.
+        compared: converts a run's results to the names and layout common to all peers.
+        backend: the kernel that runs, where the peer chooses between several.
+        ours: True for polyhead.
+        compiles: True if its first call compiles.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Peer:
 
 
 def attention_run(case: Case, inputs: Inputs, attend: Attend) -> Run:
-    """The call to measure: `attend`, and its gradients in training."""
+    """Return the call to measure: `attend`, and its gradients in training."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     if not case.train:
         return lambda: {"output": attend(query, key, value)}
@@ -75,7 +75,7 @@ def attention_run(case: Case, inputs: Inputs, attend: Attend) -> Run:
 
 
 def scores_reasons(case: Case, bytes_per_score: int) -> list[str]:
-    """Why a peer that holds the scores of all queries and keys would not fit in memory."""
+    """Reasons why a peer that materializes all T x S scores does not fit in memory."""
     need = case.B * case.H * case.T * case.S * bytes_per_score
     free = available_bytes()
     if free is None or need <= free / 2:
@@ -102,7 +102,7 @@ def _prepare_polyhead(case: Case, inputs: Inputs) -> Run:
 
 
 def chosen_backend(case: Case) -> str:
-    """Which backend polyhead takes for this case."""
+    """Name of the backend that polyhead chooses for this case."""
     query = torch.empty(case.B, case.H, case.T, case.D, dtype=case.dtype)
     key = torch.empty(case.B, case.G, case.S, case.D, dtype=case.dtype)
     with torch.set_grad_enabled(case.train):
@@ -165,7 +165,7 @@ def _prepare_sdpa(case: Case, inputs: Inputs) -> Run:
 
 SDPA = Peer(
     "sdpa",
-    # Dropout makes torch hold the scores, as its math path does.
+    # With dropout, torch takes its math path, which materializes the scores.
     lambda case: scores_reasons(case, 5 * case.dtype.itemsize if case.dropout else 1),
     _prepare_sdpa,
 )
@@ -186,7 +186,7 @@ def eager_attention(
     forbidden: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The formula as one writes it, (B, H, T, E): the truth in float64, and a peer."""
+    """Eager attention, (B, H, T, E): the exact result in float64, and a peer."""
     B, H, T, _ = query.shape
     G, S, E = value.shape[1:]
     weights_bhts = eager_weights(query, key, forbidden)
@@ -196,9 +196,9 @@ def eager_attention(
 
 
 def eager_weights(query: Tensor, key: Tensor, forbidden: Tensor | None = None) -> Tensor:
-    """The attention weights, (B, H, T, S).
+    """Return the attention weights, (B, H, T, S).
 
-    The heads of a group are rows of one product, so that no key head is repeated.
+    The heads of a group are rows of one product, so that no KV head is repeated.
     """
     B, H, T, D = query.shape
     G, S = key.shape[1:3]

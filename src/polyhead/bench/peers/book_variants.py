@@ -1,8 +1,8 @@
-"""The module variants that the lecture's book compares, written anew from their description.
+"""Module variants that the lecture's book compares, reimplemented from their description.
 
-Here all are one function, so that they can be compared: causal, without dropout, one output
-projection. Each lists its query, key and value weights, `qkv()`, whose rows in order are the rows
-of a combined projection: the same weights go into every layout.
+All compute the same function, for comparison: causal, without dropout, one output projection.
+`qkv()` lists the query, key and value weights, whose rows in order are the rows of a combined
+projection: the same weights are loaded into every layout.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CausalHead(nn.Module):
 
 
 class StackedHeads(nn.Module):
-    """(1) Causal heads side by side, their contexts concatenated."""
+    """(1) Separate causal heads, contexts concatenated."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class SplitHeads(nn.Module):
 
 
 class EinsumHeads(nn.Module):
-    """(4) Every product an einsum over named dimensions."""
+    """(4) All products as einsums over named dimensions."""
 
     mask: Tensor
 
@@ -123,7 +123,7 @@ class EinsumHeads(nn.Module):
 
 
 class CombinedProjection(nn.Module):
-    """(3, 5, 6, and flex) One projection for queries, keys and values; `attend` does the rest."""
+    """(3, 5, 6, and flex) One projection for queries, keys and values, then `attend`."""
 
     def __init__(self, case: Case, attend: Attend) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class TorchModule(nn.Module):
     def __init__(self, case: Case, need_weights: bool) -> None:
         super().__init__()
         self.inner = nn.MultiheadAttention(case.width, case.H, batch_first=True)
-        # Its one switch gives all projections a bias; that of queries, keys and values stays zero.
+        # Its one flag adds a bias to all projections; that of queries, keys and values stays zero.
         nn.init.zeros_(self.inner.in_proj_bias)
         self.need_weights = need_weights
         self.register_buffer("mask", _future(case), persistent=False)
@@ -170,30 +170,30 @@ class TorchModule(nn.Module):
 
 
 def written_out(case: Case) -> Attend:
-    """(3) Scores, mask, softmax, values."""
+    """(3) Eager attention: scores, mask, softmax, values."""
     mask = _future(case)
     return lambda query, key, value: _causal_weights(query, key, mask) @ value
 
 
 def sdpa(case: Case) -> Attend:
-    """(5) torch's fused kernel, told that it is causal."""
+    """(5) torch's fused kernel with is_causal=True."""
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def sdpa_written_mask(case: Case) -> Attend:
-    """(6) The same function with the mask written out, which keeps some devices from flash."""
+    """(6) The same function with a materialized mask, which rules out flash on some devices."""
     allowed = ~_future(case)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
 
 def _linear(features: int, out: int, bias: bool = False) -> nn.Linear:
-    """Not initialised: every variant's weights are loaded."""
+    """Uninitialized linear layer: every variant's weights are loaded."""
     linear: nn.Linear = nn.utils.skip_init(nn.Linear, features, out, bias=bias)
     return linear
 
 
 def _future(case: Case) -> Tensor:
-    """(T, S) True where a token must not look."""
+    """(T, S) True where a query must not attend."""
     return torch.ones(case.T, case.S, dtype=torch.bool).triu(1)
 
 

@@ -1,4 +1,4 @@
-"""Who reads keys and values that a cache holds as codes or in blocks: polyhead, where they are."""
+"""KV cache peers: polyhead reading an int8 or paged cache in place, and the alternatives."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _prepare_gathered(case: Case, inputs: Inputs) -> Run:
 
 CACHES = (
     replace(POLYHEAD, prepare=_prepare_in_place),
-    # The same numbers, as tensors: what it costs that they are kept otherwise, or saves.
+    # The same keys and values as contiguous tensors, to measure the cost or gain of the format.
     replace(POLYHEAD, name="side by side", ours=False),
-    # What is left to do where a kernel reads tensors only.
+    # Materialized first, as for a kernel that reads tensors only.
     Peer("sdpa, gathered", lambda case: [], _prepare_gathered),
 )

@@ -17,7 +17,7 @@ __all__ = ["ONNX_RUNTIME", "OPENVINO"]
 
 def _onnx_reasons(case: Case) -> list[str]:
     reasons = _missing("onnx", "onnxruntime") + _inference_reasons(case)
-    # It holds the scores twice.
+    # It materializes the scores twice.
     reasons += scores_reasons(case, 8)
     if case.dtype != torch.float32:
         reasons.append(f"its fused attention is float32 only on CPU; got {case.dtype_name}")
@@ -25,7 +25,7 @@ def _onnx_reasons(case: Case) -> list[str]:
 
 
 def _prepare_onnx(case: Case, inputs: Inputs) -> Run:
-    """`com.microsoft.MultiHeadAttention`: its fastest on CPU, in its own layout (B, T, H * D)."""
+    """`com.microsoft.MultiHeadAttention`: its fastest on CPU, in the layout (B, T, H * D)."""
     from onnx import TensorProto, helper
 
     onnxruntime: Any = importlib.import_module("onnxruntime")
@@ -59,7 +59,7 @@ def _prepare_onnx(case: Case, inputs: Inputs) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    # Its threads would else go on spinning while the next peer is measured.
+    # Otherwise its threads would keep spinning while the next peer is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
@@ -97,13 +97,13 @@ def _prepare_openvino(case: Case, inputs: Inputs) -> Run:
         },
     )
     request = compiled.create_infer_request()
-    # numpy has no bfloat16: the bits travel as 16-bit integers.
+    # numpy has no bfloat16: the bits are passed as 16-bit integers.
     bits = torch.int16 if case.dtype == torch.bfloat16 else case.dtype
 
     def shared(tensor: Tensor) -> Any:
         return openvino.Tensor(tensor.view(bits).numpy(), list(tensor.shape), kind)
 
-    # The request reads and writes this memory without owning it: `run` keeps it alive.
+    # The request reads and writes this memory without owning it; `run` keeps it alive.
     tensors = [inputs[n] for n in names]
     output_bhte = torch.empty(case.B, case.H, case.T, case.D, dtype=case.dtype)
     for i, tensor in enumerate(tensors):
@@ -132,7 +132,7 @@ def _inference_reasons(case: Case) -> list[str]:
     if case.window is not None:
         reasons.append("has no window")
     if case.G != case.H:
-        reasons.append(f"measured with one key head a query head; got H = {case.H}, G = {case.G}")
+        reasons.append(f"measured with one KV head per query head; got H = {case.H}, G = {case.G}")
     if case.T != case.S:
         reasons.append(f"measured on whole prompts; got T = {case.T}, S = {case.S}")
     return reasons

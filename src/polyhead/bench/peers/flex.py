@@ -17,7 +17,7 @@ __all__ = ["FLEX", "flex_attend", "flex_reasons"]
 
 
 def _compiler_reasons() -> list[str]:
-    """Why torch.compile cannot make CPU code here."""
+    """Reasons why torch.compile cannot generate CPU code on this machine."""
     compilers = (os.environ.get("CXX", "g++"), "g++", "clang++")
     if any(shutil.which(name) for name in compilers):
         return []
@@ -32,7 +32,7 @@ def flex_reasons(case: Case) -> list[str]:
 
 
 def flex_attend(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """Attention of queries over keys and values, compiled for this case at the first call."""
+    """Return flex attention of (query, key, value), compiled for this case at the first call."""
     # Imported here: flex takes a second to import.
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -43,9 +43,9 @@ def flex_attend(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def _block_mask(case: Case) -> Any:
-    """The causal rule, and the window if there is one, as flex's `BlockMask`.
+    """Causal mask, and the window if there is one, as flex's `BlockMask`.
 
-    Blocks are sorted by their corners: flex's own `create_block_mask` would write out T x S cells.
+    Blocks are classified by their corners: `create_block_mask` would materialize T x S cells.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -56,7 +56,7 @@ def _block_mask(case: Case) -> Any:
         return (key <= query) & (query - key <= window)
 
     first = torch.arange(0, case.T, size)
-    # How far the first query of a block stands behind the first key of a block.
+    # Distance from the first key of a block to the first query of a block.
     distance = first[:, None] - first
     some = (distance + size > 0) & (distance - size < window)
     whole = (distance - size + 1 >= 0) & (distance + size - 1 <= window)

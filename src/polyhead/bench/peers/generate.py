@@ -1,4 +1,4 @@
-"""Inside transformers: a prompt, or one token of `generate`, by the attention of each peer."""
+"""Generation peers: a prompt, or one token of transformers' `generate`, per attention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _smollm2() -> Any:
 
 
 def _model(case: Case) -> Any:
-    """The case's decoder, by sdpa until another is set: of its own, so that peers do not share."""
+    """A fresh copy of the case's decoder, with sdpa attention until another is set."""
     if case.decoder == "SmolLM2":
         model = copy.deepcopy(_smollm2())
         model.set_attn_implementation("sdpa")
@@ -41,7 +41,7 @@ def _model(case: Case) -> Any:
 
 
 def _llama(case: Case) -> Any:
-    """Random weights, the same ones each time: 4 layers as wide as H * D."""
+    """Llama of 4 layers as wide as H * D, with the same random weights each time."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config: Any = LlamaConfig(
@@ -89,8 +89,8 @@ def _prepare_prompt(attention: str, case: Case, inputs: Inputs) -> Run:
 
 
 def _read_prompt(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Every layer's keys and values. Halves are widened: without instructions for them, a processor
-    takes minutes for the linear layers of a long prompt."""
+    """Compute every layer's keys and values. Half precision is widened: without instructions for
+    it, a processor takes minutes for the linear layers of a long prompt."""
     from transformers import DynamicCache
 
     dtype: torch.dtype = model.dtype
@@ -102,7 +102,7 @@ def _read_prompt(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torc
 
 
 def _prepare_tokens(attention: str, case: Case, inputs: Inputs) -> Run:
-    """Read the prompt once, by sdpa for everybody; what is measured is the tokens after it."""
+    """Read the prompt once, by sdpa for all peers; the tokens after it are measured."""
     model, ids = _model(case), inputs["ids"]
     cache = _cache(attention, model)
     for layer, (keys, values) in enumerate(_read_prompt(model, ids[:, :-1])):
@@ -121,7 +121,7 @@ def _prepare_tokens(attention: str, case: Case, inputs: Inputs) -> Run:
             return_dict_in_generate=True,
         )
         cache.crop(ids.shape[1] - 1 - cache.get_seq_length())
-        # Of the first token only: the next depends on which token won.
+        # Of the first token only: later ones depend on the token chosen.
         return {"output": answer.logits[0]}
 
     return run

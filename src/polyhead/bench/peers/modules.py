@@ -1,4 +1,4 @@
-"""Whole modules as peers: ours, the book's variants, and `nn.MultiheadAttention`."""
+"""Module peers: ours, the book's variants, and `nn.MultiheadAttention`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["MODULES", "OWN_CLASS"]
 
 
 class PolyheadModule(nn.Module):
-    """Ours, as a user builds it."""
+    """`MultiHeadAttention`, built as a user would."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class PolyheadModule(nn.Module):
 
 
 class DropInModule(book.TorchModule):
-    """torch's variant, its module replaced by ours: the same call."""
+    """torch's variant with its module replaced by ours, called in the same way."""
 
     def __init__(self, case: Case, need_weights: bool) -> None:
         super().__init__(case, need_weights)
@@ -81,7 +81,7 @@ def _prepare(build: Callable[[Case], Variant], case: Case, inputs: Inputs) -> Ru
 
 
 def _compared(case: Case, results: Results) -> Results:
-    """The gradients of the query, key and value weights as one, whatever the layout."""
+    """Concatenate the gradients of query, key and value weights, for any layout."""
     rows = [tensor for name, tensor in results.items() if name.startswith("dqkv_")]
     common = {n: tensor for n, tensor in results.items() if not n.startswith("dqkv_")}
     return common | ({"dqkv_weight": torch.cat(rows)} if rows else {})

@@ -1,4 +1,4 @@
-"""Which peers a case is measured against, and which of them is the truth in float64."""
+"""Registry of peers: those of each case, and the eager one that gives the float64 result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ATTENTION = (POLYHEAD, SDPA, FLEX, EAGER, ONNX_RUNTIME, OPENVINO)
 
 
 def peers_of(case: Case) -> tuple[Peer, ...]:
-    """Everybody who computes such a case, polyhead first.
+    """Return the peers of a case, polyhead first.
 
     >>> from polyhead.bench.suites import find_cases
     >>> [peer.name for peer in peers_of(find_cases(("P2",))[0])]
@@ -32,5 +32,5 @@ def peers_of(case: Case) -> tuple[Peer, ...]:
 
 
 def definition_of(case: Case) -> Peer:
-    """The peer that writes the formula out."""
+    """Return the eager peer of a case, whose float64 run is the exact result."""
     return {"attention": EAGER, "module": OWN_CLASS, "generate": HF_EAGER}[case.kind]
