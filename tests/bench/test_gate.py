@@ -53,12 +53,12 @@ def last_is_nan(output):
         last_is_nan,
     ],
 )
-def test_a_wrong_output_is_caught(small, change):
+def test_gate_catches_a_wrong_output(small, change):
     assert faults(small(), SDPA) == []
     assert faults(small(), spoiled(with_output(change))) == ["output"]
 
 
-def test_thousands_of_values_may_round_by_what_they_add_up_to(small):
+def test_gate_tolerance_grows_with_summed_magnitudes(small):
     """The outputs are of 0.03, of values of 1: a sum in another order is off by their rounding."""
     case = small(B=1, T=1, S=8192, D=64)
     assert faults(case, spoiled(with_output(lambda output: output + 2.4e-7))) == []
@@ -66,14 +66,14 @@ def test_thousands_of_values_may_round_by_what_they_add_up_to(small):
 
 
 @pytest.mark.parametrize("name", ["output", "dquery", "dkey", "dvalue"])
-def test_each_gradient_counts_and_a_missing_one_is_wrong(small, name):
+def test_gate_checks_each_gradient(small, name):
     case = small(train=True)
     assert faults(case, SDPA) == []
     assert faults(case, spoiled(lambda r: {**r, name: r[name] * 1.001})) == [name]
     assert faults(case, spoiled(lambda r: {n: t for n, t in r.items() if n != name})) == [name]
 
 
-def test_another_dtype_is_caught_even_when_it_is_closer(small):
+def test_gate_catches_another_dtype(small):
     case = small(dtype=torch.bfloat16)
     wide = Peer(
         "wide",
@@ -85,7 +85,7 @@ def test_another_dtype_is_caught_even_when_it_is_closer(small):
     assert faults(case, wide) == ["output's dtype torch.float32"]
 
 
-def test_upper_left_causal_is_caught_where_it_differs(small):
+def test_gate_catches_upper_left_causal(small):
     def upper_left(case, inputs):
         return attention_run(
             case,
@@ -100,14 +100,14 @@ def test_upper_left_causal_is_caught_where_it_differs(small):
     assert faults(case, Peer("upper left", lambda case: [], upper_left)) == ["output"]
 
 
-def test_wrong_statistics_are_caught(small):
+def test_gate_catches_wrong_statistics(small):
     case = small(statistics=True)
     assert faults(case, POLYHEAD) == []
     wrong = spoiled(lambda r: {**r, "entropy": r["entropy"] + 1e-3}, POLYHEAD)
     assert faults(case, dataclasses.replace(wrong, ours=True)) == ["entropy"]
 
 
-def test_of_a_long_pass_some_queries_are_checked_first_and_last_among_them(small, monkeypatch):
+def test_gate_long_pass_checks_first_and_last_queries(small, monkeypatch):
     monkeypatch.setattr(gate_module, "_CELLS", 3 * 6 * 257 * 10)
     case = small(T=257, S=257)
     inputs = case.inputs(seed=0)
@@ -116,7 +116,7 @@ def test_of_a_long_pass_some_queries_are_checked_first_and_last_among_them(small
     assert faults(case, spoiled(with_output(last_query_wrong))) == ["output"]
 
 
-def test_dropout_must_drop_and_must_scale(small):
+def test_gate_checks_that_dropout_drops_and_scales(small):
     case = small(T=64, S=64, dropout=0.5, train=True)
 
     def peer(dropped):
@@ -140,7 +140,7 @@ def test_dropout_must_drop_and_must_scale(small):
     ]
 
 
-def test_it_says_by_how_much(small):
+def test_gate_check_reports_the_error(small):
     inputs = small().inputs(seed=0)
     wrong = spoiled(with_output(lambda output: output + 0.25))
     verdict = gate(small(), {wrong: wrong.prepare(small(), inputs)}, inputs)

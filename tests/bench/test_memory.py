@@ -14,24 +14,24 @@ from polyhead.errors import ArgumentError
 pytestmark = pytest.mark.skipif(not memory._CLEAR.exists(), reason="needs /proc of Linux")
 
 
-def test_written_out_scores_are_seen_and_a_fused_kernel_holds_none():
+def test_measure_here_sees_materialized_scores():
     # 4096 tokens and one head: the scores are 64 MiB, and their softmax as much again.
     assert 128 <= measure_here("L131072", "eager", 32) < 400
     assert measure_here("L131072", "sdpa", 32) < 64
 
 
 @pytest.mark.slow
-def test_a_process_of_its_own_measures_the_same():
+def test_peak_mebibytes_equals_measure_here():
     assert 128 <= peak_mebibytes("L131072", "eager", 32) < 400
 
 
-def test_a_process_that_fails_is_told_with_its_last_words(monkeypatch):
+def test_peak_mebibytes_failure_has_last_stderr_line(monkeypatch):
     monkeypatch.setattr(memory.sys, "executable", "/bin/false")
     with pytest.raises(MemoryProbeError, match="sdpa's memory on P2 must succeed; got exit code 1"):
         peak_mebibytes("P2", "sdpa", 1)
 
 
-def test_a_system_that_does_not_tell_is_named(monkeypatch, tmp_path):
+def test_memory_check_without_proc_raises(monkeypatch, tmp_path):
     check_memory_is_told()
     monkeypatch.setattr(memory, "_CLEAR", tmp_path / "none")
     with pytest.raises(ArgumentError, match="--memory must be used on Linux"):

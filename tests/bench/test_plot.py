@@ -9,7 +9,7 @@ from polyhead.errors import DependencyError
 
 
 @pytest.mark.parametrize("memory", [None, 3.5])
-def test_curves_of_scale_and_bars_of_others(bench_result, case_result, timed, tmp_path, memory):
+def test_plot_draws_curves_for_scale_and_bars_otherwise(bench_result, case_result, timed, tmp_path, memory):
     pytest.importorskip("matplotlib")
     variants = (
         timed("polyhead", 2.0, memory_mib=memory, share=0.5),
@@ -23,7 +23,7 @@ def test_curves_of_scale_and_bars_of_others(bench_result, case_result, timed, tm
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_it_says_what_to_install(bench_result, monkeypatch, tmp_path):
+def test_plot_without_matplotlib_raises(bench_result, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(DependencyError, match=r'pip install "polyhead\[bench\]"'):
         check_can_plot()

@@ -22,7 +22,7 @@ def line_of(text, name):
     return next(line for line in text.splitlines() if name in line)
 
 
-def test_times_quartiles_speed_up_rate_and_share(printed, bench_result):
+def test_print_result_has_times_speedup_rate_and_share(printed, bench_result):
     text = printed(bench_result())
     assert "P2: forward 1, 2/2, 256, 256, 64, causal(), float32" in text
     assert "ceilings: float32 200 GFLOP/s (float32 matmul)" in text
@@ -34,27 +34,27 @@ def test_times_quartiles_speed_up_rate_and_share(printed, bench_result):
     assert "other processes took 1.2%" in " ".join(text.split())
 
 
-def test_who_is_wrong_or_cannot_run_has_words_and_no_number(printed, bench_result):
+def test_print_result_lists_refused_peers_with_reasons(printed, bench_result):
     text = printed(bench_result())
     assert "  flex is wrong, so it is not measured: output is off by 1\n" in text
     assert "  OpenVINO is not measured: openvino is not installed\n" in text
     assert not any("│" in line for line in text.splitlines() if "flex" in line)
 
 
-def test_warnings_stand_under_every_table(printed, bench_result, case_result):
+def test_print_result_warns_under_every_table(printed, bench_result, case_result):
     cases = (case_result("P2"), case_result("P3"))
     text = printed(bench_result(*cases, warnings=("trust no number here",)))
     assert text.count("trust no number here") == 3
     assert "left out: flex" in printed(bench_result(left_out=("flex",)))
 
 
-def test_targets_are_met_or_missed_in_words(printed, bench_result, case_result):
+def test_print_result_targets_are_met_or_missed(printed, bench_result, case_result):
     text = printed(bench_result(case_result("P2"), case_result("P3")), width=160)
     assert "1.20 times as fast as the best peer: 1.50, met" in text
     assert "85% of the ceiling (float32): 50%, missed" in text
 
 
-def test_memory_and_missing_units(printed, bench_result, case_result, timed):
+def test_print_result_memory_and_missing_units(printed, bench_result, case_result, timed):
     variants = (timed("polyhead", 1234.5, memory_mib=1092.25), timed("sdpa", 0.01234))
     text = printed(bench_result(case_result(unit=None, ceiling=None, variants=variants)))
     ours = [cell.strip() for cell in line_of(text, "│ polyhead").split("│")[1:-1]]
@@ -63,7 +63,7 @@ def test_memory_and_missing_units(printed, bench_result, case_result, timed):
     assert "0.0123" in line_of(text, "│ sdpa")
 
 
-def test_numbers_are_never_cut_in_a_narrow_terminal(printed, bench_result, case_result, timed):
+def test_print_result_narrow_terminal_keeps_numbers(printed, bench_result, case_result, timed):
     long = timed("a peer with a name that is long", 12345.0, rate=123.0, share=1.0)
     text = printed(bench_result(case_result(variants=(timed("polyhead", 1.0), long))), width=60)
     assert "11110–13580" in text

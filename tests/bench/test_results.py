@@ -7,7 +7,7 @@ import pytest
 from polyhead.bench.results import SCHEMA, VariantResult
 
 
-def test_speed_up_over_the_best_peer_and_over_one_by_name(case_result):
+def test_speedup_over_best_and_over_a_named_peer(case_result):
     case = case_result()
     assert case.best_peer.name == "sdpa"
     assert case.speedup_over("best") == 1.5
@@ -15,24 +15,24 @@ def test_speed_up_over_the_best_peer_and_over_one_by_name(case_result):
 
 
 @pytest.mark.parametrize("name", ["flex", "OpenVINO", "nobody"])
-def test_no_speed_up_over_who_has_no_time(case_result, name):
+def test_speedup_over_an_untimed_peer_is_none(case_result, name):
     assert case_result().speedup_over(name) is None
 
 
-def test_no_speed_up_where_polyhead_has_no_time(case_result, timed):
+def test_speedup_of_untimed_polyhead_is_none(case_result, timed):
     wrong = VariantResult("polyhead", True, refused=("output is off by 1",), wrong=True)
     case = case_result(variants=(wrong, timed("sdpa", 3.0)))
     assert (case.ours, case.speedup_over("best")) == (None, None)
     assert case_result(variants=(timed("polyhead", 3.0),)).speedup_over("best") is None
 
 
-def test_only_polyhead_being_wrong_makes_the_run_wrong(bench_result, case_result):
+def test_result_is_wrong_only_if_polyhead_is(bench_result, case_result):
     assert not bench_result().wrong
     wrong = VariantResult("polyhead", True, refused=("output is off by 1",), wrong=True)
     assert bench_result(case_result(), case_result(variants=(wrong,))).wrong
 
 
-def test_json_has_everything_and_the_number_of_its_schema(bench_result):
+def test_result_json_has_everything_and_its_schema(bench_result):
     data = json.loads(bench_result(warnings=("careful",), left_out=("flex",)).to_json())
     assert data["schema"] == SCHEMA == 1
     assert set(data) == {

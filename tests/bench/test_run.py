@@ -16,7 +16,7 @@ TRIAL = Settings(rounds=5, seconds=0.0, anyway=True, shrink=64, without=("flex",
 
 
 @pytest.mark.parametrize("id", ["P3", "P7/bf16", "W1", "D1", "D4", "T1", "T4", "S1", "M2"])
-def test_every_kind_of_case_ends_in_times_of_right_peers(id):
+def test_run_case_times_correct_peers_of_every_kind(id):
     (case,) = run_bench(find_cases((id,))[:1], TRIAL).cases
     assert case.id == id
     assert case.ours is not None, case.variants
@@ -31,7 +31,7 @@ def test_every_kind_of_case_ends_in_times_of_right_peers(id):
     assert case.targets == ()  # nothing is judged by a trial
 
 
-def test_a_wrong_peer_is_not_measured(monkeypatch):
+def test_run_case_does_not_measure_a_wrong_peer(monkeypatch):
     calls = []
 
     def prepare(case, inputs):
@@ -54,7 +54,7 @@ def test_a_wrong_peer_is_not_measured(monkeypatch):
     assert case.variants[1].milliseconds is not None
 
 
-def test_who_is_hopelessly_slow_is_not_measured_unless_a_target_names_it():
+def test_too_slow_exempts_peers_named_in_targets():
     def peer(name, **more):
         return Peer(name, lambda case: [], lambda case, inputs: dict, **more)
 
@@ -71,7 +71,7 @@ def test_who_is_hopelessly_slow_is_not_measured_unless_a_target_names_it():
     assert too_slow(plain, peers, {**seconds, "sdpa": 0.01, "eager": 0.9, "engine": 0.9}) == {}
 
 
-def test_a_peer_that_is_too_slow_says_so_in_place_of_a_time(monkeypatch):
+def test_run_case_reports_a_too_slow_peer(monkeypatch):
     monkeypatch.setattr(run_module, "_HOPELESS", -1)
     monkeypatch.setattr(run_module, "_HOPELESS_SECONDS", 0.0)
     calls = []
@@ -92,7 +92,7 @@ def test_a_peer_that_is_too_slow_says_so_in_place_of_a_time(monkeypatch):
     assert not sdpa.wrong
 
 
-def test_a_disturbance_keeps_what_was_measured_before_and_stops(monkeypatch):
+def test_run_bench_disturbed_keeps_results_and_stops(monkeypatch):
     honest, tries = run_module.quietly, []
 
     def disturbed_at_the_third(measure, *, anyway):
@@ -107,7 +107,7 @@ def test_a_disturbance_keeps_what_was_measured_before_and_stops(monkeypatch):
     assert result.refusal == "P3: others are busy"
 
 
-def test_what_was_measured_before_it_is_interrupted_is_kept(monkeypatch):
+def test_run_bench_interrupted_keeps_results(monkeypatch):
     honest = run_module.run_case
 
     def interrupted_at_the_second(case, *arguments):
@@ -121,14 +121,14 @@ def test_what_was_measured_before_it_is_interrupted_is_kept(monkeypatch):
     assert result.refusal == "P3: interrupted"
 
 
-def test_warnings_tell_what_makes_numbers_worthless():
+def test_run_bench_warns_of_unreliable_numbers():
     result = run_bench((), TRIAL)
     assert result.warnings[0].startswith("measured with --anyway")
     assert "sizes divided by 64: a trial, not a measurement" in result.warnings
     assert result.left_out == ("flex", "book: flex")
 
 
-def test_progress_never_goes_back():
+def test_run_bench_progress_is_monotonic():
     steps = []
     run_bench(find_cases(("P2", "T1")), TRIAL, lambda step, done: steps.append((step, done)))
     done = [share for _, share in steps]
@@ -137,7 +137,7 @@ def test_progress_never_goes_back():
     assert next(step for step, _ in steps if step.startswith("T1")) == "T1: preparing"
 
 
-def test_memory_is_asked_of_those_that_were_measured(monkeypatch):
+def test_run_case_measures_memory_of_timed_peers(monkeypatch):
     asked = []
     monkeypatch.setattr(run_module, "peak_mebibytes", lambda *a: asked.append(a) or 1.5)
     settings = dataclasses.replace(TRIAL, memory=True)
@@ -147,7 +147,7 @@ def test_memory_is_asked_of_those_that_were_measured(monkeypatch):
     assert {variant.memory_mib for variant in measured} == {1.5}
 
 
-def test_threads_are_set_for_everybody():
+def test_run_bench_sets_threads_for_all_peers():
     before = torch.get_num_threads()
     try:
         assert run_bench((), dataclasses.replace(TRIAL, threads=3)).machine.threads == 3
@@ -155,7 +155,7 @@ def test_threads_are_set_for_everybody():
         torch.set_num_threads(before)
 
 
-def test_targets_are_judged_against_the_best_peer_a_peer_by_name_and_the_ceiling(case_result):
+def test_judge_compares_with_best_named_and_ceiling(case_result):
     (case,) = find_cases(("P4",))
     met = judge(case, case_result())
     assert [(t.what, t.wanted, t.got, t.met) for t in met] == [
@@ -169,7 +169,7 @@ def test_targets_are_judged_against_the_best_peer_a_peer_by_name_and_the_ceiling
     assert {target.met for target in nothing} == {None}
 
 
-def test_targets_name_peers_that_there_are():
+def test_targets_name_existing_peers():
     for case in CASES:
         names = {"best", *(peer.name for peer in peers_of(case))}
         assert set(case.targets) <= names

@@ -15,7 +15,7 @@ def rows(cases):
     return list(dict.fromkeys(case.id.partition("/")[0] for case in cases))
 
 
-def test_full_is_every_row_and_every_row_wants_something():
+def test_full_suite_has_every_row_with_a_target():
     full = SUITES["full"].select()
     assert rows(full) == list(ROWS)
     assert all(case.targets or case.target_us for case in full)
@@ -31,20 +31,20 @@ def test_full_is_every_row_and_every_row_wants_something():
         ("hf", ["E1"]),
     ],
 )
-def test_suites(suite, expected):
+def test_suites_have_the_documented_cases(suite, expected):
     assert rows(SUITES[suite].select()) == expected
 
 
-def test_scale_goes_from_256_to_131072_tokens():
+def test_scale_suite_spans_256_to_131072_tokens():
     tokens = [case.T for case in SUITES["scale"].select()]
     assert tokens == [2**power for power in range(8, 18)]
 
 
-def test_ids_are_unique_and_find_themselves():
+def test_case_ids_are_unique_and_found():
     assert len({case.id for case in CASES}) == len(CASES)
     assert all(find_cases((case.id,)) == (case,) for case in CASES)
 
 
-def test_an_unknown_case_names_the_known_ones():
+def test_find_cases_unknown_id_lists_the_known():
     with pytest.raises(ArgumentError, match=r"--case must be one of P1, P2, .*; got P99;"):
         find_cases(("P1", "P99"))

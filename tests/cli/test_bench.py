@@ -32,7 +32,7 @@ def bench(monkeypatch):
 TRIAL = ("--anyway", "--shrink", "64", "--seconds", "0", "--without", "flex")
 
 
-def test_bench_prints_tables_and_writes_json_and_a_picture(bench, tmp_path):
+def test_bench_prints_tables_and_writes_json_and_plot(bench, tmp_path):
     pytest.importorskip("matplotlib")
     json_path, plot_path = tmp_path / "x.json", tmp_path / "x.png"
     outputs = ("--json", str(json_path), "--plot", str(plot_path))
@@ -46,7 +46,7 @@ def test_bench_prints_tables_and_writes_json_and_a_picture(bench, tmp_path):
     assert plot_path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_runs_the_quick_suite_unless_told(bench, monkeypatch):
+def test_bench_default_suite_is_quick(bench, monkeypatch):
     monkeypatch.setattr(command, "print_result", lambda result, console: None)
     bench.run = lambda *args: BenchResult(None, (), ())
     assert bench().exit_code == 0
@@ -70,7 +70,7 @@ def test_bench_runs_the_quick_suite_unless_told(bench, monkeypatch):
         (("--plot", "."), "is a directory"),
     ],
 )
-def test_bad_bench_options_are_one_message_and_exit_code_2(bench, args, message):
+def test_bench_bad_options_exit_with_2(bench, args, message):
     result = bench(*args)
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
@@ -79,7 +79,7 @@ def test_bad_bench_options_are_one_message_and_exit_code_2(bench, args, message)
     assert not hasattr(bench, "settings")
 
 
-def test_bench_refuses_to_print_when_other_processes_are_busy(bench):
+def test_bench_on_a_busy_machine_refuses(bench):
     def disturbed(*args):
         raise DisturbedError("other processes must take at most 5%")
 
@@ -90,7 +90,7 @@ def test_bench_refuses_to_print_when_other_processes_are_busy(bench):
     assert result.stdout == ""
 
 
-def test_bench_keeps_what_came_before_a_disturbance_and_exits_with_2(bench):
+def test_bench_disturbed_keeps_results_and_exits_with_2(bench):
     def disturbed(cases, settings, progress):
         kept = run_bench(cases[:1], settings, progress)
         return dataclasses.replace(kept, refusal="P3: others are busy")
@@ -102,7 +102,7 @@ def test_bench_keeps_what_came_before_a_disturbance_and_exits_with_2(bench):
     assert "polyhead: P3: others are busy" in result.stderr
 
 
-def test_bench_exits_with_1_when_polyhead_is_wrong(bench):
+def test_bench_wrong_polyhead_exits_with_1(bench):
     def wrong(cases, settings, progress):
         result = run_bench(cases, settings, progress)
         ours = VariantResult("polyhead", True, refused=("output is off by 1",), wrong=True)

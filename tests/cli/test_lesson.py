@@ -25,7 +25,7 @@ def data_of(path):
     return json.loads(text[begin : text.index("</script>", begin)])
 
 
-def test_writes_the_page_and_prints_the_steps(cli, tmp_path):
+def test_lesson_writes_the_page_and_prints_the_steps(cli, tmp_path):
     result = cli()
     assert result.exit_code == 0, result.output
     assert "Lesson(6 tokens of 3 features, 2 heads of 2, seed 123)" in result.stdout
@@ -35,7 +35,7 @@ def test_writes_the_page_and_prints_the_steps(cli, tmp_path):
     assert cli().exit_code == 0  # a page of ours is replaced
 
 
-def test_own_numbers_words_and_sizes(cli, tmp_path):
+def test_lesson_with_own_numbers_words_and_sizes(cli, tmp_path):
     (tmp_path / "numbers.json").write_text('{"x": [[1, 2], [3, 4]], "tokens": ["a", "b"]}')
     out = tmp_path / "own.html"
     result = cli("--file", "numbers.json", "--out", out, "--heads", 3, "--d-out", 1, "--seed", 5)
@@ -47,7 +47,7 @@ def test_own_numbers_words_and_sizes(cli, tmp_path):
     assert data_of(out)["tokens"] == ["to", "be", "or", "not", "to", "be"]
 
 
-def test_open_shows_it_in_the_browser(cli, monkeypatch, tmp_path):
+def test_lesson_open_shows_the_page_in_the_browser(cli, monkeypatch, tmp_path):
     opened = []
     monkeypatch.setattr(options.webbrowser, "open", lambda address: opened.append(address) or True)
     assert cli("--open").exit_code == 0
@@ -67,7 +67,7 @@ def test_open_shows_it_in_the_browser(cli, monkeypatch, tmp_path):
         (("--out", "other.txt"), "must not replace a file that polyhead did not write"),
     ],
 )
-def test_bad_input_is_one_message_and_writes_nothing(cli, tmp_path, args, message):
+def test_lesson_bad_input_writes_nothing(cli, tmp_path, args, message):
     (tmp_path / "other.txt").write_text("mine")
     result = cli(*args)
     assert result.exit_code == 2
@@ -77,8 +77,8 @@ def test_bad_input_is_one_message_and_writes_nothing(cli, tmp_path, args, messag
     assert (tmp_path / "other.txt").read_text() == "mine"
 
 
-def test_no_model_library_is_loaded_and_it_takes_a_second(tmp_path):
-    """Of the processor's time, after torch: another process's is none of it."""
+def test_lesson_loads_no_model_library(tmp_path):
+    """Limits this process's CPU time, after torch."""
     code = (
         "import sys, time, torch; begin = time.process_time(); import polyhead.cli\n"
         f"sys.argv = ['polyhead', 'lesson', '--out', {str(tmp_path / 'lesson.html')!r}]\n"

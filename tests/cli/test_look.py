@@ -37,7 +37,7 @@ def look(monkeypatch, tmp_path, tiny_model):
     return invoke
 
 
-def test_it_writes_a_page_and_names_heads(look, tmp_path):
+def test_look_writes_a_page_and_prints_highlights(look, tmp_path):
     result = look(TEXT)
     assert result.exit_code == 0, result.output
     page = (tmp_path / "heads.html").read_text("utf-8")
@@ -61,14 +61,14 @@ def test_text_from_a_file_and_from_standard_input(look, tmp_path):
     assert not (tmp_path / "heads.html").exists()
 
 
-def test_json_beside_a_page(look, tmp_path):
+def test_look_json_with_out_writes_both(look, tmp_path):
     result = look(TEXT, "--json", "--out", "here.html")
     assert len(json.loads(result.stdout)["heads"]) == 8
     assert "here.html: 8 heads of tiny" in result.stderr
     assert (tmp_path / "here.html").exists()
 
 
-def test_the_terminal_shows_the_grid_in_the_colours_asked_for(look, tmp_path):
+def test_look_terminal_by_sets_the_colors(look, tmp_path):
     result = look(TEXT, "--terminal", "--by", "mass_first")
     assert result.exit_code == 0, result.output
     assert "layer 1 " in result.stdout
@@ -79,7 +79,7 @@ def test_the_terminal_shows_the_grid_in_the_colours_asked_for(look, tmp_path):
     assert not (tmp_path / "heads.html").exists()
 
 
-def test_the_page_is_opened(look, monkeypatch, tmp_path):
+def test_look_open_shows_the_page_in_the_browser(look, monkeypatch, tmp_path):
     opened = []
     monkeypatch.setattr(options.webbrowser, "open", lambda address: opened.append(address))
     result = look(TEXT, "--open")
@@ -109,7 +109,7 @@ def test_the_page_is_opened(look, monkeypatch, tmp_path):
         (("--serve", "--port", "65536"), "65536 is not in the range"),
     ],
 )
-def test_bad_input_is_told_before_a_model_is_loaded(look, tmp_path, args, message):
+def test_look_bad_input_raises_before_loading(look, tmp_path, args, message):
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin-1"))
     result = look(*args)
     assert result.exit_code == 2
@@ -140,7 +140,7 @@ def port():
 
 @pytest.mark.usefixtures("own_loop")
 @pytest.mark.parametrize(("args", "begins"), [((), "Yusuf"), ((TEXT,), "the cat")])
-def test_it_serves_until_ctrl_c(look, port, monkeypatch, args, begins):
+def test_look_serve_runs_until_ctrl_c(look, port, monkeypatch, args, begins):
     told = []
 
     def visit(address):
@@ -160,7 +160,7 @@ def test_it_serves_until_ctrl_c(look, port, monkeypatch, args, begins):
     assert told[0]["text"].startswith(begins)
 
 
-def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(look):
+def test_look_serve_taken_port_raises_before_loading(look):
     with socket.create_server(("127.0.0.1", 0)) as held:
         result = look("--serve", "--port", str(held.getsockname()[1]))
     assert result.exit_code == 2
@@ -168,7 +168,7 @@ def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(look):
     assert look.models == []
 
 
-def test_its_packages_are_asked_for_only_by_serving():
+def test_look_needs_server_packages_only_for_serve():
     code = (
         "import sys; sys.modules['starlette'] = None; from polyhead.cli import main; "
         "assert 'uvicorn' not in sys.modules; main(['look', '--serve'])"
@@ -181,7 +181,7 @@ def test_its_packages_are_asked_for_only_by_serving():
 
 
 @pytest.mark.slow
-def test_the_default_model_on_a_page_of_austen(monkeypatch, smollm2, tmp_path):
+def test_look_default_model_on_persuasion(monkeypatch, smollm2, tmp_path):
     monkeypatch.setattr(command, "load_model", lambda source: smollm2)
     page = tmp_path / "heads.html"
     text = Path(__file__).parents[2] / "examples/persuasion.txt"

@@ -17,7 +17,7 @@ from polyhead.errors import ArgumentError
     [b"one two", b"one two\n", b"one two\r\n", b"\xef\xbb\xbfone two\r\n"],
     ids=["as it is", "newline", "newline of Windows", "with its mark"],
 )
-def test_a_files_mark_and_last_newline_are_not_read(tmp_path, monkeypatch, data):
+def test_read_text_strips_bom_and_final_newline(tmp_path, monkeypatch, data):
     path = tmp_path / "text.txt"
     path.write_bytes(data)
     assert read_text(None, path) == "one two"
@@ -25,19 +25,19 @@ def test_a_files_mark_and_last_newline_are_not_read(tmp_path, monkeypatch, data)
     assert read_text("-", None) == "one two"
 
 
-def test_newlines_within_a_text_are_kept(tmp_path):
+def test_read_text_keeps_inner_newlines(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"one\r\ntwo\n\n")
     assert read_text(None, path) == "one\r\ntwo\n"
 
 
-def test_a_closed_standard_input_is_told(monkeypatch):
+def test_read_text_closed_stdin_raises(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ArgumentError, match="TEXT must be readable; got standard input, which is"):
         read_text("-", None)
 
 
-def test_a_progress_bar_shows_the_time_so_far_and_left(monkeypatch):
+def test_progress_bar_shows_elapsed_and_remaining_time(monkeypatch):
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, width=100)
     monkeypatch.setattr(options, "Console", lambda stderr: terminal)

@@ -23,7 +23,7 @@ def cli(monkeypatch, smollm2):
     return invoke
 
 
-def test_prints_both_mechanisms_heads_and_next_tokens(cli):
+def test_run_prints_mechanisms_heads_and_next_tokens(cli):
     result = cli("The capital of France is")
     assert result.exit_code == 0, result.output
     assert "stacked heads (3.6.1)" in result.stdout
@@ -40,7 +40,7 @@ def test_prints_both_mechanisms_heads_and_next_tokens(cli):
     assert "layer 15 of 30: 9 query heads over 3 key/value heads, 5 tokens" in result.stdout
 
 
-def test_json_is_all_that_stdout_holds(cli):
+def test_run_json_is_all_of_stdout(cli):
     result = cli("The capital of France is", "--json", "--layer", "3")
     report = json.loads(result.stdout)
     assert report["layer"] == 3
@@ -69,7 +69,7 @@ def test_text_from_standard_input_and_from_a_file(cli, tmp_path):
         (("--file", "no-such-file.txt"), "no-such-file.txt"),
     ],
 )
-def test_bad_input_is_one_message_and_exit_code_2(cli, args, message):
+def test_run_bad_input_exits_with_2(cli, args, message):
     result = cli(*args)
     assert result.exit_code == 2
     assert message in result.stderr
@@ -85,7 +85,7 @@ def test_text_that_is_not_utf8(cli, tmp_path):
     assert "TEXT must be UTF-8" in result.stderr
 
 
-def test_truncated_model_file(cli, tmp_path):
+def test_run_truncated_model_file_raises(cli, tmp_path):
     path = tmp_path / "cut.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00")
     result = cli("x", "--model", str(path))
@@ -94,7 +94,7 @@ def test_truncated_model_file(cli, tmp_path):
     assert "Traceback" not in result.output
 
 
-def test_numbers_are_whole_in_a_narrow_terminal(cli):
+def test_run_narrow_terminal_keeps_numbers_whole(cli):
     result = cli("The capital of France is", env={"COLUMNS": "40"})
     assert result.exit_code == 0, result.output
     for whole in ("reference", " ms ", "vs stacked", "entropy (nats)"):

@@ -20,7 +20,7 @@ def split(**options):
 
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "reference"])
 @pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
-def test_a_head_of_ours_adds_nothing(num_kv_heads, backend):
+def test_ablate_zero_removes_a_heads_contribution(num_kv_heads, backend):
     mha, x = split(num_kv_heads=num_kv_heads, backend=backend), torch.randn(2, T, 12)
     parts = mha.head_contributions(x)
     with ph.look.ablate(mha, {(0, 1), (0, 4)}) as same:
@@ -30,7 +30,7 @@ def test_a_head_of_ours_adds_nothing(num_kv_heads, backend):
     torch.testing.assert_close(mha(x), parts.sum(dim=1) + mha.out_proj.bias)
 
 
-def test_a_head_adds_its_mean():
+def test_ablate_mean_adds_the_mean():
     mha, x = split(num_kv_heads=2), torch.randn(2, T, 12)
     parts = mha.head_contributions(x)
     parts[:, 1] = parts[:, 1].mean(dim=1, keepdim=True)  # of each row alone
@@ -42,7 +42,7 @@ def test_a_head_adds_its_mean():
 @pytest.mark.parametrize(
     "mask", [ph.mask.lengths([4, T]), ph.mask.left_padding([3, 0]) & ph.mask.window(before=5)]
 )
-def test_ablate_mean_leaves_padding_of_ours_out(mask):
+def test_ablate_mean_ignores_padding_of_our_modules(mask):
     mha, x = split(num_kv_heads=2), torch.randn(2, T, 12)
     parts = mha.head_contributions(x, mask=mask)
     real = [slice(0, 4) if isinstance(mask, ph.mask.Lengths) else slice(3, T), slice(0, T)]
@@ -53,7 +53,7 @@ def test_ablate_mean_leaves_padding_of_ours_out(mask):
     torch.testing.assert_close(y, parts.sum(dim=1) + mha.out_proj.bias)
 
 
-def test_ablate_mean_under_another_mask_is_refused():
+def test_ablate_mean_refuses_other_masks():
     mha, x = split(), torch.randn(1, T, 12)
     message = r'how must not be "mean" where .* got MultiHeadAttention \(\) with mask dense.*"zero"'
     for mask in (ph.mask.dense(torch.ones(T, T, dtype=torch.bool)), ph.mask.documents([0] * T)):
@@ -67,7 +67,7 @@ def test_ablate_mean_under_another_mask_is_refused():
 @pytest.mark.parametrize("attention", ["polyhead", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
-def test_ablate_mean_is_of_each_sequence_alone(attention, side):
+def test_ablate_mean_is_per_sequence(attention, side):
     model, ids = llama(attention), torch.randint(31, (1, 6))
     other = torch.randint(31, (1, T))
     padding = torch.zeros(1, T - 6, dtype=torch.int64)
@@ -83,7 +83,7 @@ def test_ablate_mean_is_of_each_sequence_alone(attention, side):
     torch.testing.assert_close(rows, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_ablate_mean_without_certainty_is_refused():
+def test_ablate_mean_refuses_uncertain_padding():
     model, ids = llama("eager"), torch.randint(31, (1, T))
     dense = torch.zeros(1, 1, T, T)
     with ph.look.ablate(model, {(0, 1)}, how="mean"):
@@ -96,7 +96,7 @@ def test_ablate_mean_without_certainty_is_refused():
 
 
 @pytest.mark.parametrize("out_proj", [False, True])
-def test_stacked_heads_with_aux(out_proj):
+def test_ablate_stacked_heads_with_aux(out_proj):
     torch.manual_seed(0)
     stacked = ph.MultiHeadAttentionWrapper(12, 4, 64, 0.0, num_heads=3, out_proj=out_proj)
     x = torch.randn(2, T, 12)
@@ -109,7 +109,7 @@ def test_stacked_heads_with_aux(out_proj):
 
 
 @pytest.mark.parametrize("absorb", [True, False])
-def test_latent_heads(absorb):
+def test_ablate_latent_heads(absorb):
     torch.manual_seed(0)
     sizes = {"kv_rank": 6, "nope_head_dim": 4, "rope_head_dim": 2, "value_head_dim": 3}
     mla = ph.MultiHeadLatentAttention(12, 12, 64, 0.0, 4, rope=ph.Rope(), **sizes)
@@ -138,7 +138,7 @@ def llama(attention):
 
 
 @pytest.mark.parametrize("attention", ["polyhead", "sdpa", "eager"])
-def test_a_model_of_transformers_with_grouped_heads(attention):
+def test_ablate_transformers_model_with_gqa(attention):
     model, ids = llama(attention), torch.randint(31, (2, T))
     with torch.no_grad(), ph.look.ablate(model, {(1, 3)}):
         ablated = model(ids).logits
@@ -150,7 +150,7 @@ def test_a_model_of_transformers_with_grouped_heads(attention):
     assert torch.equal(generated, again)
 
 
-def test_gradients_flow_through_the_heads_that_stay():
+def test_ablate_keeps_gradients_of_other_heads():
     mha, x = split(), torch.randn(1, T, 12)
     with ph.look.ablate(mha, {(0, 2)}):
         mha(x).sum().backward()
@@ -158,14 +158,14 @@ def test_gradients_flow_through_the_heads_that_stay():
     assert (by_head > 0).tolist() == [True, True, False, True, True, True]
 
 
-def test_an_ablated_model_can_be_looked_at():
+def test_ablate_works_within_capture():
     mha, x = split(), torch.randn(1, T, 12)
     with ph.look.ablate(mha, {(0, 2)}):
         contribution = ph.look.capture(mha, x).layers[0].stats["contribution"]
     assert (contribution == 0).tolist() == [False, False, True, False, False, False]
 
 
-def test_nothing_stays_behind():
+def test_ablate_removes_its_hooks():
     mha = split()
     with pytest.raises(RuntimeError), ph.look.ablate(mha, {(0, 2)}):
         raise RuntimeError
@@ -187,7 +187,7 @@ class Fused(torch.nn.Module):
         return x @ self.SomeAttention.o_proj.weight
 
 
-def test_an_ablation_without_effect_is_an_error():
+def test_ablate_without_effect_raises():
     message = "heads must be of layers that run; got layer 0 (SomeAttention), whose output projecti"
     model = Fused()
     with (
@@ -197,7 +197,7 @@ def test_an_ablation_without_effect_is_an_error():
         model(torch.randn(3, 4))
 
 
-def test_arguments_are_checked():
+def test_ablate_checks_its_arguments():
     mha = split()
     with (
         pytest.raises(ArgumentError, match="heads must name heads from 0 to 5 of layer 0; got"),
@@ -222,7 +222,7 @@ def test_arguments_are_checked():
         pass
 
 
-def test_a_projection_of_unknown_name_is_told():
+def test_ablate_unknown_projection_raises():
     module = type("OddAttention", (torch.nn.Module,), {"num_heads": 2})()
     with (
         pytest.raises(ArgumentError, match=r"one of out_proj, o_proj, c_proj.*got OddAttention"),

@@ -36,7 +36,7 @@ def llama(**options):
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def test_our_modules_one_layer_after_the_other():
+def test_capture_our_modules_matches_their_aux():
     model, ids = ours(), torch.randint(31, (T,))
     report = ph.look.capture(model, ids, weights=True, bins=7, n_keys=3)
     assert [layer.name for layer in report.layers] == ["1", "2", "3", "4"]
@@ -62,7 +62,7 @@ def test_our_modules_one_layer_after_the_other():
     torch.testing.assert_close(single, model[:4](ids[None]).norm(dim=-1).mean()[None])
 
 
-def test_a_gate_counts_in_what_a_head_contributes():
+def test_capture_contribution_includes_the_gate():
     torch.manual_seed(0)
     gated = ph.MultiHeadAttention(8, 12, 64, 0.0, num_heads=3, output_gate=True)
     x = torch.randn(1, T, 8)
@@ -70,7 +70,7 @@ def test_a_gate_counts_in_what_a_head_contributes():
     torch.testing.assert_close(found, gated.head_contributions(x).norm(dim=-1).mean(dim=(0, 2)))
 
 
-def test_a_model_of_transformers_as_its_eager_attention_says():
+def test_capture_transformers_matches_eager_attention():
     model, ids = llama(), torch.randint(31, (T,))
     with torch.no_grad():
         theirs = model(ids[None], output_attentions=True).attentions
@@ -91,7 +91,7 @@ def test_a_model_of_transformers_as_its_eager_attention_says():
         torch.testing.assert_close(layer.stats["mass_induction"], want)
 
 
-def test_the_contribution_of_a_head_is_what_the_residual_stream_loses_without_it():
+def test_capture_contribution_equals_the_change_by_ablation():
     model, ids = llama(), torch.randint(31, (T,))
     found = ph.look.capture(model, ids).layers[1].stats["contribution"]
     attention = model.model.layers[1].self_attn
@@ -107,7 +107,7 @@ def test_the_contribution_of_a_head_is_what_the_residual_stream_loses_without_it
             torch.testing.assert_close(found[head], lost)
 
 
-def test_gpt2s_transposed_projection_and_berts_beside_its_layer():
+def test_capture_gpt2_and_bert_projections():
     transformers = pytest.importorskip("transformers")
     ph.integrations.transformers.register()
     gpt2 = transformers.GPT2Config(
@@ -135,7 +135,7 @@ def test_gpt2s_transposed_projection_and_berts_beside_its_layer():
         assert (layer.stats["contribution"] > 0).all()
 
 
-def test_chosen_heads_only():
+def test_capture_chosen_heads_only():
     report = ph.look.capture(ours(), torch.randint(31, (T,)), heads={(1, 2), (0, 5), (0, 1)})
     assert [(layer.index, layer.heads) for layer in report.layers] == [(0, (1, 5)), (1, (2,))]
     full = ph.look.capture(ours(), report.token_ids)
@@ -146,7 +146,7 @@ def test_chosen_heads_only():
         assert torch.equal(layer.map, whole.map[[*layer.heads]])
 
 
-def test_nothing_stays_behind():
+def test_capture_removes_its_hooks():
     model = ours()
     ph.look.capture(model, torch.randint(31, (T,)))
     with pytest.raises(ShapeError):
@@ -161,7 +161,7 @@ def test_nothing_stays_behind():
     assert not seen
 
 
-def test_models_that_cannot_be_looked_at():
+def test_capture_refuses_unsupported_models():
     ids = torch.zeros(1, 3, dtype=torch.int64)
     message = "model must have attention layers, polyhead's modules or a transformers model's; got"
     with pytest.raises(ArgumentError, match=re.escape(message)):
@@ -176,7 +176,7 @@ def test_models_that_cannot_be_looked_at():
         ph.look.capture(torch.compile(ours()), ids)
 
 
-def test_a_family_that_keeps_its_own_attention_is_refused():
+def test_capture_refuses_models_with_own_attention():
     transformers = pytest.importorskip("transformers")
     ph.integrations.transformers.register()
     sizes = {"vocab_size": 31, "hidden_size": 24, "n_layer": 1, "n_head": 6}
@@ -187,7 +187,7 @@ def test_a_family_that_keeps_its_own_attention_is_refused():
     assert model.config._attn_implementation == before
 
 
-def test_layers_that_attend_by_something_else_are_told():
+def test_capture_layers_not_using_polyhead_raises():
     class OwnAttention(torch.nn.Module):
         num_heads = 2
 
@@ -198,7 +198,7 @@ def test_layers_that_attend_by_something_else_are_told():
         ph.look.capture(torch.nn.Sequential(OwnAttention()), torch.zeros(1, 3, 4))
 
 
-def test_an_unregistered_implementation_is_told(monkeypatch):
+def test_capture_unregistered_implementation_raises(monkeypatch):
     model = llama()
     from transformers import AttentionInterface
 
@@ -208,19 +208,19 @@ def test_an_unregistered_implementation_is_told(monkeypatch):
         ph.look.capture(model, torch.zeros(3, dtype=torch.int64))
 
 
-def test_a_layer_called_twice_in_one_forward():
+def test_capture_layer_called_twice_raises():
     mha = ph.MultiHeadAttention(12, 12, 64, 0.0, num_heads=6)
     with pytest.raises(ArgumentError, match="must call each attention layer once"):
         ph.look.capture(torch.nn.Sequential(mha, mha), torch.randn(1, T, 12))
 
 
-def test_reports_are_values():
+def test_capture_report_is_a_value():
     report = ph.look.capture(ours(), torch.randint(31, (T,)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         report.model = "another"
 
 
-def test_no_contribution_is_made_up_for_an_adapter():
+def test_capture_adapter_has_no_contribution():
     mha = ph.MultiHeadAttention(12, 12, 64, 0.0, num_heads=6)
     mha.out_proj = torch.nn.Sequential(mha.out_proj)
     assert "contribution" not in ph.look.capture(mha, torch.randn(1, T, 12)).layers[0].stats

@@ -34,7 +34,7 @@ class Model(torch.nn.Module):
         return self.attend(self.embed(ids))
 
 
-def test_the_change_is_that_of_the_loss():
+def test_head_importance_is_the_change_of_loss():
     model = Model()
     found = ph.look.head_importance(model, IDS)
     assert found.loss == ph.look.next_token_loss(model, IDS[None]).item()
@@ -48,14 +48,14 @@ def test_the_change_is_that_of_the_loss():
     assert values == sorted(values, reverse=True)
 
 
-def test_the_loss_is_the_next_tokens():
+def test_next_token_loss_is_cross_entropy():
     model, ids = Model(), torch.randint(11, (2, 5))
     logs = model(ids).log_softmax(dim=-1)
     each = [logs[b, t, ids[b, t + 1]] for b in range(2) for t in range(4)]
     torch.testing.assert_close(ph.look.next_token_loss(model, ids), -torch.stack(each).mean())
 
 
-def test_a_loss_of_ones_own_and_progress():
+def test_head_importance_custom_loss_and_progress():
     seen = []
     found = ph.look.head_importance(
         Model(),
@@ -69,7 +69,7 @@ def test_a_loss_of_ones_own_and_progress():
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
 
-def test_resumed_where_it_stopped(tmp_path):
+def test_head_importance_resumes_from_the_file(tmp_path):
     path, model = tmp_path / "heads.json", Model()
     whole = ph.look.head_importance(model, IDS)
 
@@ -85,7 +85,7 @@ def test_resumed_where_it_stopped(tmp_path):
     assert model.runs == 2  # the loss with all heads, and the head that was left
 
 
-def test_a_file_of_another_run_is_refused(tmp_path):
+def test_head_importance_refuses_a_file_of_another_run(tmp_path):
     path, model = tmp_path / "heads.json", Model()
     ph.look.head_importance(model, IDS, resume=path)
     kept = path.read_text()
@@ -105,7 +105,7 @@ def test_a_file_of_another_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_on_a_terminal_alone(monkeypatch, capsys, terminal):
+def test_show_bar_prints_on_a_terminal_only(monkeypatch, capsys, terminal):
     monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
     importance.show_bar(1, 3)
     importance.show_bar(3, 3)

@@ -20,7 +20,7 @@ V, T = 23, 120
         ({"mass_first": 0.49, "mass_recent": 0.49}, "other"),
     ],
 )
-def test_the_first_rule_that_holds(stats, name):
+def test_name_head_returns_the_first_rule_that_holds(stats, name):
     nothing = {"mass_first": 0.0, "mass_previous": 0.0, "mass_recent": 0.0}
     assert ph.look.name_head(nothing | stats) == name
 
@@ -63,7 +63,7 @@ def planted():
     return Reader(mha)
 
 
-def test_planted_heads_are_named_rightly():
+def test_name_head_recognizes_planted_heads():
     generator = torch.Generator().manual_seed(1)
     once = torch.randperm(V, generator=generator)
     ids = once.repeat(5)

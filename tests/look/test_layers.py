@@ -30,7 +30,7 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize(("family", "options", "name", "mixes"), FAMILIES)
-def test_models_of_transformers(family, options, name, mixes):
+def test_attention_layers_of_transformers_models(family, options, name, mixes):
     transformers = pytest.importorskip("transformers")
     special = {"cls_token_id": 1, "sep_token_id": 2} if family == "ModernBert" else {}
     config = getattr(transformers, f"{family}Config")(**SIZES, **PADDED, **special, **options)
@@ -46,7 +46,7 @@ def test_models_of_transformers(family, options, name, mixes):
         assert mixes in (where.rpartition(".")[2], type(beside).__name__)
 
 
-def test_an_encoder_and_a_decoder():
+def test_attention_layers_of_encoder_and_decoder():
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 31, "d_model": 24, "d_kv": 4, "d_ff": 29, "num_layers": 1}
     with torch.device("meta"):
@@ -60,7 +60,7 @@ def test_an_encoder_and_a_decoder():
     assert [layer.num_heads for layer in layers] == [6, 6, 6]
 
 
-def test_stacked_heads_are_one_layer_and_a_wrapper_of_ours_none():
+def test_attention_layers_stacked_heads_are_one_layer():
     class MyAttentionBlock(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -70,11 +70,11 @@ def test_stacked_heads_are_one_layer_and_a_wrapper_of_ours_none():
     assert [(layer.name, layer.num_heads) for layer in layers] == [("0.inner", 3)]
 
 
-def test_a_layer_alone_has_no_name():
+def test_attention_layers_single_layer_has_no_name():
     (layer,) = ph.look.attention_layers(ph.CausalAttention(8, 8, 16, 0.0))
     assert (layer.name, layer.num_heads, layer.projection) == ("", 1, None)
 
 
-def test_torchs_own_module_is_none():
+def test_attention_layers_refuses_torch_module():
     with pytest.raises(ph.errors.ArgumentError, match="model must have attention layers"):
         ph.look.attention_layers(torch.nn.TransformerEncoderLayer(8, 2))

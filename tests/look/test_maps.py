@@ -40,7 +40,7 @@ def either_way(request, monkeypatch):
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("T", "S"), [(17, 17), (5, 19), (23, 7)])
-def test_every_mask(example, tolerance, mask, T, S, dtype):
+def test_map_matches_reference_for_every_mask(example, tolerance, mask, T, S, dtype):
     one = example(T, S, mask, dtype=dtype)
     got = ph.look.attention_map(one.query, one.key, bins=6, **one.options)
     atol = tolerance(one.lse, dtype)
@@ -49,14 +49,14 @@ def test_every_mask(example, tolerance, mask, T, S, dtype):
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_kind_of_score(example, tolerance, options, dtype):
+def test_map_matches_reference_for_every_score_option(example, tolerance, options, dtype):
     one = example(9, 14, options=options, dtype=dtype)
     got = ph.look.attention_map(one.query, one.key, bins=4, **one.options)
     atol = tolerance(one.lse, dtype)
     torch.testing.assert_close(got.double(), pooled(one.weights, 4), rtol=0, atol=atol)
 
 
-def test_of_many_tokens_no_more_is_held_than_of_few(tensor_sizes):
+def test_map_memory_does_not_grow_with_tokens_squared(tensor_sizes):
     T, H = 4096, 2
     query = torch.randn(1, H, T, 8)
     with tensor_sizes:
@@ -66,7 +66,7 @@ def test_of_many_tokens_no_more_is_held_than_of_few(tensor_sizes):
     torch.testing.assert_close(got.sum(dim=3) * 512, torch.ones(1, H, 8))
 
 
-def test_with_a_bin_for_each_token_it_is_the_weights(example):
+def test_map_with_one_bin_per_token_is_the_weights(example):
     one = example(5, 9)
     got = ph.look.attention_map(one.query, one.key, **one.options)
     torch.testing.assert_close(got, one.weights)
@@ -74,13 +74,13 @@ def test_with_a_bin_for_each_token_it_is_the_weights(example):
 
 @pytest.mark.usefixtures("either_way")
 @pytest.mark.parametrize(("B", "T", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_nothing_to_look_at(B, T, S):
+def test_map_of_empty_inputs_is_zero(B, T, S):
     got = ph.look.attention_map(torch.ones(B, 4, T, 8), torch.ones(B, 2, S, 8), bins=3)
     assert got.shape == (B, 4, min(T, 3), min(S, 3))
 
 
 @given(tokens=st.integers(0, 400), bins=st.integers(1, 300))
-def test_bins_cover_every_token_once_and_are_of_even_size(tokens, bins):
+def test_bin_edges_are_even_and_cover_every_token(tokens, bins):
     edges = ph.look.bin_edges(tokens, bins)
     sizes = edges.diff()
     assert len(sizes) == min(bins, tokens)
@@ -89,7 +89,7 @@ def test_bins_cover_every_token_once_and_are_of_even_size(tokens, bins):
 
 
 @pytest.mark.parametrize("bins", [0, 2.0, True])
-def test_bins_are_counted(bins):
+def test_map_refuses_invalid_bins(bins):
     message = f"bins must be an integer of at least 1; got {bins!r}; say 128"
     with pytest.raises(ArgumentError, match=re.escape(message)):
         ph.look.attention_map(torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8), bins=bins)

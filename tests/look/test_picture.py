@@ -34,7 +34,7 @@ def pixels_of(png):
     return lines[:, 1:]
 
 
-def test_a_map_per_head_dark_where_it_looks():
+def test_grid_png_is_dark_where_the_weight_is():
     first = torch.zeros(2, 24, 24)
     first[0, :, 0] = 1.0  # a sink
     first[1] = torch.eye(24)
@@ -50,6 +50,6 @@ def test_a_map_per_head_dark_where_it_looks():
     assert pixels[16:28, 2:14].min() == 0
 
 
-def test_empty_maps_are_blank():
+def test_grid_png_empty_maps_are_blank():
     report = HeadReport("M", (), None, (layer_of(0, torch.zeros(1, 3, 3)),))
     assert set(pixels_of(grid_png(report)).unique().tolist()) == {240, 255}

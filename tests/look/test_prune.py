@@ -51,7 +51,7 @@ def model_of(family):
 @pytest.mark.parametrize("attention", ["eager", "polyhead"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_models_of_transformers(family, attention):
+def test_prune_transformers_models(family, attention):
     model, ids = model_of(family), torch.randint(3, 31, (2, 9))
     model.set_attn_implementation(attention)
     heads = {(0, 0), (0, 1), (0, 2), (1, 2), (1, 3)}
@@ -72,7 +72,7 @@ def test_models_of_transformers(family, attention):
     assert torch.equal(fresh(ids).logits, model(ids).logits)
 
 
-def test_our_modules_and_the_heads_that_stay_can_be_looked_at():
+def test_prune_our_modules_then_capture():
     torch.manual_seed(0)
     blocks = [ph.MultiHeadAttention(12, 12, 64, 0.0, num_heads=6, num_kv_heads=3) for _ in "ab"]
     model, x = torch.nn.Sequential(*blocks), torch.randn(1, 9, 12)
@@ -86,7 +86,7 @@ def test_our_modules_and_the_heads_that_stay_can_be_looked_at():
         torch.testing.assert_close(values, want.layers[1].stats[name][[0, 1, 4, 5]])
 
 
-def test_an_error_leaves_the_model_as_it_was():
+def test_prune_error_leaves_the_model_unchanged():
     model = model_of("Llama")
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ArgumentError, match=re.escape("got [2, 3] for key heads 0 to 1")):
@@ -95,7 +95,7 @@ def test_an_error_leaves_the_model_as_it_was():
     ph.look.prune(model, {(0, 0), (0, 3), (1, 1)}, repeat_keys=True)
 
 
-def test_other_layers_are_refused():
+def test_prune_refuses_unsupported_layers():
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 31, "n_embd": 24, "n_layer": 1, "n_head": 6, "n_positions": 37}
     model = transformers.GPT2Model(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
@@ -166,7 +166,7 @@ class Same:
 
 
 @pytest.mark.parametrize(("family", "options", "got"), UNPRUNABLE)
-def test_prune_parts_per_head_refuses_untouched(family, options, got):
+def test_prune_other_per_head_parameters_refuses(family, options, got):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{family}Config", None)
     if config is None:
@@ -202,7 +202,7 @@ class BiasAttention(torch.nn.Module):
         return self.o_proj(contexts.flatten(2))
 
 
-def test_prune_is_proven_on_the_inputs_given():
+def test_prune_checks_on_the_given_inputs():
     torch.manual_seed(0)
     x = torch.randn(2, 5, 12)
     model = torch.nn.Sequential(BiasAttention(factor=False))
@@ -220,7 +220,7 @@ def test_prune_is_proven_on_the_inputs_given():
     torch.testing.assert_close(model(x), want)
 
 
-def test_prune_that_computes_something_else_rolls_back():
+def test_prune_with_another_result_rolls_back():
     torch.manual_seed(0)
     model, x = torch.nn.Sequential(BiasAttention(factor=True)), torch.randn(2, 5, 12)
     same = Same(model)
@@ -232,7 +232,7 @@ def test_prune_that_computes_something_else_rolls_back():
     same.check()
 
 
-def test_prune_ours_below_another_class_is_proven():
+def test_prune_our_module_within_another_class_is_checked():
     class Doubling(ph.MultiHeadAttention):
         def forward(self, x):
             return self.num_heads * super().forward(x)
@@ -264,7 +264,7 @@ def test_prune_offloaded_layers_refuses_with_the_remedy():
     torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
 
 
-def test_prune_makes_an_image_where_no_text_is_read():
+def test_prune_generates_pixels_for_image_models():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

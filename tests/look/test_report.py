@@ -26,20 +26,20 @@ def report():
     return ph.look.capture(model, ids, weights=True, tokens=["a", "b", "c", "a", "b"])
 
 
-def test_a_row_a_head(report):
+def test_report_has_one_row_per_head(report):
     rows = report.rows()
     assert [(row["layer"], row["head"]) for row in rows] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     assert rows[4]["entropy"] == report.layers[1].stats["entropy"][1].item()
     assert all(row["name"] == ph.look.name_head(row) for row in rows)
 
 
-def test_repr_is_one_line(report):
+def test_report_repr_is_one_line(report):
     assert repr(report) == "HeadReport(Sequential: 2 layers, 5 heads, 5 tokens)"
     assert repr(report.layers[0]).count("\n") == 0
     assert len(repr(report.layers)) < 200
 
 
-def test_untrusted_a_notebook_shows_a_line_and_a_picture(report):
+def test_report_in_untrusted_notebook_shows_a_picture(report):
     shown = report._repr_html_()
     left = re.sub(r"<style>.*?</style>|<iframe.*</iframe>", "", shown, flags=re.S)
     assert f"<p>{report!r}: " in left
@@ -49,13 +49,13 @@ def test_untrusted_a_notebook_shows_a_line_and_a_picture(report):
     assert base64.b64decode(picture) == grid_png(report)
 
 
-def test_a_data_frame(report):
+def test_report_to_dataframe(report):
     pytest.importorskip("pandas")
     frame = report.to_dataframe()
     assert frame.to_dict("records") == report.rows()
 
 
-def test_saved_and_loaded(report, tmp_path):
+def test_report_save_and_load_round_trip(report, tmp_path):
     pytest.importorskip("safetensors")
     report.save(tmp_path / "heads.safetensors")
     again = ph.look.HeadReport.load(tmp_path / "heads.safetensors")
@@ -68,7 +68,7 @@ def test_saved_and_loaded(report, tmp_path):
             assert torch.equal(getattr(one, name), getattr(other, name))
 
 
-def test_what_was_not_seen_is_not_saved(tmp_path):
+def test_report_save_omits_missing_tensors(tmp_path):
     pytest.importorskip("safetensors")
     mha = ph.MultiHeadAttention(8, 8, 16, 0.0, num_heads=2)
     ph.look.capture(mha, torch.randn(1, 5, 8)).save(tmp_path / "heads")
@@ -77,14 +77,14 @@ def test_what_was_not_seen_is_not_saved(tmp_path):
     assert again.layers[0].weights is None
 
 
-def test_other_files_are_refused(tmp_path):
+def test_report_load_refuses_other_files(tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file({"x": torch.ones(1)}, tmp_path / "other")
     with pytest.raises(ModelError, match="other must be a report of format 2; got None; save it"):
         ph.look.HeadReport.load(tmp_path / "other")
 
 
-def test_a_grid_of_layers_by_heads(report):
+def test_plot_grid_is_layers_by_heads(report):
     pytest.importorskip("matplotlib")
     figure = report.plot_grid("mass_first")
     (image,) = figure.axes[0].images
@@ -107,7 +107,7 @@ def test_a_grid_of_layers_by_heads(report):
         ("safetensors", lambda report: report.load("nowhere")),
     ],
 )
-def test_without_an_optional_package(monkeypatch, report, package, use):
+def test_report_without_optional_package_raises(monkeypatch, report, package, use):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyError, match=f"pip install {package.partition('.')[0]}"):
         use(report)

@@ -63,7 +63,7 @@ def same_token(weights, ids):
     return (weights * same).sum(-1)[:, same.any(-1)].mean(-1)
 
 
-def test_decoder_of_equal_length_has_its_own_ids():
+def test_sources_decoder_of_equal_length_has_own_ids():
     """bertviz#133: who reads which text cannot be seen from its length."""
     model = t5()
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_decoder_of_equal_length_has_its_own_ids():
     assert [names[index] is None for index in range(6)] == [not x.is_self for x in report.layers]
 
 
-def test_page_shows_the_layers_of_its_own_text():
+def test_page_shows_only_layers_of_its_own_tokens():
     from polyhead.look.page import payload
     from polyhead.viewer.highlights import highlights
 
@@ -104,19 +104,19 @@ def test_page_shows_the_layers_of_its_own_text():
         assert head.example is None or head.layer < 2
 
 
-def test_decoder_ids_shifted_from_labels_are_found():
+def test_sources_finds_decoder_ids_shifted_from_labels():
     report = ph.look.capture(t5(), TEXT, labels=OTHER[None])
     shifted = [0, *OTHER.tolist()[:-1]]
     assert ids_of(report.layers[2]) == (shifted, shifted)
     assert ids_of(report.layers[3]) == (shifted, TEXT.tolist())
 
 
-def test_one_text_on_both_sides_leaves_cross_layers_cross():
+def test_sources_same_text_twice_keeps_cross_attention():
     report = ph.look.capture(t5(), OTHER, decoder_input_ids=OTHER[None])
     assert [layer.is_self for layer in report.layers] == [True, True, True, False, True, False]
 
 
-def test_an_image_of_as_many_patches_has_no_ids():
+def test_sources_image_of_equal_length_has_no_ids():
     text = SIZES | {"num_hidden_layers": 1}
     model = of_transformers("CLIPModel", text_config=text, vision_config=VISION)
     report = ph.look.capture(model, TEXT[:5], pixel_values=torch.randn(1, 3, 8, 8))
@@ -130,7 +130,7 @@ def test_an_image_of_as_many_patches_has_no_ids():
     assert seen.stats.keys() >= BY_POSITION
 
 
-def test_tokens_that_an_image_stands_for_are_no_text():
+def test_sources_image_placeholder_tokens_are_no_text():
     vision = {**VISION, "model_type": "clip_vision_model", "projection_dim": 24}
     text = {**SIZES, "model_type": "llama"}
     model = of_transformers(
@@ -155,7 +155,7 @@ def test_tokens_that_an_image_stands_for_are_no_text():
 
 
 @pytest.mark.parametrize("with_gradient", [True, False])
-def test_keys_of_a_past_are_not_of_the_text(with_gradient):
+def test_sources_cached_keys_are_not_of_the_text(with_gradient):
     transformers = pytest.importorskip("transformers")
     model, past = llama(), transformers.DynamicCache()
     with torch.set_grad_enabled(with_gradient):
@@ -169,7 +169,7 @@ def test_keys_of_a_past_are_not_of_the_text(with_gradient):
         assert not layer.stats.keys() & BY_TOKEN
 
 
-def test_memory_of_equal_length_is_another_text():
+def test_sources_memory_of_equal_length_is_another_text():
     torch.manual_seed(0)
     mha = ph.MultiHeadAttention(8, 8, 16, 0.0, num_heads=2, mask=None)
     x, memory = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
@@ -197,7 +197,7 @@ class Latents(torch.nn.Module):
         return x + self.think(x)
 
 
-def test_latents_as_many_as_the_tokens_have_no_ids():
+def test_sources_latents_of_equal_length_have_no_ids():
     torch.manual_seed(0)
     read, think = ph.look.capture(Latents(), TEXT).layers
     assert (read.is_self, think.is_self) == (False, True)
@@ -215,7 +215,7 @@ def test_text_is_found_in_every_mode(dtype, training):
     assert all(layer.is_input for layer in report.layers)
 
 
-def test_embeddings_of_no_module_are_found_by_ids():
+def test_sources_finds_unregistered_embeddings_by_ids():
     class Own(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -230,7 +230,7 @@ def test_embeddings_of_no_module_are_found_by_ids():
     assert ids_of(layer) == (TEXT.tolist(),) * 2
 
 
-def test_layers_between_others_that_mix_have_their_ids():
+def test_sources_skips_linear_attention_blocks():
     """Linear attention moves tokens as well, and is skipped where it stands in a block alone."""
     sizes = {
         **SIZES,
@@ -250,7 +250,7 @@ def test_layers_between_others_that_mix_have_their_ids():
     assert ids_of(layer) == (TEXT.tolist(),) * 2
 
 
-def test_contributions_of_offloaded_layers_are_the_same():
+def test_capture_offloaded_layers_same_contribution():
     """TransformerLens#1615: a weight is read where it is."""
     accelerate = pytest.importorskip("accelerate")
     model = llama()
@@ -265,7 +265,7 @@ def test_contributions_of_offloaded_layers_are_the_same():
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-def test_contributions_of_adapters_are_left_out():
+def test_capture_adapters_have_no_contribution():
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=3, target_modules=["o_proj"], init_lora_weights=False)
     model = peft.get_peft_model(llama(), config).eval()
@@ -276,7 +276,7 @@ def test_contributions_of_adapters_are_left_out():
         assert layer.stats["contribution"].min() > 0.0
 
 
-def test_sources_are_kept_with_the_report(tmp_path):
+def test_sources_are_saved_with_the_report(tmp_path):
     pytest.importorskip("safetensors")
     report = ph.look.capture(t5(), TEXT, decoder_input_ids=OTHER[None])
     report.save(tmp_path / "report.safetensors")

@@ -50,7 +50,7 @@ def by_hand(weights, ids):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("T", "S"), [(17, 17), (3, 19), (1, 7)])
-def test_every_mask(example, tolerance, mask, T, S, dtype):
+def test_stats_match_reference_for_every_mask(example, tolerance, mask, T, S, dtype):
     one = example(T, S, mask, dtype=dtype)
     ids = torch.randint(4, (2, S))
     got = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
@@ -60,7 +60,7 @@ def test_every_mask(example, tolerance, mask, T, S, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_kind_of_score(example, tolerance, options, dtype):
+def test_stats_match_reference_for_every_score_option(example, tolerance, options, dtype):
     one = example(13, 19, options=options, dtype=dtype)
     ids = torch.randint(3, (19,))
     got = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
@@ -69,7 +69,7 @@ def test_every_kind_of_score(example, tolerance, options, dtype):
         torch.testing.assert_close(getattr(got, name).double(), want, rtol=0, atol=atol, msg=name)
 
 
-def test_tokens_in_chunks(monkeypatch, example):
+def test_stats_token_masses_in_chunks_are_equal(monkeypatch, example):
     one = example(17, 19)
     ids = torch.randint(4, (2, 19))
     whole = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
@@ -80,7 +80,7 @@ def test_tokens_in_chunks(monkeypatch, example):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_no_scores_of_every_query_are_held(tensor_sizes, dtype):
+def test_stats_hold_no_t_x_s_tensor(tensor_sizes, dtype):
     T, H = 2048, 4
     query, key = torch.randn(1, H, T, 8, dtype=dtype), torch.randn(1, 2, T, 8, dtype=dtype)
     with tensor_sizes:
@@ -89,7 +89,7 @@ def test_no_scores_of_every_query_are_held(tensor_sizes, dtype):
 
 
 @pytest.mark.parametrize(("B", "T", "S"), [(0, 3, 4), (2, 0, 4), (2, 3, 0)])
-def test_nothing_to_look_at(B, T, S):
+def test_stats_of_empty_inputs(B, T, S):
     ids = torch.zeros(S, dtype=torch.int64) if T <= S else None
     stats = ph.look.stats(torch.ones(B, 4, T, 8), torch.ones(B, 2, S, 8), token_ids=ids)
     for name in NAMES:
@@ -101,7 +101,7 @@ def test_nothing_to_look_at(B, T, S):
         assert (getattr(stats, name) == want).all()
 
 
-def test_one_number_a_head(example):
+def test_per_head_is_the_mean_over_attending_queries(example):
     one = example(7, 7, mask="left padding")  # of row 1 two queries have nothing to attend to
     ids = torch.tensor([5, 6, 5, 7, 6, 8, 9])
     stats = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
@@ -146,18 +146,18 @@ def test_head_stats_is_one_class():
     assert ph.look.HeadStats is ph.HeadStats
 
 
-def test_as_many_effective_keys_as_share_the_weight():
+def test_effective_keys_of_equal_weights_is_their_number():
     query, key = torch.zeros(1, 1, 5, 8), torch.zeros(1, 1, 5, 8)
     got = ph.look.stats(query, key, mask=ph.mask.causal()).effective_keys
     torch.testing.assert_close(got[0, 0], torch.arange(1.0, 6.0))
 
 
-def test_no_gradient_is_kept():
+def test_stats_have_no_gradient():
     query = torch.randn(1, 2, 5, 8, requires_grad=True)
     assert not ph.look.stats(query, query).entropy.requires_grad
 
 
-def test_arguments_are_checked_as_attention_checks_them():
+def test_stats_checks_arguments_as_attention_does():
     message = "key must be (B, G, S, D) with the query's B = 2 and D = 8, and G at least 1; got"
     with pytest.raises(ShapeError, match=re.escape(message)):
         ph.look.stats(torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 7))
@@ -167,7 +167,7 @@ def test_arguments_are_checked_as_attention_checks_them():
         ph.look.stats(torch.ones(2, 2, 3, 8), torch.ones(2, 2, 3, 8), mask=torch.ones(3, 3))
 
 
-def test_token_ids_are_checked():
+def test_stats_checks_token_ids():
     query, key = torch.ones(2, 2, 3, 8), torch.ones(2, 2, 5, 8)
     message = (
         "token_ids must name the token of each of the S = 5 keys, (S,) or (B, S) with B = 2, the "

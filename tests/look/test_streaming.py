@@ -19,7 +19,7 @@ def call_of(example):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("T", "S"), SIZES)
-def test_a_range_of_keys_has_its_share(example, tolerance, mask, T, S, dtype):
+def test_weight_mass_of_a_key_range_matches_reference(example, tolerance, mask, T, S, dtype):
     one = example(T, S, mask, dtype=dtype)
     call = call_of(one)
     totals = sums.total_logsumexp(call, sums.key_logsumexp(call))
@@ -30,7 +30,7 @@ def test_a_range_of_keys_has_its_share(example, tolerance, mask, T, S, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_every_kind_of_score(example, tolerance, options, dtype):
+def test_key_logsumexp_matches_reference_for_every_option(example, tolerance, options, dtype):
     one = example(5, 9, options=options, dtype=dtype)
     call = call_of(one)
     lse = sums.key_logsumexp(call)
@@ -42,7 +42,7 @@ def test_every_kind_of_score(example, tolerance, options, dtype):
 
 @pytest.mark.parametrize("cells", [1, 2 * 6 * 7 * 2, 10**9])
 @pytest.mark.parametrize(("T", "S"), SIZES[:4])
-def test_chunks_give_the_definition(monkeypatch, example, mask, T, S, cells):
+def test_stream_aux_in_chunks_matches_reference(monkeypatch, example, mask, T, S, cells):
     monkeypatch.setattr(sums, "_CELLS", cells)
     one = example(T, S, mask)
     request = AuxRequest(lse=True, stats=True)
@@ -53,7 +53,7 @@ def test_chunks_give_the_definition(monkeypatch, example, mask, T, S, cells):
         torch.testing.assert_close(getattr(got.stats, name), values, rtol=0, atol=1e-12, msg=name)
 
 
-def test_the_kernel_runs_where_it_can(monkeypatch, example):
+def test_stream_aux_uses_the_kernel_if_eligible(monkeypatch, example):
     def refuse(*args, **options):
         raise AssertionError("the definition ran")
 
@@ -66,14 +66,14 @@ def test_the_kernel_runs_where_it_can(monkeypatch, example):
         sums.key_logsumexp(call, (2, 5))
 
 
-def test_autocast_does_not_degrade_the_definition(example):
+def test_stream_aux_reference_ignores_autocast(example):
     one = example(17, 17, mask="custom", dtype=torch.float32)
     alone = sums.key_logsumexp(call_of(one))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(sums.key_logsumexp(call_of(one)), alone)
 
 
-def test_no_more_keys_are_scored_than_the_mask_reaches(tensor_sizes):
+def test_stream_aux_scores_only_the_masks_key_range(tensor_sizes):
     T = 512
     query = torch.randn(1, 2, T, 8, dtype=torch.float64)
     call = build_call(query, query, query, ph.mask.causal() & ph.mask.window(before=3))

@@ -8,7 +8,7 @@ def luminance(triplet):
     return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), channels, strict=True))
 
 
-def test_ink_is_legible_and_light_grows_with_the_share():
+def test_colored_is_legible_and_grows_lighter():
     before = -1.0
     for step in range(101):
         style = colored("x", step / 100).style
@@ -19,6 +19,6 @@ def test_ink_is_legible_and_light_grows_with_the_share():
         assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG's contrast for small text
 
 
-def test_shares_outside_take_the_ends():
+def test_colored_clamps_shares():
     assert colored("x", -1.0).style == colored("x", 0.0).style
     assert colored("x", 2.0).style == colored("x", 1.0).style

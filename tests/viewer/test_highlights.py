@@ -9,7 +9,7 @@ def called(heads):
     return [(head.name, head.layer, head.head) for head in heads]
 
 
-def test_the_best_of_each_kind_with_the_place_that_shows_it(report):
+def test_highlights_best_of_each_kind_with_example(report):
     heads = highlights(report)
     assert called(heads) == [
         ("induction", 0, 0),
@@ -26,7 +26,7 @@ def test_the_best_of_each_kind_with_the_place_that_shows_it(report):
     assert round(heads[0].numbers["mass_induction"], 2) == 0.9
 
 
-def test_few_are_of_different_kinds_and_ties_go_to_the_head_that_spreads_less(report):
+def test_highlights_few_are_of_different_kinds(report):
     first = report.layers[0]
     stats = {name: values.clone() for name, values in first.stats.items()}
     stats["effective_keys"] -= 0.2
@@ -37,11 +37,11 @@ def test_few_are_of_different_kinds_and_ties_go_to_the_head_that_spreads_less(re
     assert len(highlights(more)) == 6
 
 
-def test_without_ids_no_token_comes_again(report):
+def test_highlights_without_ids_have_no_induction_example(report):
     assert highlights(dataclasses.replace(report, token_ids=None))[0].example is None
 
 
-def test_as_json(report):
+def test_highlights_as_json(report):
     data = as_dict(report)
     assert data["tokens"][1] == " Tom"
     assert [row["head"] for row in data["heads"]] == [0, 1, 0, 1]

@@ -15,7 +15,7 @@ def write(path, text, **options):
         file.write(text)
 
 
-def test_a_page_of_ours_is_replaced_and_nothing_else(tmp_path):
+def test_page_file_replaces_only_pages_of_ours(tmp_path):
     path = tmp_path / "heads.html"
     write(path, PAGE)
     write(path, PAGE + "again")
@@ -29,7 +29,7 @@ def test_a_page_of_ours_is_replaced_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["heads.html"]
 
 
-def test_it_is_there_whole_or_not_at_all(tmp_path):
+def test_page_file_is_atomic(tmp_path):
     path = tmp_path / "heads.html"
     write(path, PAGE)
     with pytest.raises(KeyError), page_file(path) as file:
@@ -38,7 +38,7 @@ def test_it_is_there_whole_or_not_at_all(tmp_path):
     assert os.listdir(tmp_path) == ["heads.html"]
 
 
-def test_what_a_link_leads_to_is_replaced(tmp_path):
+def test_page_file_replaces_the_target_of_a_link(tmp_path):
     target, link = tmp_path / "target.html", tmp_path / "link.html"
     write(target, PAGE)
     link.symlink_to(target)
@@ -47,7 +47,7 @@ def test_what_a_link_leads_to_is_replaced(tmp_path):
     assert target.read_text() == PAGE + "new"
 
 
-def test_a_folder_that_cannot_be_written_is_known_at_once(tmp_path):
+def test_page_file_unwritable_folder_raises_at_once(tmp_path):
     reached = False
     with (
         pytest.raises(ArgumentError, match=r"--out must be writable; got .*No such file"),
@@ -57,7 +57,7 @@ def test_a_folder_that_cannot_be_written_is_known_at_once(tmp_path):
     assert not reached
 
 
-def test_the_mark_is_in_the_head_of_every_page(report):
+def test_page_file_mark_is_in_every_page(report):
     from polyhead.look.page import render
 
     assert MARK in render(report, live=True).encode()[:4096]

@@ -16,7 +16,7 @@ def expected(loaded, heads=(), how="zero"):
         return loaded.model(ids).logits[0, -1].softmax(dim=-1)
 
 
-def test_the_report_and_the_next_token_are_those_of_the_text(tiny_model):
+def test_read_returns_report_and_next_token(tiny_model):
     seen = read(TEXT, tiny_model)
     assert seen.report.model == "tiny"
     assert "".join(seen.report.tokens) == TEXT
@@ -25,7 +25,7 @@ def test_the_report_and_the_next_token_are_those_of_the_text(tiny_model):
 
 
 @pytest.mark.parametrize("how", ["zero", "mean"])
-def test_heads_that_are_off_add_nothing_or_their_mean(tiny_model, how):
+def test_read_with_heads_off_matches_ablate(tiny_model, how):
     off = {(0, 1), (1, 3)}
     seen = read(TEXT, tiny_model, off=off, how=how)
     torch.testing.assert_close(
@@ -37,7 +37,7 @@ def test_heads_that_are_off_add_nothing_or_their_mean(tiny_model, how):
     assert silent == (off if how == "zero" else set())
 
 
-def test_each_layer_is_told_and_can_end_the_work(tiny_model):
+def test_read_reports_progress_and_can_be_stopped(tiny_model):
     told = []
     read(TEXT, tiny_model, progress=lambda step, share: told.append((step, share)))
     *before, first, second = told
@@ -57,14 +57,14 @@ def test_each_layer_is_told_and_can_end_the_work(tiny_model):
     )
 
 
-def test_what_cannot_be_read_is_refused(tiny_model):
+def test_read_refuses_invalid_texts(tiny_model):
     with pytest.raises(ShapeError, match="at least 2 tokens, one to look at another; got 1"):
         read("cat", tiny_model)
     with pytest.raises(ArgumentError, match="heads from 0 to 3 of layer 1"):
         read(TEXT, tiny_model, off={(1, 4)})
 
 
-def test_the_most_probable_of_both_are_compared(tiny_model):
+def test_compare_next_has_the_most_probable_of_both(tiny_model):
     before = torch.tensor([0.5, 0.3, 0.15, 0.05])
     after = torch.tensor([0.1, 0.3, 0.0, 0.6])
     compared = compare_next(before, after, tiny_model.tokenizer, n=2)

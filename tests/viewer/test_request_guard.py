@@ -45,7 +45,7 @@ def status(listens, host, origin=None, method="POST"):
         ("::", "[2001:db8::1]:8765", True),
     ],
 )
-def test_names(listens, host, answered):
+def test_guard_accepts_only_its_own_host_names(listens, host, answered):
     for method in ("GET", "POST"):
         assert status(listens, host, method=method) == (200 if answered else 403)
 
@@ -62,12 +62,12 @@ def test_names(listens, host, answered):
         ("http://[", False),
     ],
 )
-def test_origins(origin, answered):
+def test_guard_accepts_only_its_own_origin(origin, answered):
     assert status("127.0.0.1", "127.0.0.1:8765", origin) == (200 if answered else 403)
     assert status("127.0.0.1", "127.0.0.1:8765", origin, "GET") == 200
 
 
-def test_two_names_are_none():
+def test_guard_refuses_two_host_headers():
     client = TestClient(Guard(PlainTextResponse("fine"), "127.0.0.1"))
     names = [("Host", "127.0.0.1"), ("Host", "evil.example")]
     answer = client.get("/", headers=names)

@@ -28,7 +28,7 @@ def client(session):
     return client_of(session)
 
 
-def test_the_page_runs_only_what_its_policy_names(client):
+def test_server_page_has_its_policy_as_header(client):
     answer = client.get("/")
     assert answer.status_code == 200
     policy = dict(
@@ -45,7 +45,7 @@ def test_the_page_runs_only_what_its_policy_names(client):
 
 
 @pytest.mark.parametrize("path", ["/", "/api/start", "/api/read", "/none"])
-def test_every_answer_says_what_browsers_may_do_with_it(client, path):
+def test_server_responses_have_security_headers(client, path):
     headers = client.get(path).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
@@ -55,7 +55,7 @@ def test_every_answer_says_what_browsers_may_do_with_it(client, path):
     assert "access-control-allow-origin" not in headers
 
 
-def test_a_text_is_read_with_heads_off(client, session):
+def test_server_reads_a_text_with_heads_off(client, session):
     assert client.get("/api/start").json() == session.start()
     asked = {"text": TEXT, "off": [[0, 1], [1, 3]], "how": "mean"}
     answer = client.post("/api/read", json=asked)
@@ -84,14 +84,14 @@ def test_a_text_is_read_with_heads_off(client, session):
         ({"text": TEXT, "off": [[0, 0]], "how": "half"}, 'how must be "zero" or "mean"'),
     ],
 )
-def test_bad_requests_are_one_message(client, body, message):
+def test_server_bad_requests_get_one_message(client, body, message):
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     answer = client.post("/api/read", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
     assert message in answer.json()["error"]
 
 
-def test_large_requests_and_other_types_are_refused_unread(client):
+def test_server_refuses_large_and_non_json_requests(client):
     large = b" " * (MAX_BYTES + 1)
     answer = client.post("/api/read", content=large, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
@@ -101,7 +101,7 @@ def test_large_requests_and_other_types_are_refused_unread(client):
     assert plain.status_code == 415
 
 
-def test_busy_and_failed(session, monkeypatch):
+def test_server_busy_and_failed_responses(session, monkeypatch):
     def busy(**asked):
         raise BusyError("the model is reading")
 
@@ -125,7 +125,7 @@ def listening():
         yield found
 
 
-def test_a_port_that_is_taken_is_named(listening):
+def test_listen_taken_port_raises(listening):
     port = listening.getsockname()[1]
     with pytest.raises(ArgumentError, match=f"--port must be free on 127.0.0.1; got {port} "):
         listen("127.0.0.1", port)
@@ -133,14 +133,14 @@ def test_a_port_that_is_taken_is_named(listening):
 
 # A name that nobody has, one that cannot be one, and another machine's address.
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "192.0.2.1"])
-def test_a_host_that_is_not_this_machine_is_named(host):
+def test_listen_foreign_host_raises(host):
     message = f"--host must be a name or an address of this machine; got {host}"
     with pytest.raises(ArgumentError, match=re.escape(message)):
         listen(host, 0)
 
 
 @pytest.mark.usefixtures("own_loop")
-def test_ctrl_c_stops_it(session, listening, capfd):
+def test_serve_stops_on_ctrl_c(session, listening, capfd):
     """And who leaves in the middle of a request leaves no traceback."""
     answers = []
 

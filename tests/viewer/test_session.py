@@ -14,7 +14,7 @@ from polyhead.viewer.session import BusyError, Session, StoppedError
 TEXT = "the dog saw the cat . the dog"
 
 
-def test_it_starts_with_its_text_and_the_next_tokens(session, tiny_model):
+def test_session_start_has_text_and_next_tokens(session, tiny_model):
     first = session.start()
     assert (first["text"], first["most"]) == ("the cat sat on a mat and the", 20)
     probabilities = read(first["text"], tiny_model).next_token
@@ -22,7 +22,7 @@ def test_it_starts_with_its_text_and_the_next_tokens(session, tiny_model):
     assert all(token["before"] == token["after"] for token in first["next"])
 
 
-def test_an_answer_has_the_page_and_the_next_tokens_before_and_after(session, tiny_model):
+def test_session_answer_has_payload_and_next_tokens(session, tiny_model):
     whole, without = (read(TEXT, tiny_model, off=off) for off in ((), {(1, 2)}))
     for off, seen in (((), whole), ({(1, 2)}, without), ((), whole)):
         answer = session.answer(TEXT, off, "zero")
@@ -34,7 +34,7 @@ def test_an_answer_has_the_page_and_the_next_tokens_before_and_after(session, ti
             assert after[token["text"]] == pytest.approx(seen.next_token[at].item(), rel=1e-4)
 
 
-def test_a_text_that_was_read_is_not_read_again_for_its_heads(session, monkeypatch):
+def test_session_reads_the_same_text_once(session, monkeypatch):
     texts = []
 
     def count(text, *args, off=(), **options):
@@ -47,7 +47,7 @@ def test_a_text_that_was_read_is_not_read_again_for_its_heads(session, monkeypat
     assert texts == [(TEXT, ()), (TEXT, ((0, 0),)), (TEXT, ((0, 1),))]
 
 
-def test_one_at_a_time(session, monkeypatch):
+def test_session_concurrent_request_raises_busy(session, monkeypatch):
     reading, go_on = threading.Event(), threading.Event()
 
     def slow(*args, **options):
@@ -68,14 +68,14 @@ def test_one_at_a_time(session, monkeypatch):
     assert session.answer(TEXT, (), "zero") == answers[0]
 
 
-def test_a_failure_leaves_it_as_it_was(session):
+def test_session_failure_leaves_it_unchanged(session):
     before = session.answer("the cat", (), "zero")
     with pytest.raises(ShapeError, match="at most 20 tokens; got 21"):
         session.answer("the " * 21, (), "zero")
     assert session.answer("the cat", (), "zero") == before
 
 
-def test_a_stop_ends_the_reading_at_its_next_layer(session, monkeypatch):
+def test_session_stop_ends_reading_at_the_next_layer(session, monkeypatch):
     def stopped_halfway(*args, progress, **options):
         def tell(step, share):
             if share:
@@ -89,12 +89,12 @@ def test_a_stop_ends_the_reading_at_its_next_layer(session, monkeypatch):
         session.answer(TEXT, (), "zero")
 
 
-def test_the_first_text_has_the_same_limit(tiny_model):
+def test_session_limits_the_first_text_too(tiny_model):
     with pytest.raises(ShapeError, match="at most 3 tokens; got 4"):
         Session(tiny_model, "the cat sat on", most=3)
 
 
-def test_the_page_is_live(session):
+def test_session_page_is_live(session):
     assert "connect-src 'self'" in session.page
     assert 'fetch("api/read"' in session.page
     assert torch.is_grad_enabled()

@@ -26,7 +26,7 @@ def printed():
     return show
 
 
-def test_the_grid_names_heads_and_their_numbers(printed, report):
+def test_print_report_grid_has_letters_and_numbers(printed, report):
     lines = printed(report)
     assert lines[0] == "a model read 7 tokens: 2 layers, 4 heads"
     assert lines[2:5] == [
@@ -39,7 +39,7 @@ def test_the_grid_names_heads_and_their_numbers(printed, report):
     assert "All tokens are among the last 16: local is true of every head." in lines
 
 
-def test_telling_heads_come_with_numbers_and_an_example(printed, report):
+def test_print_report_highlights_have_an_example(printed, report):
     lines = printed(report)
     assert max(map(len, lines)) <= 80
     at = next(i for i, line in enumerate(lines) if line.startswith("0.0"))
@@ -52,7 +52,7 @@ def test_telling_heads_come_with_numbers_and_an_example(printed, report):
     assert wide.rstrip().endswith("' Tom' looks at ' met' (0.93)")
 
 
-def test_a_number_is_a_colour_from_the_least_to_the_most(printed, report):
+def test_print_report_colors_span_the_range(printed, report):
     lines = printed(report, colors="truecolor")
     yellow, dark = "48;2;253;231;37", "48;2;68;1;84"
     cells = re.findall(r"\x1b\[[\d;]*;(48;2;[\d;]+)m ([A-Z] [\d.]+)", "\n".join(lines[3:5]))
@@ -79,7 +79,7 @@ def with_heads(report, heads):
     return dataclasses.replace(report, layers=tuple(layers))
 
 
-def test_many_heads_become_digits_and_then_blocks(printed, report):
+def test_print_report_many_heads_use_digits_then_blocks(printed, report):
     lines = printed(with_heads(report, 32), "mass_recent")
     assert lines[2].split() == ["head", "0", "5", "10", "15", "20", "25", "30"]
     assert lines[3].startswith("layer 0 I0I0I0I0I1")
@@ -101,7 +101,7 @@ def test_text_of_tokens_is_shown_as_it_is(printed, report):
     assert "\x1b" not in lines
 
 
-def test_heads_without_the_number_show_their_letter(printed, report):
+def test_print_report_heads_without_number_show_letter(printed, report):
     lines = printed(report, "contribution")
     assert lines[3].split() == ["layer", "0", "I", "P"]
     report.layers[0].stats["contribution"] = torch.tensor([2.0, 30.0])
@@ -113,7 +113,7 @@ def test_heads_without_the_number_show_their_letter(printed, report):
 
 
 @pytest.mark.parametrize("width", [20, 40, 60])
-def test_numbers_and_examples_are_whole_in_a_narrow_terminal(printed, report, width):
+def test_print_report_narrow_terminal_keeps_numbers_whole(printed, report, width):
     wide, narrow = (" ".join(printed(report, width=w)) for w in (80, width))
     assert "…" not in narrow
     told = re.findall(r"\d\.\d\d?\b", wide.split("for example")[1])

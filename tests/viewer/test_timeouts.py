@@ -77,7 +77,7 @@ def whole(wire, host):
     return read_all(wire)
 
 
-def test_slow_headers_and_bodies_are_ended(session, monkeypatch):
+def test_slow_headers_and_bodies_time_out(session, monkeypatch):
     monkeypatch.setattr(timeouts, "SECONDS", 0.4)
     talks = [half_a_header, nothing, header_by_drops, half_a_body, whole]
     talks.append(second_half_after_a_first_request)
@@ -91,7 +91,7 @@ def test_slow_headers_and_bodies_are_ended(session, monkeypatch):
     assert first.startswith(b"HTTP/1.1 200 OK")
 
 
-def test_a_long_answer_is_not_ended(session, monkeypatch):
+def test_slow_response_does_not_time_out(session, monkeypatch):
     monkeypatch.setattr(timeouts, "SECONDS", 0.2)
     answer = session.start
 

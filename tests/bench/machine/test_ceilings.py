@@ -23,7 +23,7 @@ class Clock:
         return Loop(source, work, call)
 
 
-def test_the_best_loop_at_its_shortest_time():
+def test_ceiling_is_the_best_loops_shortest_time():
     clock = Clock()
     # The first call only warms up, however fast it was.
     slow = clock.loop("slow", 8e9, 0.1, 4.0)
@@ -41,7 +41,7 @@ def registers(request, monkeypatch):
     return [] if ops.unavailable else ["registers"]
 
 
-def test_the_loops_here_count_their_work(registers):
+def test_ceiling_loops_count_their_work(registers):
     loops = ceiling_loops(("avx2", "amx_bf16"), size=8, megabytes=2, steps=3)
     assert {name: [loop.source for loop in some] for name, some in loops.items()} == {
         "float32": ["float32 matmul", *registers],
@@ -55,13 +55,13 @@ def test_the_loops_here_count_their_work(registers):
     assert all(ceiling.giga_per_second > 0 for ceiling in ceilings.values())
 
 
-def test_without_products_of_bfloat16_float32_bounds_it():
+def test_ceiling_without_bf16_products_is_float32():
     loops = ceiling_loops(("avx2", "fma"), size=8, megabytes=2, steps=3)
     assert loops["bfloat16"] == loops["float32"]
 
 
 @pytest.mark.skipif(bool(ops.unavailable), reason="the kernels were not built")
-def test_the_loop_of_registers_counts_every_step_thread_and_lane():
+def test_register_loop_counts_steps_threads_and_lanes():
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -16,7 +16,7 @@ flags\t\t: fpu
 """
 
 
-def test_processor_features_versions_and_threads(monkeypatch, tmp_path):
+def test_describe_machine_on_linux(monkeypatch, tmp_path):
     files = {"cpuinfo": CPUINFO, "meminfo": "MemTotal: 2097152 kB\nMemAvailable: 1024 kB\n"}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -31,7 +31,7 @@ def test_processor_features_versions_and_threads(monkeypatch, tmp_path):
     assert available_bytes() == 1024 * 1024
 
 
-def test_a_system_without_these_files(monkeypatch, tmp_path):
+def test_describe_machine_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "Path", lambda path: tmp_path / "none")
     assert describe_machine().memory_gib is None
     assert "features unknown" in str(describe_machine())

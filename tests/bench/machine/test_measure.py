@@ -27,14 +27,14 @@ class Clock:
         return run
 
 
-def test_a_round_is_one_sample_of_each_and_each_begins_in_turn():
+def test_interleave_rotates_the_order_of_calls():
     clock = Clock()
     calls = {name: clock.call(name, 1.0) for name in "abc"}
     interleave(calls, rounds=5, seconds=0.0, clock=clock)
     assert "".join(clock.log) == "aabbcc" + "abc" + "bca" + "cab" + "abc" + "bca"
 
 
-def test_medians_and_quartiles():
+def test_timing_has_median_and_quartiles():
     clock = Clock()
     warm = (9.0, 9.0)  # what comes before the samples does not count
     calls = {"a": clock.call("a", *warm, 5.0, 1.0, 2.0, 90.0, 3.0)}
@@ -44,7 +44,7 @@ def test_medians_and_quartiles():
     assert timing.quartiles == (2.0, 5.0)
 
 
-def test_it_goes_on_for_the_seconds_asked_and_no_less_than_the_rounds():
+def test_interleave_runs_at_least_rounds_and_seconds():
     for seconds, expected in ((0.0, 7), (20.0, 20)):
         clock = Clock()
         calls = {"a": clock.call("a", 1.0)}
@@ -52,7 +52,7 @@ def test_it_goes_on_for_the_seconds_asked_and_no_less_than_the_rounds():
         assert len(timing.samples) == expected
 
 
-def test_short_calls_are_repeated_within_a_sample_after_one_that_does_not_count():
+def test_interleave_repeats_short_calls_after_a_warm_up():
     clock = Clock()
     calls = {"short": clock.call("short", 2.0**-9), "long": clock.call("long", 1.0)}
     timings = interleave(calls, rounds=5, seconds=0.0, clock=clock)
@@ -62,7 +62,7 @@ def test_short_calls_are_repeated_within_a_sample_after_one_that_does_not_count(
     assert timings["short"].median == 2.0**-9
 
 
-def test_progress_ends_at_one():
+def test_interleave_progress_ends_at_one():
     clock, done = Clock(), []
     calls = {"a": clock.call("a", 1.0)}
     interleave(calls, rounds=5, seconds=9.5, clock=clock, progress=done.append)
@@ -70,14 +70,14 @@ def test_progress_ends_at_one():
     assert done[-2:] == [9 / 9.5, 1.0]
 
 
-def test_nobody_to_measure():
+def test_interleave_without_calls_is_empty():
     assert interleave({}, rounds=5, seconds=1.0) == {}
 
 
-def test_fewer_than_five_rounds_say_little():
+def test_interleave_fewer_than_five_rounds_raises():
     with pytest.raises(ArgumentError, match="rounds must be at least 5; got 4; measure more"):
         interleave({"a": lambda: None}, rounds=4, seconds=0.0)
 
 
-def test_a_timing_of_equal_samples():
+def test_timing_of_equal_samples():
     assert Timing((2.0,) * 5).quartiles == (2.0, 2.0)

@@ -32,7 +32,7 @@ class Machine:
         return quietly(self.measure, read=lambda: next(times), sleep=self.waits.append, **options)
 
 
-def test_the_share_of_others_leaves_out_ours_and_idle_time():
+def test_others_share_excludes_own_and_idle_time():
     before = CpuTimes(busy=100, total=1000, own=50)
     assert others_share(before, CpuTimes(busy=112, total=1020, own=60)) == pytest.approx(0.1)
     # Ticks are coarse: a little less than nothing is nothing.
@@ -40,14 +40,14 @@ def test_the_share_of_others_leaves_out_ours_and_idle_time():
     assert others_share(before, before) == 0.0
 
 
-def test_a_quiet_machine_is_measured_once():
+def test_quietly_measures_once_on_a_quiet_machine():
     machine = Machine(0.05)
     result, share = machine.quietly()
     assert (result, machine.waits) == (1, [])
     assert share == pytest.approx(0.05)
 
 
-def test_a_disturbance_that_passes_is_waited_for():
+def test_quietly_waits_for_a_disturbance_to_pass():
     machine = Machine(0.5, 0.06, 0.01)
     result, share = machine.quietly()
     assert result == 3
@@ -55,25 +55,25 @@ def test_a_disturbance_that_passes_is_waited_for():
     assert machine.waits == [5.0, 20.0]
 
 
-def test_a_disturbance_that_stays_is_refused_with_every_share():
+def test_quietly_lasting_disturbance_raises_with_shares():
     machine = Machine(0.5, 0.25, 0.06)
     with pytest.raises(DisturbedError, match=r"at most 5%.*got 50%, 25%, 6% in 3 tries.*--anyway"):
         machine.quietly()
     assert machine.measured == 3
 
 
-def test_anyway_takes_the_first_and_tells_the_share():
+def test_quietly_anyway_returns_first_result_and_share():
     machine = Machine(0.5)
     result, share = machine.quietly(anyway=True)
     assert result == 1
     assert share == pytest.approx(0.5)
 
 
-def test_a_system_that_does_not_tell_is_measured_without_a_share():
+def test_quietly_without_cpu_times_has_no_share():
     assert quietly(lambda: "done", read=lambda: None) == ("done", None)
 
 
-def test_times_are_read_from_the_kernel(tmp_path):
+def test_read_cpu_times_from_proc_stat(tmp_path):
     stat = tmp_path / "stat"
     stat.write_text("cpu  100 10 50 1000 40 5 5 30 7 0\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
     times = read_cpu_times(stat)

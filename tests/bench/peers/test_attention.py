@@ -13,7 +13,7 @@ def prepared(case, *asked):
     return {peer: peer.prepare(case, inputs) for peer in asked}, inputs
 
 
-def test_the_formula_agrees_with_a_loop_over_heads(small, naive_attention):
+def test_eager_attention_matches_a_loop_over_heads(small, naive_attention):
     case = small(dtype=torch.float64, window=4)
     inputs = case.inputs(seed=0)
     run = EAGER.prepare(case, inputs)
@@ -26,14 +26,14 @@ def test_the_formula_agrees_with_a_loop_over_heads(small, naive_attention):
     "changes",
     [{}, {"causal": False}, {"window": 4}, {"train": True}, {"T": 1}, {"train": True, "window": 4}],
 )
-def test_every_peer_is_right(small, dtype, changes):
+def test_attention_peers_match_float64(small, dtype, changes):
     case = small(dtype=dtype, **changes)
     runs, inputs = prepared(case, POLYHEAD, SDPA, EAGER)
     verdict = gate(case, runs, inputs)
     assert [str(fault) for peer in runs for fault in verdict.faults(peer.name)] == []
 
 
-def test_gradients_belong_to_training_only(small):
+def test_attention_peers_have_gradients_in_training_only(small):
     runs, _ = prepared(small(), POLYHEAD, SDPA, EAGER)
     assert all(list(run()) == ["output"] for run in runs.values())
     runs, _ = prepared(small(train=True), POLYHEAD, SDPA, EAGER)
@@ -42,13 +42,13 @@ def test_gradients_belong_to_training_only(small):
     assert not any(tensor.requires_grad for run in runs.values() for tensor in run().values())
 
 
-def test_statistics_cost_what_the_output_alone_does_not(small):
+def test_output_only_peer_computes_no_statistics(small):
     runs, _ = prepared(small(statistics=True), POLYHEAD, OUTPUT_ONLY)
     assert list(runs[POLYHEAD]()) == ["output", "entropy"]
     assert list(runs[OUTPUT_ONLY]()) == ["output"]
 
 
-def test_what_would_not_fit_in_memory_refuses_with_both_sizes(small, monkeypatch):
+def test_scores_beyond_memory_refuse_with_both_sizes(small, monkeypatch):
     monkeypatch.setattr(peers, "available_bytes", lambda: 2 * 2**30)
     long = small(B=1, H=2, G=2, T=16384, S=16384)
     said = "would hold 6 GiB of T x S scores; 2 GiB are free"
@@ -64,7 +64,7 @@ def vars_of(case):
     return {name: getattr(case, name) for name in "BHGTS"}
 
 
-def test_polyhead_names_its_backend_and_knows_when_the_definition_would_not_fit(small, monkeypatch):
+def test_polyhead_peer_reports_backend_and_memory_limit(small, monkeypatch):
     monkeypatch.setattr(peers, "chosen_backend", lambda case: "reference")
     monkeypatch.setattr(peers, "available_bytes", lambda: 2**30)
     long = small(B=1, H=2, G=2, T=16384, S=16384)

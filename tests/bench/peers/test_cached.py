@@ -13,7 +13,7 @@ from polyhead.bench.peers.registry import peers_of
     [{"codes": True}, {"blocks": 16}, {"codes": True, "blocks": 16}],
     ids=["int8", "blocks", "int8-blocks"],
 )
-def test_every_peer_is_right_and_reads_what_the_case_says(small, dtype, changes, monkeypatch):
+def test_cached_peers_match_float64(small, dtype, changes, monkeypatch):
     case = small(dtype=dtype, T=1, S=70, D=24, **changes)
     assert peers_of(case) == CACHES
     inputs = case.inputs(seed=0)

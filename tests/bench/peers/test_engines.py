@@ -11,7 +11,7 @@ from polyhead.bench.peers.engines import ONNX_RUNTIME, OPENVINO
 
 @pytest.mark.parametrize("peer", [ONNX_RUNTIME, OPENVINO], ids=lambda peer: peer.name)
 @pytest.mark.parametrize("causal", [True, False])
-def test_they_are_right(small, dtype, peer, causal):
+def test_engines_match_float64(small, dtype, peer, causal):
     case = small(G=6, D=16, dtype=dtype, causal=causal)
     reasons = peer.why_not(case)
     if reasons:
@@ -21,7 +21,7 @@ def test_they_are_right(small, dtype, peer, causal):
     assert verdict.faults(peer.name) == ()
 
 
-def test_they_list_every_reason(small, monkeypatch):
+def test_engines_list_every_reason(small, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     case = small(T=1, dtype=torch.bfloat16, train=True, dropout=0.1, window=3)
     shared = [

@@ -9,7 +9,7 @@ from polyhead.bench.peers.flex import FLEX, _block_mask
 
 @pytest.mark.parametrize("tokens", [17, 257, 1024])
 @pytest.mark.parametrize("window", [None, 0, 100, 127, 128, 129, 300])
-def test_blocks_allow_what_the_mask_allows(small, tokens, window):
+def test_flex_block_mask_matches_the_mask(small, tokens, window):
     case = small(B=1, T=tokens, S=tokens, window=window)
     blocks = _block_mask(case)
     size, count = 128, -(-tokens // 128)
@@ -29,7 +29,7 @@ def test_blocks_allow_what_the_mask_allows(small, tokens, window):
     assert torch.equal(allowed[:tokens, :tokens], expected)
 
 
-def test_it_refuses_training_and_a_machine_without_a_compiler(small, monkeypatch):
+def test_flex_refuses_training_and_no_compiler(small, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert FLEX.why_not(small(train=True)) == [
         "torch.compile needs a C++ compiler; none was found",
@@ -39,7 +39,7 @@ def test_it_refuses_training_and_a_machine_without_a_compiler(small, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"T": 257, "S": 257, "window": 100}, {"T": 1, "S": 257}])
-def test_compiled_it_is_right(small, changes):
+def test_flex_compiled_matches_float64(small, changes):
     case = small(D=16, **changes)
     inputs = case.inputs(seed=0)
     with torch.no_grad():

@@ -13,7 +13,7 @@ def tiny(small, request):
     return small(**sizes, kind="generate", dtype=torch.bfloat16)
 
 
-def test_all_attentions_give_the_same_next_token_logits(tiny):
+def test_generators_have_equal_next_token_logits(tiny):
     inputs = tiny.inputs(seed=0)
     runs = {peer: peer.prepare(tiny, inputs) for peer in GENERATORS}
     verdict = gate(tiny, runs, inputs)
@@ -21,13 +21,13 @@ def test_all_attentions_give_the_same_next_token_logits(tiny):
     assert [str(fault) for peer in runs for fault in verdict.faults(peer.name)] == []
 
 
-def test_each_run_starts_from_the_same_prompt(tiny):
+def test_generators_start_each_run_from_the_prompt(tiny):
     run = GENERATORS[0].prepare(tiny, tiny.inputs(seed=0))
     assert torch.equal(run()["output"], run()["output"])
 
 
 @pytest.mark.slow
-def test_the_real_model(small):
+def test_generators_run_smollm2(small):
     case = small(B=1, H=9, T=1, S=70, D=64, kind="generate", decoder="SmolLM2")
     inputs = case.inputs(seed=0)
     runs = {peer: peer.prepare(case, inputs) for peer in GENERATORS}
@@ -35,7 +35,7 @@ def test_the_real_model(small):
     assert [str(fault) for peer in runs for fault in verdict.faults(peer.name)] == []
 
 
-def test_the_seed_of_the_caller_is_left_alone(tiny):
+def test_generators_keep_the_callers_seed(tiny):
     torch.manual_seed(1)
     state = torch.random.get_rng_state()
     GENERATORS[0].prepare(tiny, tiny.inputs(seed=0))

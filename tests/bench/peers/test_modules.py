@@ -10,7 +10,7 @@ RUN_HERE = [peer for peer in MODULES if not peer.compiles]
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_all_variants_are_the_same_function_with_the_same_gradients(small, train):
+def test_module_peers_are_one_function_with_equal_gradients(small, train):
     case = small(G=6, kind="module", train=train)
     inputs = case.inputs(seed=0)
     with torch.set_grad_enabled(train):
@@ -22,7 +22,7 @@ def test_all_variants_are_the_same_function_with_the_same_gradients(small, train
     assert [check.what for check in verdict.checks["polyhead"]] == (names if train else names[:1])
 
 
-def test_the_given_weights_are_the_ones_that_are_used(small, naive_attention):
+def test_module_peers_use_the_given_weights(small, naive_attention):
     case = small(G=6, kind="module", dtype=torch.float64)
     inputs = case.inputs(seed=0)
     qkv = (inputs["x"] @ inputs["qkv_weight"].T).unflatten(2, (3, case.H, case.D))
@@ -34,6 +34,6 @@ def test_the_given_weights_are_the_ones_that_are_used(small, naive_attention):
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-13)
 
 
-def test_polyhead_names_its_backend(small):
+def test_module_peer_reports_its_backend(small):
     assert MODULES[0].name == "polyhead"
     assert MODULES[0].backend(small(G=6, kind="module")) in {"cpu", "sdpa", "reference"}

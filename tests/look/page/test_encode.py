@@ -43,7 +43,7 @@ def maps():
     return [torch.rand(37, 37).tril() ** 3 * scale for scale in (1.0, 0.01)]
 
 
-def test_cells_are_within_a_step(maps):
+def test_pack_maps_cells_are_within_a_step(maps):
     packed = pack_maps(maps, bin_edges(37, 37).tolist(), 10**6)
     assert packed["levels"] == 255
     for head, cells in enumerate(maps):
@@ -52,7 +52,7 @@ def test_cells_are_within_a_step(maps):
         assert (read_map(packed, head)[cells == 0] == 0).all()
 
 
-def test_coarser_until_it_fits(maps):
+def test_pack_maps_gets_coarser_until_it_fits(maps):
     edges = bin_edges(100, 37).tolist()
     finest = sum(map(len, pack_maps(maps, edges, 10**6)["data"]))
     packed = pack_maps(maps, edges, finest // 6)
@@ -63,7 +63,7 @@ def test_coarser_until_it_fits(maps):
     assert packed["edges"] == [*edges[:-1:2], 100] if n == 19 else [*edges[:-1:4], 100]
 
 
-def test_a_coarser_cell_is_the_mean_over_its_tokens(monkeypatch):
+def test_pack_maps_coarse_cell_is_the_mean_over_tokens(monkeypatch):
     """Not over the cells it is made of, which stand for 2 tokens or for 3."""
     monkeypatch.setattr(pack, "_MAPS", ((255, 1),))
     edges = bin_edges(100, 37).tolist()
@@ -76,7 +76,7 @@ def test_a_coarser_cell_is_the_mean_over_its_tokens(monkeypatch):
     assert torch.allclose(read_map(packed, 0), even.expand(19, 19), atol=0.01)
 
 
-def test_heads_that_pack_worse_than_those_tried():
+def test_pack_maps_skips_misleading_samples():
     """20 of 41 heads are tried, and these are empty."""
     torch.manual_seed(3)
     noise = torch.rand(32, 32)
@@ -88,7 +88,7 @@ def test_heads_that_pack_worse_than_those_tried():
 
 
 @pytest.mark.parametrize("T", [7, 300])
-def test_keys_are_exact(T):
+def test_pack_keys_keys_are_exact(T):
     torch.manual_seed(1)
     weights = torch.rand(T, T).tril() ** 8
     weights = weights / weights.sum(dim=1, keepdim=True)
@@ -103,14 +103,14 @@ def test_keys_are_exact(T):
             assert abs(weight**0.5 - exact.sqrt()) <= 0.5001 / 255
 
 
-def test_later_keys_too():
+def test_pack_keys_keeps_later_keys():
     """A head that is not causal looks ahead."""
     keys = torch.tensor([[2, 0], [2, 1], [1, 2]])
     packed = pack_keys([keys], [torch.full((3, 2), 0.5)], 10**6)
     assert [[key for key, _ in pairs] for pairs in read_keys(packed, 0, 3)] == keys.tolist()
 
 
-def test_weak_keys_go_first():
+def test_pack_keys_drops_weak_keys_first():
     torch.manual_seed(2)
     weights = torch.rand(400, 8).sort(descending=True).values
     weights = weights / weights.sum(dim=1, keepdim=True)

@@ -13,7 +13,7 @@ from polyhead.errors import ArgumentError
 from polyhead.look.page import payload
 
 
-def test_heads_their_names_and_numbers(planted):
+def test_payload_has_heads_kinds_and_numbers(planted):
     report = planted()
     data = payload(report)
     rows = report.rows()
@@ -25,7 +25,7 @@ def test_heads_their_names_and_numbers(planted):
     assert data["tokens"] == list(report.tokens)
 
 
-def test_every_number_of_a_capture_is_explained():
+def test_legend_explains_every_statistic():
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Embedding(7, 8), ph.MultiHeadAttention(8, 8, 16, 0.0, num_heads=2)
@@ -36,7 +36,7 @@ def test_every_number_of_a_capture_is_explained():
     assert data["tokens"] == [" #1", " #2", " #3", " #1", " #2"]
 
 
-def test_keys_only_where_maps_are_pooled(planted):
+def test_payload_has_keys_only_if_maps_are_pooled(planted):
     assert payload(planted())["keys"] is None
     pooled = payload(planted(bins=8))
     assert len(pooled["maps"]["edges"]) == 9
@@ -44,14 +44,14 @@ def test_keys_only_where_maps_are_pooled(planted):
 
 
 @pytest.mark.parametrize("budget", [20_000, 40_000, 100_000])
-def test_a_budget_is_kept(large, budget):
+def test_payload_fits_the_budget(large, budget):
     report = large(300, layers=2, heads=5)
     length = len(json.dumps(payload(report, budget=budget)))
     assert 0.5 * budget < length <= budget + 500
     assert len(json.dumps(payload(report))) > 110_000
 
 
-def test_numbers_that_json_has_not(planted):
+def test_payload_writes_nan_and_inf_as_null(planted):
     report = planted()
     layer = report.layers[0]
     stats = layer.stats | {"max_logit": torch.tensor([-torch.inf, torch.nan, 1.0])}
@@ -61,7 +61,7 @@ def test_numbers_that_json_has_not(planted):
     assert data["numbers"]["max_logit"] == [None, None, 1.0]
 
 
-def test_layers_over_another_text_are_left_out(planted):
+def test_payload_leaves_out_layers_of_other_tokens(planted):
     report = planted()
     crossed = replace(report.layers[1], name="cross", map=torch.rand(3, 96, 20))
     data = payload(replace(report, layers=(report.layers[0], crossed)))
@@ -72,7 +72,7 @@ def test_layers_over_another_text_are_left_out(planted):
         payload(replace(report, layers=(crossed,)))
 
 
-def test_tokens_must_be_those_that_were_read(planted):
+def test_payload_refuses_tokens_of_another_text(planted):
     report = planted()
     with pytest.raises(ArgumentError, match=r"must be one for each of the 96 tokens .* got 2"):
         payload(replace(report, tokens=("a", "b")))

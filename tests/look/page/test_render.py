@@ -41,7 +41,7 @@ class Elements(HTMLParser):
         return [(attrs, "".join(text)) for name, attrs, text in self.found if name == tag]
 
 
-def test_a_policy_that_names_all_that_runs(planted):
+def test_render_policy_lists_every_script_by_hash(planted):
     elements = Elements(render(planted()))
     (policy,) = [a["content"] for a, _ in elements.of("meta") if "http-equiv" in a]
     rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
@@ -70,7 +70,7 @@ def test_live_adds_what_a_server_needs(planted):
     assert document._file("live.js") not in still
 
 
-def test_data_as_it_was(planted, hostile):
+def test_render_data_round_trips(planted, hostile):
     report = planted([*hostile, *ODD] * 2)
     elements = Elements(render(report))
     (data,) = [text for attrs, text in elements.of("script") if attrs.get("id") == "data"]
@@ -79,29 +79,29 @@ def test_data_as_it_was(planted, hostile):
     data.encode()
 
 
-def test_no_more_elements_whatever_the_text(planted, hostile):
+def test_render_html_in_text_adds_no_elements(planted, hostile):
     plain = Elements(render(planted()))
     odd = Elements(render(planted([*hostile, *ODD] * 2)))
     assert [tag for tag, *_ in odd.found] == [tag for tag, *_ in plain.found]
 
 
-def test_every_script_of_the_package_is_used():
+def test_render_includes_every_script():
     files = document.resources.files("polyhead.look.page").iterdir()
     scripts = {file.name for file in files if file.name.endswith(".js")}
     assert scripts == {*document._SCRIPTS, "live.js"}
 
 
-def test_written_to_a_file(planted, tmp_path):
+def test_to_html_writes_the_page(planted, tmp_path):
     planted().to_html(tmp_path / "heads.html")
     assert (tmp_path / "heads.html").read_text("utf-8") == render(planted())
 
 
-def test_a_notebook_gets_a_frame_that_can_only_draw(planted):
+def test_repr_html_is_a_sandboxed_frame(planted):
     ((attributes, _),) = Elements(planted()._repr_html_()).of("iframe")
     assert attributes["sandbox"] == "allow-scripts"
     assert attributes["srcdoc"] == html.unescape(render(planted(), budget=1_500_000))
 
 
-def test_the_title_is_text(planted):
+def test_render_title_is_escaped(planted):
     ((_, title),) = Elements(render(replace(planted(), model="<b>x</b>"))).of("title")
     assert title == "What the heads of <b>x</b> do"
