@@ -1,4 +1,4 @@
-"""Cases small enough to run, and results made by hand."""
+"""Small cases, and handmade results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyhead.bench.results import BenchResult, CaseResult, Target, VariantResul
 
 @pytest.fixture
 def small():
-    """`small(**changes)`: 6 query heads over 2 key heads, 17 tokens of 5 features."""
+    """`small(**changes)`: 6 query heads over 2 KV heads, 17 tokens of 5 features."""
 
     def build(**changes):
         sizes = {"B": 3, "H": 6, "G": 2, "T": 17, "S": 17, "D": 5}

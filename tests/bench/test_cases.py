@@ -1,4 +1,4 @@
-"""What a case says of itself: work, rule, inputs."""
+"""Benchmark cases: work, mask, inputs."""
 
 import pytest
 import torch

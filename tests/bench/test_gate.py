@@ -1,4 +1,4 @@
-"""The gate lets right peers through, and each of these wrong ones it catches."""
+"""Correctness gate: passes correct peers and catches each of these wrong ones."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from polyhead.bench.peers.attention import EAGER, POLYHEAD, SDPA, Peer, attentio
 
 
 def spoiled(change, peer=SDPA):
-    """A peer whose results `change` spoils."""
+    """A peer with results modified by `change`."""
 
     def prepare(case, inputs):
         run = peer.prepare(case, inputs)
@@ -59,7 +59,7 @@ def test_gate_catches_a_wrong_output(small, change):
 
 
 def test_gate_tolerance_grows_with_summed_magnitudes(small):
-    """The outputs are of 0.03, of values of 1: a sum in another order is off by their rounding."""
+    """Outputs near 0.03, sums of values near 1: another order of summation rounds differently."""
     case = small(B=1, T=1, S=8192, D=64)
     assert faults(case, spoiled(with_output(lambda output: output + 2.4e-7))) == []
     assert faults(case, spoiled(with_output(lambda output: output + 2e-6))) == ["output"]

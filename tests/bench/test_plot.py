@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Benchmark plots."""
 
 import sys
 
@@ -9,7 +9,9 @@ from polyhead.errors import DependencyError
 
 
 @pytest.mark.parametrize("memory", [None, 3.5])
-def test_plot_draws_curves_for_scale_and_bars_otherwise(bench_result, case_result, timed, tmp_path, memory):
+def test_plot_draws_curves_for_scale_and_bars_otherwise(
+    bench_result, case_result, timed, tmp_path, memory
+):
     pytest.importorskip("matplotlib")
     variants = (
         timed("polyhead", 2.0, memory_mib=memory, share=0.5),

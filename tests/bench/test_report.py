@@ -1,4 +1,4 @@
-"""The tables."""
+"""Benchmark tables."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""Ratios, and the JSON file."""
+"""Benchmark results: speed-ups and JSON."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Whole runs of cases divided until they are tiny. No time is looked at."""
+"""Whole runs of shrunk, tiny cases. No times are tested."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The table of cases: complete, and found by name."""
+"""Benchmark cases and suites."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`polyhead bench`: what it prints, writes and refuses."""
+"""`polyhead bench`: output, files and errors."""
 
 import dataclasses
 import importlib
@@ -15,7 +15,7 @@ command = importlib.import_module("polyhead.cli.bench")
 
 @pytest.fixture
 def bench(monkeypatch):
-    """`bench(*args)`: the command. It calls `bench.run`, and keeps what it asked of it."""
+    """`bench(*args)`: run the command, recording the arguments of `run_bench`."""
 
     def invoke(*args):
         return CliRunner().invoke(main, ["bench", *args])

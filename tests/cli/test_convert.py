@@ -1,4 +1,4 @@
-"""`polyhead convert`: what it writes and refuses."""
+"""`polyhead convert`: files and errors."""
 
 import pytest
 from click.testing import CliRunner

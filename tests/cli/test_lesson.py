@@ -1,4 +1,4 @@
-"""`polyhead lesson`: what it writes and prints, and how it refuses."""
+"""`polyhead lesson`: files, output and errors."""
 
 from __future__ import annotations
 

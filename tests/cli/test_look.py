@@ -1,4 +1,4 @@
-"""`polyhead look`: the page it writes, what it prints and serves, and how it refuses."""
+"""`polyhead look`: page, output, server and errors."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ TEXT = "the cat sat on a mat and the cat saw a dog ."
 
 @pytest.fixture
 def look(monkeypatch, tmp_path, tiny_model):
-    """`look(*args)`: the command with a tiny model, in a folder of its own."""
+    """`look(*args)`: run the command with a tiny model, in a temporary folder."""
     asked = []
 
     def load(source):

@@ -1,4 +1,4 @@
-"""What several commands read in the same way."""
+"""Options shared by several commands."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""`polyhead run`: what it prints, and how it refuses."""
+"""`polyhead run`: output and errors."""
 
 import json
 import re

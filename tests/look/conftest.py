@@ -1,4 +1,4 @@
-"""Calls of every kind, and the weights that the definition gives them."""
+"""Example calls for every mask and score option, with the reference's weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def variant(name: str, T: int, S: int, dtype: torch.dtype) -> dict[str, Tensor |
 
 @dataclass
 class Example:
-    """Arguments of a call, and its weights (B, H, T, S) by the definition in float64."""
+    """Arguments of a call, and its weights (B, H, T, S) by the reference in float64."""
 
     query: Tensor
     key: Tensor
@@ -70,13 +70,13 @@ def _definition(query: Tensor, key: Tensor, options: dict[str, object]) -> ph.Au
 
 @pytest.fixture(params=sorted(masks(2, 2)))
 def mask(request):
-    """The name of each mask in turn."""
+    """Name of a mask, parametrized over all."""
     return request.param
 
 
 @pytest.fixture(params=VARIANTS)
 def options(request):
-    """The name of each kind of score in turn."""
+    """Name of a score option, parametrized over all."""
     return request.param
 
 
@@ -97,7 +97,7 @@ def example():
 
 @pytest.fixture
 def tolerance():
-    """`tolerance(lse, dtype)`: what a share exp(score - lse) may be wrong by.
+    """`tolerance(lse, dtype)`: the allowed error of a weight exp(score - lse).
 
     Scores and lse are rounded, each to half a unit in its last place, whatever sums them: twice
     that for the two of a share, and a few units of 1 for the sum.

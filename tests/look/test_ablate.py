@@ -1,4 +1,4 @@
-"""Ablated heads against weights set to zero by hand, in our modules and in transformers'."""
+"""Ablated heads against weights set to zero by hand, in our modules and transformers models."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_ablate_removes_its_hooks():
 
 
 class Fused(torch.nn.Module):
-    """Reads the projection's weight and never calls it."""
+    """Layer that uses the projection's weight without calling the projection."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models looked at in one forward, against what their own eager attention reports."""
+"""Captured reports of one forward, against the models' own eager attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses without a head, one after the other, and what is kept between two runs."""
+"""Head importance: losses per ablated head, and the resume file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IDS = torch.arange(30) % 11
 
 
 class Model(torch.nn.Module):
-    """One layer on top of embeddings; head 1 of it does nothing."""
+    """One attention layer on embeddings; its head 1 has no effect."""
 
     def __init__(self):
         super().__init__()

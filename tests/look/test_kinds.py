@@ -1,4 +1,4 @@
-"""Names of heads: by the thresholds, and of heads whose weights were planted."""
+"""Head kinds: thresholds, and heads with planted weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_name_head_returns_the_first_rule_that_holds(stats, name):
 
 
 class Reader(torch.nn.Module):
-    """Tells attention of each token what it is, what came before it, and where it stands."""
+    """Features of each token for planted heads: its id, the previous id, its position."""
 
     def __init__(self, attend):
         super().__init__()
@@ -40,7 +40,7 @@ class Reader(torch.nn.Module):
 
 
 def planted():
-    """Queries and keys of four heads: each looks for the one thing that it is made to find."""
+    """Queries and keys of four planted heads, one per kind."""
     D = max(V, T)
     mha = ph.MultiHeadAttention(
         2 * V + T, 8, T, 0.0, num_heads=5, head_dim=D, value_head_dim=2, scale=1.0

@@ -1,4 +1,4 @@
-"""Attention layers found in models of every kind."""
+"""Discovery of attention layers in our modules and transformers models."""
 
 from __future__ import annotations
 

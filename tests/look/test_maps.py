@@ -1,4 +1,4 @@
-"""Maps against the mean of the weights that the definition gives."""
+"""Attention maps against means of the reference's weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pooled(weights, bins):
 
 @pytest.fixture(params=[1, 10**9], ids=["passes", "weights"])
 def either_way(request, monkeypatch):
-    """A pass over each bin of keys, or weights held for some queries at a time."""
+    """Both paths: one pass per bin of keys, or weights in chunks of queries."""
     monkeypatch.setattr(maps, "_KEYS_A_PASS", request.param)
     monkeypatch.setattr(
         importlib.import_module("polyhead.look.streaming"), "_CELLS", 2 * 6 * 19 * 2

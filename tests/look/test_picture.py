@@ -1,4 +1,4 @@
-"""A report as a PNG."""
+"""PNG thumbnails of reports."""
 
 import struct
 import zlib
@@ -17,7 +17,7 @@ def layer_of(index, maps):
 
 
 def pixels_of(png):
-    """(height, width) of a gray PNG without filters, its checksums checked."""
+    """Decode a gray PNG without filters to (height, width), verifying its checksums."""
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     at, parts = 8, {}
     while at < len(png):

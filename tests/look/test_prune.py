@@ -1,4 +1,4 @@
-"""Models without some heads for good, against the same heads ablated."""
+"""Pruned models against the same heads ablated."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ UNPRUNABLE = [
 
 
 class Same:
-    """All of a model that pruning could change."""
+    """State of a model that pruning could change."""
 
     def __init__(self, model):
         self.model, self.before = model, self.read(model)
@@ -183,7 +183,7 @@ def test_prune_other_per_head_parameters_refuses(family, options, got):
 
 
 class BiasAttention(torch.nn.Module):
-    """An attention with a number per head in a place that no list of parameters shows."""
+    """Attention with per-head values that are not among its parameters."""
 
     num_heads, head_dim = 4, 3
 

@@ -1,4 +1,4 @@
-"""Reports as rows, data frames, plots and files."""
+"""Head reports as rows, data frames, plots and files."""
 
 from __future__ import annotations
 

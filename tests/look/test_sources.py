@@ -1,4 +1,4 @@
-"""Which tokens a layer's queries and keys are of: established, and never by their number."""
+"""Token provenance of a layer's queries and keys: established, never inferred from lengths."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def ids_of(layer):
 
 
 def same_token(weights, ids):
-    """(H,) the mean weight on earlier keys of the query's token, over queries that have some."""
+    """Mean weight on earlier keys of the query's token, over queries that have some, (H,)."""
     same = (ids[:, None] == ids).tril(-1)
     return (weights * same).sum(-1)[:, same.any(-1)].mean(-1)
 
 
 def test_sources_decoder_of_equal_length_has_own_ids():
-    """bertviz#133: who reads which text cannot be seen from its length."""
+    """bertviz#133: the text of a layer cannot be inferred from its length."""
     model = t5()
     with torch.no_grad():
         given = {"decoder_input_ids": OTHER[None], "output_attentions": True}
@@ -183,7 +183,7 @@ def test_sources_memory_of_equal_length_is_another_text():
 
 
 class Latents(torch.nn.Module):
-    """As many latents as tokens: they read the text, then one another."""
+    """Latents, one per token, that attend to the text and then to each other."""
 
     def __init__(self):
         super().__init__()
@@ -231,7 +231,7 @@ def test_sources_finds_unregistered_embeddings_by_ids():
 
 
 def test_sources_skips_linear_attention_blocks():
-    """Linear attention moves tokens as well, and is skipped where it stands in a block alone."""
+    """Linear attention mixes tokens as well; blocks with nothing else are skipped."""
     sizes = {
         **SIZES,
         "num_hidden_layers": 4,
@@ -251,7 +251,7 @@ def test_sources_skips_linear_attention_blocks():
 
 
 def test_capture_offloaded_layers_same_contribution():
-    """TransformerLens#1615: a weight is read where it is."""
+    """TransformerLens#1615: offloaded weights are read in place."""
     accelerate = pytest.importorskip("accelerate")
     model = llama()
     want = ph.look.capture(model, TEXT)

@@ -1,4 +1,4 @@
-"""HeadStats in one pass against what the weights say, and against numbers by hand."""
+"""`HeadStats` against those of the reference's weights, and against values by hand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES = [
 
 
 def by_hand(weights, ids):
-    """Loops over queries and keys of the weights (B, H, T, S), ids (B, S)."""
+    """Statistics by loops over queries and keys, from weights (B, H, T, S) and ids (B, S)."""
     B, H, T, S = weights.shape
     found = {name: torch.zeros(B, H, T, dtype=torch.float64) for name in NAMES[1:-2]}
     for t in range(T):

@@ -1,4 +1,4 @@
-"""Sums over keys in chunks or by a kernel, against the definition's weights."""
+"""Streamed sums over keys, in chunks or by a kernel, against the reference's weights."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_stream_aux_in_chunks_matches_reference(monkeypatch, example, mask, T, S
 
 def test_stream_aux_uses_the_kernel_if_eligible(monkeypatch, example):
     def refuse(*args, **options):
-        raise AssertionError("the definition ran")
+        raise AssertionError("the reference ran")
 
     call = call_of(example(5, 9, dtype=torch.float32))
     if ph.explain(call.query, call.key, call.key).chosen != "cpu":
         pytest.skip("the kernels are not built")
     monkeypatch.setattr(sums, "compute_aux", refuse)
     sums.key_logsumexp(call, (2, 5))
-    with ph.use_backend("sdpa"), pytest.raises(AssertionError, match="the definition ran"):
+    with ph.use_backend("sdpa"), pytest.raises(AssertionError, match="the reference ran"):
         sums.key_logsumexp(call, (2, 5))
 
 

@@ -1,4 +1,4 @@
-"""The most attended keys against a sort of the definition's weights."""
+"""Most attended keys against the sorted weights of the reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def assert_most_attended(found, weights, n, atol):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(("T", "S"), [(17, 17), (5, 19), (23, 7)])
-def test_top_keys_match_reference_for_every_mask(monkeypatch, example, tolerance, mask, T, S, dtype):
+def test_top_keys_match_reference_for_every_mask(
+    monkeypatch, example, tolerance, mask, T, S, dtype
+):
     monkeypatch.setattr(sums, "_CELLS", 2 * 6 * S * 4)
     one = example(T, S, mask, dtype=dtype)
     found = ph.look.top_keys(one.query, one.key, 4, **one.options)

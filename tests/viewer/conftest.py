@@ -1,4 +1,4 @@
-"""A report whose heads are known."""
+"""A report with known heads, and a session of a tiny model."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ WORDS = ("Sir", " Tom", " met", " a", " Sir", " Tom", " there")
 
 
 def keys_of(pairs):
-    """(T, 2) keys and weights: what each query looks at, the first token else."""
+    """Keys and weights, (T, 2): each query's planted key, then the first token."""
     keys = torch.tensor([[0, -1]] * len(WORDS))
     weights = torch.tensor([[0.4, 0.0]] * len(WORDS))
     for query, key, weight in pairs:
@@ -57,7 +57,7 @@ def report():
 
 @pytest.fixture
 def session(tiny_model):
-    """A tiny model that has read a text, and takes at most 20 tokens."""
+    """Session of a tiny model, limited to 20 tokens."""
     from polyhead.viewer.session import Session
 
     return Session(tiny_model, "the cat sat on a mat and the", most=20)
@@ -65,7 +65,7 @@ def session(tiny_model):
 
 @pytest.fixture
 def own_loop():
-    """Playwright leaves its event loop running in the thread that all tests share."""
+    """Playwright leaves its event loop running in the main thread."""
     theirs = asyncio._get_running_loop()
     asyncio._set_running_loop(None)
     yield

@@ -1,4 +1,4 @@
-"""Numbers as colors: in order, and with ink that can be read on them."""
+"""Color scale: increasing lightness, legible text."""
 
 from polyhead.viewer.colors import colored
 

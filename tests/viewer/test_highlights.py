@@ -1,4 +1,4 @@
-"""The heads that are worth a look first."""
+"""Highlights of a report."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Where a page may be written."""
+"""Atomic writing of the page's file."""
 
 import os
 

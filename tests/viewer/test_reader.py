@@ -1,4 +1,4 @@
-"""A text read with heads on and off."""
+"""Reading a text with heads on and off."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Who is answered: those who know the server by its own name, from its own page."""
+"""Request guard: checks of the Host and Origin headers."""
 
 import socket
 

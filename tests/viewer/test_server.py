@@ -1,4 +1,4 @@
-"""The server: what it answers, to whom, and what it refuses."""
+"""HTTP server of the live page: responses, errors and refused requests."""
 
 import hashlib
 import json
@@ -141,7 +141,7 @@ def test_listen_foreign_host_raises(host):
 
 @pytest.mark.usefixtures("own_loop")
 def test_serve_stops_on_ctrl_c(session, listening, capfd):
-    """And who leaves in the middle of a request leaves no traceback."""
+    """A client that disconnects during a request causes no traceback."""
     answers = []
 
     def ask_and_interrupt():

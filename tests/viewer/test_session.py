@@ -1,4 +1,4 @@
-"""What the live page asks for."""
+"""Session of the live page."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""A report in the terminal, with colors and without, wide and narrow."""
+"""Terminal view of a report, with and without colors, wide and narrow."""
 
 import dataclasses
 import io
@@ -13,7 +13,7 @@ from polyhead.viewer.terminal import print_report
 
 @pytest.fixture
 def printed():
-    """`printed(report, by=, width=, colors=)`: the lines that the terminal gets."""
+    """`printed(report, by=, width=, colors=)`: the printed lines."""
 
     def show(report, by="effective_keys", width=80, colors=None):
         out = io.StringIO()
@@ -66,7 +66,7 @@ def test_print_report_colors_span_the_range(printed, report):
 
 
 def with_heads(report, heads):
-    """The report with each head of a layer 0 .. heads - 1 as the first was."""
+    """The report with `heads` heads per layer, copies of the first."""
     layers = []
     for layer in report.layers:
         held = {

@@ -1,4 +1,4 @@
-"""Slow requests are ended; others are not."""
+"""Time limits of slow requests."""
 
 import signal
 import socket
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("own_loop")
 
 
 def exchanges(session, *talks):
-    """What each talk with a server returns; every one is a function of a connection to it."""
+    """Results of client functions, each called with its own connection to a server."""
     listening, found = listen("127.0.0.1", 0), []
 
     def run():

@@ -1,4 +1,4 @@
-"""Ceilings: the best of several loops, each at its own best."""
+"""Machine ceilings: the best of several loops, each at its own best."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_ceiling_is_the_best_loops_shortest_time():
 
 @pytest.fixture(params=["with kernels", "without"])
 def registers(request, monkeypatch):
-    """The sources of the loops that our kernels add, if they were built."""
+    """Sources of the loops in our kernels, if these are built."""
     if request.param == "without":
         monkeypatch.setattr(ops, "unavailable", "was not built")
     return [] if ops.unavailable else ["registers"]

@@ -1,4 +1,4 @@
-"""What the machine says of itself."""
+"""Machine description."""
 
 import torch
 

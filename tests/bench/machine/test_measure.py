@@ -1,4 +1,4 @@
-"""Turns, medians, quartiles; by a clock that the test winds."""
+"""Round-robin timing, medians and quartiles, with a fake clock."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from polyhead.errors import ArgumentError
 
 
 class Clock:
-    """Calls move it; looking at it does not."""
+    """Clock that is advanced by calls, not by reading it."""
 
     def __init__(self):
         self.now = 0.0
@@ -17,7 +17,7 @@ class Clock:
         return self.now
 
     def call(self, name, *seconds):
-        """A call that takes these seconds in turn, the last again and again."""
+        """A call that takes these seconds one after the other, then the last repeatedly."""
         left = list(seconds)
 
         def run():

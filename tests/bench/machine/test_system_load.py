@@ -1,4 +1,4 @@
-"""When other processes are busy: wait, try again, then refuse."""
+"""System load: wait while other processes are busy, retry, then refuse."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from polyhead.bench.machine.system_load import (
 
 
 class Machine:
-    """Two processors for ten seconds a measurement; others take these shares in turn."""
+    """Two processors, ten seconds per measurement; others take these shares one by one."""
 
     def __init__(self, *shares):
         self.times = []

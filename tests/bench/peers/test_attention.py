@@ -1,4 +1,4 @@
-"""Peers of attention: the formula, and why they refuse."""
+"""Attention peers: results and reasons for refusal."""
 
 import pytest
 import torch

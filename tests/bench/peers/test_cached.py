@@ -1,4 +1,4 @@
-"""Decoding over what a cache holds, where it is, and over tensors of the same numbers."""
+"""KV cache peers: decoding over a cache in place, and over equal contiguous tensors."""
 
 import pytest
 import torch

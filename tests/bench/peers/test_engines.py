@@ -1,4 +1,4 @@
-"""ONNX Runtime and OpenVINO, where they are installed."""
+"""ONNX Runtime and OpenVINO peers, where they are installed."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""flex's block mask, made without T x S cells, allows what the rule allows."""
+"""flex peer: its block mask, built without T x S cells, equals the mask."""
 
 import pytest
 import torch

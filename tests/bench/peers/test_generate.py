@@ -1,4 +1,4 @@
-"""A token of `generate`, inside transformers."""
+"""Generation peers: one token of transformers' `generate`."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Module variants: one function and one set of weights, in every layout."""
+"""Module peers: one function and one set of weights, in every layout."""
 
 import pytest
 import torch

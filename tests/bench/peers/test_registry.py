@@ -1,4 +1,4 @@
-"""Who is measured on what."""
+"""Registry of peers per case."""
 
 from polyhead.bench.peers.registry import definition_of, peers_of
 from polyhead.bench.suites import CASES

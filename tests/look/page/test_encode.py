@@ -1,4 +1,4 @@
-"""Maps and keys packed, read back here by their description."""
+"""Packed maps and keys, decoded here as documented."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_pack_maps_gets_coarser_until_it_fits(maps):
 
 
 def test_pack_maps_coarse_cell_is_the_mean_over_tokens(monkeypatch):
-    """Not over the cells it is made of, which stand for 2 tokens or for 3."""
+    """The mean is not over the merged cells, which have 2 or 3 tokens each."""
     monkeypatch.setattr(pack, "_MAPS", ((255, 1),))
     edges = bin_edges(100, 37).tolist()
     sizes = torch.tensor(edges).diff()
@@ -76,8 +76,8 @@ def test_pack_maps_coarse_cell_is_the_mean_over_tokens(monkeypatch):
     assert torch.allclose(read_map(packed, 0), even.expand(19, 19), atol=0.01)
 
 
-def test_pack_maps_skips_misleading_samples():
-    """20 of 41 heads are tried, and these are empty."""
+def test_pack_maps_fits_though_the_sample_does_not():
+    """The sample is 20 of 41 heads, and these are empty."""
     torch.manual_seed(3)
     noise = torch.rand(32, 32)
     maps = [noise * (head % 2) for head in range(41)]
@@ -104,7 +104,7 @@ def test_pack_keys_keys_are_exact(T):
 
 
 def test_pack_keys_keeps_later_keys():
-    """A head that is not causal looks ahead."""
+    """A head without a causal mask attends to later keys."""
     keys = torch.tensor([[2, 0], [2, 1], [1, 2]])
     packed = pack_keys([keys], [torch.full((3, 2), 0.5)], 10**6)
     assert [[key for key, _ in pairs] for pairs in read_keys(packed, 0, 3)] == keys.tolist()

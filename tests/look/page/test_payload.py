@@ -1,4 +1,4 @@
-"""The data of the page."""
+"""JSON data of the page."""
 
 from __future__ import annotations
 

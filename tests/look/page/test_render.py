@@ -1,4 +1,4 @@
-"""The document: what it holds, and what it lets run."""
+"""The rendered page: its contents and its content security policy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 
 from polyhead.look.page import payload, render
 
-# The module, whose name the function has in the package.
+# The module: the package exports a function of the same name.
 document = importlib.import_module("polyhead.look.page.render")
-# Beside the hostile ones: what HTML or JSON would read as something else, and blanks.
+# In addition to hostile tokens: characters special in HTML or JSON, and blanks.
 ODD = ["{{script}} \\u003c & &amp; &lt;", "\x85", "\t", "\r\n", "\n", " ", ""]
 
 
@@ -63,7 +63,7 @@ def test_render_policy_lists_every_script_by_hash(planted):
     assert not [a for _, a, _ in elements.found if "src" in a]
 
 
-def test_live_adds_what_a_server_needs(planted):
+def test_render_live_adds_the_server_parts(planted):
     still, live = render(planted()), render(planted(), live=True)
     assert "connect-src 'self'" in live
     assert document._file("live.js") in live
