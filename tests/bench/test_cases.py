@@ -39,7 +39,7 @@ def test_case_module_work_includes_projections():
 def test_case_decode_work_is_bytes_read():
     assert D1.work == 8 * 8192 * 2 * 128 * 2
     assert (D1.unit, D1.ceiling) == ("GB/s", "read")
-    assert D1.mask is None  # the last query sees every key
+    assert D1.mask is None  # the last query attends to every key
 
 
 def test_case_decode_uses_copies_beyond_the_cpu_cache():
@@ -87,7 +87,7 @@ def test_case_str_has_its_sizes():
 
 @pytest.mark.parametrize(("H", "reads"), [(32, True), (33, False)])
 def test_case_with_many_operations_per_byte_is_flops(H, reads):
-    # A head makes two of each of a token's 2 D numbers, of 4 bytes: half a one of a byte.
+    # Two operations per head on each of a token's 2 D elements of 4 bytes: 0.5 per byte.
     case = Case("D", 1, H, 1, 1, 40, 24)
     assert (case.reads, case.ceiling) == (reads, "read" if reads else "float32")
     assert case.work == (2 * 40 * 24 * 4 if reads else 2 * H * 40 * 2 * 24)

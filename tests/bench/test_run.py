@@ -28,7 +28,7 @@ def test_run_case_times_correct_peers_of_every_kind(id):
             assert variant.rate > 0
         else:
             assert variant.refused
-    assert case.targets == ()  # nothing is judged by a trial
+    assert case.targets == ()  # trials have no targets
 
 
 def test_run_case_does_not_measure_a_wrong_peer(monkeypatch):

@@ -44,7 +44,7 @@ def test_look_writes_a_page_and_prints_highlights(look, tmp_path):
     assert page.startswith("<!doctype html>")
     assert '" cat"' in page
     assert 'id="live"' in page
-    assert "api/read" not in page  # it asks no server
+    assert "api/read" not in page  # it sends no requests
     first, second = result.stdout.splitlines()
     assert first.startswith("heads.html: 8 heads of tiny on 13 tokens, 0.1 MB")
     assert second.startswith("Look first at heads ")

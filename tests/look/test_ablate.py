@@ -33,7 +33,7 @@ def test_ablate_zero_removes_a_heads_contribution(num_kv_heads, backend):
 def test_ablate_mean_adds_the_mean():
     mha, x = split(num_kv_heads=2), torch.randn(2, T, 12)
     parts = mha.head_contributions(x)
-    parts[:, 1] = parts[:, 1].mean(dim=1, keepdim=True)  # of each row alone
+    parts[:, 1] = parts[:, 1].mean(dim=1, keepdim=True)  # per batch row
     with ph.look.ablate(mha, [(0, 1)], how="mean"):
         y = mha(x)
     torch.testing.assert_close(y, parts.sum(dim=1) + mha.out_proj.bias)

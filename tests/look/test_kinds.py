@@ -48,16 +48,16 @@ def planted():
     here, before, place = slice(0, V), slice(V, 2 * V), slice(2 * V, 2 * V + T)
     W_query, W_key = torch.zeros(2, 5, D, 2 * V + T)
     sharp = 12.0
-    W_query[0, :T, place] = sharp * torch.eye(T)  # the place before one's own
+    W_query[0, :T, place] = sharp * torch.eye(T)  # the previous position
     W_key[0, :T, place] = torch.eye(T).roll(1, dims=0)
-    W_query[1, :V, here] = sharp * torch.eye(V)  # what came after this token
+    W_query[1, :V, here] = sharp * torch.eye(V)  # the token after the same one
     W_key[1, :V, before] = torch.eye(V)
     W_query[2, 0, place] = sharp  # the first place
     W_key[2, 0, 2 * V] = 1.0
-    W_query[3, :T, place] = sharp * torch.eye(T)  # the last eight places alike
+    W_query[3, :T, place] = sharp * torch.eye(T)  # the last eight positions evenly
     for back in range(8):
         W_key[3, :T, place] += torch.eye(T).roll(back, dims=0).tril()
-    with torch.no_grad():  # head 4 looks at everything alike
+    with torch.no_grad():  # head 4 is uniform
         mha.W_query.weight.copy_(W_query.flatten(0, 1))
         mha.W_key.weight.copy_(W_key.flatten(0, 1))
     return Reader(mha)

@@ -16,7 +16,7 @@ SIZES = {
     "max_position_embeddings": 37,
 }
 PADDED = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# (class, options, names of the layers, what mixes the heads)
+# (class, options, names of the layers, output projection)
 FAMILIES = [
     ("Llama", {"num_key_value_heads": 2}, "layers.{}.self_attn", "o_proj"),
     ("Qwen3", {"num_key_value_heads": 2, "head_dim": 4}, "layers.{}.self_attn", "o_proj"),

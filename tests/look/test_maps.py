@@ -90,6 +90,6 @@ def test_bin_edges_are_even_and_cover_every_token(tokens, bins):
 
 @pytest.mark.parametrize("bins", [0, 2.0, True])
 def test_map_refuses_invalid_bins(bins):
-    message = f"bins must be an integer of at least 1; got {bins!r}; say 128"
+    message = f"bins must be an integer of at least 1; got {bins!r}; use 128"
     with pytest.raises(ArgumentError, match=re.escape(message)):
         ph.look.attention_map(torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8), bins=bins)

@@ -124,7 +124,7 @@ SHARING = {
     "hidden_size_per_layer_input": 4,
     "vocab_size_per_layer_input": 31,
 }
-# What each layer has besides projections, norms of each head alone and sinks.
+# Parts of each layer other than projections, per-head norms and sinks.
 UNPRUNABLE = [
     ("StableLm", {"qk_layernorm": True}, "q_layernorm.norms.0.weight (4,)"),
     ("BitNet", {}, "attn_sub_norm.weight (24,)"),

@@ -102,7 +102,7 @@ def test_stats_of_empty_inputs(B, T, S):
 
 
 def test_per_head_is_the_mean_over_attending_queries(example):
-    one = example(7, 7, mask="left padding")  # of row 1 two queries have nothing to attend to
+    one = example(7, 7, mask="left padding")  # two queries of row 1 have no keys
     ids = torch.tensor([5, 6, 5, 7, 6, 8, 9])
     stats = ph.look.stats(one.query, one.key, token_ids=ids, **one.options)
     assert stats.repeats.tolist() == [[[False, False, True, False, True, False, False]]]

@@ -63,6 +63,6 @@ def test_top_keys_of_empty_inputs(B, T, S):
 
 def test_top_keys_refuses_invalid_n():
     with pytest.raises(
-        ArgumentError, match=re.escape("n must be an integer of at least 1; got 0; say 8")
+        ArgumentError, match=re.escape("n must be an integer of at least 1; got 0; use 8")
     ):
         ph.look.top_keys(torch.ones(1, 1, 3, 8), torch.ones(1, 1, 3, 8), 0)

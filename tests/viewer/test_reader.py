@@ -58,7 +58,7 @@ def test_read_reports_progress_and_can_be_stopped(tiny_model):
 
 
 def test_read_refuses_invalid_texts(tiny_model):
-    with pytest.raises(ShapeError, match="at least 2 tokens, one to look at another; got 1"):
+    with pytest.raises(ShapeError, match="at least 2 tokens, one to attend to another; got 1"):
         read("cat", tiny_model)
     with pytest.raises(ArgumentError, match="heads from 0 to 3 of layer 1"):
         read(TEXT, tiny_model, off={(1, 4)})

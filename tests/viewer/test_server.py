@@ -96,7 +96,7 @@ def test_server_refuses_large_and_non_json_requests(client):
     answer = client.post("/api/read", content=large, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
     assert f"at most {MAX_BYTES} bytes" in answer.json()["error"]
-    # What a form of another page may send without asking.
+    # A content type that a form may send cross-origin without a preflight.
     plain = client.post("/api/read", content=b"{}", headers={"Content-Type": "text/plain"})
     assert plain.status_code == 415
 
@@ -131,7 +131,7 @@ def test_listen_taken_port_raises(listening):
         listen("127.0.0.1", port)
 
 
-# A name that nobody has, one that cannot be one, and another machine's address.
+# An unknown name, an invalid name, and another machine's address.
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "192.0.2.1"])
 def test_listen_foreign_host_raises(host):
     message = f"--host must be a name or an address of this machine; got {host}"

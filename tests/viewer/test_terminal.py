@@ -60,7 +60,7 @@ def test_print_report_colors_span_the_range(printed, report):
     assert (colors["1.10"], colors["3.20"]) == (dark, yellow)
     assert len(set(colors.values())) == 4
     assert "Color: effective tokens" in "\n".join(lines)
-    # Shares stand between 0 and 1, whatever the heads have.
+    # The scale of shares is always 0 to 1.
     shares = printed(report, "mass_first", colors="truecolor")
     assert yellow not in "\n".join(shares[3:5])
 

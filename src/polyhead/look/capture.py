@@ -112,9 +112,9 @@ def capture(
         names = ", ".join(watch.layer.name or "itself" for watch in watches[:3])
         raise ArgumentError(
             "model",
-            "must attend by polyhead to be looked at",
+            "must attend by polyhead to be captured",
             f"{type(model).__name__}, whose layers ({names}, ...) called no polyhead.attention",
-            "some families of transformers keep their own attention; convert the model, or choose "
+            "some transformers models have their own attention; convert the model, or choose "
             "another",
         )
     return HeadReport(type(model).__name__, tuple(tokens), _on_cpu(ids), reports)
@@ -171,7 +171,7 @@ class _LayerRecorder:
         first = sum(len(earlier["map"]) for earlier in self.calls)
         if first >= self.layer.num_heads:
             raise ArgumentError(
-                "model", "must call each attention layer once", self.layer.name, "look at one pass"
+                "model", "must call each attention layer once", self.layer.name, "capture one pass"
             )
         self.calls.append({name: values.cpu() for name, values in found.items()})
 
@@ -278,7 +278,7 @@ def _attending_by_polyhead(model: nn.Module) -> Iterator[None]:
         if "polyhead" not in AttentionInterface():  # type: ignore[no-untyped-call]
             raise ArgumentError(
                 "model",
-                'must know attn_implementation="polyhead"',
+                'must support attn_implementation="polyhead"',
                 f"{type(model).__name__} before it was registered",
                 "call polyhead.integrations.transformers.register() once",
             )

@@ -64,7 +64,7 @@ def attention_map(
 def map_of(call: AttentionCall, bins: int) -> Tensor:
     """`attention_map` of an `AttentionCall`."""
     if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
-        raise ArgumentError("bins", "must be an integer of at least 1", repr(bins), "say 128")
+        raise ArgumentError("bins", "must be an integer of at least 1", repr(bins), "use 128")
     if call.S // bins < _KEYS_A_PASS:
         return _from_weights(call, bins)
     return _from_sums(call, bins, total_logsumexp(call, key_logsumexp(call)))

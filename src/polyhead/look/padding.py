@@ -16,7 +16,7 @@ from polyhead.mask import Causal, LeftPadding, Lengths, Mask, Window
 __all__ = ["Padding"]
 
 _UNKNOWN: Any = object()
-_REMEDY = 'use how="zero", or pass a mask that says it'
+_REMEDY = 'use how="zero", or pass a padding mask'
 
 
 class Padding:

@@ -133,7 +133,7 @@ def _num_kv_heads(layer: AttentionLayer) -> int:
     if size is None or not has_all or not by_head:
         raise ArgumentError(
             "model",
-            f"must have layers with plain nn.Linear {', '.join(_THEIRS)}, each head normed alone",
+            f"must have layers with plain nn.Linear {', '.join(_THEIRS)}, with per-head norms",
             f"{type(module).__name__} ({layer.name})",
             "use polyhead.look.ablate",
         )
@@ -176,8 +176,8 @@ def _check_no_other_parts(layer: AttentionLayer) -> None:
     if others:
         raise ArgumentError(
             "model",
-            f"must have layers with no parameters but those of {', '.join(_THEIRS)}, norms of "
-            "each head alone, and sinks",
+            f"must have layers with no parameters but those of {', '.join(_THEIRS)}, per-head "
+            "norms and sinks",
             f"{type(layer.module).__name__} ({layer.name}) with {', '.join(others)}",
             "use polyhead.look.ablate",
         )

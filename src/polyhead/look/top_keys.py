@@ -67,7 +67,7 @@ def top_keys(
 def top_keys_of(call: AttentionCall, n: int) -> TopKeys:
     """`top_keys` of an `AttentionCall`."""
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ArgumentError("n", "must be an integer of at least 1", repr(n), "say 8")
+        raise ArgumentError("n", "must be an integer of at least 1", repr(n), "use 8")
     n = min(n, call.S)
     found = []
     for _, _, weights_bhts in weights_by_chunk(call):

@@ -14,7 +14,7 @@ __all__ = ["MARK", "page_file"]
 
 # In the head of every page.
 MARK = b'<meta name="generator" content="polyhead">'
-_HEAD = 4096  # bytes in which it stands
+_HEAD = 4096  # bytes that contain it
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def read(
     ids = read_ids(text, loaded, most)
     if ids.shape[1] < 2:
         raise ShapeError(
-            "TEXT", "must have at least 2 tokens, one to look at another", 1, "give more words"
+            "TEXT", "must have at least 2 tokens, one to attend to another", 1, "give more words"
         )
     transformers.register()
     logits: list[Tensor] = []

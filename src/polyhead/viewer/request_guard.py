@@ -57,10 +57,10 @@ class Guard:
     def _why_not(self, method: str, headers: Headers) -> str | None:
         hosts = headers.getlist("host")
         if len(hosts) != 1 or not self._is_own_name(hosts[0]):
-            return f"this server does not answer to the name {', '.join(hosts) or '(none)'}"
+            return f"this server does not accept the host name {', '.join(hosts) or '(none)'}"
         origins = headers.getlist("origin")
         if method not in ("GET", "HEAD") and any(_place(o) != hosts[0].lower() for o in origins):
-            return f"a page of {', '.join(origins)} may not ask this server"
+            return f"a page of {', '.join(origins)} may not send requests to this server"
         return None
 
     def _is_own_name(self, host: str) -> bool:

@@ -36,7 +36,7 @@ def test_interleave_rotates_the_order_of_calls():
 
 def test_timing_has_median_and_quartiles():
     clock = Clock()
-    warm = (9.0, 9.0)  # what comes before the samples does not count
+    warm = (9.0, 9.0)  # warm-up calls are not sampled
     calls = {"a": clock.call("a", *warm, 5.0, 1.0, 2.0, 90.0, 3.0)}
     timing = interleave(calls, rounds=5, seconds=0.0, clock=clock)["a"]
     assert timing.samples == (5.0, 1.0, 2.0, 90.0, 3.0)

@@ -35,7 +35,7 @@ class Machine:
 def test_others_share_excludes_own_and_idle_time():
     before = CpuTimes(busy=100, total=1000, own=50)
     assert others_share(before, CpuTimes(busy=112, total=1020, own=60)) == pytest.approx(0.1)
-    # Ticks are coarse: a little less than nothing is nothing.
+    # Ticks are coarse: slightly negative differences count as zero.
     assert others_share(before, CpuTimes(busy=109.9, total=1020, own=60)) == 0.0
     assert others_share(before, before) == 0.0
 

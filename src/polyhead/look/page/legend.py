@@ -6,11 +6,11 @@ __all__ = ["KINDS", "NUMBERS"]
 
 # In the order of the rules of `name_head`; each continues "This head".
 KINDS = {
-    "induction": "looks at what followed this token last time",
-    "previous token": "looks at the token just before",
-    "sink": "rests on the first token: it has little to say here",
-    "local": "reads the last 16 tokens, no single one of them",
-    "other": "does none of these: farther back, several tokens at once, or everything alike",
+    "induction": "attends to the token that followed this one last time",
+    "previous token": "attends to the token just before",
+    "sink": "attends to the first token, which adds little here",
+    "local": "attends to the last 16 tokens, no single one of them",
+    "other": "attends to tokens farther back, several at once, or all tokens evenly",
 }
 
 # name: (label, unit, explanation). A "share" is of a token's total weight, 1; its label continues
@@ -37,14 +37,14 @@ NUMBERS = {
     "effective_keys": (
         "effective tokens",
         "tokens",
-        "Over how many tokens, weighted alike, its weight would be as spread: exp(entropy).",
+        "The number of equally weighted tokens with this entropy: exp(entropy).",
     ),
-    "entropy": ("entropy", "nats", "How spread the weight is: 0 is all on one token."),
-    "mean_distance": ("distance", "tokens", "How far away it looks, weighted by where it looks."),
+    "entropy": ("entropy", "nats", "Spread of the weight: 0 if all is on one token."),
+    "mean_distance": ("distance", "tokens", "Mean distance to the attended tokens, by weight."),
     "contribution": (
         "contribution",
         "norm",
-        "How long a vector the head alone adds to the layer's output, on average.",
+        "Mean norm of the head's own addition to the layer's output.",
     ),
     "max_logit": ("largest score", "score", "The largest score before the softmax."),
     "lse": ("log-sum-exp", "score", "Log of the sum of exp(score), on average."),

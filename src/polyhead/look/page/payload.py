@@ -34,14 +34,14 @@ def payload(report: HeadReport, *, budget: int = BUDGET) -> dict[str, Any]:
     """
     tokens = _tokens(report)
     if not tokens:
-        raise ArgumentError("report", "must be of a text", "no tokens", "capture some")
+        raise ArgumentError("report", "must be of a text", "no tokens", "capture a text")
     layers = [layer for layer in report.layers if _reads_itself(layer, len(tokens))]
     if not layers:
         raise ArgumentError(
             "report",
             "must have a layer that attends to the text itself",
             f"{len(report.layers)} layers over other keys than the {len(tokens)} tokens",
-            "look at the self-attention of a model",
+            "report the self-attention of a model",
         )
     rows = [row for row in report.rows() if row["layer"] in {layer.index for layer in layers}]
     known = [name for name in NUMBERS if any(name in row for row in rows)]
