@@ -99,7 +99,9 @@ def test_prune_refuses_unsupported_layers():
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 31, "n_embd": 24, "n_layer": 1, "n_head": 6, "n_positions": 37}
     model = transformers.GPT2Model(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
-    with pytest.raises(ArgumentError, match=r"o_proj, each head.*GPT2Attention \(h\.0\.attn"):
+    with pytest.raises(
+        ArgumentError, match=r"o_proj, with per-head norms.*GPT2Attention \(h\.0\.attn"
+    ):
         ph.look.prune(model, {(0, 1)})
 
 
