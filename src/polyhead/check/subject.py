@@ -264,7 +264,7 @@ class Subject:
         x, other = self.input(1, T), self.input(1, T, salt=1)
         changed = torch.where(torch.eye(T, dtype=torch.bool, device=x.device)[..., None], other, x)
         before = self.run(x)
-        after = torch.cat([self.run(rows) for rows in changed.split(16)])
+        after = torch.cat([self.run(rows) for rows in changed.split(17)])
         apart = difference(after, before).amax(dim=-1).T
         return apart > self.visible(x)
 

@@ -45,13 +45,13 @@ def _across(subject: Subject) -> tuple[bool, bool]:
     """True if a token's output depends on another batch row; and on another token of its row."""
     x, other = subject.input(2), subject.input(2, salt=1)
     row, token = x.clone(), x.clone()
-    row[1], token[:, 0] = other[1], other[:, 0]
+    row[0], token[:, 0] = other[0], other[:, 0]
     try:
         before, by_row, by_token = (subject.run(tokens) for tokens in (x, row, token))
     except Exception:  # of unknown code
         return False, False
     rounding = subject.allowed(x)
-    rows = difference(by_row, before)[0].max() > rounding
+    rows = difference(by_row, before)[1].max() > rounding
     tokens = difference(by_token, before)[:, 1:].max() > rounding
     return bool(rows), bool(tokens)
 
