@@ -10,22 +10,7 @@ import torch
 from torch import Tensor
 
 from polyhead.convert import fused, stacked, torch_mha
-from polyhead.convert.families import (
-    bert,
-    bloom,
-    deepseek,
-    falcon,
-    gemma,
-    gpt2,
-    gpt_oss,
-    llama,
-    neox,
-    opt,
-    phi3,
-    qwen3,
-    t5,
-    vit,
-)
+from polyhead.convert.families import FAMILIES
 from polyhead.convert.find import (
     check_count_of_layers,
     check_whole,
@@ -47,29 +32,12 @@ _THEIRS: dict[str, tuple[Layout, ...]] = {
     "stacked": (stacked.STACKED,),
     "fused": (fused.LAYOUT,),
     "torch": (torch_mha.PACKED, torch_mha.UNPACKED),
-    "gpt2": (gpt2.LAYOUT,),
-    "llama": (llama.LAYOUT,),
-    "mistral": (llama.LAYOUT,),
-    "qwen2": (llama.LAYOUT,),
-    "qwen3": (qwen3.LAYOUT,),
-    "gemma2": (gemma.GEMMA2,),
-    "gemma3": (gemma.GEMMA3,),
-    "gpt_oss": (gpt_oss.LAYOUT,),
-    "phi3": (phi3.LAYOUT,),
-    "neox": (neox.LAYOUT,),
-    "bloom": (bloom.LAYOUT,),
-    "falcon": (falcon.LAYOUT,),
-    "opt": (opt.LAYOUT,),
-    "bert": (bert.BERT,),
-    "vit": (vit.VIT, vit.VIT_SAVED),
-    "vit_saved": (vit.VIT_SAVED,),
-    "t5": (t5.LAYOUT,),
-    "deepseek": (deepseek.LAYOUT, deepseek.DIRECT),
+    **{name: family.layouts for family in FAMILIES for name in family.names},
 }
 LAYOUTS = (*_OURS, *_THEIRS)
 
-# What a config.json calls a family, where it is not the name of its layout.
-_MODEL_TYPES = {"gpt_neox": "neox", "deepseek_v3": "deepseek", "gemma3_text": "gemma3"}
+# `model_type` of a config.json, where it is not the name of its layout.
+_MODEL_TYPES = {kind: family.names[0] for family in FAMILIES for kind in family.model_types}
 
 # Every name of a module of ours: one that the target has no place for must not be left behind.
 _OUR_NAMES = {name for layouts in _THEIRS.values() for layout in layouts for name in layout.ours}

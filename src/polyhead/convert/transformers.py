@@ -3,27 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from polyhead.convert.families import (
-    bert,
-    bloom,
-    deepseek,
-    falcon,
-    gemma,
-    gpt2,
-    gpt_oss,
-    llama,
-    neox,
-    opt,
-    phi3,
-    qwen3,
-    t5,
-    vit,
-)
+from polyhead.convert.families import FAMILIES
+from polyhead.convert.family import Converted, Family
 from polyhead.convert.layout import Layout, Sizes
 from polyhead.convert.linear import (
     copy_of,
@@ -37,32 +23,9 @@ from polyhead.modules import MultiHeadAttention, MultiHeadLatentAttention
 
 __all__ = ["from_transformers", "to_transformers"]
 
-Converted: TypeAlias = MultiHeadAttention | MultiHeadLatentAttention
 M = TypeVar("M", bound=nn.Module)
 
-# For every class, what reads its options, and the layout of its weights: the first that fits.
-_KNOWN: dict[str, tuple[Callable[[nn.Module], Converted], tuple[Layout, ...]]] = {
-    "LlamaAttention": (llama.build, (llama.LAYOUT,)),
-    "MistralAttention": (llama.build, (llama.LAYOUT,)),
-    "Qwen2Attention": (llama.build, (llama.LAYOUT,)),
-    "Qwen3Attention": (qwen3.build, (qwen3.LAYOUT,)),
-    "Gemma2Attention": (gemma.build_gemma2, (gemma.GEMMA2,)),
-    "Gemma3Attention": (gemma.build_gemma3, (gemma.GEMMA3,)),
-    "GptOssAttention": (gpt_oss.build, (gpt_oss.LAYOUT,)),
-    "Phi3Attention": (phi3.build, (phi3.LAYOUT,)),
-    "GPT2Attention": (gpt2.build, (gpt2.LAYOUT,)),
-    "GPTNeoXAttention": (neox.build, (neox.LAYOUT,)),
-    "BloomAttention": (bloom.build, (bloom.LAYOUT,)),
-    "FalconAttention": (falcon.build, (falcon.LAYOUT,)),
-    "OPTAttention": (opt.build, (opt.LAYOUT,)),
-    "BertAttention": (bert.build, (bert.BERT,)),
-    "BertSelfAttention": (bert.build_self, (bert.BERT_SELF,)),
-    "BertSdpaSelfAttention": (bert.build_self, (bert.BERT_SELF,)),
-    "BertCrossAttention": (bert.build_self, (bert.BERT_SELF,)),
-    "ViTAttention": (vit.build, (vit.VIT, vit.VIT_SAVED)),
-    "T5Attention": (t5.build, (t5.LAYOUT,)),
-    "DeepseekV3Attention": (deepseek.build, (deepseek.LAYOUT, deepseek.DIRECT)),
-}
+_KNOWN: dict[str, Family] = {name: family for family in FAMILIES for name in family.classes}
 
 
 def from_transformers(attention_layer: nn.Module) -> Converted:
@@ -125,10 +88,10 @@ def _known(layer: nn.Module) -> tuple[Callable[[nn.Module], Converted], Layout]:
             f"attention_layer must be one of {', '.join(_KNOWN)}; got {kind}; "
             "pass the attention of one layer, such as model.model.layers[0].self_attn"
         )
-    build, layouts = _KNOWN[kind]
+    family = _KNOWN[kind]
     names = {name for name, _ in layer.named_parameters()}
-    fitting = (layout for layout in layouts if layout.their_marks <= names)
-    return build, next(fitting, layouts[0])
+    fitting = (layout for layout in family.layouts if layout.their_marks <= names)
+    return family.build, next(fitting, family.layouts[0])
 
 
 def _moving(

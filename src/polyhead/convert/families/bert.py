@@ -12,11 +12,12 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import UNLIMITED, causal, is_causal
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, linear
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["BERT", "BERT_SELF", "build", "build_self"]
+__all__ = ["FAMILIES"]
 
 BERT = Layout(
     "bert",
@@ -61,3 +62,17 @@ def build_self(layer: Any, *, out_proj: bool = False) -> MultiHeadAttention:
         mask=causal() if is_causal(layer) else None,
         device="meta",
     )
+
+
+FAMILIES = (
+    Family(names=("bert",), classes=("BertAttention",), build=build, layouts=(BERT,)),
+    Family(
+        classes=(
+            "BertSelfAttention",
+            "BertSdpaSelfAttention",
+            "BertCrossAttention",
+        ),
+        build=build_self,
+        layouts=(BERT_SELF,),
+    ),
+)

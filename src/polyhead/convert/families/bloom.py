@@ -15,10 +15,11 @@ from typing import Any
 
 from polyhead.convert.config import UNLIMITED, causal
 from polyhead.convert.families import neox
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "build"]
+__all__ = ["FAMILY"]
 
 LAYOUT = Layout("bloom", neox.PROJECTIONS)
 
@@ -38,3 +39,6 @@ def build(layer: Any) -> MultiHeadAttention:
         mask=causal(),
         device="meta",
     )
+
+
+FAMILY = Family(names=("bloom",), classes=("BloomAttention",), build=build, layouts=(LAYOUT,))

@@ -16,11 +16,12 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import causal, context_length, rope
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, Rows, Sizes, linear, parameter
 from polyhead.convert.linear import rms_norm
 from polyhead.modules import MultiHeadLatentAttention
 
-__all__ = ["LAYOUT", "build"]
+__all__ = ["FAMILY"]
 
 
 def latent_heads(sizes: Sizes) -> Rows:
@@ -69,3 +70,12 @@ def build(layer: Any) -> MultiHeadLatentAttention:
         scale=layer.scaling,
         device="meta",
     )
+
+
+FAMILY = Family(
+    names=("deepseek",),
+    classes=("DeepseekV3Attention",),
+    model_types=("deepseek_v3",),
+    build=build,
+    layouts=(LAYOUT, DIRECT),
+)

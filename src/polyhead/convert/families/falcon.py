@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.convert.config import UNLIMITED, causal, context_length, rope
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, by_group, linear
 from polyhead.modules import MultiHeadAttention
 from polyhead.positions import alibi_slopes
 
-__all__ = ["LAYOUT", "FalconAlibi", "build", "num_kv_heads"]
+__all__ = ["FAMILY", "FalconAlibi"]
 
 
 def num_kv_heads(config: Mapping[str, Any]) -> int | None:
@@ -93,3 +94,6 @@ def build(layer: Any) -> MultiHeadAttention:
         mask=causal(),
         device="meta",
     )
+
+
+FAMILY = Family(names=("falcon",), classes=("FalconAttention",), build=build, layouts=(LAYOUT,))

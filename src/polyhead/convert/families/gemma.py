@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import polyhead.mask
 from polyhead.convert.families import llama, qwen3
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout
 from polyhead.errors import ConversionError
 from polyhead.mask import Mask
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["GEMMA2", "GEMMA3", "OffsetRMSNorm", "build_gemma2", "build_gemma3"]
+__all__ = ["FAMILIES", "OffsetRMSNorm"]
 
 GEMMA2 = Layout("gemma2", llama.PROJECTIONS)
 GEMMA3 = Layout("gemma3", llama.PROJECTIONS, qwen3.NORMS, offset_norms=True)
@@ -70,3 +71,15 @@ def _both_ways(sliding_window: int | None) -> Mask | None:
     if sliding_window is None:
         return None
     return polyhead.mask.window(before=sliding_window - 1, after=sliding_window - 1)
+
+
+FAMILIES = (
+    Family(names=("gemma2",), classes=("Gemma2Attention",), build=build_gemma2, layouts=(GEMMA2,)),
+    Family(
+        names=("gemma3",),
+        classes=("Gemma3Attention",),
+        model_types=("gemma3_text",),
+        build=build_gemma3,
+        layouts=(GEMMA3,),
+    ),
+)

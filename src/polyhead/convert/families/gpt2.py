@@ -13,11 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import causal
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, linear, thirds
 from polyhead.errors import ConversionError
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "build"]
+__all__ = ["FAMILY"]
 
 
 LAYOUT = Layout(
@@ -50,3 +51,6 @@ def build(layer: Any) -> MultiHeadAttention:
         scale=scale,
         device="meta",
     )
+
+
+FAMILY = Family(names=("gpt2",), classes=("GPT2Attention",), build=build, layouts=(LAYOUT,))

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.families import llama
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, parameter
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "build"]
+__all__ = ["FAMILY"]
 
 LAYOUT = Layout("gpt_oss", llama.PROJECTIONS, parameter("sinks"))
 
@@ -21,3 +22,6 @@ LAYOUT = Layout("gpt_oss", llama.PROJECTIONS, parameter("sinks"))
 def build(layer: Any) -> MultiHeadAttention:
     """The layer's options as a MultiHeadAttention without numbers."""
     return llama.build(layer, sinks=True)
+
+
+FAMILY = Family(names=("gpt_oss",), classes=("GptOssAttention",), build=build, layouts=(LAYOUT,))

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import causal, context_length, rope
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, linear
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "PROJECTIONS", "build"]
+__all__ = ["FAMILY", "PROJECTIONS", "build"]
 
 PROJECTIONS = (
     *linear("q_proj", "W_query"),
@@ -51,3 +52,11 @@ def build(layer: Any, *, layer_type: str | None = None, **options: Any) -> Multi
         device="meta",
         **{"mask": causal(sliding_window), **options},
     )
+
+
+FAMILY = Family(
+    names=("llama", "mistral", "qwen2"),
+    classes=("LlamaAttention", "MistralAttention", "Qwen2Attention"),
+    build=build,
+    layouts=(LAYOUT,),
+)

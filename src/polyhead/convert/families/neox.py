@@ -14,10 +14,11 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import causal, context_length, rope
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, by_head, linear
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "PROJECTIONS", "build"]
+__all__ = ["FAMILY", "PROJECTIONS"]
 
 PROJECTIONS = (
     *linear("query_key_value", "W_query", "W_key", "W_value", rows=by_head),
@@ -42,3 +43,12 @@ def build(layer: Any) -> MultiHeadAttention:
         mask=causal(),
         device="meta",
     )
+
+
+FAMILY = Family(
+    names=("neox",),
+    classes=("GPTNeoXAttention",),
+    model_types=("gpt_neox",),
+    build=build,
+    layouts=(LAYOUT,),
+)

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import causal
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, linear
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "build"]
+__all__ = ["FAMILY"]
 
 LAYOUT = Layout(
     "opt",
@@ -39,3 +40,6 @@ def build(layer: Any) -> MultiHeadAttention:
         mask=causal(),
         device="meta",
     )
+
+
+FAMILY = Family(names=("opt",), classes=("OPTAttention",), build=build, layouts=(LAYOUT,))

@@ -13,10 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import causal, context_length, rope
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, blocks, linear
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "build"]
+__all__ = ["FAMILY"]
 
 LAYOUT = Layout(
     "phi3",
@@ -45,3 +46,6 @@ def build(layer: Any) -> MultiHeadAttention:
         scale=layer.scaling,
         device="meta",
     )
+
+
+FAMILY = Family(names=("phi3",), classes=("Phi3Attention",), build=build, layouts=(LAYOUT,))

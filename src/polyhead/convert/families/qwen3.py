@@ -11,11 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.families import llama
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, parameter
 from polyhead.convert.linear import rms_norm
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["LAYOUT", "NORMS", "build"]
+__all__ = ["FAMILY", "NORMS"]
 
 NORMS = (*parameter("q_norm.weight"), *parameter("k_norm.weight"))
 LAYOUT = Layout("qwen3", llama.PROJECTIONS, NORMS)
@@ -24,3 +25,6 @@ LAYOUT = Layout("qwen3", llama.PROJECTIONS, NORMS)
 def build(layer: Any, **options: Any) -> MultiHeadAttention:
     """The layer's options as a MultiHeadAttention without numbers."""
     return llama.build(layer, qk_norm=rms_norm(layer.q_norm), **options)
+
+
+FAMILY = Family(names=("qwen3",), classes=("Qwen3Attention",), build=build, layouts=(LAYOUT,))

@@ -13,11 +13,12 @@ from __future__ import annotations
 from typing import Any
 
 from polyhead.convert.config import UNLIMITED, causal, is_causal
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, linear, parameter
 from polyhead.modules import MultiHeadAttention
 from polyhead.positions import RelativeBias
 
-__all__ = ["LAYOUT", "build"]
+__all__ = ["FAMILY"]
 
 LAYOUT = Layout(
     "t5",
@@ -55,3 +56,6 @@ def build(layer: Any) -> MultiHeadAttention:
         scale=1.0,
         device="meta",
     )
+
+
+FAMILY = Family(names=("t5",), classes=("T5Attention",), build=build, layouts=(LAYOUT,))

@@ -12,10 +12,11 @@ from typing import Any
 
 from polyhead.convert.config import UNLIMITED
 from polyhead.convert.families import llama
+from polyhead.convert.family import Family
 from polyhead.convert.layout import Layout, linear
 from polyhead.modules import MultiHeadAttention
 
-__all__ = ["VIT", "VIT_SAVED", "build"]
+__all__ = ["FAMILIES"]
 
 VIT = Layout("vit", llama.PROJECTIONS, grouped=False)
 VIT_SAVED = Layout(
@@ -44,3 +45,9 @@ def build(layer: Any) -> MultiHeadAttention:
         mask=None,
         device="meta",
     )
+
+
+FAMILIES = (
+    Family(names=("vit",), classes=("ViTAttention",), build=build, layouts=(VIT, VIT_SAVED)),
+    Family(names=("vit_saved",), build=build, layouts=(VIT_SAVED,)),
+)
