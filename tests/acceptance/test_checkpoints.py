@@ -350,7 +350,7 @@ def test_files_of_tensors_that_are_not_plain(tmp_path, convert, tensor):
     }[tensor](state["transformer.wte.weight"])
     moved, error = convert(write(tmp_path / "x.pt", state), "--from", "gpt2")
     assert moved is None
-    assert "transformer.wte.weight must be a dense tensor with numbers; got" in error
+    assert "transformer.wte.weight must be a dense tensor with values; got" in error
 
 
 def test_a_gguf_file_is_no_checkpoint(tmp_path, convert):

@@ -15,7 +15,7 @@ def test_convert_writes_the_other_layout(tmp_path):
     arguments = ["convert", path, str(output), "--from", "split", "--to", "stacked", "--heads", "2"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
-    assert "1 attention layers moved from split to stacked, 0 other tensors" in result.output
+    assert "1 attention layers converted from split to stacked, 0 other tensors" in result.output
     want = polyhead.convert.split_to_stacked(split).state_dict()
     got = safetensors.load_file(output)
     assert got.keys() == want.keys()

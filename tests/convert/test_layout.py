@@ -115,8 +115,14 @@ def test_a_tensor_without_rows_is_no_weight():
         ({"W_key.weight": torch.zeros(8, 4)}, r"W_key.weight \(8, 4\)"),
         ({"W_key.weight": torch.zeros(8, 5, dtype=torch.half)}, r"alike of W_query.weight, W_key"),
         ({"W_key.weight": torch.zeros(())}, r"W_key.weight \(\)"),
-        ({"W_query.bias": torch.zeros(16)}, r"W_query.bias, W_key.bias, .* must all be there"),
-        ({"W_key.weight": torch.zeros(8, 5, requires_grad=True)}, r"must all train, or all freeze"),
+        (
+            {"W_query.bias": torch.zeros(16)},
+            r"W_query.bias, W_key.bias, .* must all exist to become",
+        ),
+        (
+            {"W_key.weight": torch.zeros(8, 5, requires_grad=True)},
+            r"must all require grad, or none,",
+        ),
         ({"q_norm.weight": torch.zeros(4)}, r"no place for q_norm.weight; it holds W_key.bias, "),
     ],
 )

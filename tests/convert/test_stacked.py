@@ -258,7 +258,7 @@ def test_frozen_parameters_stay_frozen_one_by_one():
     assert frozen == keys | {"out_proj.weight", "out_proj.bias"}
     assert_same_state(stacked_to_split(stacked), split)
     stacked.heads[2].W_key.weight.requires_grad_(True)
-    with pytest.raises(ConversionError, match=r"all train or all freeze W_key\.weight"):
+    with pytest.raises(ConversionError, match=r"W_key\.weight must have one requires_grad in all"):
         stacked_to_split(stacked)
 
 

@@ -257,7 +257,7 @@ def test_a_name_that_would_be_there_twice_is_refused():
         f"a.{name}": tensor
         for name, tensor in ph.MultiHeadAttention(8, 8, 4, 0.0, 2).state_dict().items()
     }
-    with pytest.raises(ConversionError, match=r"a\.q_proj\.weight would be there twice"):
+    with pytest.raises(ConversionError, match=r"a\.q_proj\.weight would occur twice"):
         state_dict({**ours, "a.q_proj.weight": torch.zeros(2)}, source="polyhead", target="llama")
 
 

@@ -77,7 +77,9 @@ def test_zero_attention_does_not_start_to_learn():
     assert not ours.sinks.any()
     with torch.no_grad():
         ours.sinks[1] = 0.5
-    with pytest.raises(ConversionError, match="nothing for sinks other than 0, or that train;"):
+    with pytest.raises(
+        ConversionError, match="no option for sinks other than 0, or that require grad;"
+    ):
         to_torch(ours)
 
 
@@ -144,7 +146,7 @@ def test_what_is_no_multihead_attention():
         ({"value_head_dim": 5}, "other than all heads"),
         ({"num_kv_heads": 1}, "num_kv_heads = 1 for 3 heads"),
         ({"out_proj": False}, "no output projection"),
-        ({"qkv_bias": True, "out_bias": False}, "a bias before the heads and none behind"),
+        ({"qkv_bias": True, "out_bias": False}, "a bias before the heads and none after"),
         ({"rope": ph.Rope()}, "nothing for rope; keep"),
         ({"alibi": True}, "nothing for alibi; keep"),
         ({"position_bias": nn.Identity()}, "nothing for position_bias; keep"),
@@ -152,7 +154,7 @@ def test_what_is_no_multihead_attention():
         ({"scale": 0.5}, "nothing for scale; keep"),
         ({"qk_norm": nn.RMSNorm}, "nothing for qk_norm; keep"),
         ({"output_gate": True}, "nothing for output_gate; keep"),
-        ({"sinks": True}, "nothing for sinks other than 0, or that train; keep"),
+        ({"sinks": True}, "no option for sinks other than 0, or that require grad; keep"),
         ({"alibi": True, "softcap": 2.0}, "nothing for alibi; softcap; keep"),
     ],
 )

@@ -32,7 +32,7 @@ def test_unknown_module_says_what_is_known(unknown):
         ({"qk_norm": nn.RMSNorm}, r"the qk_norm of the layer .*'None'; got 'RMSNorm"),
         ({"position_bias": nn.Identity()}, r"the position_bias .*'None'; got 'Identity"),
         ({"dropout": 0.5}, r"the dropout of the layer .*0.125; got 0.5"),
-        ({"out_bias": True}, r"the layer has; o_proj.bias is in one"),
+        ({"out_bias": True}, r"weights as the layer; o_proj.bias is in only one"),
         ({"sinks": True}, r"layout llama has no place for sinks"),
         ({"output_gate": True}, r"layout llama has no place for W_gate.weight"),
         ({"dtype": torch.float32}, r"q_proj.weight must be torch.float64.*; got torch.float32"),
@@ -76,7 +76,7 @@ def test_a_decoder_s_layer_that_does_not_say_whether_it_is_causal(build_layer):
     """As in transformers 4, where self- and cross-attention are of one class."""
     layer = build_layer("t5").train()
     layer.is_causal, layer.is_decoder = None, True
-    with pytest.raises(ConversionError, match="a T5Attention of a decoder must say whether"):
+    with pytest.raises(ConversionError, match="a T5Attention of a decoder must have the attribute"):
         from_transformers(layer)
     layer.is_decoder = False
     assert from_transformers(layer).mask is None

@@ -218,7 +218,7 @@ def test_a_file_of_a_model_s_folder_is_no_gguf(tmp_path, name):
 def test_truncated_safetensors(folder, kept):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*Safetensor.*folder anew"):
+    with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*Safetensor.*folder again"):
         load_model(str(folder))
 
 

@@ -17,10 +17,10 @@ __all__ = ["convert_command"]
 @click.argument("path", metavar="IN", type=click.Path(exists=True, path_type=Path))
 @click.argument("output", metavar="OUT", **NEW_FILE)
 @click.option(
-    "--from", "source", type=click.Choice(LAYOUTS), help="Its layout, if no config.json says."
+    "--from", "source", type=click.Choice(LAYOUTS), help="IN's layout, if not in config.json."
 )
 @click.option("--to", "target", type=click.Choice(LAYOUTS), required=True, help="OUT's layout.")
-@click.option("--heads", type=click.IntRange(min=1), help="Query heads, if no config.json says.")
+@click.option("--heads", type=click.IntRange(min=1), help="Query heads, if not in config.json.")
 @click.option("--kv-heads", type=click.IntRange(min=1), help="Key/value heads.")
 @click.option("--nope-head-dim", type=click.IntRange(min=1), help="DeepSeek's qk_nope_head_dim.")
 @click.option("--value-head-dim", type=click.IntRange(min=1), help="DeepSeek's v_head_dim.")
@@ -39,8 +39,8 @@ def convert_command(
     """Write the checkpoint IN as OUT, its attention weights in another layout.
 
     IN is a .safetensors file, a .pt, .bin or .ckpt file of tensors by name, or a folder with one or
-    with shards and their index. OUT is a .safetensors or .pt file. A config.json beside IN says
-    what the options leave out. Nothing is written unless every attention layer moves.
+    with shards and their index. OUT is a .safetensors or .pt file. A config.json next to IN
+    completes the options. Nothing is written unless every attention layer is converted.
     """
     with progress_bar() as show:
         report = convert_file(
@@ -56,8 +56,8 @@ def convert_command(
             progress=show,
         )
     click.echo(
-        f"{output}: {report.layers} attention layers moved from {report.source} to {target}, "
-        f"{report.unchanged} other tensors as they were, {report.bytes / 1e6:.1f} MB"
+        f"{output}: {report.layers} attention layers converted from {report.source} to {target}, "
+        f"{report.unchanged} other tensors copied, {report.bytes / 1e6:.1f} MB"
     )
     if report.dropped:
         shown = ", ".join(report.dropped[:3]) + (", ..." if len(report.dropped) > 3 else "")

@@ -1,4 +1,4 @@
-"""Weights moved between layouts and libraries, exactly: the function stays the same."""
+"""Exact conversion of attention weights between layouts and libraries."""
 
 from polyhead.convert.files import convert_file
 from polyhead.convert.stacked import split_to_stacked, stacked_to_split

@@ -1,4 +1,4 @@
-"""What a config of transformers says: rope and its scaling, the context, who may attend."""
+"""Options read from a transformers config: rope and its scaling, the context length, the mask."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from polyhead.positions import (
 
 __all__ = ["UNLIMITED", "causal", "context_length", "is_causal", "rope"]
 
-# The context of a layer whose positions know no end: no memory is kept for it.
+# The context length of a layer whose positions are unbounded: no memory is allocated for it.
 UNLIMITED = 2**31 - 1
 
 
 def causal(sliding_window: int | None = None) -> Mask:
-    """Each token sees itself and what came before, `sliding_window` tokens in all."""
+    """Return a causal mask, within a window of `sliding_window` tokens if one is given."""
     mask = polyhead.mask.causal()
     return (
         mask if sliding_window is None else mask & polyhead.mask.window(before=sliding_window - 1)
@@ -33,27 +33,30 @@ def causal(sliding_window: int | None = None) -> Mask:
 
 
 def is_causal(layer: Any) -> bool:
-    """Whether a layer that is in encoders and in decoders is causal.
+    """True if a layer of a class that encoders and decoders share is causal.
 
     Raises:
-        ConversionError: it is a decoder's in transformers 4, where that of the decoder's tokens
-            and that of the encoder's are alike.
+        ConversionError: it is a decoder's in transformers 4, where self-attention and
+            cross-attention look alike.
     """
-    told: bool | None = getattr(layer, "is_causal", None)
-    if told is not None:
-        return told
+    flag: bool | None = getattr(layer, "is_causal", None)
+    if flag is not None:
+        return flag
     if getattr(layer, "is_decoder", False):
         raise ConversionError(
-            f"a {type(layer).__name__} of a decoder must say whether it is causal; got one of "
-            "transformers 4, which does not; use transformers 5, or move weights by "
+            f"a {type(layer).__name__} of a decoder must have the attribute is_causal; got one of "
+            "transformers 4, without it; use transformers 5, or move weights by "
             "convert.state_dict"
         )
     return False
 
 
 def context_length(config: Any, layer_type: str | None = None) -> int:
-    """The most tokens that the layer is for: many configs with a scaled rope, all those of type
-    "dynamic", keep the unscaled model's limit in max_position_embeddings."""
+    """Return the longest context of the layer.
+
+    Many configs with a scaled rope, all those of type "dynamic", have the unscaled model's limit
+    in max_position_embeddings.
+    """
     options = _rope_options(config, layer_type)
     longest: int = config.max_position_embeddings
     scaled = (options.get("factor") or 1.0) * _original_context(options, config)
@@ -67,12 +70,12 @@ def rope(
     partial_of: int | None = None,
     interleaved: bool = False,
 ) -> Rope:
-    """Rope as the config describes it.
+    """Return the config's `Rope`.
 
     Args:
         config: of the model.
-        layer_type: which of its ropes, where it has several (Gemma 3).
-        partial_of: the head size of a layer that turns `partial_rotary_factor` of it.
+        layer_type: selects one of several ropes (Gemma 3).
+        partial_of: the head size of a layer that rotates `partial_rotary_factor` of it.
         interleaved: as in `Rope`.
     """
     options = _rope_options(config, layer_type)
@@ -97,7 +100,7 @@ def _rope_options(config: Any, layer_type: str | None) -> dict[str, Any]:
 
 
 def _rope_options_of_4(config: Any, layer_type: str | None) -> dict[str, Any]:
-    """Rope's options where transformers 4 keeps them: here and there in the config."""
+    """Return rope's options from the several places of transformers 4's config."""
     share = getattr(config, "partial_rotary_factor", 1.0)
     if layer_type == "sliding_attention" and hasattr(config, "rope_local_base_freq"):
         return {"rope_theta": config.rope_local_base_freq, "partial_rotary_factor": share}
@@ -115,13 +118,13 @@ def _linear(options: dict[str, Any], config: Any) -> LinearScaling:
 
 
 def _dynamic(options: dict[str, Any], config: Any) -> DynamicNTKScaling:
-    # transformers takes the model's own limit here, whatever original context the options name.
+    # transformers uses the model's own limit here, even if the options name an original context.
     return DynamicNTKScaling(options["factor"], config.max_position_embeddings)
 
 
 def _yarn(options: dict[str, Any], config: Any) -> YarnScaling:
     attention_factor = options.get("attention_factor")
-    # The mscales count in pairs, where neither is 0 and no attention_factor is given.
+    # The mscales apply as a pair: neither is 0, and no attention_factor is given.
     mscale, mscale_all_dim = options.get("mscale"), options.get("mscale_all_dim")
     if attention_factor is not None or not (mscale and mscale_all_dim):
         mscale = mscale_all_dim = None

@@ -1,4 +1,4 @@
-"""Checkpoint files with their attention in another layout."""
+"""Checkpoint file conversion: attention in another layout, one layer at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from polyhead.errors import ArgumentError, ModelError
 
 __all__ = ["FileReport", "convert_file"]
 
-# What a folder may hold, the first that is there: one file, or shards by their index.
+# Checkpoints in a folder, the first one found: one file, or shards listed by their index.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = tuple(f"{name}.index.json" for name in _WHOLE)
 _PICKLED = {".pt", ".pth", ".bin", ".ckpt"}
@@ -31,13 +31,13 @@ _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.\w+")
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was written.
+    """Summary of a file conversion.
 
     Attributes:
-        source: the layout it came from.
-        layers: how many attention layers moved.
-        unchanged: how many tensors passed as they were.
-        bytes: of the output.
+        source: the layout of the input.
+        layers: number of attention layers that were converted.
+        unchanged: number of tensors that were copied unchanged.
+        bytes: size of the output.
         dropped: names of buffers that are left out, as newer code computes them.
     """
 
@@ -65,8 +65,8 @@ def convert_file(
 ) -> FileReport:
     """Write a checkpoint with its attention in another layout: `state_dict` for files.
 
-    It is written beside `output` under another name and renamed when it is whole, so that an error
-    or an interruption leaves what was there. Safetensors are read and written layer by layer.
+    It is written next to `output` under another name and renamed when complete, so that an error
+    or an interruption keeps the old file. Safetensors are read and written layer by layer.
 
     Args:
         path: a .safetensors file; a .pt, .pth, .bin or .ckpt file of tensors by name (read without
@@ -75,12 +75,12 @@ def convert_file(
         output: a .safetensors file, or a .pt, .pth or .bin file.
         source: as in `state_dict`; None: by the family that the config names.
         target, num_heads, num_kv_heads, nope_head_dim, value_head_dim: as in `state_dict`.
-        config: the model's; None: config.json in the folder or beside the file, if there is one.
-        overwrite: whether an output that exists is replaced.
-        progress: called with a line and the share done, before a tensor or layer is written.
+        config: the model's; None: config.json in the folder or next to the file, if it exists.
+        overwrite: True to replace an existing output.
+        progress: called with a line and the fraction done, before a tensor or layer is written.
 
     Raises:
-        ArgumentError: the output exists, has no folder, or is of no kind that can be written.
+        ArgumentError: the output exists, its folder does not, or its suffix is not supported.
         ModelError: the checkpoint cannot be read.
         ConversionError: as in `state_dict`.
         DependencyError: safetensors is not installed.
@@ -93,7 +93,7 @@ def convert_file(
         source = source_of(shapes, config) if source is None else source
         moves = plan(shapes, source, target, sizes, config)
         check_masks(moves, read)
-        # Rehearsed without numbers: nothing is written if a layer does not fit.
+        # A dry run on the meta device: nothing is written if a layer does not fit.
         outputs: dict[str, Tensor] = {}
         out = dropped(shapes, moves)
         moving = out.union(*(move.inputs for move in moves))
@@ -123,7 +123,7 @@ def convert_file(
 def _pieces(
     moves: list[Move], unchanged: list[str], read: safetensors.Reader
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """What is written, one layer or one other tensor at a time."""
+    """Yield the output, one layer or one other tensor at a time."""
     for move in moves:
         yield (
             f"moving {move.prefix.removesuffix('.')}",
@@ -151,7 +151,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _replacing(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
-    """A file that takes the output's name when it is whole, and is gone if it never is."""
+    """Open a temporary file that is renamed to the output when complete, and removed on error."""
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         with partial.open("xb") as file:
@@ -172,7 +172,7 @@ def _replacing(output: Path, overwrite: bool) -> Iterator[IO[bytes]]:
 def _checkpoint(
     path: Path,
 ) -> Iterator[tuple[Mapping[str, Tensor], safetensors.Reader, dict[str, str]]]:
-    """Every tensor by name without its numbers, what reads one, and the metadata."""
+    """Yield every tensor by name on the meta device, a reader of one, and the metadata."""
     files = _files(path)
     if not any(_is_pickled(file) for file in files):
         with safetensors.opened(files) as opened:
@@ -232,7 +232,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _check_no_shard(path: Path) -> None:
-    """One shard has some of the layers, and perhaps a part of one."""
+    """Raise if a file is one shard of several: it has some of the layers only."""
     match = _SHARD.fullmatch(path.name)
     indexes = [path.with_name(name) for name in _INDEX if path.with_name(name).is_file()]
     if (match and int(match[2]) > 1) or any(
@@ -246,7 +246,7 @@ def _check_no_shard(path: Path) -> None:
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
-        # Legacy files cannot be mapped; both are read without running what they hold.
+        # Legacy files cannot be mapped; neither kind runs code when read.
         with path.open("rb") as file:
             zipped = file.read(2) == b"PK"
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -275,7 +275,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def _inside(content: object) -> str:
-    """Where the state_dict may be in what a trainer saved."""
+    """Return code that extracts the state_dict from a trainer's checkpoint."""
     entries = content.items() if isinstance(content, Mapping) else ()
     for name, value in entries:
         is_state = isinstance(value, Mapping) and any(isinstance(x, Tensor) for x in value.values())
@@ -293,7 +293,7 @@ def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
             else f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
         )
         raise ModelError(
-            f"{path}: {name} must be a dense tensor with numbers; got {got}; load the whole model, "
+            f"{path}: {name} must be a dense tensor with values; got {got}; load the whole model, "
             "dequantized and gathered, and save its state_dict"
         )
 
@@ -307,9 +307,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON ({error}); get it anew") from error
+        raise ModelError(f"{path} cannot be read as JSON ({error}); get it again") from error
     if not isinstance(content, dict):
         raise ModelError(
-            f"{path} must hold a JSON object; got {type(content).__name__}; get it anew"
+            f"{path} must hold a JSON object; got {type(content).__name__}; get it again"
         )
     return content

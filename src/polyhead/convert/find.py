@@ -1,4 +1,4 @@
-"""Attention layers found in a checkpoint by their names: each whole, with nothing left over.
+"""Attention layers of a checkpoint, found by name; each must be complete, without other names.
 
 transformer.h.0.attn.c_attn.weight
 +------------------+ +-----------+
@@ -20,7 +20,7 @@ from polyhead.errors import ConversionError
 
 __all__ = ["OURS", "Found", "check_count_of_layers", "check_whole", "find", "leftovers"]
 
-# Every module of ours has these, and by them it is found.
+# Each of our modules has these; they locate it.
 OURS = {"W_query.weight", "W_key.weight", "W_value.weight"}
 _OUR_ROOTS = frozenset({"W_query", "W_key", "W_value", "W_query_down", "W_kv_down"})
 _OUR_PARTS = _OUR_ROOTS | {"W_qkv", "W_gate", "out_proj", "q_norm", "k_norm", "kv_norm"}
@@ -30,14 +30,14 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass
 class Found:
-    """One layer: its tensors' names below the prefix, and those of buffers that are dropped."""
+    """Names of one layer below its prefix: tensors, and buffers that are dropped."""
 
     names: list[str] = field(default_factory=list)
     buffers: list[str] = field(default_factory=list)
 
 
 def find(names: Iterable[str], layouts: Sequence[Layout]) -> list[str]:
-    """The prefixes of all whole layers of these layouts; of none: of ours."""
+    """Return the prefixes of all complete layers of these layouts; no layout: ours."""
     present = set(names)
     prefixes: dict[str, None] = {}
     for marks in [layout.their_marks for layout in layouts] or [OURS]:
@@ -61,7 +61,7 @@ def leftovers(
     layouts: Sequence[Layout],
     owned: set[str],
 ) -> dict[str, Found]:
-    """For every prefix the names that are the layer's, after checking that it owns all of them.
+    """Return the names of each prefix's layer, which must own every name below it.
 
     Raises:
         ConversionError: a name below a layer is neither its tensor nor a buffer of older code.
@@ -89,7 +89,7 @@ def leftovers(
 
 
 def _check_alike(layers: Mapping[str, Found], layouts: Sequence[Layout]) -> None:
-    """The numbered layers of a model have the same tensors; of T5's, the first alone the table."""
+    """Raise unless all numbered layers have the same tensors; T5's table is optional."""
     alone = {"position_bias.weight"} | {
         rule.theirs
         for layout in layouts
@@ -105,13 +105,13 @@ def _check_alike(layers: Mapping[str, Found], layouts: Sequence[Layout]) -> None
         for name, other in stacks[_NUMBER.sub("*", prefix)].items():
             if name not in layer.names and name not in alone:
                 raise ConversionError(
-                    f"{prefix}{name} must be there, as {other}{name} is; it cannot be found; give "
-                    "the whole checkpoint (all its shards), or layers that differ one by one"
+                    f"{prefix}{name} must be present, as {other}{name} is; it is missing; give the "
+                    "whole checkpoint (all its shards), or layers that differ one by one"
                 )
 
 
 def starts(name: str) -> list[int]:
-    """Where a name below a prefix can begin."""
+    """Return the positions where a name below a prefix can begin."""
     return [0, *(i + 1 for i, letter in enumerate(name) if letter == ".")]
 
 
@@ -122,8 +122,11 @@ def _owned(below: str, layouts: Sequence[Layout], ours: set[str]) -> bool:
 
 
 def _may_stay(below: str, layouts: Sequence[Layout]) -> bool:
-    """What is in the same module and not of the attention: a family's is known by name. A module
-    with our names may hold others beside, but nothing directly in it nor below a projection."""
+    """True if a name in the layer's module belongs to another part of the model.
+
+    A family lists those names. Next to our names any submodule may exist, but nothing directly in
+    the module or below a projection.
+    """
     if any(below in layout.staying for layout in layouts):
         return True
     if layouts and layouts[0].is_family:
@@ -148,13 +151,13 @@ def check_whole(
     layouts: Sequence[Layout],
     others: Mapping[str, Sequence[Layout]],
 ) -> None:
-    """Every attention layer among the names moves, or none does.
+    """Raise unless every attention layer among the names is converted.
 
     Args:
         names: of the whole checkpoint.
         prefixes: of the layers that were found.
-        layouts: what they are; none: ours.
-        others: every other layout by its name; none of its layouts: ours.
+        layouts: of these layers; none: ours.
+        others: all other layouts by name; an empty sequence: ours.
 
     Raises:
         ConversionError: a layer is of another layout, or lacks a tensor.
@@ -163,14 +166,14 @@ def check_whole(
     found = set(prefixes)
     for name, other in others.items() if found else ():
         if any(kind.their_marks < mine.their_marks for kind in other for mine in layouts):
-            continue  # such a layer is one of ours that lacks a tensor
+            continue  # such a layer is one of these without a tensor
         for prefix in find(names, other):
             is_head = bool(layouts) and layouts[0].name == "stacked" and _is_head(prefix)
             if not is_head and not any(prefix.startswith(start) for start in found):
                 raise ConversionError(
                     f"{prefix or 'the whole'} is a layer of layout {name}, and would stay as it is "
-                    f"beside the {len(found)} that move; pass the tensors of one kind alone, or "
-                    "convert that kind first"
+                    f"next to the {len(found)} that move; pass the tensors of one layout only, or "
+                    "convert that layout first"
                 )
     _check_parts(names, found, layouts)
     if layouts and layouts[0].is_family:
@@ -178,19 +181,19 @@ def check_whole(
 
 
 def _is_head(prefix: str) -> bool:
-    """Whether a prefix ends with one of stacked heads, whose layer is a step above."""
+    """True if a prefix ends with one of several stacked heads."""
     return any(_HEAD.fullmatch(prefix[start:]) for start in starts(prefix))
 
 
 def _check_parts(names: list[str], found: set[str], layouts: Sequence[Layout]) -> None:
-    """No name below a projection of queries, keys or values is outside of a whole layer."""
+    """Raise if a projection of queries, keys or values is outside of a complete layer."""
     patterns = {_NUMBER.sub("*", prefix) for prefix in found}
     roots = (
         _OUR_ROOTS.union(*(layout.roots for layout in layouts))
         if not layouts
         else frozenset(root for layout in layouts for root in layout.roots)
     )
-    # An output projection's name may be that of another layer, where no layer of attention is.
+    # Outside of attention layers, an output projection's name may be another layer's.
     parts = roots.union(*(layout.projections for layout in layouts)) if layouts else _OUR_PARTS
     is_ours = not layouts or not layouts[0].one_width
     partial: dict[str, list[str]] = {}
@@ -233,7 +236,7 @@ def _refuse_partial(
 
 
 def _check_numbers(names: Sequence[str], prefixes: Sequence[str]) -> None:
-    """Every numbered layer has its attention: one that is a part of the others lacks it."""
+    """Raise if a numbered layer of a stack has no attention, or a number is missing."""
     stacks: dict[tuple[str, str], set[int]] = {}
     for prefix in prefixes:
         for start in starts(prefix):
@@ -267,11 +270,11 @@ def _refuse_number(stem: str, number: int, rest: str, other: int) -> None:
     )
 
 
-def check_count_of_layers(prefixes: Sequence[str], said: int | None) -> None:
-    """As many numbered layers are found as the config names, if it names a number."""
+def check_count_of_layers(prefixes: Sequence[str], expected: int | None) -> None:
+    """Raise if fewer numbered layers are found than the config has; None: unknown."""
     numbered = [prefix for prefix in prefixes if _NUMBER.search(prefix)]
-    if said is not None and numbered and len(numbered) < said:
+    if expected is not None and numbered and len(numbered) < expected:
         raise ConversionError(
-            f"all {said} layers that the config names must be there; got attention of "
+            f"all {expected} layers that the config names must be present; got attention of "
             f"{len(numbered)}; give the whole checkpoint (all its shards)"
         )

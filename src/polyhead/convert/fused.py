@@ -1,4 +1,4 @@
-"""The layout of a `MultiHeadAttention` after `fuse()`: one weight for its three projections.
+"""Layout of a `MultiHeadAttention` after `fuse()`: one weight for its three projections.
 
 W_qkv ((H + 2 G) * D, d_in)        everything else under the same name
 

@@ -1,4 +1,4 @@
-"""One attention layer of a checkpoint, its tensors held against one another before they move."""
+"""Conversion of one attention layer of a checkpoint, with checks of its tensors."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _HEAD = re.compile(r"heads\.(\d+)\.")
 
 
 def check_tensors(layer: Mapping[str, Tensor], layout: Layout | None, sizes: Sizes) -> Sizes:
-    """Each tensor of a layer on its own, under the names it comes with.
+    """Check each tensor of a layer separately, under its original name.
 
     Args:
         layer: by name below the layer.
-        layout: whose names they are; None: ours.
-        sizes: what is known.
+        layout: of these names; None: ours.
+        sizes: known sizes.
 
     Returns:
-        The sizes, with the number of heads where stacked heads tell it.
+        The sizes, with the number of stacked heads.
 
     Raises:
-        ConversionError: one is no plain floating point tensor, or has other dimensions.
+        ConversionError: one is no plain floating point tensor, or has another rank.
     """
     ours = {rule.theirs: rule.ours[0] for rule in layout.rules} if layout else {}
     stacked = layout is not None and not layout.one_width
@@ -53,7 +53,7 @@ def check_tensors(layer: Mapping[str, Tensor], layout: Layout | None, sizes: Siz
         if tensor.ndim != rank:
             raise ConversionError(
                 f"{name} must have {rank} dimension{'s' * (rank > 1)}; got {tuple(tensor.shape)}; "
-                "get the checkpoint anew, or choose the layout of its family"
+                "get the checkpoint again, or choose the layout of its family"
             )
         if alone is not name:
             other, like = first.setdefault(alone, (name, tensor))
@@ -72,25 +72,25 @@ def check_tensors(layer: Mapping[str, Tensor], layout: Layout | None, sizes: Siz
 
 
 def read(theirs: Mapping[str, Tensor], layout: Layout | None, sizes: Sizes) -> dict[str, Tensor]:
-    """A layer under our names, its tensors held against one another and the numbers of heads.
+    """Return a layer under our names; its shapes must fit each other and the sizes.
 
     Args:
         theirs: the layer under the layout's names.
-        layout: what it is read as; None: ours.
-        sizes: what is known.
+        layout: of the layer; None: ours.
+        sizes: known sizes.
 
     Raises:
-        ConversionError: they cannot be one layer of that layout.
+        ConversionError: the tensors do not form one layer of that layout.
     """
     if layout is None:
-        # The target's layout cuts the heads, and its errors tell more of them.
+        # The target's layout splits the heads, with errors that are more precise.
         Shapes(theirs, _as_here(theirs)).check(Sizes(), None, is_read=True)
         return dict(theirs)
     name_of = {name: rule.theirs for rule in layout.rules for name in rule.ours}
 
     def named(name: str) -> tuple[str, str]:
         name = name_of[name]
-        # Stacked heads are many tensors of one of ours.
+        # Each of our tensors is several tensors of stacked heads.
         shape = tuple(theirs[name].shape) if name in theirs else tuple(ours[name].shape)
         return name, str(shape)
 
@@ -98,18 +98,18 @@ def read(theirs: Mapping[str, Tensor], layout: Layout | None, sizes: Sizes) -> d
         ours = layout.to_ours(theirs, sizes)
         Shapes(ours, named).check(sizes, layout, is_read=True)
     except ConversionError as error:
-        if not _fits_turned(theirs, layout, sizes):
+        if not _fits_transposed(theirs, layout, sizes):
             raise
         weights = ", ".join(name for name, tensor in theirs.items() if tensor.ndim == 2)
-        raise ConversionError(f"{error}; {_TURN.format(weights)}") from None
+        raise ConversionError(f"{error}; {_TRANSPOSE.format(weights)}") from None
     return ours
 
 
 def write(ours: Mapping[str, Tensor], layout: Layout, sizes: Sizes) -> dict[str, Tensor]:
-    """A layer of ours under a layout's names; the reverse of `read`.
+    """Return one of our layers under a layout's names; the inverse of `read`.
 
     Raises:
-        ConversionError: its tensors cannot be one layer of that layout.
+        ConversionError: its tensors do not form one layer of that layout.
     """
     theirs = layout.to_theirs(ours, sizes)
     Shapes(ours, _as_here(ours)).check(sizes, layout, is_read=False)
@@ -120,20 +120,20 @@ def _as_here(ours: Mapping[str, Tensor]) -> Callable[[str], tuple[str, str]]:
     return lambda name: (name, str(tuple(ours[name].shape)))
 
 
-_TURN = (
-    "or, as all of it fits when turned (nanoGPT keeps weights so under GPT-2's names), transpose "
-    "{} first (tensor.T)"
+_TRANSPOSE = (
+    "or, as all of it fits when transposed (nanoGPT stores weights so under GPT-2's names), "
+    "transpose {} first (tensor.T)"
 )
 
 
-def _fits_turned(theirs: Mapping[str, Tensor], layout: Layout, sizes: Sizes) -> bool:
-    """Whether the layer would be one if its weights were kept the other way, (in, out)."""
-    turned = {
+def _fits_transposed(theirs: Mapping[str, Tensor], layout: Layout, sizes: Sizes) -> bool:
+    """True if the layer would be valid with its weights transposed."""
+    transposed = {
         name: tensor.detach().to("meta").T if tensor.ndim == 2 else tensor.detach().to("meta")
         for name, tensor in theirs.items()
     }
     try:
-        ours = layout.to_ours(turned, sizes)
+        ours = layout.to_ours(transposed, sizes)
         Shapes(ours, lambda name: (name, "")).check(sizes, layout, is_read=True)
     except ConversionError:
         return False
@@ -141,16 +141,16 @@ def _fits_turned(theirs: Mapping[str, Tensor], layout: Layout, sizes: Sizes) -> 
 
 
 def _rank(ours: str) -> int:
-    """How many dimensions a tensor of this name of ours has."""
+    """Return the rank of our tensor of this name."""
     is_norm = ours.rpartition(".")[0].endswith("_norm")
     return 1 if ours.endswith("bias") or ours == "sinks" or is_norm else 2
 
 
 def check_numbers(name: str, tensor: object) -> None:
-    """A tensor that moves is dense numbers of 16 bits or more.
+    """Raise unless a tensor is dense floating point of 16 bits or more.
 
     Raises:
-        ConversionError: it holds codes of a quantizer, or is of a class of its own.
+        ConversionError: it is quantized, or of a tensor subclass.
     """
     if not isinstance(tensor, Tensor):
         kind = type(tensor).__name__
@@ -162,8 +162,8 @@ def check_numbers(name: str, tensor: object) -> None:
     dtype = tensor.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ConversionError(
-            f"{name} must hold floating point numbers of 16 bits or more; got {dtype}, which are "
-            f"codes; {_DEQUANTIZE}"
+            f"{name} must be floating point of 16 bits or more; got {dtype}, quantized values; "
+            f"{_DEQUANTIZE}"
         )
     if tensor.layout is not torch.strided:
         raise ConversionError(

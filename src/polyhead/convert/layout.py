@@ -1,6 +1,6 @@
-"""What a layout is: which rows of their tensors are which of ours. Data, read in both directions.
+"""Layout: the rules that map a library's attention tensors to ours, applied in both directions.
 
-A fused tensor is read as groups of rows, each of which holds a part of every projection:
+A fused tensor is split into groups of rows, each of which holds a part of every projection:
 
     rows = (groups, parts)        GPT-NeoX: (H, (1, 1, 1))          Phi-3: (1, (H, G, G))
 
@@ -33,14 +33,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers that a tensor's shape does not tell. What no rule asks for may stay None.
+    """Sizes that tensor shapes do not determine. Those that no rule needs may stay None.
 
     Attributes:
         num_heads: query heads, H.
         num_kv_heads: key/value heads, G.
         nope_head_dim, value_head_dim: of a latent head (DeepSeek).
-        head_dim, width: features of a head, and of what enters the layer. No rule asks for them;
-            where a config names them, weights of other sizes are refused.
+        head_dim, width: features per head, and of the layer's input. No rule needs them; if a
+            config names them, weights of other sizes are refused.
     """
 
     num_heads: int | None = None
@@ -56,17 +56,17 @@ class Sizes:
                 check_count(name, number, 1, "count from 1")
 
     def need(self, name: str) -> int:
-        """One of them, which the layout cannot do without."""
+        """Return the size `name`, which the layout requires."""
         number: int | None = getattr(self, name)
         if number is None:
             raise ConversionError(
-                f"{name} must be known to tell the heads of a fused weight apart; got None; pass "
+                f"{name} must be known to split the heads of a fused weight; got None; pass "
                 f"{name}=, or the model's config"
             )
         return number
 
 
-# How many groups the rows fall into, and how many heads (or features) of each part a group has.
+# The number of groups of rows, and the heads (or features) of each part per group.
 Rows = tuple[int, tuple[int, ...]]
 
 
@@ -75,17 +75,17 @@ def whole(sizes: Sizes) -> Rows:
 
 
 def thirds(sizes: Sizes) -> Rows:
-    """Queries, keys, values: as many heads each, so that nobody need say how many."""
+    """Return the rows of queries, keys, values: equal parts, for any number of heads."""
     return 1, (1, 1, 1)
 
 
 def by_head(sizes: Sizes) -> Rows:
-    """Head by head: its query, its key, its value."""
+    """Return the rows per head: its query, its key, its value."""
     return sizes.need("num_heads"), (1, 1, 1)
 
 
 def by_group(sizes: Sizes) -> Rows:
-    """Group by group: its query heads, its key head, its value head."""
+    """Return the rows per KV group: its query heads, its key, its value."""
     H, G = sizes.need("num_heads"), sizes.need("num_kv_heads")
     if G < 1 or H % G:
         raise ConversionError(f"num_kv_heads must divide num_heads = {H}; got {G}; check both")
@@ -93,21 +93,21 @@ def by_group(sizes: Sizes) -> Rows:
 
 
 def blocks(sizes: Sizes) -> Rows:
-    """All query heads, then all key heads, then all value heads."""
+    """Return the rows of all query heads, then all keys, then all values."""
     H, G = sizes.need("num_heads"), sizes.need("num_kv_heads")
     return 1, (H, G, G)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of theirs, and those of ours that its rows belong to.
+    """One tensor of the other library, and our tensors that its rows belong to.
 
     Attributes:
         theirs: its name below the attention layer, such as "c_attn.weight".
-        ours: names below ours, in the order of the rows.
-        rows: how its rows are shared out.
-        transposed: whether a weight is kept (in, out), as GPT-2's Conv1D does.
-        required: whether every layer of this layout has it.
+        ours: names below our layer, in the order of the rows.
+        rows: returns how its rows are split.
+        transposed: True if the weight is stored (in, out), as GPT-2's Conv1D does.
+        required: True if every layer of this layout has it.
     """
 
     theirs: str
@@ -117,7 +117,7 @@ class Rule:
     required: bool = True
 
     def to_ours(self, theirs: Tensor, sizes: Sizes) -> list[Tensor]:
-        """Ours, in memory of their own where the tensor is more than renamed."""
+        """Return our tensors: copies, unless the tensor is only renamed."""
         theirs = self._turned(theirs)
         if len(self.ours) == 1:
             return [theirs]
@@ -163,7 +163,7 @@ def linear(
     rows: Callable[[Sizes], Rows] = whole,
     transposed: bool = False,
 ) -> tuple[Rule, Rule]:
-    """The rules of a linear layer: a weight, and a bias that there may be."""
+    """Return the rules of a linear layer: a weight and an optional bias."""
     weight, bias = (tuple(f"{name}.{kind}" for name in ours) for kind in ("weight", "bias"))
     return (
         Rule(f"{theirs}.weight", weight, rows, transposed),
@@ -172,7 +172,7 @@ def linear(
 
 
 def parameter(theirs: str, ours: str | None = None, *, required: bool = True) -> tuple[Rule]:
-    """The rule of a tensor that is only renamed, or has the same name here."""
+    """Return the rule of a tensor that is only renamed, or has the same name here."""
     return (Rule(theirs, (ours or theirs,), required=required),)
 
 
@@ -180,13 +180,13 @@ class Layout:
     """All rules of one kind of attention layer.
 
     Args:
-        name: what it is called in `convert.state_dict`.
+        name: its name in `convert.state_dict`.
         rules: of its tensors.
-        staying: parameters of their module that are not the attention's, and stay behind.
-        unmovable: those that have no counterpart here: layers with them are refused.
+        staying: parameters of their module that are not the attention's; they are not moved.
+        unmovable: parameters without a counterpart here: layers with them are refused.
         num_kv_heads: reads G from a config; None: it is num_key_value_heads there, or H.
-        grouped: whether there may be fewer key heads than query heads.
-        offset_norms: whether its norms multiply by 1 + weight, as Gemma's do.
+        grouped: True if there may be fewer KV heads than query heads.
+        offset_norms: True if its norms multiply by 1 + weight, as Gemma's do.
     """
 
     def __init__(
@@ -212,31 +212,31 @@ class Layout:
             for rule in self.rules
             if rule.ours[0].startswith(("W_", "out_proj"))
         }
-        # What only attention has: a name below one of these belongs to a layer.
+        # Names that only attention has: a tensor below one of these belongs to a layer.
         self.roots = {
             rule.theirs.removesuffix(".weight")
             for rule in self.rules
             if rule.required and rule.ours[0].startswith("W_")
         }
-        # Ours (fused, stacked) may put out another width than enters. A family is of one class,
-        # in models of one kind, where torch's layer may be anywhere.
+        # Our layers (fused, stacked) may have another output width than input width. A family is
+        # one class in models of one kind; torch's layer may be anywhere.
         self.one_width = not any(root.startswith("W_") for root in self.roots)
         self.is_family = self.one_width and not name.startswith("torch")
         self.ours = {name for rule in self.rules for name in rule.ours}
-        # A layer of this layout has them all: by them it is found in a checkpoint.
+        # A layer of this layout has all of these: they locate it in a checkpoint.
         self.their_marks = {rule.theirs for rule in self.rules if rule.required}
         self.our_marks = {name for rule in self.rules if rule.required for name in rule.ours}
 
     def owns(self, name: str) -> bool:
-        """Whether a name below a layer is that of one of its tensors."""
+        """True if a name below a layer is one of its tensors."""
         return name in self.theirs or name in self._unmovable
 
     @torch.no_grad()
     def to_ours(self, theirs: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-        """Ours by name, trainable as theirs were.
+        """Return our tensors by name; they require grad as the given ones did.
 
         Raises:
-            ConversionError: a tensor is missing, unknown, or has other rows than the sizes say.
+            ConversionError: a tensor is missing, unknown, or has other rows than the sizes imply.
         """
         self._check(theirs, self.theirs, self.their_marks)
         ours: dict[str, Tensor] = {}
@@ -249,7 +249,7 @@ class Layout:
 
     @torch.no_grad()
     def to_theirs(self, ours: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-        """Theirs by name; the reverse of `to_ours`, bit for bit."""
+        """Return their tensors by name; the inverse of `to_ours`, bit for bit."""
         self._check(ours, self.ours, self.our_marks)
         theirs: dict[str, Tensor] = {}
         for rule in self.rules:
@@ -258,7 +258,7 @@ class Layout:
                 continue
             flags = {tensor.requires_grad for tensor in tensors}
             if len(tensors) < len(rule.ours) or len(flags) > 1:
-                what = "be there" if len(tensors) < len(rule.ours) else "train, or all freeze,"
+                what = "exist" if len(tensors) < len(rule.ours) else "require grad, or none,"
                 raise ConversionError(
                     f"{', '.join(rule.ours)} must all {what} to become {rule.theirs}; got a "
                     "mixture; make them alike"
@@ -268,7 +268,7 @@ class Layout:
         return theirs
 
     def sizes(self, config: Mapping[str, Any]) -> Sizes:
-        """The sizes that a model's config says, in any of transformers' spellings."""
+        """Return the sizes in a model's config, in any of transformers' spellings."""
 
         def first(*names: str) -> int | None:
             return next((config[name] for name in names if config.get(name) is not None), None)

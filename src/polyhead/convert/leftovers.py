@@ -1,8 +1,8 @@
-"""Names below an attention layer that are no weight of it: old buffers, and signs of wrappers.
+"""Names below an attention layer that are not its weights: old buffers, adapters, quantizers.
 
-Buffers of older code (GPT-2's causal mask, Llama's rotary frequencies) hold nothing that was
-trained, and newer modules compute them: they are dropped. Every other name belongs to an adapter, a
-quantizer or another kind of layer, and moving the rest without it would change the function.
+Buffers of older code (GPT-2's causal mask, Llama's rotary frequencies) are not trained, and newer
+modules compute them: they are dropped. Every other name belongs to an adapter, a quantizer or
+another kind of layer; moving the rest without it would change the function.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OF_A_MODEL = re.compile(r"(?:.*\.)?(?:rotary_emb\.inv_freq|embeddings\.position
 _DEQUANTIZE = (
     "dequantize the model first, as model.dequantize() of transformers does, and save that one"
 )
-# What a part of a name shows, and what helps. The first that is found counts.
+# Pattern of a name's part, its meaning, and the remedy. The first match counts.
 _SIGNS = (
     (
         r"base_layer|modules_to_save|original_module|(lora|hada|lokr|oft|boft|ia3|vera|hra|fourierft"
@@ -48,7 +48,7 @@ _SIGNS = (
     (
         r"absmax|quant_map|quant_state|nested_absmax|nested_quant_map|bitsandbytes__\w+|SCB|CB"
         r"|weight_format",
-        "a part of bitsandbytes' codes",
+        "a part of bitsandbytes' quantized weights",
         _DEQUANTIZE,
     ),
     (
@@ -58,13 +58,13 @@ _SIGNS = (
         r"|centroids|indices|Qidxs|SU|SV|trellis|suh|svh|_packed_params\w*|_data|_scale|_shift"
         r"|qtype|activation_qtype|\w*_quantizer|_amax|weight_quantizer|input_quantizer|lut"
         r"|rows|cols|vals|dense_weights|quantized_weight|weight_global_scale|input_global_scale",
-        "a part of a quantizer's codes",
+        "a part of quantized weights",
         _DEQUANTIZE,
     ),
     (
         r"parametrizations|weight_g|weight_v|weight_orig|weight_mask|bias_orig|bias_mask|weight_u"
         r"|original\d?",
-        "a part of what a weight is computed from",
+        "a part of a parametrized weight",
         "make it a plain weight first (torch.nn.utils.parametrize.remove_parametrizations, "
         "torch.nn.utils.remove_weight_norm, torch.nn.utils.prune.remove), and save that model",
     ),
@@ -78,7 +78,7 @@ _SIGNS = (
 
 
 def is_mask(below: str, tensor: object) -> bool:
-    """Whether a name below a layer is that of a mask kept as numbers, such as GPT-2's bias."""
+    """True if a tensor below a layer is a saved mask, such as GPT-2's bias."""
     if not isinstance(tensor, Tensor):
         return False
     square = tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2]
@@ -86,39 +86,39 @@ def is_mask(below: str, tensor: object) -> bool:
 
 
 def is_buffer(below: str) -> bool:
-    """Whether a name below a layer is that of a buffer which newer code computes."""
+    """True if a name below a layer is a buffer that newer code computes."""
     return below.rpartition(".")[2] in _COMPUTED
 
 
 def is_old_buffer_of_a_model(name: str) -> bool:
-    """Whether transformers once saved a buffer of this name outside of attention."""
+    """True if transformers once saved a buffer of this name outside of attention."""
     return _OF_A_MODEL.fullmatch(name) is not None
 
 
 def check_mask(name: str, mask: Tensor) -> None:
-    """A mask that is dropped must be the causal one, or forbid nothing: another would be lost.
+    """Raise unless a mask that is dropped is causal or allows everything.
 
     Raises:
-        ConversionError: it is a window, say.
+        ConversionError: it is another mask, such as a window.
 
     >>> check_mask("attn.bias", torch.ones(1, 1, 3, 3).tril())
     """
     square = mask.reshape(-1, *mask.shape[-2:])
     if mask.dtype.is_floating_point and bool((square < 0).any()):
-        square = square > -1.0  # added to scores: 0 where a token may attend
+        square = square > -1.0  # additive: 0 where a token may attend
     allowed = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     ones = square.bool()
     # 1 allows (GPT-2), or 1 forbids (the lecture).
     if not any(bool((ones == known).all()) for known in (allowed, ~allowed, allowed | True)):
         raise ConversionError(
-            f"{name} must be causal to be dropped, as a rule takes its place; got another "
+            f"{name} must be causal to be dropped, as mask=causal() replaces it; got another "
             f"{tuple(mask.shape)} mask; build the modules with that mask, and delete this entry "
             "first"
         )
 
 
 def remedy_for(names: Iterable[str]) -> tuple[str, str]:
-    """What unknown names of a layer show, and what helps."""
+    """Return the meaning of unknown names of a layer, and the remedy."""
     parts = [part for name in names for part in name.split(".")]
     for pattern, what, remedy in _SIGNS:
         if any(re.fullmatch(pattern, part) for part in parts):

@@ -1,4 +1,4 @@
-"""What every layout shares: plain linear layers in, a module with their weights out."""
+"""Parameters of linear layers: validation, copies, and modules filled with them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_kind(argument: str, module: object, kind: type[nn.Module], remedy: str
 
 
 def check_plain(name: str, projection: nn.Module) -> None:
-    """A projection must be x W^T + b of a weight that can be read: no adapter, not quantized."""
+    """Raise unless a projection is x W^T + b of a readable weight: no adapter, not quantized."""
     if unreadable := why_not_linear(projection):
         raise ConversionError(
             f"{name} must be a plain nn.Linear to be converted; got {unreadable.kind}; "
@@ -51,18 +51,18 @@ def check_plain(name: str, projection: nn.Module) -> None:
 
 
 def copied(name: str, projection: nn.Module) -> dict[str, Tensor]:
-    """Copies of a layer's parameters as state-dict entries below `name`, trainable as they were."""
+    """Copy a layer's parameters to state-dict entries below `name`; requires_grad is kept."""
     return {f"{name}.{kind}": copy_of(value) for kind, value in values_of(name, projection).items()}
 
 
 def copy_of(parameter: Tensor) -> Tensor:
-    """A copy that trains as the original does, made in inference mode or not."""
+    """Copy a parameter with its requires_grad, in inference mode or not."""
     with torch.inference_mode(False):
         return parameter.detach().clone().requires_grad_(parameter.requires_grad)
 
 
 def values_of(name: str, layer: nn.Module) -> dict[str, Tensor]:
-    """A layer's own parameters by name, with their values wherever they are kept.
+    """Return a layer's own parameters by name, with their values wherever they are stored.
 
     Args:
         name: below the module that is converted, which itself is "".
@@ -81,10 +81,10 @@ def values_of(name: str, layer: nn.Module) -> dict[str, Tensor]:
 
 
 def parameters_of(module: nn.Module, projections: Iterable[str]) -> dict[str, Tensor]:
-    """All parameters by name with their values, after checking that projections are plain layers.
+    """Return all parameters by name with their values; projections must be plain layers.
 
     Raises:
-        ConversionError: a projection is an adapter, say, or quantized, or a weight cannot be read.
+        ConversionError: a projection is an adapter or quantized, or a weight cannot be read.
     """
     for name in projections:
         parent, _, child = name.rpartition(".")
@@ -99,11 +99,11 @@ def parameters_of(module: nn.Module, projections: Iterable[str]) -> dict[str, Te
 
 
 def writable_parameters(module: nn.Module, projections: Iterable[str]) -> dict[str, Tensor]:
-    """As `parameters_of`, for parameters that are to be written in place.
+    """Return the parameters as `parameters_of` does, to be written in place.
 
     Raises:
-        ConversionError: the above, or a parameter is not where it would be written: a hook of
-            accelerate's puts its own values in its place at each call.
+        ConversionError: the above, or a write would be lost: a hook of accelerate's replaces the
+            parameter at each call.
     """
     values = parameters_of(module, projections)
     parameters: dict[str, Tensor] = dict(module.named_parameters())
@@ -117,7 +117,7 @@ def writable_parameters(module: nn.Module, projections: Iterable[str]) -> dict[s
 
 
 def separate_parameters(mha: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module of ours, those of a fused W_qkv apart."""
+    """Return the parameters of one of our modules, with a fused W_qkv split."""
     projections = [name for name, _ in mha.named_children() if name.startswith(("W_", "out_proj"))]
     parameters = parameters_of(mha, projections)
     for kind in ("weight", "bias") if isinstance(mha, MultiHeadAttention) and mha.fused else ():
@@ -131,7 +131,7 @@ def separate_parameters(mha: nn.Module) -> dict[str, Tensor]:
 
 
 def filled(module: M, state: dict[str, Tensor], source: nn.Module) -> M:
-    """`module`, built on the meta device so that no random numbers are drawn, with its weights."""
+    """Load weights into `module`, built on the meta device so that no random numbers are drawn."""
     if without := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ConversionError(
             f"{without[0]} must have values to be converted; got a tensor on the meta device; load "
@@ -145,5 +145,5 @@ def filled(module: M, state: dict[str, Tensor], source: nn.Module) -> M:
 
 
 def rms_norm(theirs: Any) -> Callable[[int], nn.Module]:
-    """What makes a norm as theirs is: root mean square, its weight alone."""
+    """Return a factory of RMSNorm with the eps of `theirs`."""
     return functools.partial(nn.RMSNorm, eps=theirs.variance_epsilon)

@@ -1,7 +1,7 @@
-"""Safetensors files read and written one tensor at a time: a checkpoint need not fit in memory.
+"""Safetensors files, read and written one tensor at a time: a checkpoint need not fit in memory.
 
     8 bytes: n, the length of the header     n bytes: JSON, for every tensor its dtype, shape and
-    place     the rest: the tensors' bytes, one behind the other
+    offsets     the rest: the tensors' bytes, contiguous
 
 Source: the format's specification, https://github.com/huggingface/safetensors#format.
 """
@@ -48,14 +48,14 @@ Reader = Callable[[str], Tensor]
 
 @contextmanager
 def opened(paths: list[Path]) -> Iterator[tuple[dict[str, Tensor], Reader, dict[str, str]]]:
-    """Safetensors files as one checkpoint.
+    """Open safetensors files as one checkpoint.
 
     Yields:
-        Every tensor by name, without its numbers (on the meta device); what reads one; and what
-        the first file says of itself.
+        Every tensor by name, on the meta device; a reader of one tensor; and the metadata of the
+        first file.
 
     Raises:
-        ModelError: a file cannot be read, or two hold one name.
+        ModelError: a file cannot be read, or two files have the same name.
         DependencyError: safetensors is not installed.
     """
     try:
@@ -73,10 +73,10 @@ def opened(paths: list[Path]) -> Iterator[tuple[dict[str, Tensor], Reader, dict[
                 file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
             except Exception as error:  # a file cut short raises SafetensorError, a plain Exception
                 raise ModelError(
-                    f"{path} cannot be read as safetensors ({error}); get the file anew"
+                    f"{path} cannot be read as safetensors ({error}); get the file again"
                 ) from error
             metadata = metadata or dict(file.metadata() or {})
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
+            for name in file.keys():  # noqa: SIM118 - not a mapping
                 if name in file_of:
                     raise ModelError(f"{path} holds {name}, as another file does; keep one")
                 file_of[name] = file
@@ -85,12 +85,12 @@ def opened(paths: list[Path]) -> Iterator[tuple[dict[str, Tensor], Reader, dict[
 
 
 class TensorFile:
-    """A safetensors file that is being written, in any order.
+    """Writer of a safetensors file, with tensors in any order.
 
     Args:
         file: open for writing in binary.
-        tensors: every tensor that will come, by name; only dtypes and shapes are looked at.
-        metadata: what the file says of itself.
+        tensors: every tensor that will be written, by name; only dtypes and shapes are read.
+        metadata: of the file.
     """
 
     def __init__(
@@ -98,14 +98,14 @@ class TensorFile:
     ) -> None:
         self._file = file
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-        # Wide numbers first, so that every tensor begins at a multiple of its numbers' size.
+        # Wide dtypes first, so that every tensor is aligned to its element size.
         order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-        self._places: dict[str, tuple[int, int]] = {}
+        self._offsets: dict[str, tuple[int, int]] = {}
         end = 0
         for name in order:
             tensor = tensors[name]
             begin, end = end, end + math.prod(tensor.shape) * tensor.element_size()
-            self._places[name] = begin, end
+            self._offsets[name] = begin, end
             header[name] = {
                 "dtype": _code(name, tensor.dtype),
                 "shape": list(tensor.shape),
@@ -118,12 +118,12 @@ class TensorFile:
         self.size = end
 
     def write(self, name: str, tensor: Tensor) -> int:
-        """Put a tensor at its place; how many bytes that were."""
-        begin, end = self._places.pop(name)
+        """Write a tensor at its offset and return the number of bytes."""
+        begin, end = self._offsets.pop(name)
         self._file.seek(self._start + begin)
-        numbers = tensor.detach().cpu().contiguous().reshape(-1)
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
         if end > begin:
-            self._file.write(numbers.view(torch.uint8).numpy().data)
+            self._file.write(flat.view(torch.uint8).numpy().data)
         return end - begin
 
 

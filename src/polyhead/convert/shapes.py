@@ -1,6 +1,6 @@
-"""The shapes of an attention layer's tensors, held against one another.
+"""Shape checks of an attention layer's tensors against one another.
 
-The rules are those of any attention, so that they are the same for every layout and both ways:
+The rules hold for any attention, so they are the same for every layout, in both directions:
 
     W_query (H * D, d_in)    W_key (G * D, d_in)    W_value (G * E, d_in)    out_proj (d_out, H * E)
     a bias: the weight's outputs    q_norm, k_norm (D,)    sinks (H,)    position_bias (buckets, H)
@@ -23,18 +23,18 @@ from polyhead.errors import ConversionError
 
 __all__ = ["Shapes"]
 
-_CHECK = "get the checkpoint anew, or choose the layout of its family"
+_CHECK = "get the checkpoint again, or choose the layout of its family"
 _CHECK_SIZES = "check num_heads, nope_head_dim, value_head_dim and the config"
 _CHECK_HEADS = "check num_heads, num_kv_heads and the config"
 _QKV = ("W_query", "W_key", "W_value")
 
 
 class Shapes:
-    """The shapes of a layer of ours, by name, and the errors that tell them by the file's names.
+    """Shapes of a layer under our names; errors use the names in the file.
 
     Args:
         ours: the layer under our names.
-        named: for a name of ours, the file's name of the tensor that holds it, and its shape.
+        named: returns, for one of our names, the name and shape of the file's tensor with it.
     """
 
     def __init__(
@@ -44,12 +44,12 @@ class Shapes:
         self._named = named
 
     def check(self, sizes: Sizes, layout: Layout | None, *, is_read: bool) -> None:
-        """Raise unless they can be one layer's.
+        """Raise unless the tensors fit together as one layer.
 
         Args:
-            sizes: what is known.
+            sizes: known sizes.
             layout: of the family that the layer is read from or written for; None: ours.
-            is_read: whether it is read from there.
+            is_read: True if it is read from that layout.
         """
         is_family = layout is not None and layout.is_family
         self._biases()
@@ -81,7 +81,7 @@ class Shapes:
         return " ".join(self._named(f"{name}.weight"))
 
     def _sources(self) -> str:
-        """The tensors that queries and values come from, which a fused layout has in one."""
+        """Describe the tensors of queries and values; a fused layout has one for both."""
         return " and ".join(dict.fromkeys((self._with("W_query"), self._with("W_value"))))
 
     def _biases(self) -> None:
@@ -90,10 +90,10 @@ class Shapes:
             if kind != "bias":
                 continue
             if f"{projection}.weight" not in self._ours:
-                self._refuse(name, f"come with {projection}.weight, which is not there")
+                self._refuse(name, f"come with {projection}.weight, which is missing")
             if tensor.shape[0] != self._outputs(projection):
                 rows = self._outputs(projection)
-                self._refuse(name, f"hold one number an output of {self._with(projection)}, {rows}")
+                self._refuse(name, f"have one value per output of {self._with(projection)}, {rows}")
         without = [name for name in _QKV if f"{name}.bias" not in self._ours]
         if without and len(without) < len(_QKV) and "W_kv_down.weight" not in self._ours:
             there = next(name for name in _QKV if name not in without)
@@ -102,10 +102,10 @@ class Shapes:
             self._refuse(f"{there}.bias", rule, remedy)
         for name, tensor in self._ours.items():
             if 0 in tensor.shape:
-                self._refuse(name, "hold numbers")
+                self._refuse(name, "have values")
 
     def _both_biases(self) -> None:
-        """torch's layer has a bias before the heads and behind them, or none."""
+        """Raise unless torch's layer has both biases, before the heads and after them, or none."""
         pair = ("W_query.bias", "out_proj.bias")
         there = [name for name in pair if name in self._ours]
         if len(there) == 1:
@@ -116,7 +116,7 @@ class Shapes:
             )
 
     def _dtypes(self) -> None:
-        """A norm or sinks may be kept in float32; what is multiplied and added is of one dtype."""
+        """Raise unless all projections have one dtype; norms and sinks may be float32."""
         first = self._ours["W_query.weight"].dtype
         for name, tensor in self._ours.items():
             if name.startswith(("W_", "out_proj")) and tensor.dtype != first:
@@ -159,7 +159,7 @@ class Shapes:
         self._norms(H, queries, keys, family=family)
 
     def _count(self, sizes: Sizes) -> int | None:
-        """How many query heads there are, if anything tells."""
+        """Return the number of query heads, if a size or a tensor determines it."""
         counts = {}
         if "sinks" in self._ours:
             counts["sinks"] = self._ours["sinks"].shape[0]
@@ -172,7 +172,7 @@ class Shapes:
         for name, count in counts.items():
             H = count if H is None else H
             if count != H:
-                self._refuse(name, f"hold a number a head, for {H} heads")
+                self._refuse(name, f"have one value per head, for {H} heads")
         return H
 
     def _per_head(self, sizes: Sizes, H: int, features: tuple[int, int, int], family: bool) -> None:
@@ -184,17 +184,17 @@ class Shapes:
             rule = f"give {H} heads of {sizes.head_dim} features, {H * sizes.head_dim} in all"
             self._refuse("W_query.weight", rule, _CHECK_HEADS)
         G, left = divmod(keys, D)
-        # A config that names no key heads is read as having as many as query heads.
+        # A config without a number of KV heads is read as having H.
         wrong = sizes.num_kv_heads not in ((None, G) if family else (None, G, H))
         if left or not G or wrong or values % G:
             count = sizes.num_kv_heads if wrong else f"a divisor of {H}"
-            rule = f"give key heads of {D} features, {count} of them"
+            rule = f"give KV heads of {D} features, {count} of them"
             self._refuse("W_key.weight", rule, _CHECK_HEADS)
 
     def _norms(self, H: int | None, queries: int, keys: int, *, family: bool) -> None:
         if ("q_norm.weight" in self._ours) != ("k_norm.weight" in self._ours):
             there = "q_norm" if "q_norm.weight" in self._ours else "k_norm"
-            self._refuse(f"{there}.weight", "come with the norm of the others, which is not there")
+            self._refuse(f"{there}.weight", "come with the norm of the others, which is missing")
         for name in ("q_norm.weight", "k_norm.weight"):
             if name not in self._ours:
                 continue
@@ -211,13 +211,13 @@ class Shapes:
             if size != D or queries % D or keys % D:
                 self._refuse(
                     name,
-                    f"hold one number a feature of a head, {D}",
-                    "choose the layout of a family whose norms are so: those over all heads, as "
+                    f"have one value per feature of a head, {D}",
+                    "choose the layout of a family with norms per head: those over all heads, as "
                     "OLMo 2's, have no counterpart here",
                 )
 
     def _width(self, sizes: Sizes, *, is_checked: bool) -> None:
-        """What enters a family's layer is as wide as what it gives: a residual is around it."""
+        """Raise unless a family's layer has equal input and output widths (a residual needs it)."""
         if not is_checked:
             return
         entering = "W_query" if "W_query_down.weight" not in self._ours else "W_query_down"
@@ -237,7 +237,7 @@ class Shapes:
         if self._takes("W_value") != latent:
             self._refuse("W_value.weight", f"take the latent's {latent} features")
         if "kv_norm.weight" in self._ours and self._ours["kv_norm.weight"].shape[0] != latent:
-            self._refuse("kv_norm.weight", f"hold one number a feature of the latent, {latent}")
+            self._refuse("kv_norm.weight", f"have one value per feature of the latent, {latent}")
         if (R := self._outputs("W_kv_down") - latent) < 0:
             self._refuse("W_kv_down.weight", f"give the latent's {latent} features and rope's")
         source = "W_query"
@@ -246,7 +246,7 @@ class Shapes:
             if self._takes("W_query") != rank:
                 self._refuse("W_query.weight", f"take the queries' latent of {rank} features")
             if "q_norm.weight" in self._ours and self._ours["q_norm.weight"].shape[0] != rank:
-                self._refuse("q_norm.weight", f"hold one number a feature of the latent, {rank}")
+                self._refuse("q_norm.weight", f"have one value per feature of the latent, {rank}")
         if self._takes(source) != entering:
             self._refuse(f"{source}.weight", f"take {entering} features, as the keys' latent does")
         if "out_proj.weight" in self._ours and self._takes("out_proj") != values:
@@ -261,5 +261,5 @@ class Shapes:
         if H is None:
             return
         if H < 1 or queries != keys + H * R or keys % H or values % H:
-            rule = f"give {keys} features and {R} a head for rope, {keys} + {H} x {R}"
+            rule = f"give {keys} features and {R} per head for rope, {keys} + {H} x {R}"
             self._refuse("W_query.weight", rule, _CHECK_HEADS)

@@ -1,7 +1,7 @@
-"""Between the lecture's two mechanisms: stacked heads (3.6.1) and weight splits (3.6.2).
+"""Conversion between the lecture's two mechanisms: stacked heads (3.6.1), weight splits (3.6.2).
 
-They are the same function in two layouts. The rows of a split projection, `head_dim` at a time,
-are the projections of the stacked heads:
+They are the same function in two layouts. Each `head_dim` rows of a split projection are the
+projection of one stacked head:
 
     W_query of the split      W_query of the stacked heads
     +------------------+      +------------------+
@@ -11,8 +11,8 @@ are the projections of the stacked heads:
     +------------------+      | heads[1]         |
     | ...              |      +------------------+
 
-With fewer key/value heads than query heads, the stacked heads of one group each hold a copy of
-their group's key and value rows.
+With fewer KV heads than query heads, each stacked head has a copy of its group's key and value
+rows.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _HEAD = re.compile(r"heads\.(\d+)\.(W_(?:query|key|value)\.(?:weight|bias))")
 
 
 def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
-    """The same function as stacked heads, each with weights of its own.
+    """Convert split heads to stacked heads: the same function, each head with its own weights.
 
     Args:
-        mha: split heads, of H heads of size head_dim. It is left as it is; weights are copied.
+        mha: split heads, H heads of size head_dim. It is not modified; weights are copied.
 
     Returns:
-        A wrapper with `num_heads = H` and **`d_out = head_dim`, the size of one head**. A head
-        gets the key and value rows of its group. out_proj, bias, dropout, rope, mask, scale and
-        training mode are kept, and which parameters are frozen.
+        A wrapper with `num_heads = H` and **`d_out = head_dim`, the size of one head**. Each head
+        has the key and value rows of its group. out_proj, bias, dropout, rope, mask, scale,
+        training mode and requires_grad are kept.
 
     Raises:
-        ConversionError: a projection is no plain nn.Linear (adapters, quantisation), or stacked
+        ConversionError: a projection is no plain nn.Linear (adapters, quantization), or stacked
             heads have no such option (sinks, softcap and others).
 
     >>> split = MultiHeadAttention(6, 4, context_length=8, dropout=0.0, num_heads=2)
@@ -87,19 +87,19 @@ def split_to_stacked(mha: MultiHeadAttention) -> MultiHeadAttentionWrapper:
 def stacked_to_split(
     wrapper: MultiHeadAttentionWrapper, *, num_kv_heads: int | None = None
 ) -> MultiHeadAttention:
-    """The same function as one projection split into heads.
+    """Convert stacked heads to one projection split into heads: the same function.
 
     Args:
-        wrapper: stacked heads, H of size d_out each. It is left as it is; weights are copied.
-        num_kv_heads: G, how many key/value heads the split keeps, a divisor of H; None: H. The
-            key and value weights of the heads of one group must then be equal, bit for bit.
+        wrapper: stacked heads, H of size d_out each. It is not modified; weights are copied.
+        num_kv_heads: G, the KV heads of the split, a divisor of H; None: H. The key and value
+            weights of the heads of one group must be equal, bit for bit.
 
     Returns:
         Split heads with `head_dim = wrapper's d_out` and **`d_out` the size of the whole
         output**. It has an output projection if the wrapper has one.
 
     Raises:
-        ConversionError: the heads differ in more than their weights, the heads of a group hold
+        ConversionError: the heads differ in more than their weights, the heads of a group have
             different key or value weights, or a projection is no plain nn.Linear (adapters).
 
     >>> wrapper = MultiHeadAttentionWrapper(6, 2, context_length=8, dropout=0.0, num_heads=3)
@@ -145,9 +145,9 @@ def stacked_to_split(
 
 
 class StackedLayout(Layout):
-    """The names that stacked heads are saved by, as a layout: heads.0.W_query.weight and so on.
+    """Layout of stacked heads: heads.0.W_query.weight and so on.
 
-    A split becomes as many heads as `sizes.num_heads` says; stacked heads count themselves.
+    A split becomes `sizes.num_heads` heads; the number of stacked heads is read from their names.
     """
 
     def __init__(self) -> None:
@@ -187,8 +187,8 @@ class StackedLayout(Layout):
         keys = ours["W_key.weight"].shape[0]
         if left or not head_dim or keys % head_dim or H % (keys // head_dim or H + 1):
             raise ConversionError(
-                f"num_heads must divide the {rows} rows of W_query.weight into heads of which the "
-                f"{keys} rows of W_key.weight hold a divisor; got {H}; check it"
+                f"num_heads must divide the {rows} rows of W_query.weight, and be a multiple of "
+                f"the heads in the {keys} rows of W_key.weight; got {H}; check it"
             )
         theirs: dict[str, Tensor] = {}
         for name, tensor in ours.items():
@@ -204,7 +204,7 @@ STACKED = StackedLayout()
 
 
 def _rows_of_heads(projection: Tensor, head_dim: int, H: int) -> list[Tensor]:
-    """The rows of every head, each a copy: of its own, or of its group's key or value head."""
+    """Return a copy of every head's rows: its own, or those of its group's KV head."""
     rows = projection.detach().split(head_dim)
     group = H // len(rows)
     flag = projection.requires_grad
@@ -212,10 +212,10 @@ def _rows_of_heads(projection: Tensor, head_dim: int, H: int) -> list[Tensor]:
 
 
 def _one_projection(rows: list[Tensor], group: int, name: str) -> Tensor:
-    """One projection of all heads' rows, those of a group only once."""
+    """Concatenate the heads' rows to one projection, once per group."""
     if len({row.requires_grad for row in rows}) > 1:
         raise ConversionError(
-            f"stacked heads must all train or all freeze {name} to become one split; got a "
+            f"{name} must have one requires_grad in all stacked heads to become one split; got a "
             "mixture; set requires_grad alike"
         )
     kept = _one_a_group([row.detach() for row in rows], group, name)
@@ -230,7 +230,7 @@ def _check_divides(G: int, H: int) -> None:
 
 
 def _check_options(mha: MultiHeadAttention) -> None:
-    """Stacked heads are the lecture's: what they cannot do must not be lost."""
+    """Raise if a split has an option that the lecture's stacked heads do not have."""
     options = {
         "value_head_dim": mha.value_head_dim != mha.head_dim,
         "alibi": mha.alibi,
@@ -249,7 +249,7 @@ def _check_options(mha: MultiHeadAttention) -> None:
 
 
 def _projections(mha: MultiHeadAttention) -> dict[str, nn.Linear]:
-    """The three projections, separate also where they are fused."""
+    """Return the three projections, split if they are fused."""
     for name in ("W_qkv",) if mha.fused else ("W_query", "W_key", "W_value"):
         check_plain(name, getattr(mha, name))
     if mha.fused:
@@ -260,7 +260,7 @@ def _projections(mha: MultiHeadAttention) -> dict[str, nn.Linear]:
 
 
 def _check_biases(projections: Mapping[str, nn.Linear], prefix: str) -> None:
-    """One qkv_bias says it of all three."""
+    """Raise unless all three projections have a bias, or none: qkv_bias is one option."""
     without = [prefix + name for name, linear in projections.items() if linear.bias is None]
     if without and len(without) < len(projections):
         raise ConversionError(
@@ -293,7 +293,7 @@ def _out_state(module: MultiHeadAttention | MultiHeadAttentionWrapper) -> dict[s
 
 
 def _common(heads: list[CausalAttention]) -> CausalAttention:
-    """The first head, after checking that the others differ from it in their weights only."""
+    """Return the first head; the others must differ from it in their weights only."""
     first = _options(heads[0])
     for index, head in enumerate(heads):
         for name, option in _options(head).items():
@@ -316,13 +316,13 @@ def _options(head: CausalAttention) -> dict[str, object]:
 
 
 def _one_a_group(rows: list[Tensor], group: int, name: str) -> list[Tensor]:
-    """The first of each group's rows, after checking that the group agrees bit for bit."""
+    """Return the first of each group's rows; the group must be equal bit for bit."""
     for index, row in enumerate(rows):
         leader = index - index % group
         if not row.is_meta and not torch.equal(row, rows[leader]):
             raise ConversionError(
-                f"heads[{leader}] and heads[{index}] must have equal {name} to share one "
-                f"key/value head; they differ by up to {(row - rows[leader]).abs().max():.3g}; "
+                f"heads[{leader}] and heads[{index}] must have equal {name} to share one KV head; "
+                f"they differ by up to {(row - rows[leader]).abs().max():.3g}; "
                 "leave num_kv_heads out to keep every head"
             )
     return rows[::group]

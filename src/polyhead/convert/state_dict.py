@@ -1,4 +1,4 @@
-"""The attention of a checkpoint moved to other names, without building the model."""
+"""State dict conversion: the attention of a checkpoint in another layout, without its model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from polyhead.errors import ArgumentError, ConversionError, DtypeError
 
 __all__ = ["LAYOUTS", "Move", "plan", "state_dict"]
 
-# Names of polyhead's modules. "split" is what the lecture calls the same names.
+# Names of polyhead's modules. "split" is the lecture's word for the same names.
 _OURS = ("polyhead", "split")
 
 # Of several, the first that a layer fits.
@@ -39,20 +39,20 @@ LAYOUTS = (*_OURS, *_THEIRS)
 # `model_type` of a config.json, where it is not the name of its layout.
 _MODEL_TYPES = {kind: family.names[0] for family in FAMILIES for kind in family.model_types}
 
-# Every name of a module of ours: one that the target has no place for must not be left behind.
+# Every name in our modules: a tensor without a place in the target must not be left out.
 _OUR_NAMES = {name for layouts in _THEIRS.values() for layout in layouts for name in layout.ours}
 _OUR_NAMES |= {"W_gate.weight", "W_gate.bias"}
 
 
 @dataclass(frozen=True)
 class Move:
-    """One attention layer on its way: the names of its tensors, and what becomes of them.
+    """Planned conversion of one attention layer.
 
     Attributes:
-        prefix: what stands before its names, such as "transformer.h.0.attn.".
+        prefix: of its names, such as "transformer.h.0.attn.".
         names: its tensors, below the prefix.
         source: their layout; None: ours.
-        targets: the layouts it can become, of which the first that fits is taken; none: ours.
+        targets: the layouts it can become; the first that fits is used; none: ours.
         buffers: names below the prefix that are dropped.
     """
 
@@ -65,19 +65,22 @@ class Move:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The full names that it takes."""
+        """Full names of its input tensors."""
         return tuple(self.prefix + name for name in self.names)
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """The full names of buffers that newer code computes."""
+        """Full names of buffers that newer code computes."""
         return tuple(self.prefix + name for name in self.buffers)
 
     def outputs(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What it gives for the tensors of `inputs`, by full name.
+        """Return the converted tensors by full name.
+
+        Args:
+            tensors: those of `inputs`, by full name.
 
         Raises:
-            ConversionError: they cannot be one layer's, or have no place in the target.
+            ConversionError: they are not one layer, or have no place in the target.
         """
         layer = {name: tensors[self.prefix + name] for name in self.names}
         try:
@@ -103,33 +106,33 @@ def state_dict(
     value_head_dim: int | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
-    """A checkpoint with its attention in another layout; every other tensor as it is.
+    """Convert the attention of a checkpoint to another layout; other tensors are passed through.
 
-    Every attention layer moves, or none does: its tensors are held against one another, and each
-    name below it is one of them, or a buffer of older code, which is dropped (masks, rotary
-    frequencies), or refused (adapters, codes of quantizers). Only names and rows move. What a
-    layer does with them (rope, its mask, its scale) is not in a checkpoint: build the modules with
-    the options that `from_transformers` would read.
+    Every attention layer moves, or none does: the shapes of its tensors must fit together. Each
+    other name below it is a buffer of older code (masks, rotary frequencies), which is dropped, or
+    is refused (adapters, quantized weights). Only names and rows move. A layer's options (rope,
+    mask, scale) are not in a checkpoint: build the modules with the options that
+    `from_transformers` would read.
 
     Args:
-        tensors: by name, as `model.state_dict()`. It is left as it is.
+        tensors: by name, as `model.state_dict()`. It is not modified.
         source, target: "polyhead" (or "split"), "stacked", or a family such as "gpt2".
-        num_heads: H. Fused weights and stacked heads are cut by it, and a wrong number that
-            divides the rows as well cannot be noticed.
-        num_kv_heads: G, where a fused weight holds fewer key heads.
-        nope_head_dim, value_head_dim: features of a head, for DeepSeek.
-        config: the model's config.json as a dict, instead of these numbers or beside them.
+        num_heads: H. Fused weights and stacked heads are split by it; a wrong number that divides
+            the rows too cannot be detected.
+        num_kv_heads: G, if a fused weight has fewer KV heads than query heads.
+        nope_head_dim, value_head_dim: features per head, for DeepSeek.
+        config: the model's config.json as a dict, instead of these numbers or in addition to them.
 
     Returns:
-        Tensors by name, in the order of the checkpoint. Those that are only renamed are the same
-        objects; those of fused weights have memory of their own.
+        Tensors by name, in the order of the checkpoint. Renamed tensors are the same objects;
+        parts of fused weights are copies.
 
     Raises:
         ArgumentError: a layout is not known.
         DtypeError: the tensors are not by name.
-        ConversionError: no layer of that layout is found, one is not whole, its tensors do not fit
-            together or to the numbers, one is no plain floating point tensor of 16 bits or more, a
-            name has no place, another layer would stay, or two would have one name.
+        ConversionError: no layer of that layout is found, one is incomplete, its tensors do not
+            fit together or to the numbers, one is no plain floating point tensor of 16 bits or
+            more, a name has no place, another layer would stay, or two would have one name.
 
     >>> sd = {"h.0.attn.c_attn.weight": torch.arange(12.0).view(2, 6), "h.0.ln.bias": torch.ones(2),
     ...     "h.0.attn.c_proj.weight": torch.eye(2)}
@@ -179,13 +182,13 @@ def _check_here(tensors: Mapping[str, Tensor]) -> None:
             )
         if isinstance(tensor, Tensor) and tensor.is_meta:
             raise ConversionError(
-                f"{name} must hold numbers; got a tensor on the meta device, which has none; load "
+                f"{name} must have values; got a tensor on the meta device, which has none; load "
                 "the weights first (an offloaded model: without device_map, or from its files)"
             )
 
 
 def dropped(names: Iterable[str], moves: list[Move]) -> set[str]:
-    """The names of all buffers that newer code computes, in layers and in a family's model."""
+    """Return the names of all buffers that newer code computes, in layers and in their model."""
     of_layers = {name for move in moves for name in move.dropped}
     if moves[0].source is None or not moves[0].source.is_family:
         return of_layers
@@ -193,7 +196,7 @@ def dropped(names: Iterable[str], moves: list[Move]) -> set[str]:
 
 
 def check_masks(moves: list[Move], read: Callable[[str], Tensor]) -> None:
-    """Masks that would be dropped say what a rule says: they are read, and held to it."""
+    """Raise unless every mask that would be dropped is one that a mask object replaces."""
     for move in moves:
         for below, name in zip(move.buffers, move.dropped, strict=True):
             if is_mask(below, mask := read(name)):
@@ -203,8 +206,8 @@ def check_masks(moves: list[Move], read: Callable[[str], Tensor]) -> None:
 def add(moved: dict[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
     if both := moved.keys() & outputs.keys():
         raise ConversionError(
-            f"{sorted(both)[0]} would be there twice, moved and as it was; rename the one that is "
-            "no attention's"
+            f"{sorted(both)[0]} would occur twice, converted and passed through; rename the one "
+            "that is not attention's"
         )
     moved.update(outputs)
 
@@ -216,11 +219,11 @@ def plan(
     sizes: Sizes,
     config: Mapping[str, Any] | None = None,
 ) -> list[Move]:
-    """Every attention layer of a checkpoint, and how it moves; only names and shapes are read.
+    """Plan the conversion of every attention layer of a checkpoint from names and shapes alone.
 
     Raises:
         ArgumentError: a layout is not known.
-        ConversionError: no layer of that layout is found, one is not whole, a name below one is
+        ConversionError: no layer of that layout is found, one is incomplete, a name below one is
             none of its tensors, or a layer of another layout would stay.
     """
     for argument, layout in (("source", source), ("target", target)):
@@ -237,8 +240,8 @@ def plan(
     if len(norms) > 1:
         raise ConversionError(
             f"norms must be of one kind to move from {source} to {target}; got one of Gemma's, "
-            "whose weights are 1 less than others'; move to polyhead, add or take away the 1 in "
-            "q_norm and k_norm, and move on"
+            "whose weights are stored minus 1; convert to polyhead, add or subtract the 1 in "
+            "q_norm and k_norm, and convert on"
         )
     if config is not None:
         sizes = _with_config(sizes, (froms or tos)[0], config)
@@ -267,36 +270,36 @@ def _has_family_norms(layouts: tuple[Layout, ...]) -> bool:
 
 
 def _count_of_layers(config: Mapping[str, Any]) -> int | None:
-    """How many layers with attention there are, where a family that is known says it."""
-    said = config.get("text_config") or config
-    if _family(said) is None:
+    """Return the number of attention layers in the config of a known family."""
+    text = config.get("text_config") or config
+    if _family(text) is None:
         return None
     names = ("num_hidden_layers", "n_layer", "num_layers")
-    return next((said[name] for name in names if isinstance(said.get(name), int)), None)
+    return next((text[name] for name in names if isinstance(text.get(name), int)), None)
 
 
 def _with_config(sizes: Sizes, layout: Layout, config: Mapping[str, Any]) -> Sizes:
-    """The numbers given, and the config's where none is given."""
-    said = layout.sizes(config.get("text_config") or config)
-    if sizes.num_heads is not None and said.num_kv_heads == said.num_heads:
-        said = replace(said, num_kv_heads=sizes.num_heads)
+    """Return the given sizes, and the config's for those not given."""
+    read = layout.sizes(config.get("text_config") or config)
+    if sizes.num_heads is not None and read.num_kv_heads == read.num_heads:
+        read = replace(read, num_kv_heads=sizes.num_heads)
     given = {name: number for name, number in vars(sizes).items() if number is not None}
-    return replace(said, **given)
+    return replace(read, **given)
 
 
 def source_of(names: Iterable[str], config: Mapping[str, Any] | None) -> str:
-    """The layout of a checkpoint, by the family that its config names."""
-    said = (config or {}).get("text_config") or config or {}
-    if (source := _family(said)) is not None:
+    """Return the layout of a checkpoint, by the family that its config names."""
+    text = (config or {}).get("text_config") or config or {}
+    if (source := _family(text)) is not None:
         return source
     raise ConversionError(
-        "source must be given (--from) where no config.json names a family that is known; got "
-        f"model_type {said.get('model_type')!r}; {_what_is_there(list(names))}"
+        "source must be given (--from) where no config.json names a known family; got "
+        f"model_type {text.get('model_type')!r}; {_present(list(names))}"
     )
 
 
 def _family(config: Mapping[str, Any]) -> str | None:
-    """The layout of the family that a config names, if it is known."""
+    """Return the layout of the family that a config names, if it is known."""
     family = config.get("model_type")
     source = _MODEL_TYPES.get(family, family) if isinstance(family, str) else None
     return source if source in _THEIRS else None
@@ -306,12 +309,12 @@ def _none_found(names: list[str], source: str) -> str:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"source must be the layout of an attention layer of the checkpoint; got {source!r}, whose "
-        f"names are not among {shown or 'no names'}; {_what_is_there(names)}"
+        f"names are not among {shown or 'no names'}; {_present(names)}"
     )
 
 
-def _what_is_there(names: list[str]) -> str:
+def _present(names: list[str]) -> str:
     fitting = [name for name, layouts in _THEIRS.items() if find(names, layouts)]
     if find(names, ()):
         fitting.append("polyhead")
-    return f"those of {', '.join(fitting)} are there" if fitting else "none that is known is there"
+    return f"those of {', '.join(fitting)} are present" if fitting else "no known layout is present"

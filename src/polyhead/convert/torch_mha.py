@@ -1,4 +1,4 @@
-"""The layout of `nn.MultiheadAttention`: one weight, all queries before all keys before all values.
+"""Layout of `nn.MultiheadAttention`: one weight, all queries before all keys before all values.
 
 in_proj_weight (3 * d, d)    in_proj_bias (3 * d,)        out_proj (d, d)
 q_proj_weight, k_proj_weight, v_proj_weight               where kdim or vdim is not d
@@ -56,16 +56,16 @@ UNPACKED = Layout(
 def from_torch(
     attention: nn.MultiheadAttention, *, context_length: int = UNLIMITED
 ) -> MultiHeadAttention:
-    """An `nn.MultiheadAttention` as a `MultiHeadAttention` of the same weights.
+    """Convert an `nn.MultiheadAttention` to a `MultiHeadAttention` with the same weights.
 
     Args:
-        attention: of any batch_first. It is left as it is; weights are copied.
-        context_length: the most tokens that ours shall accept; theirs has no limit.
+        attention: with any batch_first. It is not modified; weights are copied.
+        context_length: the most tokens that the result accepts; theirs has no limit.
 
     Returns:
         The same function of (query, key = value) as of (x, memory), each (B, tokens, d). It has
-        no mask of its own, as theirs; masks are given at the call (True = may attend, where
-        theirs says forbidden). add_zero_attn becomes sinks that stay 0: `ours.sinks` is frozen.
+        no mask of its own, as theirs; masks are given at the call (True = may attend; torch's
+        True forbids). add_zero_attn becomes sinks that stay 0: `ours.sinks` is frozen.
 
     Raises:
         ConversionError: keys or values have features of their own (kdim, vdim), or a learned key
@@ -122,19 +122,19 @@ def from_torch(
 
 
 def to_torch(mha: MultiHeadAttention, *, batch_first: bool = True) -> nn.MultiheadAttention:
-    """A `MultiHeadAttention` as an `nn.MultiheadAttention` of the same weights.
+    """Convert a `MultiHeadAttention` to an `nn.MultiheadAttention` with the same weights.
 
     Args:
-        mha: without what theirs has not: `mask=None`, as many key heads as query heads, d_in and
-            d_out all heads together. It is left as it is; weights are copied.
+        mha: with torch's options only: `mask=None`, one KV head per query head, d_in and d_out
+            all heads together. It is not modified; weights are copied.
         batch_first: as in `nn.MultiheadAttention`.
 
     Returns:
-        The same function. Where ours has a bias behind the heads and none before them, theirs has
-        zeros there that do not train. Sinks that are 0 become add_zero_attn.
+        The same function. If ours has a bias after the heads and none before them, theirs has
+        zeros there that do not require grad. Sinks that are 0 become add_zero_attn.
 
     Raises:
-        ConversionError: theirs has no such option, or a projection is no plain nn.Linear.
+        ConversionError: torch has no such option, or a projection is no plain nn.Linear.
 
     >>> import torch
     >>> ours = MultiHeadAttention(8, 8, context_length=4, dropout=0.0, num_heads=2, mask=None)
@@ -165,7 +165,7 @@ def to_torch(mha: MultiHeadAttention, *, batch_first: bool = True) -> nn.Multihe
 
 
 def _check_options(mha: MultiHeadAttention) -> None:
-    """Theirs has few options: what it cannot do must not be lost."""
+    """Raise if `mha` uses an option that torch's layer does not have."""
     sinks: Tensor | None = mha.sinks
     merged = mha.num_heads * mha.head_dim
     options = {
@@ -177,7 +177,7 @@ def _check_options(mha: MultiHeadAttention) -> None:
             mha.num_kv_heads != mha.num_heads
         ),
         "no output projection": mha.out_proj is None,
-        "a bias before the heads and none behind": (
+        "a bias before the heads and none after": (
             mha.out_proj is not None and mha.out_proj.bias is None and _has_bias(mha)
         ),
         "rope": mha.rope is not None,
@@ -187,12 +187,12 @@ def _check_options(mha: MultiHeadAttention) -> None:
         "scale": mha.scale is not None and mha.scale != mha.head_dim**-0.5,
         "qk_norm": mha.q_norm is not None,
         "output_gate": mha.W_gate is not None,
-        "sinks other than 0, or that train": sinks is not None
+        "sinks other than 0, or that require grad": sinks is not None
         and (bool(sinks.any()) or sinks.requires_grad),
     }
     if used := [name for name, on in options.items() if on]:
         raise ConversionError(
-            f"nn.MultiheadAttention has nothing for {'; '.join(used)}; keep the module as it is"
+            f"nn.MultiheadAttention has no option for {'; '.join(used)}; keep the module as it is"
         )
 
 

@@ -1,4 +1,4 @@
-"""From the attention layers of transformers and back, known by class name: none is imported."""
+"""Conversion from and to attention layers of transformers, by class name: none is imported."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _KNOWN: dict[str, Family] = {name: family for family in FAMILIES for name in fam
 
 
 def from_transformers(attention_layer: nn.Module) -> Converted:
-    """A transformers attention layer as a module of ours with the same weights.
+    """Convert a transformers attention layer to a polyhead module with the same weights.
 
     Args:
         attention_layer: the attention of one layer, such as `model.model.layers[0].self_attn`.
-            It is left as it is; weights are copied.
+            It is not modified; weights are copied.
 
     Returns:
-        The same function of the hidden states that enter the layer, rope included: a
-        `MultiHeadAttention`, for DeepSeek V3 a `MultiHeadLatentAttention`.
+        The same function of the layer's hidden states, rope included: a `MultiHeadAttention`, for
+        DeepSeek V3 a `MultiHeadLatentAttention`.
 
     Raises:
-        ConversionError: the class, or an option of it, is not known, or a projection is no plain
-            layer (adapters, quantisation).
+        ConversionError: the class, or one of its options, is not supported, or a projection is no
+            plain layer (adapters, quantization).
     """
     build, layout = _known(attention_layer)
     module = build(attention_layer)
@@ -54,19 +54,21 @@ def from_transformers(attention_layer: nn.Module) -> Converted:
 
 @torch.no_grad()
 def to_transformers(mha: Converted, attention_layer: M) -> M:
-    """Write the weights of a module of ours into a transformers attention layer: the way back.
+    """Write the weights of a polyhead module into a transformers attention layer.
+
+    The inverse of `from_transformers`.
 
     Args:
-        mha: what `from_transformers` made of such a layer, trained on, say. It is left as it is.
-        attention_layer: takes the weights, in place. What it does not have in common with ours
-            (a norm behind it, which parameters train) stays as it is.
+        mha: a module from `from_transformers`, perhaps trained since. It is not modified.
+        attention_layer: receives the weights in place. Its other parameters (a norm after it)
+            and every requires_grad are kept.
 
     Returns:
         The layer.
 
     Raises:
-        ConversionError: the layer would be another function than `mha`: an option, a shape or a
-            dtype differs. Nothing is written then.
+        ConversionError: the layer would compute another function than `mha`: an option, a shape
+            or a dtype differs. Nothing is written then.
     """
     build, layout = _known(attention_layer)
     like = build(attention_layer)
@@ -97,7 +99,7 @@ def _known(layer: nn.Module) -> tuple[Callable[[nn.Module], Converted], Layout]:
 def _moving(
     read: Callable[[nn.Module, Iterable[str]], dict[str, Tensor]], layer: nn.Module, layout: Layout
 ) -> dict[str, Tensor]:
-    """Their parameters, without those that stay with the model."""
+    """Return their parameters, without those that stay with the model."""
     parameters = read(layer, layout.projections)
     return {name: tensor for name, tensor in parameters.items() if name not in layout.staying}
 
@@ -113,11 +115,11 @@ def _sizes(module: Converted) -> Sizes:
 
 
 def _check_alike(mha: Converted, like: Converted) -> None:
-    """Their layer, read as ours, has the options that ours has."""
+    """Raise unless `like`, their layer as one of our modules, has the options of `mha`."""
     if type(mha) is not type(like):
         raise ConversionError(
             f"mha must be a {type(like).__name__} to go into this layer; got {type(mha).__name__}; "
-            "pass what from_transformers gives for it"
+            "pass the module that from_transformers returns for it"
         )
     theirs = _options(like)
     for name, option in _options(mha).items():
@@ -129,7 +131,7 @@ def _check_alike(mha: Converted, like: Converted) -> None:
 
 
 def _options(module: Converted) -> dict[str, object]:
-    """All that makes the function beside the weights."""
+    """Return all options that determine the function, without the weights."""
     options: dict[str, object] = {
         name: getattr(module, name) for name in ("d_in", "d_out", "num_heads", "rope", "mask")
     }
@@ -158,8 +160,8 @@ def _check_fits(moved: dict[str, Tensor], parameters: dict[str, Tensor]) -> None
     if moved.keys() != parameters.keys():
         differing = ", ".join(sorted(moved.keys() ^ parameters.keys()))
         raise ConversionError(
-            f"mha must have just the weights that the layer has; {differing} is in one of them "
-            "alone; build mha with the same biases"
+            f"mha must have the same weights as the layer; {differing} is in only one of them; "
+            "build mha with the same biases"
         )
     for name, tensor in moved.items():
         theirs = parameters[name]

@@ -111,7 +111,7 @@ def _refusing(path: str, what: str, cause: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ModelError(f"{path} {what} ({reason}): {cause}; get the file anew") from error
+        raise ModelError(f"{path} {what} ({reason}): {cause}; get the file again") from error
 
 
 class _CheckedBytes:
@@ -221,7 +221,7 @@ def _assemble(
         if (got := tuple(reversed(tensor.shape.tolist()))) != shape:
             raise ModelError(
                 f"{path}: tensor {ours} must have the shape {shape} that the metadata implies; "
-                f"got {got}; get the file anew"
+                f"got {got}; get the file again"
             )
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         weights[theirs] = _weight(tensor, heads.get(ours.split(".")[-2]))

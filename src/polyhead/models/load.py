@@ -137,7 +137,7 @@ def _sha256(path: Path) -> str:
 def _from_folder(path: Path) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} must hold config.json to be a model folder; {_instead(path)}")
-    with _refusing(str(path), "get the folder anew"):
+    with _refusing(str(path), "get the folder again"):
         return _from_pretrained(str(path), local=True)
 
 

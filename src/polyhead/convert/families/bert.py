@@ -1,10 +1,10 @@
-"""The layouts of BERT: separate projections with biases, everybody attends to everybody.
+"""Layouts of BERT: separate projections with biases, bidirectional attention.
 
     self.query, self.key, self.value (d, d)    output.dense (d, d)        BertAttention
          query,      key,      value (d, d)                               BertSelfAttention
 
-Row block h of query is head h. What BertAttention does behind output.dense (dropout, the residual,
-LayerNorm) stays with the model: ours gives what enters it.
+Row block h of query is head h. BertAttention's steps after output.dense (dropout, the residual,
+LayerNorm) stay with the model: our output is their input.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ BERT_SELF = Layout(
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """A BertAttention's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with a BertAttention's options, on the meta device."""
     return build_self(layer.self, out_proj=True)
 
 
 def build_self(layer: Any, *, out_proj: bool = False) -> MultiHeadAttention:
-    """The options of the attention itself, with nothing behind it."""
+    """Return a MultiHeadAttention with a BertSelfAttention's options: no output projection."""
     config = getattr(layer, "config", None)  # not in transformers 4
     width: int = layer.query.in_features
     kind = getattr(layer, "position_embedding_type", None) or "absolute"

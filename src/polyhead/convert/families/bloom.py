@@ -1,4 +1,4 @@
-"""The layout of Bloom: GPT-NeoX's, head by head a query, a key and a value; and ALiBi.
+"""Layout of Bloom: as GPT-NeoX, one weight with a query, a key and a value per head; ALiBi.
 
     query_key_value (H * 3 * D, d)        dense (d, d)
 
@@ -6,7 +6,7 @@
     | query 0 | key 0 | value 0 | query 1 | key 1 | value 1 | ...
     +---------+-------+---------+---------+-------+---------+-----
 
-Theirs adds the residual it is called with to the output; ours is called without one.
+Theirs adds the residual it is given to the output; ours is given none.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYOUT = Layout("bloom", neox.PROJECTIONS)
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     dropout = layer.attention_dropout
     d = layer.hidden_size
     return MultiHeadAttention(

@@ -1,4 +1,4 @@
-"""The layout of DeepSeek V3: latents, and one weight that makes keys and values, head by head.
+"""Layout of DeepSeek V3: latents, and one weight with the keys and values of each head.
 
     kv_a_proj_with_mqa (C + R, d)    kv_a_layernorm (C,)    kv_b_proj (H * (N + E), C)
     q_a_proj (Q, d)    q_a_layernorm (Q,)    q_b_proj (H * (N + R), Q)     or q_proj (.., d) alone
@@ -25,7 +25,7 @@ __all__ = ["FAMILY"]
 
 
 def latent_heads(sizes: Sizes) -> Rows:
-    """Head by head, features of its key and of its value."""
+    """Return the rows per head: features of its key, then of its value."""
     features = sizes.need("nope_head_dim"), sizes.need("value_head_dim")
     return sizes.need("num_heads"), features
 
@@ -43,12 +43,12 @@ LAYOUT = Layout(
     linear("q_b_proj", "W_query"),
     _SHARED,
 )
-# DeepSeek V2 Lite and others whose queries have no latent.
+# Without a latent for the queries, as in DeepSeek V2 Lite.
 DIRECT = Layout("deepseek_direct", linear("q_proj", "W_query"), _SHARED)
 
 
 def build(layer: Any) -> MultiHeadLatentAttention:
-    """The layer's options as a MultiHeadLatentAttention without numbers."""
+    """Return a MultiHeadLatentAttention with the layer's options, on the meta device."""
     config = layer.config
     bias: bool = config.attention_bias
     return MultiHeadLatentAttention(

@@ -1,4 +1,4 @@
-"""The layout of Falcon: one weight, group by group its query heads, its key and its value.
+"""Layout of Falcon: one weight; per KV group its query heads, its key and its value.
 
     query_key_value ((H + 2 G) * D, d)        dense (d, d)
 
@@ -6,8 +6,8 @@
     | query 0 | ... | query H/G - 1 | key 0 | value 0 | query H/G | ...      group 0 | group 1 ...
     +---------+-----+---------------+-------+---------+-----------+-----
 
-Falcon-40B has G groups; Falcon-7B is one group (G = 1); without multi_query every head is one, as
-in GPT-NeoX. Positions are rope's, or ALiBi's in their way (`FalconAlibi`).
+Falcon-40B has G groups; Falcon-7B has one (G = 1); without multi_query every head is a group, as in
+GPT-NeoX. Positions: rope, or Falcon's own rounding of ALiBi (`FalconAlibi`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["FAMILY", "FalconAlibi"]
 
 
 def num_kv_heads(config: Mapping[str, Any]) -> int | None:
-    """Key/value heads, as the config's three options say it together."""
+    """Return the number of KV heads, which depends on three options of the config."""
     heads: int | None = config.get("num_attention_heads")
     if config.get("new_decoder_architecture"):
         groups: int | None = config.get("num_kv_heads")
@@ -48,8 +48,8 @@ LAYOUT = Layout(
 class FalconAlibi(nn.Module):
     """ALiBi as transformers computes it for Falcon: slope * position in bfloat16, over sqrt(D).
 
-    Keys count from 0, and bfloat16 rounds what is added: this is not `alibi_slopes`, whose scores
-    are exact, but what the weights were run with.
+    Keys count from 0, and the bias is rounded to bfloat16: the weights were trained with that,
+    not with the exact biases of `alibi_slopes`.
 
     >>> FalconAlibi(num_heads=2, head_dim=4)(1, 3)[0, :, 0]
     tensor([[0.0000, 0.0312, 0.0625],
@@ -61,21 +61,21 @@ class FalconAlibi(nn.Module):
     def __init__(self, num_heads: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        # Not saved, as theirs is not; a buffer, to be where the weights are.
+        # Not saved, as in transformers; a buffer, so that it moves with the weights.
         slopes = alibi_slopes(num_heads, dtype=torch.bfloat16).float()
         self.register_buffer("slopes", slopes, persistent=False)
 
     def forward(self, T: int, S: int) -> Tensor:
-        numbers = self.slopes.bfloat16()[:, None] * torch.arange(S, device=self.slopes.device)
+        rounded = self.slopes.bfloat16()[:, None] * torch.arange(S, device=self.slopes.device)
         exact = torch.promote_types(self.slopes.dtype, torch.float32)
-        return (numbers.to(exact) / math.sqrt(self.head_dim))[None, :, None]
+        return (rounded.to(exact) / math.sqrt(self.head_dim))[None, :, None]
 
     def extra_repr(self) -> str:
         return f"num_heads={len(self.slopes)}, head_dim={self.head_dim}"
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     config = layer.config
     dropout = layer.attention_dropout
     d, H = config.hidden_size, config.num_attention_heads
@@ -84,7 +84,7 @@ def build(layer: Any) -> MultiHeadAttention:
         d,
         d,
         UNLIMITED if config.alibi else context_length(config),
-        dropout.p if config.alibi else 0.0,  # with rope theirs drops no weights
+        dropout.p if config.alibi else 0.0,  # with rope, transformers drops no weights
         H,
         config.bias,
         num_kv_heads=num_kv_heads(vars(config)),

@@ -1,7 +1,7 @@
-"""The layouts of Gemma 2 and 3: Llama's; Gemma 3 norms queries and keys.
+"""Layouts of Gemma 2 and 3: as Llama; Gemma 3 normalizes queries and keys.
 
     q_proj (H * D, d_in)    k_proj, v_proj (G * D, d_in)    o_proj (d_in, H * D)
-    q_norm, k_norm (D,)     Gemma 3; what they hold is the norm's weight minus 1
+    q_norm, k_norm (D,)     Gemma 3; stored as the norm's weight minus 1
 
 Scores are scaled by query_pre_attn_scalar, which need not be the head size. Gemma 2 caps them.
 Gemma 3 has two ropes, one for the layers with a sliding window and one for the others.
@@ -46,7 +46,7 @@ class OffsetRMSNorm(nn.RMSNorm):
 
 
 def build_gemma2(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     if getattr(layer.config, "use_bidirectional_attention", None):
         raise ConversionError(
             "use_bidirectional_attention must be off; got True, and yet transformers' Gemma 2 "
@@ -56,7 +56,7 @@ def build_gemma2(layer: Any) -> MultiHeadAttention:
 
 
 def build_gemma3(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     options = {} if layer.is_causal else {"mask": _both_ways(layer.sliding_window)}
     norm = layer.q_norm
     return llama.build(

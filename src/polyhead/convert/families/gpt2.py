@@ -1,4 +1,4 @@
-"""The layout of GPT-2: one weight kept (in, out), all queries before all keys before all values.
+"""Layout of GPT-2: one weight stored (in, out), all queries before all keys before all values.
 
 c_attn (d, 3 * d)        c_proj (d, d)        each x @ weight + bias, with x a row
 
@@ -29,7 +29,7 @@ LAYOUT = Layout(
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     if layer.is_cross_attention:
         raise ConversionError(
             "a GPT2Attention must attend to its own tokens; got one for cross-attention, whose "

@@ -1,4 +1,4 @@
-"""The layout of GPT-OSS: Llama's with biases, and a learned sink a head.
+"""Layout of GPT-OSS: as Llama, with biases and a learned sink per head.
 
     q_proj (H * D, d_in)    k_proj, v_proj (G * D, d_in)    o_proj (d_in, H * D)    sinks (H,)
 
@@ -20,7 +20,7 @@ LAYOUT = Layout("gpt_oss", llama.PROJECTIONS, parameter("sinks"))
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     return llama.build(layer, sinks=True)
 
 

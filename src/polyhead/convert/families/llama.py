@@ -1,4 +1,4 @@
-"""The layout of Llama, Mistral and Qwen 2: separate projections, grouped heads, half-split rope.
+"""Layout of Llama, Mistral and Qwen 2: separate projections, grouped heads, half-split rope.
 
     q_proj (H * D, d_in)    k_proj, v_proj (G * D, d_in)    o_proj (d_in, H * D)
 
@@ -26,12 +26,12 @@ LAYOUT = Layout("llama", PROJECTIONS)
 
 
 def build(layer: Any, *, layer_type: str | None = None, **options: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers.
+    """Return a MultiHeadAttention with the layer's options, on the meta device.
 
     Args:
         layer: with Llama's attributes.
-        layer_type: which of the config's ropes, where it has several.
-        options: what differs from Llama.
+        layer_type: selects one of the config's ropes, if it has several.
+        options: of MultiHeadAttention, where they differ from Llama.
     """
     config = layer.config
     q_proj = layer.q_proj

@@ -1,4 +1,4 @@
-"""The layout of GPT-NeoX (Pythia): one weight, head by head its query, key and value.
+"""Layout of GPT-NeoX (Pythia): one weight with a query, a key and a value per head.
 
     query_key_value (H * 3 * D, d)        dense (d, d)
 
@@ -6,7 +6,7 @@
     | query 0 | key 0 | value 0 | query 1 | key 1 | value 1 | ...
     +---------+-------+---------+---------+-------+---------+-----
 
-Rope turns the first part of each head, pairs half a part apart.
+Rope rotates the first part of each head, in the half-split order.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LAYOUT = Layout("neox", PROJECTIONS)
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     config = layer.config
     d, H = config.hidden_size, config.num_attention_heads
     return MultiHeadAttention(

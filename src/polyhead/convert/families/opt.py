@@ -1,4 +1,4 @@
-"""The layout of OPT: separate projections with biases, no positions in the layer.
+"""Layout of OPT: separate projections with biases, no positions in the layer.
 
     q_proj, k_proj, v_proj (d, d)    out_proj (d, d)
 
@@ -27,7 +27,7 @@ LAYOUT = Layout(
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     config = layer.config
     return MultiHeadAttention(
         config.hidden_size,

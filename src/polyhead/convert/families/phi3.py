@@ -1,4 +1,4 @@
-"""The layout of Phi 3: one weight, all queries before all keys before all values.
+"""Layout of Phi 3: one weight, all queries before all keys before all values.
 
 qkv_proj ((H + 2 G) * D, d_in)        o_proj (d_in, H * D)
 
@@ -27,7 +27,7 @@ LAYOUT = Layout(
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     config = layer.config
     qkv_proj = layer.qkv_proj
     o_proj = layer.o_proj

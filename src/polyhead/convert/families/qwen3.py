@@ -1,9 +1,9 @@
-"""The layout of Qwen 3: Llama's, and a norm of each head's queries and keys before rope.
+"""Layout of Qwen 3: as Llama, with a norm per head of queries and keys before rope.
 
     q_proj (H * D, d_in)    k_proj, v_proj (G * D, d_in)    o_proj (d_in, H * D)
     q_norm, k_norm (D,)     one for all heads
 
-The norms are called as they are in MultiHeadAttention.
+The norms have the same names as in MultiHeadAttention.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LAYOUT = Layout("qwen3", llama.PROJECTIONS, NORMS)
 
 
 def build(layer: Any, **options: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     return llama.build(layer, qk_norm=rms_norm(layer.q_norm), **options)
 
 

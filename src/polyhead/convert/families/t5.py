@@ -1,9 +1,9 @@
-"""The layout of T5: separate projections without biases, and a learned number a distance.
+"""Layout of T5: separate projections without biases, and a learned bias per distance.
 
     q, k, v (H * D, d)    o (d, H * D)    relative_attention_bias (buckets, H)
 
 Row block h of q is head h; scores are not scaled. Only a stack's first layer has the table. The
-others are called with its numbers, so here they share its module:
+others are given its bias, so here they share its module:
 
     later.position_bias = first.position_bias
 """
@@ -32,7 +32,7 @@ LAYOUT = Layout(
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     heads: int = layer.n_heads
     table = None
     if layer.has_relative_attention_bias:

@@ -1,9 +1,9 @@
-"""The layouts of ViT: separate projections, everybody attends to everybody.
+"""Layouts of ViT: separate projections, bidirectional attention.
 
     q_proj, k_proj, v_proj (d, d)                                      o_proj (d, d)
     attention.query, attention.key, attention.value (d, d)             output.dense (d, d)
 
-The first row is transformers 5's layer, the second transformers 4's, and that of checkpoints.
+The first row is transformers 5's layer, the second transformers 4's and that of checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ VIT_SAVED = Layout(
 
 
 def build(layer: Any) -> MultiHeadAttention:
-    """The layer's options as a MultiHeadAttention without numbers."""
+    """Return a MultiHeadAttention with the layer's options, on the meta device."""
     is_as_saved = hasattr(layer, "attention")
     config = layer.attention.config if is_as_saved else layer.config
     o_proj = layer.output.dense if is_as_saved else layer.o_proj
