@@ -130,7 +130,7 @@ def test_layers_anywhere_in_a_model_of_one_s_own_are_no_gap():
 def test_fewer_layers_than_the_config_names_are_refused(config):
     config = {"model_type": "llama", "num_attention_heads": 3, **config}
     with pytest.raises(
-        ConversionError, match=r"all 4 layers .* be there; got attention of 3; give"
+        ConversionError, match=r"all 4 layers .* be present; got attention of 3; give"
     ):
         move(model("llama"), "llama", config=config)
     move(model("llama", 4), "llama", config=config)

@@ -245,12 +245,12 @@ def test_one_head_s_norms_pass_once_it_is_said():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q_proj.weight": torch.uint8}, r"q_proj\.weight must hold floating .* got torch\.uint8"),
+        ({"q_proj.weight": torch.uint8}, r"q_proj\.weight must be floating .* got torch\.uint8"),
         (
             {"o_proj.weight": torch.int8},
-            r"o_proj\.weight must hold floating .*model\.dequantize\(\)",
+            r"o_proj\.weight must be floating .*model\.dequantize\(\)",
         ),
-        ({"k_proj.bias": torch.int64}, r"k_proj\.bias must hold floating"),
+        ({"k_proj.bias": torch.int64}, r"k_proj\.bias must be floating"),
         ({"v_proj.weight": torch.float8_e4m3fn}, r"16 bits or more; got torch\.float8_e4m3fn"),
         ({"v_proj.weight": torch.float8_e5m2}, r"float8_e5m2, quantized values"),
         ({"q_proj.weight": torch.bool}, r"got torch\.bool"),
@@ -298,7 +298,7 @@ class Subclass(torch.Tensor):
         (lambda t: t.to("meta"), r"must have values; got a tensor on the meta device"),
         (
             lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
-            r"must hold floating point .*qint8",
+            r"must be floating point .*qint8",
         ),
     ],
 )

@@ -280,7 +280,7 @@ def test_nothing_of_ours_is_left_behind():
 def test_stacked_heads_need_a_number_that_divides(heads):
     mha = ph.MultiHeadAttention(7, 16, 4, 0.0, 4, num_kv_heads=2)
     message = {
-        3: r"divide the 16 rows of W_query.weight .*the 8 rows of W_key.weight .*got 3",
+        3: r"divide the 16 rows of W_query.weight, .*the 8 rows of W_key.weight .*got 3",
         5: r"got 5",
     }[heads]
     with pytest.raises(ConversionError, match=message):

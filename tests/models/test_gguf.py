@@ -222,7 +222,7 @@ def test_missing_tensors_are_named(tiny_file, tmp_path):
 def test_tensor_that_would_be_left_out(tiny_file, tmp_path):
     file = tiny_file()
     file.tensors["rope_freqs.weight"] = np.ones(5, np.float32)
-    with pytest.raises(ModelError, match=r"does not know rope_freqs\.weight;"):
+    with pytest.raises(ModelError, match=r"does not support rope_freqs\.weight;"):
         load_gguf(file.write(tmp_path / "tiny.gguf"))
 
 

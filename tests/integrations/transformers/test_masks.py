@@ -176,12 +176,12 @@ def test_a_rule_that_changed_its_meaning_is_not_believed(monkeypatch):
         return inner_mask
 
     monkeypatch.setattr(theirs, "sliding_window_overlay", sliding_window_overlay)
-    mask_functions._readers.cache_clear()
+    mask_functions._matchers.cache_clear()
     try:
         rule = theirs.and_masks(sliding_window_overlay(3), theirs.causal_mask_function)
         mask, expected = both(7, 7, mask_function=rule)
     finally:
-        mask_functions._readers.cache_clear()
+        mask_functions._matchers.cache_clear()
     assert type(mask) is torch.Tensor
     assert_same(mask, expected)
 
@@ -192,7 +192,7 @@ def test_a_rule_that_changed_its_meaning_is_not_believed(monkeypatch):
 def test_a_model_of_shapes_alone(kind, asked, name, build):
     if kind == "meta" and (asked or not SINCE_5):
         pytest.skip("transformers itself looks at numbers")
-    mask_functions._readers.cache_clear()  # they may first be needed here
+    mask_functions._matchers.cache_clear()  # they may first be needed here
     model = build(name, "polyhead")
     if kind == "meta":
         model.to("meta")
@@ -200,8 +200,8 @@ def test_a_model_of_shapes_alone(kind, asked, name, build):
     with fake if kind == "fake" else torch.device("meta"):
         tokens = torch.ones(2, 9, dtype=torch.int64)
         assert model(tokens, **asked).logits.shape == (2, 9, 31)
-    keys = mask_functions.Keys(9, 0, "cpu")
-    assert mask_functions.recognise(theirs.causal_mask_function, keys) == (ph.mask.causal(),)
+    keys = mask_functions.KeySpan(9, 0, "cpu")
+    assert mask_functions.recognize(theirs.causal_mask_function, keys) == (ph.mask.causal(),)
 
 
 def test_a_step_that_is_to_be_compiled_gets_a_plain_tensor():

@@ -14,7 +14,7 @@ __all__ = ["LayerStatus", "ModelStatus", "PolyheadCache", "register", "status"]
 
 
 def __getattr__(name: str) -> Any:
-    # A class of transformers', which is imported when it is asked for.
+    # A subclass of a transformers class: imported on first access.
     if name == "PolyheadCache":
         from polyhead.integrations.transformers.cache import PolyheadCache
 

@@ -1,4 +1,4 @@
-"""The attention layers of a model, told from their code: which ask for a registered function."""
+"""Attention layers of a model: which ones use transformers' AttentionInterface, from their code."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["AttentionLayer", "attention_layers"]
 
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One of them.
+    """One attention layer.
 
     Attributes:
         name: as in `model.named_modules()`.
-        module: itself.
+        module: the layer.
         config: of the innermost model that it is in; None outside of any.
-        uses_attention_interface: whether it asks transformers for a registered attention function.
+        uses_attention_interface: True if it calls a registered attention function.
         refused: arguments that it passes to that function and polyhead's refuses.
     """
 
@@ -38,7 +38,7 @@ class AttentionLayer:
 
     @property
     def is_polyhead(self) -> bool:
-        """Whether it is a module of ours, which asks nobody."""
+        """True for polyhead's own modules."""
         return type(self.module).__module__.startswith("polyhead.")
 
     @property
@@ -47,7 +47,7 @@ class AttentionLayer:
 
     @property
     def has_custom_attention(self) -> bool:
-        """Whether it is transformers' attention, and computes it without asking."""
+        """True for an attention of transformers that bypasses AttentionInterface."""
         cls: Any = type(self.module)
         return not (
             self.uses_attention_interface or self.is_polyhead or self.is_torch
@@ -55,7 +55,7 @@ class AttentionLayer:
 
 
 def attention_layers(module: nn.Module, name: str = "", config: Any = None) -> list[AttentionLayer]:
-    """In the order of `module.named_modules()`; those without another inside."""
+    """Return the innermost attention layers, in the order of `module.named_modules()`."""
     return list(_layers(module, name, config))
 
 
@@ -67,20 +67,21 @@ def _layers(module: nn.Module, name: str, config: Any) -> Iterator[AttentionLaye
         for layer in _layers(child, f"{name}.{child_name}".lstrip("."), config)
     ]
     cls: Any = type(module)
-    asks = _asks(cls)
-    if asks or ("Attention" in cls.__name__ and not inner):
-        yield AttentionLayer(name, module, config, asks, _refused(cls) if asks else ())
+    dispatches = _dispatches(cls)
+    if dispatches or ("Attention" in cls.__name__ and not inner):
+        refused = _refused(cls) if dispatches else ()
+        yield AttentionLayer(name, module, config, dispatches, refused)
     yield from inner
 
 
 @functools.cache
-def _asks(cls: Any) -> bool:
+def _dispatches(cls: Any) -> bool:
     return "ALL_ATTENTION_FUNCTIONS" in _source(cls.forward)
 
 
 @functools.cache
 def _refused(cls: Any) -> tuple[str, ...]:
-    """Named arguments of a class's calls of the function that it was given."""
+    """Return keyword arguments of a class's attention call that polyhead refuses."""
     source = textwrap.dedent(_source(cls.forward))
     nodes = list(ast.walk(ast.parse(source)))
     functions = {
@@ -103,7 +104,7 @@ def _refused(cls: Any) -> tuple[str, ...]:
 
 @functools.cache
 def _attends(cls: Any) -> bool:
-    """Whether a class takes a softmax and multiplies by it: a linear attention does not."""
+    """True if a class multiplies by a softmax; linear attention does not."""
     source = _source(cls)
     if "scaled_dot_product_attention(" in source:
         return True

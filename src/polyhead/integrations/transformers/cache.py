@@ -1,4 +1,4 @@
-"""A cache for transformers models that copies nothing when a token is added."""
+"""KV cache for transformers models: a new token is appended without copying the others."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["Layer", "PolyheadCache"]
 
 
 class PolyheadCache(transformers.Cache):
-    """Keys and values of every layer, each in a `polyhead.KVCache`: pass it as `past_key_values`.
+    """One `polyhead.KVCache` per layer: pass it as `past_key_values`.
 
-    transformers' own dynamic cache makes a new tensor of all tokens for each new one; this writes
-    it into memory that is there, and hands out views.
+    transformers' own dynamic cache copies all tokens for each new one; this cache writes the new
+    token into preallocated memory and returns views.
 
     Args:
-        config: of the model; layers with a sliding window or chunks keep what these need.
-        max_tokens: the most tokens it takes; None: the model's `max_position_embeddings`.
+        config: of the model; layers with a sliding window or chunks keep only these tokens.
+        max_tokens: capacity in tokens; None: the model's `max_position_embeddings`.
         storage_dtype: as in `KVCache`; torch.int8 takes a quarter of float32's memory, and
             attn_implementation="polyhead" reads it in place.
         preallocate: as in `KVCache`.
 
     Raises:
-        ArgumentError: a layer keeps something else than keys and values; or what `KVCache` raises.
+        ArgumentError: a layer keeps state other than keys and values; or as `KVCache` raises.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> config = LlamaConfig(
@@ -53,7 +53,7 @@ class PolyheadCache(transformers.Cache):
         storage_dtype: torch.dtype | None = None,
         preallocate: bool = False,
     ) -> None:
-        # transformers knows how to read a config; its own layers say what each needs.
+        # transformers' own layers, made from the config, have the window of each layer.
         theirs = transformers.DynamicCache(config=config).layers
         text_config: Any = config.get_text_config(decoder=True)
         kinds = getattr(text_config, "layer_types", None) or []
@@ -61,7 +61,7 @@ class PolyheadCache(transformers.Cache):
             max_tokens = getattr(text_config, "max_position_embeddings", None)
         layers: list[Any] = []
         for index, layer in enumerate(theirs):
-            if type(layer).__name__ == "DummyLayer":  # keeps nothing: it reads another's keys
+            if type(layer).__name__ == "DummyLayer":  # shares another layer's keys
                 layers.append(layer)
                 continue
             window = getattr(layer, "sliding_window", None)
@@ -81,20 +81,19 @@ class PolyheadCache(transformers.Cache):
         super().__init__(layers=layers)
 
     def activate_past_recording(self) -> None:
-        """Keep what a window no longer needs, from the next token to the next `crop`.
+        """Keep tokens that leave a window, from the next token until the next `crop`.
 
-        transformers calls it where drafts are verified; call it before the tokens that may be
-        taken back.
+        transformers calls it to verify drafts; call it before tokens that may be removed again.
         """
         for layer in self.layers:
             if isinstance(layer, Layer):
                 layer.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens: -n of them, or (as before transformers 5) all but n.
+        """Remove the last tokens: -n of them, or (as before transformers 5) all but n.
 
         Raises:
-            ArgumentError: a window has let go of what came before them. No layer has changed.
+            ArgumentError: a window has dropped the tokens before them. No layer is changed.
         """
         for layer in self.layers:
             if isinstance(layer, Layer):
@@ -103,11 +102,11 @@ class PolyheadCache(transformers.Cache):
 
 
 class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One layer of a `PolyheadCache`. It takes its sizes from the first keys it is given.
+    """One layer of a `PolyheadCache`. It takes its sizes from the first keys.
 
     Args:
-        max_tokens: the most tokens it takes; None, only with a window: no limit.
-        sliding_window: how many keys a query sees, its own among them; None: all.
+        max_tokens: capacity in tokens; None, only with a window: no limit.
+        sliding_window: keys that a query sees, its own included; None: all.
         storage_dtype, preallocate: as in `KVCache`.
     """
 
@@ -122,14 +121,14 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         storage_dtype: torch.dtype | None = None,
         preallocate: bool = False,
     ) -> None:
-        # The parent would set keys and values, which are read here.
+        # Not super().__init__(), which sets keys and values: properties here.
         self.max_tokens = max_tokens
         self.sliding_window = sliding_window
         self.is_sliding = sliding_window is not None
         self._options = {"storage_dtype": storage_dtype, "preallocate": preallocate}
         self._cache: KVCache | None = None
         self.record_past = False
-        self._since_crop = 0  # tokens that may be taken back
+        self._since_crop = 0  # tokens that may be removed again
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -137,12 +136,12 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
-        """(B, G, S, D): those that the newest token needs; None before the first."""
+        """(B, G, S, D) keys that the newest token needs; None before the first."""
         return None if self._cache is None else wrap(self._cache.read_as_views()[0])
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
-        """(B, G, S, E)."""
+        """(B, G, S, E) values that the newest token needs; None before the first."""
         return None if self._cache is None else wrap(self._cache.read_as_views()[1])
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -163,10 +162,10 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add tokens; the keys and values they need, as views where possible.
+        """Append tokens and return the keys and values they need, as views where possible.
 
-        Of int8 codes no tensor is made: polyhead's attention reads them where they are, and another
-        attention gets a tensor when it computes with them.
+        Int8 values are not dequantized: polyhead's attention reads them in place, and for another
+        attention they are materialized on first use.
         """
         if self._cache is None or self._is_of_another_batch(key_states):
             self.lazy_initialization(key_states, value_states)
@@ -182,7 +181,7 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         return wrap(key), wrap(value)
 
     def _is_of_another_batch(self, key_states: Tensor) -> bool:
-        """Whether the cache is empty, as after `reset`, and was made for other rows than these."""
+        """True if the cache is empty, as after `reset`, and was made for another batch size."""
         assert self._cache is not None
         return self._cache.length == 0 and self._cache.batch != key_states.shape[0]
 
@@ -195,7 +194,7 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
     get_max_cache_shape = get_max_length  # its name before transformers 5
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """How many keys `update` will return for so many queries, and the position of the first."""
+        """Return the number of keys that `update` will return, and the position of the first."""
         if isinstance(query_length, Tensor):  # the positions of the queries, before transformers 5
             query_length = query_length.shape[0]
         length = self.get_seq_length()
@@ -215,7 +214,7 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
         self._since_crop = 0
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raise what `crop` would raise, and change nothing."""
+        """Raise if `crop` would; nothing is changed."""
         if self._cache is None:
             return
         try:
@@ -225,7 +224,7 @@ class Layer(transformers.cache_utils.CacheLayerMixin):  # type: ignore[no-untype
                 "tokens_to_remove",
                 error.rule,
                 tokens_to_remove,
-                "call cache.activate_past_recording() before the tokens that may be taken back",
+                "call cache.activate_past_recording() before tokens that may be removed again",
             ) from None
 
     def _removed(self, tokens_to_remove: int) -> int:

@@ -1,7 +1,7 @@
-"""The mask of one call: the tensor that came, and what else the layer and the caller name.
+"""Mask of one call: the attention_mask, combined with other arguments and flags of the layer.
 
-None is no mask. A rule that is named beside it (a flag of the layer, a window, packed documents,
-chosen keys) holds, or the call is refused.
+None is no mask. Every other argument that masks (the layer's flag, a window, packed documents,
+selected keys) is applied, or the call is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from polyhead.mask import Mask
 
 __all__ = ["read_mask"]
 
-# Layers whose cache holds no more than their window, and which attend to all of it, both ways.
+# Layers whose cache is their window, and which attend to all of it, in both directions.
 _WINDOW_IS_IN_CACHE = frozenset({"DiffusionGemmaDecoderTextAttention"})
 
 
@@ -37,16 +37,16 @@ def read_mask(
     position_ids: Tensor | None = None,
     **packing: Any,
 ) -> tuple[Mask | None, Tensor | None]:
-    """Who may attend, and numbers to add to the scores.
+    """Return the mask and the bias of a call.
 
     Args:
         module: the layer.
         query, key: (B, H, T, D) and (B, G, S, D).
-        attention_mask: as in `attention_forward`. One that came holds what the model knows of
-            causality and windows; without one the next two do.
+        attention_mask: as in `attention_forward`. It includes causality and windows; without one
+            the next two arguments apply.
         is_causal, sliding_window: as in `attention_forward`.
-        indices: (B, T, K) the keys that a query may attend to, beside what the mask says.
-        position_ids: (1 or B, T); read where no mask came.
+        indices: (B, T, K) the keys that a query may attend to, in addition to the mask.
+        position_ids: (1 or B, T); read if attention_mask is None.
         packing: as in `packed_documents`.
 
     Raises:
@@ -59,7 +59,7 @@ def read_mask(
     elif isinstance(attention_mask, StructuredMask) and attention_mask.shape[2:] == (T, S):
         rules = [attention_mask.rule]
     else:
-        rule, bias = _written_out(attention_mask, S)
+        rule, bias = _materialized(attention_mask, S)
         rules = [rule]
     if packing:
         rules.append(packed_documents(query.shape, S, **packing))
@@ -78,11 +78,11 @@ def _own_rules(
     sliding_window: int | None,
     position_ids: Tensor | None,
 ) -> list[Mask | None]:
-    """Without a mask: the flag and the window that the layer itself carries."""
+    """Return the masks of the layer's own flag and window, for a call without attention_mask."""
     causal = _is_causal(module, is_causal)
     rules: list[Mask | None] = []
     if causal and not (isinstance(T, int) and T == 1):  # the last query sees all
-        # The queries are the last tokens: a model may drop those whose output it does not need.
+        # The queries are the last tokens: a model may drop queries whose output it does not need.
         rules.append(polyhead.mask.causal())
     if sliding_window is not None and type(module).__name__ not in _WINDOW_IS_IN_CACHE:
         rules.append(_window(sliding_window, T, S, is_causal=causal))
@@ -92,7 +92,7 @@ def _own_rules(
 
 
 def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
-    """The call's word, else the layer's flag; what reads another sequence has no order with it."""
+    """Return the call's argument, else the layer's flag; cross-attention is never causal."""
     name = type(module).__name__
     if getattr(module, "is_cross_attention", False) or "CrossAttention" in name:
         return False
@@ -100,11 +100,11 @@ def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
 
 
 def _window(size: int, T: int, S: int, *, is_causal: bool) -> Mask | None:
-    """Transformers counts the query's own key: `size` keys back, and as many ahead."""
+    """Return the window of `size` keys, the query's own included, and as far ahead."""
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ArgumentError(
             "sliding_window",
-            "must be an integer of at least 1 where no attention_mask comes",
+            "must be an integer of at least 1 without an attention_mask",
             repr(size),
             "set it to None in the config for no window, or pass a mask",
         )
@@ -113,15 +113,15 @@ def _window(size: int, T: int, S: int, *, is_causal: bool) -> Mask | None:
     return polyhead.mask.window(before=size - 1, after=None if is_causal else size - 1)
 
 
-def _written_out(attention_mask: Tensor, S: int) -> tuple[Mask | None, Tensor | None]:
+def _materialized(attention_mask: Tensor, S: int) -> tuple[Mask | None, Tensor | None]:
     if isinstance(attention_mask, StructuredMask):  # of other sizes
         attention_mask = attention_mask.dense()
-    if attention_mask.shape[-1] != S:  # such as a mask of heads, that multiplies
+    if attention_mask.shape[-1] != S:  # such as a head_mask, which multiplies
         raise ShapeError(
             "attention_mask",
             f"must be (B or 1, H or 1, T or 1, S = {S})",
             tuple(attention_mask.shape),
-            'use attn_implementation="eager" for what is no mask of keys, '
+            'use attn_implementation="eager" for other masks than of keys, '
             "and polyhead.look.ablate to switch heads off",
         )
     if attention_mask.is_floating_point():
@@ -130,7 +130,7 @@ def _written_out(attention_mask: Tensor, S: int) -> tuple[Mask | None, Tensor | 
 
 
 def _chosen_keys(indices: Tensor, B: int, T: int, S: int) -> Mask:
-    """(B, T, K) numbers of keys, those below 0 for none, written out."""
+    """Return a dense mask of (B, T, K) key indices; those below 0 select none."""
     if indices.ndim != 3 or indices.shape[:2] != (B, T):
         raise ShapeError(
             "indices",

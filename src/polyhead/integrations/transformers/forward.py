@@ -1,4 +1,4 @@
-"""The attention function: what every layer of a transformers model calls."""
+"""Attention function of transformers' AttentionInterface, called by every layer of a model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ __all__ = ["KNOWN_ARGUMENTS", "attention_forward"]
 
 _WEIGHTS, _NOTHING = AuxRequest(weights=True), AuxRequest()
 
-# What models and their callers send along that changes no weight: where tokens stand is in the
-# queries, keys and mask; the kernels always are deterministic; dropout comes as a number.
+# Arguments of models and callers that change no weight: positions are in the queries, keys and
+# mask; the kernels are always deterministic; dropout is a number of its own.
 _HARMLESS = frozenset(
     {
         *("cache_position", "position_embeddings", "layer_idx"),
@@ -59,35 +59,35 @@ def attention_forward(
     position_ids: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention as transformers asks for it: (B, H, T, D) in, (B, T, H, E) out.
+    """Attention in transformers' convention: (B, H, T, D) in, (B, T, H, E) out.
 
     Args:
         module: the layer.
         query, key, value: (B, H, T, D), (B, G, S, D), (B, G, S, E).
-        attention_mask: what `make_mask` made; or (B, 1, T, S), bool with True = may attend, or
-            numbers to add. None: no mask but what the arguments below name.
+        attention_mask: from `make_mask`; or (B, 1, T, S), bool with True = may attend, or
+            additive. None: no mask but that of the arguments below.
         scaling: factor on the scores; None: 1 / sqrt(D).
         dropout: probability with which a weight is dropped.
-        is_causal: without a mask, whether the queries, the last of the keys, see none after
-            themselves; None: `module.is_causal`, and False where there is none.
+        is_causal: without a mask, True if the queries, the last of the keys, see no later key;
+            None: `module.is_causal`, or False without one.
         softcap: as in `polyhead.attention`.
         s_aux: (H,) sinks.
-        position_bias: (1 or B, H, T, S) numbers to add.
-        output_attentions: whether to return the weights. They are, too, where the model was
+        position_bias: (1 or B, H, T, S) additive bias.
+        output_attentions: True to return the weights. They are also returned if the model was
             called with `output_attentions=True`.
-        sliding_window: without a mask, how many keys back a query sees, its own among them, and
-            as many ahead where the layer is not causal. A mask that comes holds it.
+        sliding_window: without a mask, the keys back that a query sees, its own included, and as
+            far ahead if the layer is not causal. An attention_mask already includes it.
         indices: (B, T, K) the only keys that each query may attend to.
-        position_ids: (1 or B, T). Without a mask, in a causal layer: where they do not count on, a
-            packed document begins.
-        options: packed documents (`packed_documents`: `cu_seq_lens_q`, ..., `seq_idx`), and what
-            changes no weight.
+        position_ids: (1 or B, T). Without a mask, in a causal layer: a packed document begins
+            where they do not increase by 1.
+        options: packed documents (`packed_documents`: `cu_seq_lens_q`, ..., `seq_idx`), and
+            arguments that change no weight.
 
     Returns:
         output, and the weights (B, H, T, S) before dropout or None.
 
     Raises:
-        ArgumentError: an option that is not known; packed documents that do not fit; or what
+        ArgumentError: an unknown option; packed documents that do not fit; or as
             `polyhead.attention` raises.
     """
     packing = {name: options.pop(name) for name in PACKING if name in options}
@@ -126,21 +126,21 @@ def attention_forward(
 def _autocast(
     query: Tensor, key: Tensor | CacheView, value: Tensor | CacheView
 ) -> tuple[Tensor, Tensor | CacheView, Tensor | CacheView]:
-    """In one dtype, as torch's own functions cast: what a model rotates stays float32."""
+    """Cast to one dtype, as torch's functions do: rotated queries and keys may be float32."""
     if isinstance(key, CacheView) or isinstance(value, CacheView):
-        return query.to(key.dtype), key, value  # codes, of no dtype but what is made of them
-    if query.dtype == torch.float64:  # which autocast leaves alone
+        return query.to(key.dtype), key, value  # int8 values, read as key.dtype
+    if query.dtype == torch.float64:  # autocast leaves it alone
         return query, key, value
     dtype = torch.get_autocast_dtype(query.device.type)
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def _are_wanted() -> bool:
-    """Whether the model is to return its attentions: some keep that from what they ask."""
-    if torch.compiler.is_compiling():  # which cannot trace the question
+    """True if the model returns its attentions: some layers do not pass output_attentions on."""
+    if torch.compiler.is_compiling():  # the lookup below cannot be traced
         return False
     capturing = sys.modules.get("transformers.utils.output_capturing")
-    if capturing is None:  # transformers 4, where layers are told, and do not hand it on
+    if capturing is None:  # transformers 4: layers receive the flag, and do not pass it on
         layer = sys._getframe(2)
         return bool(layer.f_locals.get("output_attentions"))
     collected = capturing._active_collector.get()
@@ -156,7 +156,7 @@ def _check_options(options: dict[str, Any]) -> None:
     if unknown:
         raise ArgumentError(
             ", ".join(unknown),
-            "must not be given: polyhead does not know what it means for attention",
+            "must not be given: its effect on attention is unknown",
             ", ".join(type(value).__name__ for value in unknown.values()),
             "; ".join(dict.fromkeys(_REMEDIES.get(name, _EAGER) for name in unknown)),
         )

@@ -1,4 +1,4 @@
-"""Which models ask a registered attention function, and which compute their own attention."""
+"""Guard against models that bypass AttentionInterface: they raise, and never ignore "polyhead"."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ NAME = "polyhead"
 
 
 def reject_unsupported_models() -> None:
-    """Make transformers raise where a model is given "polyhead" and would never call it.
+    """Make transformers raise if a model is given "polyhead" and would never call it.
 
-    transformers itself takes any registered name: a model written before it had attention
-    functions (Bloom, Falcon, XLNet ...) then goes on with attention of its own, some of them with
-    a mask that this does not understand. Wraps the methods of `PreTrainedModel` that a name passes
-    through: as a model is begun, when its layers are there, and on the way to a finished one.
+    transformers itself accepts any registered name: a model written before attention functions
+    (Bloom, Falcon, XLNet ...) then computes its own attention, some with a mask of another
+    convention. Wraps the methods of `PreTrainedModel` that receive the name: before the layers are
+    built, after they are built, and in `set_attn_implementation`.
     """
     from transformers import PreTrainedModel
 
@@ -73,22 +73,22 @@ def reject_unsupported_models() -> None:
 def _check_dispatches(model: PreTrainedModel) -> None:
     if not model._can_set_attn_implementation():
         raise ModelError(
-            f'{type(model).__name__} cannot run attn_implementation="{NAME}": its own layers '
-            "compute attention, and ask no attention function; "
+            f'{type(model).__name__} cannot run attn_implementation="{NAME}": its layers compute '
+            "attention themselves, without AttentionInterface; "
             'keep "eager", or name the part to change: {"text_config": "polyhead"}'
         )
 
 
 class _OwnClasses(dict[str, Any]):
-    """The attention classes that a model's layers choose among by name, none of them ours."""
+    """A model's own table of attention classes by name; "polyhead" raises with a reason."""
 
     def __init__(self, name: str, classes: dict[str, Any]) -> None:
         super().__init__(classes)
         self._name = name
 
-    def __missing__(self, asked: str) -> Any:
-        if asked != NAME:
-            raise KeyError(asked)
+    def __missing__(self, name: str) -> Any:
+        if name != NAME:
+            raise KeyError(name)
         raise ModelError(
             f'a layer cannot run attn_implementation="{NAME}": it chooses among classes of its '
             f"own, {self._name} of {', '.join(self)}; "
@@ -98,7 +98,7 @@ class _OwnClasses(dict[str, Any]):
 
 
 def _name_own_classes(model: PreTrainedModel) -> None:
-    """Give the tables of a model's module a reason in place of their bare KeyError."""
+    """Make a model's tables of attention classes raise a reason instead of a KeyError."""
     module = sys.modules[type(model).__module__]
     for name, classes in list(vars(module).items()):
         if name.endswith("_ATTENTION_CLASSES") and type(classes) is dict:
@@ -108,7 +108,7 @@ def _name_own_classes(model: PreTrainedModel) -> None:
 def _check_layers(
     model: PreTrainedModel, layers: Iterable[AttentionLayer], named: list[Any]
 ) -> None:
-    """Of each part of the model (a config) that is given the name, some layer must ask."""
+    """Raise unless each part of the model (a config) with the name has a layer that dispatches."""
     parts: dict[int, list[AttentionLayer]] = defaultdict(list)
     for layer in layers:
         if _is_in(layer.config, named):
@@ -119,7 +119,7 @@ def _check_layers(
             raise ModelError(
                 f"{type(model).__name__}: {type(refused.module).__name__} ({refused.name}) cannot "
                 f'run attn_implementation="{NAME}": it passes {", ".join(refused.refused)}, which '
-                'polyhead does not know; keep "eager" for this part'
+                'polyhead does not support; keep "eager" for this part'
             )
         own = [layer for layer in part if layer.has_custom_attention]
         if not own:
@@ -128,8 +128,8 @@ def _check_layers(
         what = f"{type(model).__name__}: {kinds} ({own[0].name}, {len(own)} in all)"
         if not any(layer.uses_attention_interface for layer in part):
             raise ModelError(
-                f'{what} cannot run attn_implementation="{NAME}": it computes attention, and asks '
-                'no attention function; keep "eager" for this part, and name the others: '
+                f'{what} cannot run attn_implementation="{NAME}": it computes attention itself, '
+                'without AttentionInterface; keep "eager" for this part, and name the others: '
                 '{"vision_config": "polyhead"}'
             )
         warnings.warn(
@@ -140,7 +140,7 @@ def _check_layers(
 
 
 def _own_layers(model: PreTrainedModel) -> list[AttentionLayer]:
-    """Its layers but those of models in it, which were looked at when they were made."""
+    """Return its layers without those of inner models, which were checked when built."""
     from transformers import PreTrainedModel
 
     inner = tuple(
@@ -152,21 +152,21 @@ def _own_layers(model: PreTrainedModel) -> list[AttentionLayer]:
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
-    """Of the model and all in it, each as often as it is there."""
+    """Yield the configs of the model and its submodules, with repetitions."""
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation"):
             yield config
 
 
-def _named(config: Any, asked: Any) -> Iterator[Any]:
-    """The configs that `set_attn_implementation(asked)` gives the name to, where they are named."""
-    asked = {"": asked} if isinstance(asked, str) else asked or {}
-    if asked.get("") == NAME:
+def _named(config: Any, requested: Any) -> Iterator[Any]:
+    """Yield the configs to which `set_attn_implementation(requested)` gives the name explicitly."""
+    requested = {"": requested} if isinstance(requested, str) else requested or {}
+    if requested.get("") == NAME:
         yield config
     for part in config.sub_configs:
-        if (inner := getattr(config, part, None)) is not None and part in asked:
-            yield from _named(inner, asked[part])
+        if (inner := getattr(config, part, None)) is not None and part in requested:
+            yield from _named(inner, requested[part])
 
 
 def _is_in(config: Any, configs: list[Any]) -> bool:

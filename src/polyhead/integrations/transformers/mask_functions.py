@@ -21,14 +21,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 import polyhead.mask
 from polyhead.mask import Causal, Mask, Window
 
-__all__ = ["Keys", "MaskFunction", "Rules", "has_numbers", "recognise"]
+__all__ = ["KeySpan", "MaskFunction", "Rules", "has_numbers", "recognize"]
 
 MaskFunction = Callable[..., Any]
 Rules = tuple[Mask, ...]  # all must allow
 
 
 @dataclass(frozen=True)
-class Keys:
+class KeySpan:
     """Where the keys of a mask stand: at positions offset .. offset + S - 1."""
 
     S: int
@@ -36,8 +36,8 @@ class Keys:
     device: torch.device | str
 
 
-Reader = Callable[[dict[str, Any], Keys, "Readers"], Rules | None]
-Readers = dict[CodeType | None, Reader]
+Matcher = Callable[[dict[str, Any], KeySpan, "Matchers"], Rules | None]
+Matchers = dict[CodeType | None, Matcher]
 
 
 def has_numbers(tensor: Tensor) -> bool:
@@ -45,14 +45,14 @@ def has_numbers(tensor: Tensor) -> bool:
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
-def recognise(function: MaskFunction, keys: Keys) -> Rules | None:
+def recognize(function: MaskFunction, keys: KeySpan) -> Rules | None:
     """The rules that a mask function of transformers stands for; None if any is not known."""
-    return _recognise(function, keys, _readers())
+    return _recognize(function, keys, _matchers())
 
 
-def _recognise(function: MaskFunction, keys: Keys, readers: Readers) -> Rules | None:
-    reader = readers.get(getattr(function, "__code__", None))
-    return None if reader is None else reader(_enclosed(function), keys, readers)
+def _recognize(function: MaskFunction, keys: KeySpan, matchers: Matchers) -> Rules | None:
+    matcher = matchers.get(getattr(function, "__code__", None))
+    return None if matcher is None else matcher(_enclosed(function), keys, matchers)
 
 
 def _enclosed(function: MaskFunction) -> dict[str, Any]:
@@ -62,45 +62,45 @@ def _enclosed(function: MaskFunction) -> dict[str, Any]:
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
 
 
-def _read_causal(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+def _read_causal(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules:
     return (polyhead.mask.causal(),)
 
 
-def _read_everybody(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+def _read_bidirectional(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules:
     return ()
 
 
-def _read_window(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+def _read_window(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules | None:
     size = given["sliding_window"]
     # Of 0 it hides a query's own key too; Qwen2-MoE makes such a mask, and gives it to no layer.
     known = isinstance(size, int) and size > 0
     return (polyhead.mask.window(before=size - 1),) if known else None
 
 
-def _read_two_sided(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+def _read_two_sided(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules | None:
     size = given["sliding_window"]
     known = isinstance(size, int) and size >= 0
     return (polyhead.mask.window(before=size, after=size),) if known else None
 
 
-def _read_chunks(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules:
+def _read_chunks(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules:
     position = torch.arange(keys.offset, keys.offset + keys.S, device=keys.device)
     padding = given["left_padding"].to(keys.device)
     chunk = (position - padding[:, None]).div(given["chunk_size"], rounding_mode="floor")
     return (polyhead.mask.documents(chunk),)
 
 
-def _read_and(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+def _read_and(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules | None:
     rules: Rules = ()
     for part in given["mask_functions"]:
-        read = _recognise(part, keys, readers)
+        read = _recognize(part, keys, matchers)
         if read is None:
             return None
         rules += read
     return rules
 
 
-def _read_packed(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+def _read_packed(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules | None:
     sequence = given["packed_sequence_mask"]
     if not has_numbers(sequence):
         return None
@@ -109,26 +109,26 @@ def _read_packed(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules |
     return (polyhead.mask.documents(sequence),)
 
 
-def _read_remapped(given: dict[str, Any], keys: Keys, readers: Readers) -> Rules | None:
+def _read_remapped(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules | None:
     """A rule of positions that start anew in each packed sequence.
 
     Within a sequence they differ as the indices do; and transformers only asks for this together
     with the rule that no sequence sees another.
     """
-    rules = _recognise(given["mask_function"], keys, readers)
+    rules = _recognize(given["mask_function"], keys, matchers)
     relative = rules is not None and all(isinstance(rule, Causal | Window) for rule in rules)
     return rules if relative else None
 
 
 @functools.cache
-def _readers() -> Readers:
+def _matchers() -> Matchers:
     """How to read each mask function of this release of transformers, by its code."""
     # With numbers, wherever the first mask is asked for: under fake tensors, another device ...
     with _disable_current_modes(), torch.device("cpu"):
-        return _learn()
+        return _build_matchers()
 
 
-def _learn() -> Readers:
+def _build_matchers() -> Matchers:
     from transformers import masking_utils
 
     def made(name: str, *arguments: Any) -> MaskFunction | None:
@@ -142,36 +142,36 @@ def _learn() -> Readers:
     window = made("sliding_window_overlay", 3)
     two_sided = made("sliding_window_bidirectional_overlay", 2)
     chunks = made("chunked_overlay", 3, torch.tensor([0, 2]))
-    everybody = getattr(masking_utils, "bidirectional_mask_function", None)
+    bidirectional = getattr(masking_utils, "bidirectional_mask_function", None)
     both = made("and_masks", causal, window)
     packed = made("packed_sequence_mask_function", sequence)
     remapped = made("remap_positions_for_packed_sequence", causal, position)
     # What to learn to read, how, and a whole mask to compare by; `and_masks` before what needs it.
-    lessons: list[tuple[MaskFunction | None, Reader, MaskFunction | None]] = [
+    candidates: list[tuple[MaskFunction | None, Matcher, MaskFunction | None]] = [
         (causal, _read_causal, causal),
         (window, _read_window, window),
-        (everybody, _read_everybody, everybody),
+        (bidirectional, _read_bidirectional, bidirectional),
         (two_sided, _read_two_sided, two_sided),
         (chunks, _read_chunks, chunks),
         (both, _read_and, both),
         (packed, _read_packed, packed),
         (remapped, _read_remapped, made("and_masks", packed, remapped)),
     ]
-    readers: Readers = {}
-    for function, reader, example in lessons:
+    matchers: Matchers = {}
+    for function, matcher, example in candidates:
         if function is None or example is None:
             continue  # another release
-        readers[function.__code__] = reader
-        if not _reads_right(example, readers):
-            del readers[function.__code__]
-    return readers
+        matchers[function.__code__] = matcher
+        if not _matches_on_probe(example, matchers):
+            del matchers[function.__code__]
+    return matchers
 
 
-def _reads_right(function: MaskFunction, readers: Readers) -> bool:
+def _matches_on_probe(function: MaskFunction, matchers: Matchers) -> bool:
     """Whether a mask function of 2 batch rows, 7 queries and 7 keys is what we read it as."""
     batch, head, query, key = torch.meshgrid(*map(torch.arange, (2, 1, 7, 7)), indexing="ij")
     try:
-        rules = _recognise(function, Keys(7, 0, "cpu"), readers)
+        rules = _recognize(function, KeySpan(7, 0, "cpu"), matchers)
     except KeyError:  # what it was given has another name in this release
         return False
     if rules is None:

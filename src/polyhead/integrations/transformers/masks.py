@@ -15,10 +15,10 @@ from torch import Tensor
 
 import polyhead.mask
 from polyhead.integrations.transformers.mask_functions import (
-    Keys,
+    KeySpan,
     MaskFunction,
     Rules,
-    recognise,
+    recognize,
 )
 from polyhead.integrations.transformers.packing import is_traced
 from polyhead.integrations.transformers.structured_mask import StructuredMask
@@ -77,8 +77,8 @@ def make_mask(
     if not (
         is_traced(attention_mask, cache_position, q_offset) or (q_length == 1 and not may_skip)
     ):
-        keys = Keys(kv_length, int(kv_offset), device)
-        rules = recognise(rule, keys)
+        keys = KeySpan(kv_length, int(kv_offset), device)
+        rules = recognize(rule, keys)
         if rules is not None:
             rules += _padding(attention_mask, keys)
             return _structured(rules, batch_size, q_length, int(q_offset) - keys.offset, keys)
@@ -103,7 +103,7 @@ def make_mask(
 
 
 def _structured(
-    rules: Rules, batch: int, T: int, first_query: int, keys: Keys
+    rules: Rules, batch: int, T: int, first_query: int, keys: KeySpan
 ) -> StructuredMask | None:
     """All the rules for T queries, the first of which stands at key `first_query`."""
     rules = tuple(rule for rule in rules if not _allows_all(rule, T, first_query, keys.S))
@@ -130,7 +130,7 @@ def _allows_all(rule: Mask, T: int, first_query: int, S: int) -> bool:
     return False
 
 
-def _padding(attention_mask: Tensor | None, keys: Keys) -> Rules:
+def _padding(attention_mask: Tensor | None, keys: KeySpan) -> Rules:
     """Which keys are padding, (B, positions) with False where they are: on which side, if so."""
     if attention_mask is None:
         return ()
