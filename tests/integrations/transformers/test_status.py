@@ -30,7 +30,7 @@ def test_a_layer_that_computes_its_own():
         "BloomModel: 0 of 2 attention layers run polyhead",
         *(
             f"  h.{layer}.self_attention  BloomAttention  its own  "
-            "computes attention in its forward, and asks no attention function"
+            "computes attention in its forward, without AttentionInterface"
             for layer in range(2)
         ),
     ]

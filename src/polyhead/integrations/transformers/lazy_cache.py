@@ -1,4 +1,4 @@
-"""Keys or values that stay where a cache holds them on their way through a transformers model."""
+"""Lazy tensors over cached keys and values: read in place by polyhead, materialized by others."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["LazyCacheTensor", "unwrap", "wrap"]
 
 
 class LazyCacheTensor(LazyTensor):
-    """Keys or values (B, G, S, size) of a cache that holds them as codes.
+    """Keys or values (B, G, S, size) of a quantized cache.
 
-    Our attention function reads them where they are; whoever else computes with them gets a tensor
-    made of them. Valid until the cache that gave it is changed.
+    polyhead's attention function reads them in place; any other operation materializes them.
+    Valid until the cache is changed.
 
     Attributes:
-        cache_view: what the cache gave.
+        cache_view: the view of the cache.
 
     >>> import polyhead as ph
     >>> cache = ph.KVCache(1, 8, 2, 4, storage_dtype=torch.int8)
@@ -34,11 +34,11 @@ class LazyCacheTensor(LazyTensor):
     cache_view: CacheView
 
     def __new__(cls, cache_view: CacheView) -> LazyCacheTensor:
-        held: LazyCacheTensor = cls._wrap(
+        lazy: LazyCacheTensor = cls._wrap(
             cache_view.shape, cache_view.dtype, cache_view.data.device
         )
-        held.cache_view = cache_view
-        return held
+        lazy.cache_view = cache_view
+        return lazy
 
     def _materialize(self) -> Tensor:
         return self.cache_view.materialize()
@@ -51,13 +51,13 @@ class LazyCacheTensor(LazyTensor):
 
 
 def wrap(given: Tensor | CacheView) -> Tensor:
-    """What a cache gave, as a tensor to hand through a model."""
+    """Return cached keys or values as a tensor that can pass through a model."""
     if not isinstance(given, CacheView):
         return given
-    # torch.compile traces no tensor of our own making.
+    # torch.compile does not trace this tensor subclass.
     return given.materialize() if torch.compiler.is_compiling() else LazyCacheTensor(given)
 
 
 def unwrap(tensor: Tensor) -> Tensor | CacheView:
-    """What a cache gave, of the tensor that came through a model."""
+    """Return the cache view in a tensor from `wrap`, or the tensor itself."""
     return tensor.cache_view if isinstance(tensor, LazyCacheTensor) else tensor

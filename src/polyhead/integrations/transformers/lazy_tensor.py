@@ -1,8 +1,7 @@
-"""A tensor that stands for numbers it does not hold, and makes them for whoever computes with it.
+"""Lazy tensor: a wrapper subclass without data that materializes on first use.
 
-transformers hands masks, keys and values from where they are made to the attention as tensors, and
-models look at them on the way: their shape, a slice, a sum with something else. So what keeps a
-structure on that way is a tensor.
+transformers passes masks, keys and values to the attention as tensors, and models use them on the
+way: their shape, a slice, a sum. So a structured mask or a cache view must be a tensor too.
 """
 
 from __future__ import annotations
@@ -16,36 +15,36 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = ["LazyTensor"]
 
-# What checkpointing and copy.deepcopy do.
-_HANDING_ON = (torch.ops.aten.detach.default, torch.ops.aten.clone.default)
+# Used by checkpointing and copy.deepcopy; they do not materialize.
+_ALIASING = (torch.ops.aten.detach.default, torch.ops.aten.clone.default)
 
 
 class LazyTensor(Tensor):
-    """Whatever is done with it but hand it on makes the numbers, once, and goes on with them."""
+    """Tensor without data; any operation but detach and clone materializes it, once."""
 
-    _numbers: Tensor | None
+    _dense: Tensor | None
 
-    # Else torch would call what an operation gives a LazyTensor too, of nothing.
+    # Otherwise torch would wrap the results of operations as LazyTensors without data.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def _wrap(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Any:
-        stand_in = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
-        stand_in._numbers = None
-        return stand_in
+        lazy = Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
+        lazy._dense = None
+        return lazy
 
     def dense(self) -> Tensor:
-        """The numbers, as a plain tensor."""
-        if self._numbers is None:
-            self._numbers = self._materialize()
-        return self._numbers
+        """Return the plain tensor, materialized once."""
+        if self._dense is None:
+            self._dense = self._materialize()
+        return self._dense
 
     def _materialize(self) -> Tensor:
-        """The numbers."""
+        """Compute the plain tensor."""
         raise NotImplementedError
 
     def _alias(self) -> Tensor:
-        """What stands for the same where it is only handed on."""
+        """Return an equal tensor, lazy if possible."""
         return self.dense().clone()
 
     @classmethod
@@ -56,7 +55,7 @@ class LazyTensor(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _HANDING_ON:
+        if func in _ALIASING:
             return args[0]._alias()
         args, kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, dict(kwargs or {})))
         return func(*args, **kwargs)

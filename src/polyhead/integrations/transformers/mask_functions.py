@@ -1,8 +1,8 @@
-"""What transformers' mask functions mean, told as polyhead masks.
+"""Conversion of transformers' mask functions to polyhead masks.
 
 transformers describes a mask as a function of indices, composed of a few factories of its
-`masking_utils`. Those are recognised by their code, and each is believed only after it gave, on a
-small grid, what ours gives.
+`masking_utils`. These are recognized by their code object; each is trusted only if it equals our
+mask on a small grid.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Rules = tuple[Mask, ...]  # all must allow
 
 @dataclass(frozen=True)
 class KeySpan:
-    """Where the keys of a mask stand: at positions offset .. offset + S - 1."""
+    """Keys of a mask: positions offset .. offset + S - 1."""
 
     S: int
     offset: int
@@ -41,12 +41,12 @@ Matchers = dict[CodeType | None, Matcher]
 
 
 def has_numbers(tensor: Tensor) -> bool:
-    """Whether it can be looked into: not if it only has a shape."""
+    """True if the tensor has data: not a meta or fake tensor."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def recognize(function: MaskFunction, keys: KeySpan) -> Rules | None:
-    """The rules that a mask function of transformers stands for; None if any is not known."""
+    """Return the masks that a mask function combines; None if any is unknown."""
     return _recognize(function, keys, _matchers())
 
 
@@ -56,7 +56,7 @@ def _recognize(function: MaskFunction, keys: KeySpan, matchers: Matchers) -> Rul
 
 
 def _enclosed(function: MaskFunction) -> dict[str, Any]:
-    """What a factory of mask functions was given, by name."""
+    """Return the closure of a mask function, by name: the arguments of its factory."""
     cells = function.__closure__ or ()
     names = function.__code__.co_freevars
     return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
@@ -72,7 +72,7 @@ def _read_bidirectional(given: dict[str, Any], keys: KeySpan, matchers: Matchers
 
 def _read_window(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules | None:
     size = given["sliding_window"]
-    # Of 0 it hides a query's own key too; Qwen2-MoE makes such a mask, and gives it to no layer.
+    # Size 0 hides a query's own key too; Qwen2-MoE makes such a mask, and no layer uses it.
     known = isinstance(size, int) and size > 0
     return (polyhead.mask.window(before=size - 1),) if known else None
 
@@ -110,10 +110,10 @@ def _read_packed(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Ru
 
 
 def _read_remapped(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> Rules | None:
-    """A rule of positions that start anew in each packed sequence.
+    """Match a mask of positions that restart in each packed sequence.
 
-    Within a sequence they differ as the indices do; and transformers only asks for this together
-    with the rule that no sequence sees another.
+    Within a sequence, differences of positions are those of indices; and transformers combines it
+    with the mask that separates sequences.
     """
     rules = _recognize(given["mask_function"], keys, matchers)
     relative = rules is not None and all(isinstance(rule, Causal | Window) for rule in rules)
@@ -122,8 +122,8 @@ def _read_remapped(given: dict[str, Any], keys: KeySpan, matchers: Matchers) -> 
 
 @functools.cache
 def _matchers() -> Matchers:
-    """How to read each mask function of this release of transformers, by its code."""
-    # With numbers, wherever the first mask is asked for: under fake tensors, another device ...
+    """Return the matchers for this release of transformers, by code object."""
+    # On real data, even if the first mask is made under fake tensors or another device.
     with _disable_current_modes(), torch.device("cpu"):
         return _build_matchers()
 
@@ -146,7 +146,7 @@ def _build_matchers() -> Matchers:
     both = made("and_masks", causal, window)
     packed = made("packed_sequence_mask_function", sequence)
     remapped = made("remap_positions_for_packed_sequence", causal, position)
-    # What to learn to read, how, and a whole mask to compare by; `and_masks` before what needs it.
+    # Mask function, its matcher, a complete mask as the probe; `and_masks` before its uses.
     candidates: list[tuple[MaskFunction | None, Matcher, MaskFunction | None]] = [
         (causal, _read_causal, causal),
         (window, _read_window, window),
@@ -168,11 +168,11 @@ def _build_matchers() -> Matchers:
 
 
 def _matches_on_probe(function: MaskFunction, matchers: Matchers) -> bool:
-    """Whether a mask function of 2 batch rows, 7 queries and 7 keys is what we read it as."""
+    """True if our mask equals a mask function on 2 batch rows, 7 queries and 7 keys."""
     batch, head, query, key = torch.meshgrid(*map(torch.arange, (2, 1, 7, 7)), indexing="ij")
     try:
         rules = _recognize(function, KeySpan(7, 0, "cpu"), matchers)
-    except KeyError:  # what it was given has another name in this release
+    except KeyError:  # the factory's arguments have other names in this release
         return False
     if rules is None:
         return False

@@ -1,7 +1,7 @@
-"""The mask function: what transformers says about a mask, told as a polyhead mask.
+"""Mask function of transformers' AttentionMaskInterface: returns a structured polyhead mask.
 
-A mask with any part that is not recognised (`mask_functions.py`) is written out by transformers'
-own function. So a mask may cost memory, and is never another mask.
+A mask with any unknown part (`mask_functions.py`) is materialized by transformers' own function. So
+a mask may cost memory, and is never another mask.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ def make_mask(
     cache_position: Tensor | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """What transformers calls once for each kind of layer in a forward pass.
+    """Make the mask of one kind of layer; transformers calls it once per forward pass.
 
     Args:
         batch_size, q_length, kv_length: B, T and S.
         q_offset, kv_offset: positions of the first query and of the first key.
-        mask_function: the rule, of indices (batch row, head, query position, key position).
+        mask_function: of indices (batch row, head, query position, key position).
         attention_mask: (B, positions) bool, False = padding. Shorter than the keys: the rest is
-            not there yet.
-        allow_is_causal_skip, allow_is_bidirectional_skip: whether None may be returned where
-            nothing is masked but by causality.
-        device: where to make it.
-        cache_position: (T,) positions of the queries, what transformers 4 says in place of
-            q_length, q_offset and device.
-        options: what other mask functions need.
+            not filled yet.
+        allow_is_causal_skip, allow_is_bidirectional_skip: True if None may be returned for a
+            causal mask, or for none.
+        device: of the mask.
+        cache_position: (T,) positions of the queries, in transformers 4 instead of q_length,
+            q_offset and device.
+        options: of other mask functions.
 
     Returns:
-        (B, 1, T, S), True = may attend: a `StructuredMask`, or booleans written out where the
-        rule is not known or a graph is being traced; None where every query may attend to all, or
-        where the layer's own causality is the whole mask.
+        (B, 1, T, S), True = may attend: a `StructuredMask`, or materialized booleans if the
+        function is unknown or a graph is being traced; None if every query may attend to all keys,
+        or if the layer's own causality is the whole mask.
     """
     from transformers import masking_utils
 
@@ -67,12 +67,12 @@ def make_mask(
     queries: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
     if cache_position is not None:
         queries = {"cache_position": cache_position}
-        # (Not len(), which ties an exported program to one length.)
+        # Not len(), which specializes an exported program to one length.
         q_length, q_offset = cache_position.shape[0], cache_position[0]
         device = cache_position.device
     assert q_length is not None
-    # A step that transformers means to compile must not go without a mask, and wants a plain
-    # tensor; for its one query that is a small one.
+    # A decoding step that transformers compiles needs a mask, as a plain tensor; for one query
+    # it is small.
     may_skip = allow_is_causal_skip or allow_is_bidirectional_skip
     if not (
         is_traced(attention_mask, cache_position, q_offset) or (q_length == 1 and not may_skip)
@@ -88,7 +88,7 @@ def make_mask(
         and attention_mask is None
         and q_length == kv_length
     ):
-        return None  # a prompt without padding in a traced graph: the layer says that it is causal
+        return None  # a prompt without padding in a traced graph: the layer's flag is causal
     return masking_utils.sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -105,7 +105,7 @@ def make_mask(
 def _structured(
     rules: Rules, batch: int, T: int, first_query: int, keys: KeySpan
 ) -> StructuredMask | None:
-    """All the rules for T queries, the first of which stands at key `first_query`."""
+    """Intersect the masks for T queries, the first of which is at key `first_query`."""
     rules = tuple(rule for rule in rules if not _allows_all(rule, T, first_query, keys.S))
     if T == 1 and not rules:
         return None
@@ -120,7 +120,7 @@ def _sees_queries(rule: Mask) -> bool:
 
 
 def _allows_all(rule: Mask, T: int, first_query: int, S: int) -> bool:
-    """Whether a rule forbids none of these queries any key."""
+    """True if a mask allows all these queries all keys."""
     last_query = first_query + T - 1
     if isinstance(rule, Causal):
         return first_query >= S - 1
@@ -131,7 +131,7 @@ def _allows_all(rule: Mask, T: int, first_query: int, S: int) -> bool:
 
 
 def _padding(attention_mask: Tensor | None, keys: KeySpan) -> Rules:
-    """Which keys are padding, (B, positions) with False where they are: on which side, if so."""
+    """Return the masks of (B, positions) padding (False): lengths, left padding or dense."""
     if attention_mask is None:
         return ()
     real = attention_mask[:, keys.offset : keys.offset + keys.S].to(torch.bool)

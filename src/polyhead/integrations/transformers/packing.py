@@ -1,4 +1,4 @@
-"""Packed rows: the documents that the caller of a transformers model names, as a mask."""
+"""Packed documents: arguments of transformers' callers as a documents mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from polyhead.mask import Mask
 
 __all__ = ["PACKING", "is_traced", "packed_documents", "restarting_documents"]
 
-# The names that transformers gives them, for `flash_attn_varlen_func` and for state-space layers.
+# Their names in transformers, for `flash_attn_varlen_func` and for state-space layers.
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
@@ -28,19 +28,19 @@ def packed_documents(
     max_length_k: int | Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Mask | None:
-    """Who belongs to which document; None where nothing is packed.
+    """Return the mask of packed documents; None if nothing is packed.
 
     Args:
         query_shape: (B, H, T, D).
         S: keys.
-        cu_seq_lens_q, cu_seq_lens_k: (N + 1,) where each document begins in the B * T tokens of all
-            rows side by side, and after the last the end.
+        cu_seq_lens_q, cu_seq_lens_k: (N + 1,) the start of each document in the B * T tokens of
+            all rows concatenated, then the end of the last.
         max_length_q, max_length_k: the longest document's tokens.
         seq_idx: (1 or B, S) the document of each token.
 
     Raises:
-        ArgumentError, ShapeError: they do not fit the rows, or one another. (In a traced graph
-            there are no numbers to compare.)
+        ArgumentError, ShapeError: they do not fit the rows, or one another. (Not compared in a
+            traced graph.)
     """
     bounds = {"cu_seq_lens_q": cu_seq_lens_q, "cu_seq_lens_k": cu_seq_lens_k}
     given = {name: bound for name, bound in bounds.items() if bound is not None}
@@ -50,7 +50,7 @@ def packed_documents(
     if T != S:
         raise ShapeError(
             ", ".join(given) or "seq_idx",
-            f"must come with as many keys as queries: got T = {T}, S = {S}",
+            f"must come with equal numbers of queries and keys: got T = {T}, S = {S}",
             "packed rows",
             "call the model on whole rows, with use_cache=False and without logits_to_keep",
         )
@@ -71,9 +71,9 @@ def packed_documents(
 
 
 def restarting_documents(position_ids: Tensor | None, B: int, T: int, S: int) -> Mask | None:
-    """Documents as transformers reads them from positions that do not count on; None: one a row.
+    """Return the documents of positions that restart; None: one document per row.
 
-    As its `find_packed_sequence_indices`, for calls that come without the mask it would be part of.
+    As transformers' `find_packed_sequence_indices`, for calls without a mask that includes them.
     """
     if position_ids is None or position_ids.ndim != 2 or not 1 < T == S == position_ids.shape[1]:
         return None
@@ -84,7 +84,7 @@ def restarting_documents(position_ids: Tensor | None, B: int, T: int, S: int) ->
 
 
 def is_traced(*given: Any) -> bool:
-    """Whether numbers must not be read: a graph is being made, or there are none."""
+    """True if values cannot be read: a graph is being traced, or a tensor has no data."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined]
         return True
     return any(isinstance(x, Tensor) and not has_numbers(x) for x in given)
@@ -93,7 +93,7 @@ def is_traced(*given: Any) -> bool:
 def _ids(
     name: str, bounds: Tensor, B: int, S: int, lengths: dict[str, int | Tensor | None]
 ) -> Tensor:
-    """(B, S) the document of each token."""
+    """Return the document of each token, (B, S)."""
     bounds = torch.as_tensor(bounds)
     if bounds.ndim != 1 or len(bounds) < 2 or bounds.is_floating_point():
         raise ShapeError(
@@ -145,11 +145,11 @@ def _checked_ids(seq_idx: Tensor, B: int, S: int) -> Tensor:
             "seq_idx",
             f"must be (B, T) = ({B}, {S})",
             tuple(seq_idx.shape),
-            "pass one document a token",
+            "pass one document per token",
         )
     return seq_idx.expand(B, S)
 
 
 def _begins(ids: Tensor) -> Tensor:
-    """(B, S - 1) where the next token is another document's."""
+    """Return (B, S - 1), True if the next token begins another document."""
     return ids.diff(dim=1) != 0

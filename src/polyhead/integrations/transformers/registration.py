@@ -1,4 +1,4 @@
-"""Make "polyhead" a name that transformers models accept as `attn_implementation`."""
+"""Registration of "polyhead" as an `attn_implementation` of transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Make "polyhead" a name that transformers models accept as `attn_implementation`.
+    """Register "polyhead" as an `attn_implementation` of transformers models.
 
-    Registers the attention function and, with it, a mask function: without one a padded batch
-    would arrive without its mask. Calling it again changes nothing. From then on transformers
-    raises ModelError where a model is given this name and would keep its own attention.
+    Registers the attention function and a mask function: without one, the mask of a padded batch
+    would be lost. Calling it again changes nothing. Afterwards transformers raises ModelError if a
+    model is given this name and would keep its own attention.
 
     Raises:
         DependencyError: transformers is not installed.

@@ -1,4 +1,4 @@
-"""What runs in each attention layer of a transformers model."""
+"""Attention status of a transformers model: the implementation that runs in each layer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["LayerStatus", "ModelStatus", "status"]
 
 @dataclass(frozen=True)
 class LayerStatus:
-    """One attention layer.
+    """Status of one attention layer.
 
     Attributes:
         name: as in `model.named_modules()`.
         cls: its class.
         runs: "polyhead", the name of another attention, "its own", or "nothing": polyhead refuses
-            what the layer passes.
-        reason: why not polyhead, and what to do; empty where it is.
+            an argument of the layer.
+        reason: why not polyhead, and the remedy; empty if it is polyhead.
     """
 
     name: str
@@ -36,7 +36,7 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """All attention layers of a model. Printing it gives a table.
+    """Status of all attention layers of a model; `str()` gives a table.
 
     Attributes:
         model: its class.
@@ -61,9 +61,9 @@ class ModelStatus:
 
 
 def status(model: nn.Module) -> ModelStatus:
-    """Say for each attention layer whether it attends through polyhead, and if not why.
+    """Report for each attention layer if it runs polyhead, and if not why.
 
-    Told from the layers' code and the model's config; nothing is run.
+    Read from the layers' code and the model's config; nothing is run.
 
     >>> import polyhead
     >>> from transformers import LlamaConfig, LlamaModel
@@ -81,7 +81,7 @@ def status(model: nn.Module) -> ModelStatus:
 
 
 def _reported(layer: AttentionLayer) -> LayerStatus:
-    runs, reason = "its own", "computes attention in its forward, and asks no attention function"
+    runs, reason = "its own", "computes attention in its forward, without AttentionInterface"
     if layer.is_polyhead:
         runs, reason = NAME, ""
     elif layer.is_torch:
@@ -89,7 +89,7 @@ def _reported(layer: AttentionLayer) -> LayerStatus:
     elif layer.refused:
         runs = str(getattr(layer.config, "_attn_implementation", None))
         runs = "nothing" if runs == NAME else runs
-        reason = f'passes {", ".join(layer.refused)}, which polyhead does not know; keep "eager"'
+        reason = f'passes {", ".join(layer.refused)}, which polyhead does not support; keep "eager"'
     elif layer.uses_attention_interface:
         runs = str(getattr(layer.config, "_attn_implementation", None))
         reason = "" if runs == NAME else f'call model.set_attn_implementation("{NAME}")'

@@ -1,4 +1,4 @@
-"""A mask that keeps its structure on its way through a transformers model."""
+"""Structured mask: a lazy bool tensor that carries a polyhead mask through a transformers model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["StructuredMask"]
 
 
 class StructuredMask(LazyTensor):
-    """A bool tensor (B, 1, T, S), True = may attend, of which only the rule is held.
+    """Lazy bool tensor (B, 1, T, S), True = may attend, that stores only a polyhead mask.
 
-    A model that slices, adds or moves its mask gets what it would have got of the booleans.
+    It is materialized if a model slices it, adds to it or moves it.
 
     Attributes:
-        rule: the mask, or None for everybody.
+        rule: the mask, or None if everything is allowed.
 
     >>> import polyhead as ph
     >>> mask = StructuredMask(ph.mask.causal(), batch=1, T=2, S=3, device="cpu")

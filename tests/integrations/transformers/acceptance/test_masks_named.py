@@ -153,7 +153,7 @@ def test_layers_that_pass_what_is_not_known_are_refused_by_name():
     config._attn_implementation = "polyhead"
     (told,) = ph.integrations.transformers.status(layer).layers
     assert told.runs == "nothing"
-    assert told.reason == 'passes block_indices, which polyhead does not know; keep "eager"'
+    assert told.reason == 'passes block_indices, which polyhead does not support; keep "eager"'
     cls = transformers.models.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLTextModel
     with pytest.raises(ModelError, match=r"MiniMaxM3VLAttention \(.*it passes block_indices"):
         cls._from_config(config, attn_implementation="polyhead")

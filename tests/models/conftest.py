@@ -1,4 +1,4 @@
-"""Tiny GGUF files, to be written whole or otherwise."""
+"""Tiny GGUF files, complete or changed."""
 
 import re
 from dataclasses import dataclass, field
