@@ -1,4 +1,4 @@
-"""The attention layers of transformers; configs of transformers 4 spelt as those of 5."""
+"""Attention layers of transformers; configs of transformers 4 written as those of 5."""
 
 import functools
 import importlib
@@ -17,7 +17,7 @@ FAMILIES += ("GPTNeoX", "Falcon", "DeepseekV3")
 
 @pytest.fixture(autouse=True)
 def rope_parameters(monkeypatch, is_transformers_4):
-    """In transformers 4 too a config takes `rope_parameters`, to be said in its own way."""
+    """Make configs of transformers 4 accept `rope_parameters` too."""
     if not is_transformers_4:
         return
     import transformers
@@ -94,14 +94,14 @@ DEEPSEEK = {
 
 @dataclass(frozen=True)
 class Case:
-    """A class of transformers, its config, and how a test of ours calls it."""
+    """A class of transformers, its config, and how tests call it."""
 
     layer: str
     options: dict[str, Any]
     module: str = ""  # where the class is, if not in the folder of its config's name
     arguments: tuple = ((), {"layer_idx": 1})
     mask: ph.mask.Mask | None = ph.mask.causal()
-    rotary: int | None = D  # how many features turn
+    rotary: int | None = D  # rotary features
     theta: float = THETA
 
 
@@ -220,13 +220,13 @@ FOLDERS = {"GptOss": "gpt_oss", "GPTNeoX": "gpt_neox", "DeepseekV3": "deepseek_v
 
 @pytest.fixture(params=LAYER_CASES)
 def layer_name(request):
-    """The name of each of `layer_cases` in turn."""
+    """The names of `layer_cases`, one per test."""
     return request.param
 
 
 @pytest.fixture(scope="session")
 def layer_cases():
-    """Every attention layer of transformers that is known, by a name: a `Case`."""
+    """Every supported attention layer of transformers: a `Case` by name."""
     return LAYER_CASES
 
 
@@ -243,7 +243,7 @@ def modeling():
 
 @pytest.fixture
 def build_layer(modeling):
-    """`build_layer(name)`: theirs, in float64, with the same random weights each time."""
+    """`build_layer(name)`: transformers' layer, in float64, with fixed random weights."""
     transformers = pytest.importorskip("transformers")
 
     def build(name):

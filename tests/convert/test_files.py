@@ -1,4 +1,4 @@
-"""Checkpoint files: moved as in memory, one layer at a time, and never half written."""
+"""Checkpoint files: converted as in memory, one layer at a time, and never half written."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def without_masks(gpt2):
 
 
 def save(tensors, folder, kind):
-    """The checkpoint in one of the ways that can be read; what to pass as path."""
+    """Save the checkpoint in one of the readable kinds and return the path to pass."""
     folder.mkdir(exist_ok=True)
     if kind in ("sharded", "sharded.bin"):
         names = sorted(tensors)  # a layer's tensors come to lie in different shards
@@ -90,7 +90,7 @@ KINDS = [
 
 @pytest.mark.parametrize("output", ["out.safetensors", "out.pt"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_file_moves_as_its_state_dict_and_back(gpt2, tmp_path, kind, output):
+def test_convert_file_equals_state_dict_and_round_trips(gpt2, tmp_path, kind, output):
     path = save(gpt2, tmp_path / "in", kind)
     seen = []
     report = convert_file(
@@ -108,7 +108,7 @@ def test_a_file_moves_as_its_state_dict_and_back(gpt2, tmp_path, kind, output):
     shares = [done for _, done in seen]
     assert shares == sorted(shares)
     assert 0 <= shares[0] < shares[-1] <= 1
-    assert {"moving h.2.attn", "copying wte.weight"} <= {step for step, _ in seen}
+    assert {"converting h.2.attn", "copying wte.weight"} <= {step for step, _ in seen}
     back = tmp_path / "back.safetensors"
     convert_file(tmp_path / output, back, source="polyhead", target="gpt2")
     assert_same(load(back), without_masks(gpt2))
@@ -117,14 +117,14 @@ def test_a_file_moves_as_its_state_dict_and_back(gpt2, tmp_path, kind, output):
     )
 
 
-def test_the_metadata_is_kept(gpt2, tmp_path):
+def test_convert_file_metadata_is_kept(gpt2, tmp_path):
     path = save(gpt2, tmp_path, "x.safetensors")
     convert_file(path, tmp_path / "y.safetensors", source="gpt2", target="polyhead")
     with safetensors.safe_open(tmp_path / "y.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", "by": "a test"}
 
 
-def test_a_config_beside_the_file_says_the_heads(tmp_path):
+def test_convert_file_heads_come_from_config_json(tmp_path):
     split = ph.MultiHeadAttention(7, 12, 11, 0.0, H).state_dict()
     path = save(split, tmp_path, "x.safetensors")
     out = tmp_path / "y.safetensors"
@@ -135,7 +135,7 @@ def test_a_config_beside_the_file_says_the_heads(tmp_path):
     convert_file(path, out, source="split", target="stacked")
     want = state_dict(split, source="split", target="stacked", num_heads=H)
     assert_same(load(out), want)
-    # What is given counts before what the config says.
+    # Arguments take precedence over the config.
     convert_file(path, out, source="split", target="stacked", num_heads=2, overwrite=True)
     assert "heads.2.W_query.weight" not in load(out)
     (tmp_path / "config.json").write_text("[1]")
@@ -143,7 +143,7 @@ def test_a_config_beside_the_file_says_the_heads(tmp_path):
         convert_file(path, tmp_path / "z.pt", source="split", target="stacked")
 
 
-def test_only_one_layer_is_in_memory_at_a_time(gpt2, tmp_path, monkeypatch):
+def test_convert_file_one_layer_is_in_memory_at_a_time(gpt2, tmp_path, monkeypatch):
     path = save(gpt2, tmp_path / "in", "sharded")
     alive = []
     real = files._pieces
@@ -167,7 +167,7 @@ def test_only_one_layer_is_in_memory_at_a_time(gpt2, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError, RuntimeError])
 @pytest.mark.parametrize("there_before", [True, False])
-def test_an_interruption_leaves_what_was_there(gpt2, tmp_path, failure, there_before):
+def test_convert_file_interrupted_keeps_the_old_file(gpt2, tmp_path, failure, there_before):
     path = save(gpt2, tmp_path / "in", "x.safetensors")
     out = tmp_path / "y.safetensors"
     if there_before:
@@ -190,7 +190,7 @@ def test_an_interruption_leaves_what_was_there(gpt2, tmp_path, failure, there_be
         assert out.read_bytes() == b"precious"
 
 
-def test_a_file_that_appears_meanwhile_is_not_overwritten(gpt2, tmp_path):
+def test_convert_file_output_that_appears_is_not_overwritten(gpt2, tmp_path):
     path, out = save(gpt2, tmp_path / "in", "x.safetensors"), tmp_path / "y.safetensors"
     with pytest.raises(ArgumentError, match="output must not exist yet"):
         convert_file(
@@ -204,7 +204,7 @@ def test_a_file_that_appears_meanwhile_is_not_overwritten(gpt2, tmp_path):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in", "y.safetensors"]
 
 
-def test_a_file_can_be_replaced_by_itself(gpt2, tmp_path):
+def test_convert_file_replaces_its_own_input(gpt2, tmp_path):
     path = save(gpt2, tmp_path, "x.safetensors")
     with pytest.raises(ArgumentError, match=r"output must not exist yet; .*--force"):
         convert_file(path, path, source="gpt2", target="polyhead")
@@ -221,7 +221,7 @@ def test_a_file_can_be_replaced_by_itself(gpt2, tmp_path):
         ("folder.pt", r"output must not exist yet; got .*folder.pt"),
     ],
 )
-def test_outputs_that_cannot_be(gpt2, tmp_path, output, message):
+def test_convert_file_invalid_output_raises(gpt2, tmp_path, output, message):
     (tmp_path / "folder.pt").mkdir()
     path = save(gpt2, tmp_path, "x.safetensors")
     for overwrite in (False, True):
@@ -236,7 +236,7 @@ class Surprise:
         return os.system, ("echo surprised > surprise",)
 
 
-def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
+def test_convert_file_pickle_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Surprise()}, tmp_path / "x.pt")
     with pytest.raises(ModelError, match=r"x.pt cannot be read as tensors alone \(Unpickling"):
@@ -248,13 +248,13 @@ def test_a_pickle_runs_nothing(tmp_path, monkeypatch):
     ("content", "got"),
     [({"model": {"a": torch.ones(2)}, "step": 3}, "model"), ([torch.ones(2)], "list")],
 )
-def test_a_pickle_of_more_than_tensors(tmp_path, content, got):
+def test_convert_file_pickle_with_other_objects_raises(tmp_path, content, got):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(ModelError, match=f"tensors by name and nothing else; got {got}; save"):
         convert_file(tmp_path / "x.pt", tmp_path / "y.pt", source="gpt2", target="polyhead")
 
 
-def test_checkpoints_that_cannot_be_read(gpt2, tmp_path):
+def test_convert_file_unreadable_checkpoint_raises(gpt2, tmp_path):
     def refuse(path, message):
         with pytest.raises(ModelError, match=message):
             convert_file(path, tmp_path / "y.pt", source="gpt2", target="polyhead")
@@ -281,7 +281,7 @@ def test_checkpoints_that_cannot_be_read(gpt2, tmp_path):
     refuse(folder, r"b.safetensors holds .*, as another file does")
 
 
-def test_heads_that_differ_are_found_while_writing(tmp_path):
+def test_convert_file_different_heads_raise_while_writing(tmp_path):
     stacked = ph.MultiHeadAttentionWrapper(7, 4, 11, 0.0, 4).state_dict()
     path = save(stacked, tmp_path, "x.safetensors")
     with pytest.raises(ConversionError, match=r"heads\[0\] and heads\[1\] must have equal W_key"):
@@ -290,7 +290,7 @@ def test_heads_that_differ_are_found_while_writing(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", None, "mamba"])
-def test_the_config_says_the_layout(tmp_path, family):
+def test_convert_file_layout_comes_from_config(tmp_path, family):
     tensors = {"a.query_key_value.weight": torch.randn(12, 4), "a.dense.weight": torch.randn(4, 4)}
     folder = save(tensors, tmp_path / "model", "folder")
     config = {"num_attention_heads": 2, "model_type": family}

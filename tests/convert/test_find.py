@@ -1,4 +1,4 @@
-"""Layers found in a checkpoint: each whole, and each moves, or nothing does."""
+"""Layers found in a checkpoint: all are complete and converted, or none is."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ FAMILIES = {
 
 
 def model(family, layers=3):
-    """Attention and an MLP, which has names of attention too, in every layer."""
+    """Attention and an MLP, some of whose names are attention's too, in every layer."""
     tensors = {"wte.weight": torch.zeros(5, D)}
     for i in range(layers):
         for name, shape in FAMILIES[family].items():
@@ -37,8 +37,8 @@ def move(tensors, family, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_tensor_missing_anywhere_is_refused(family):
-    """Layer 0 moved, layer 1 stayed, and nothing was said."""
+def test_state_dict_missing_tensor_raises(family):
+    """Layer 0 was converted, layer 1 was not, without an error."""
     assert len([name for name in move(model(family), family) if "W_key.weight" in name]) == 3
     for layer in range(3):
         for name in FAMILIES[family]:
@@ -49,7 +49,7 @@ def test_one_tensor_missing_anywhere_is_refused(family):
 
 
 @pytest.mark.parametrize("source", ["polyhead", "stacked", "fused"])
-def test_one_tensor_of_ours_missing_is_refused(source):
+def test_state_dict_our_layer_with_missing_tensor_raises(source):
     split = ph.MultiHeadAttention(D, D, 7, 0.0, 3, True).state_dict()
     split = {f"b.{i}.{name}": tensor for i in range(2) for name, tensor in split.items()}
     sizes = {"num_heads": 3, "num_kv_heads": 3}
@@ -64,7 +64,7 @@ def test_one_tensor_of_ours_missing_is_refused(source):
 
 
 @pytest.mark.parametrize("missing", ["in_proj_bias", "out_proj.bias"])
-def test_torch_s_biases_come_together(missing):
+def test_state_dict_torch_with_one_bias_raises(missing):
     theirs = torch.nn.MultiheadAttention(D, 3).state_dict()
     ours = move(theirs, "torch")
     del theirs[missing]
@@ -77,7 +77,7 @@ def test_torch_s_biases_come_together(missing):
 
 
 @pytest.mark.parametrize("missing", ["q_proj.bias", "k_proj.bias", "v_proj.bias"])
-def test_a_bias_that_one_of_three_lacks_is_refused(missing):
+def test_state_dict_one_missing_qkv_bias_raises(missing):
     tensors = {f"l.{x}_proj.weight": torch.randn(D, D) for x in "qkvo"}
     tensors |= {f"l.{x}_proj.bias": torch.randn(D) for x in "qkv"}
     assert len(move(tensors, "llama")) == 7
@@ -93,7 +93,7 @@ def test_a_bias_that_one_of_three_lacks_is_refused(missing):
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "torch"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_a_layer_without_attention_is_refused(family, layer):
+def test_state_dict_layer_without_attention_raises(family, layer):
     tensors = {
         name: t for name, t in model(family).items() if not name.startswith(f"h.{layer}.attn.")
     }
@@ -103,7 +103,7 @@ def test_a_layer_without_attention_is_refused(family, layer):
         move(tensors, family)
 
 
-def test_a_layer_that_is_wholly_absent_is_refused():
+def test_state_dict_absent_layer_number_raises():
     tensors = {name: t for name, t in model("llama").items() if not name.startswith("h.1.")}
     with pytest.raises(
         ConversionError, match=r"h\.1\.attn\. must be .*; give the whole checkpoint"
@@ -111,14 +111,14 @@ def test_a_layer_that_is_wholly_absent_is_refused():
         move(tensors, "llama")
 
 
-def test_layers_of_another_kind_between_are_no_gap():
+def test_state_dict_hybrid_layers_are_no_gap():
     """A hybrid model: its recurrent layers have names of their own."""
     tensors = {name: t for name, t in model("llama").items() if not name.startswith("h.1.attn.")}
     tensors["h.1.mixer.conv.weight"] = torch.zeros(3)
     assert "h.2.attn.W_key.weight" in move(tensors, "llama")
 
 
-def test_layers_anywhere_in_a_model_of_one_s_own_are_no_gap():
+def test_state_dict_custom_model_depths_are_no_gap():
     """torch's module and ours are in models of any kind: a net with attention at some depths."""
     mha = torch.nn.MultiheadAttention(D, 3)
     net = {f"down.{i}.conv.weight": torch.zeros(3) for i in range(4)}
@@ -127,7 +127,7 @@ def test_layers_anywhere_in_a_model_of_one_s_own_are_no_gap():
 
 
 @pytest.mark.parametrize("config", [{"num_hidden_layers": 4}, {"n_layer": 4}, {"num_layers": 4}])
-def test_fewer_layers_than_the_config_names_are_refused(config):
+def test_state_dict_fewer_layers_than_config_raises(config):
     config = {"model_type": "llama", "num_attention_heads": 3, **config}
     with pytest.raises(
         ConversionError, match=r"all 4 layers .* be present; got attention of 3; give"
@@ -151,7 +151,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("prefix", ["h.1.attn.", "vision.blocks.0.attn."])
-def test_a_layer_of_another_layout_does_not_stay(other, prefix):
+def test_state_dict_layer_of_another_layout_raises(other, prefix):
     tensors = {name: t for name, t in model("llama").items() if not name.startswith(prefix)}
     tensors |= {prefix + name: torch.zeros(shape) for name, shape in OTHERS[other].items()}
     with pytest.raises(
@@ -165,7 +165,7 @@ def test_a_layer_of_another_layout_does_not_stay(other, prefix):
         assert "h.1.attn.W_key.weight" in move(only, "llama")  # the remedy works
 
 
-def test_stacked_heads_are_no_layers_of_their_own():
+def test_state_dict_stacked_heads_are_one_layer():
     stacked = ph.MultiHeadAttentionWrapper(D, 4, 7, 0.0, 3).state_dict()
     for prefix in ("", "a."):
         tensors = {prefix + name: tensor for name, tensor in stacked.items()}
@@ -176,7 +176,7 @@ def test_stacked_heads_are_no_layers_of_their_own():
 @pytest.mark.parametrize(
     "prefix", ["module.", "_orig_mod.", "model.", "transformer.", "a.b.c.", ""]
 )
-def test_prefixes_stay_as_they_are(prefix):
+def test_state_dict_prefixes_are_kept(prefix):
     tensors = {prefix + name: t for name, t in model("gpt2").items()}
     moved = move(tensors, "gpt2")
     assert {name for name in moved if "W_key.weight" in name} == {
@@ -187,6 +187,6 @@ def test_prefixes_stay_as_they_are(prefix):
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
-def test_a_trainer_s_nested_checkpoint_is_named():
+def test_state_dict_nested_checkpoint_raises_with_its_key():
     with pytest.raises(TypeError, match=r"tensors must be tensors by name; .*'state_dict'; pass t"):
         move({"state_dict": model("gpt2"), "epoch": 3}, "gpt2")

@@ -1,4 +1,4 @@
-"""The tensors of one layer against one another: any that does not fit is refused, both ways."""
+"""Shapes of one layer's tensors: any that does not fit is refused, in both directions."""
 
 import re
 
@@ -16,7 +16,7 @@ NORMS = {"q_norm.weight": (D,), "k_norm.weight": (D,)}
 
 
 def separate(queries, keys, values, output, *, kv=G, width=d, bias=False):
-    """Shapes of a layer with a weight a projection."""
+    """Shapes of a layer with one weight per projection."""
     shapes = {
         f"{queries}.weight": (H * D, width),
         f"{keys}.weight": (kv * D, width),
@@ -81,7 +81,7 @@ SHAPES = {
     "fused": fused("W_qkv", "out_proj", H + 2 * G),
 }
 SIZES = {"num_heads": H, "num_kv_heads": G, "nope_head_dim": 5, "value_head_dim": 7}
-# What nothing in the checkpoint tells: the number of buckets, and the widths of our own layer.
+# Sizes that the checkpoint does not determine: the number of buckets, the widths of our layer.
 FREE = {("t5", "relative_attention_bias.weight", 0), ("split t5", "position_bias.weight", 0)}
 FREE |= {("fused", "W_qkv.weight", 1)}
 
@@ -108,7 +108,7 @@ def back(case, tensors):
 
 
 @pytest.mark.parametrize("case", SHAPES)
-def test_layers_that_fit_come_back_bit_for_bit(case):
+def test_layer_valid_shapes_round_trip_bit_for_bit(case):
     theirs = layer(case)
     again = back(case, moved(case, theirs))
     assert again.keys() == theirs.keys()
@@ -118,7 +118,7 @@ def test_layers_that_fit_come_back_bit_for_bit(case):
 @pytest.mark.parametrize("case", SHAPES)
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(st.data())
-def test_one_size_of_one_tensor_changed_is_refused(case, data):
+def test_layer_any_changed_size_raises(case, data):
     """Any tensor, any dimension, a little or a lot more or less: an error names the layer."""
     theirs = layer(case)
     name = data.draw(st.sampled_from(sorted(theirs)))
@@ -137,12 +137,12 @@ def test_one_size_of_one_tensor_changed_is_refused(case, data):
 @pytest.mark.parametrize("case", SHAPES)
 @settings(deadline=None, max_examples=15, derandomize=True)
 @given(st.data())
-def test_one_size_of_ours_changed_is_refused(case, data):
+def test_layer_any_changed_size_of_ours_raises(case, data):
     ours = moved(case, layer(case))
     name = data.draw(st.sampled_from(sorted(ours)))
     axis = data.draw(st.integers(0, ours[name].ndim - 1))
     below = name.removeprefix("a.0.attn.")
-    # Where there is no bias, any width of the output is a layer of ours.
+    # Without a bias, our layer may have any output width.
     wide = below == "out_proj.weight" and axis == 0 and "a.0.attn.out_proj.bias" not in ours
     if wide or (f"split {case}", below, axis) in FREE:
         return
@@ -154,7 +154,7 @@ def test_one_size_of_ours_changed_is_refused(case, data):
 
 
 @pytest.mark.parametrize("case", SHAPES)
-def test_one_more_or_less_dimension_is_refused(case):
+def test_layer_another_rank_raises(case):
     for name, tensor in layer(case).items():
         for odd in (tensor[None], tensor[0]):
             with pytest.raises(ConversionError, match=r"must have . dimensions?; got"):
@@ -165,8 +165,8 @@ def test_one_more_or_less_dimension_is_refused(case):
 
 
 @pytest.mark.parametrize("d_model", [48, 768])
-def test_nano_gpt_s_weights_are_no_gpt2_s(d_model):
-    """nanoGPT keeps (out, in) under GPT-2's names: 16 rows became W_query, and nothing was said."""
+def test_layer_nanogpt_weights_as_gpt2_raise(d_model):
+    """nanoGPT stores (out, in) under GPT-2's names: 16 rows became W_query without an error."""
     theirs = {
         "h.0.attn.c_attn.weight": torch.randn(3 * d_model, d_model),
         "h.0.attn.c_proj.weight": torch.randn(d_model, d_model),
@@ -186,13 +186,13 @@ def test_nano_gpt_s_weights_are_no_gpt2_s(d_model):
 
 
 @pytest.mark.parametrize("case", [case for case in SHAPES if case != "torch"])
-def test_weights_kept_the_other_way_are_refused(case):
+def test_layer_transposed_weights_raise(case):
     turned = {name: t.T if t.ndim == 2 else t for name, t in layer(case).items()}
     with pytest.raises(ConversionError, match=r"^a\.0\.attn\.: "):
         moved(case, turned)
 
 
-def test_turned_square_heads_are_told_by_the_config():
+def test_layer_transposed_weights_raise_by_config():
     """Four weights (42, 48) and (48, 42) fit both ways; the config's width and head size decide."""
     straight = {
         f"x.{name}": torch.zeros(shape)
@@ -206,7 +206,7 @@ def test_turned_square_heads_are_told_by_the_config():
             state_dict(turned, **options)
 
 
-def test_a_number_of_heads_that_does_not_fit_is_refused():
+def test_layer_wrong_num_heads_raises():
     for sizes in ({"num_heads": 5}, {"num_heads": H, "num_kv_heads": 3}, {"num_kv_heads": 5}):
         with pytest.raises(ConversionError, match="check num_heads, num_kv_heads and the config"):
             state_dict(layer("llama"), source="llama", target="polyhead", **sizes)
@@ -217,7 +217,7 @@ def test_a_number_of_heads_that_does_not_fit_is_refused():
 @pytest.mark.parametrize("source", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("kv", [G, H])
 @pytest.mark.parametrize("known", [True, False])
-def test_norms_over_all_heads_are_no_norms_of_a_head(source, kv, known):
+def test_layer_norms_over_all_heads_raise(source, kv, known):
     """OLMo 2's, which pass by name."""
     olmo = separate("q_proj", "k_proj", "v_proj", "o_proj", kv=kv)
     olmo |= {"q_norm.weight": (H * D,), "k_norm.weight": (kv * D,)}
@@ -229,7 +229,7 @@ def test_norms_over_all_heads_are_no_norms_of_a_head(source, kv, known):
         state_dict(tensors, source="llama", target="polyhead", **sizes)
 
 
-def test_one_head_s_norms_pass_once_it_is_said():
+def test_layer_norms_of_a_single_head_need_num_heads():
     one = {
         f"{name}.weight": torch.zeros(shape)
         for name, shape in {
@@ -262,7 +262,7 @@ def test_one_head_s_norms_pass_once_it_is_said():
         ({"v_proj.bias": torch.bfloat16}, r"v_proj\.bias must be torch\.float32.*it is torch\.bf"),
     ],
 )
-def test_tensors_of_another_dtype_are_refused(change, message):
+def test_layer_quantized_or_mixed_dtype_raises(change, message):
     theirs = layer("qwen3")
     for name, dtype in change.items():
         theirs[f"a.0.attn.{name}"] = theirs[f"a.0.attn.{name}"].to(dtype)
@@ -277,7 +277,7 @@ def test_tensors_of_another_dtype_are_refused(change, message):
         back("qwen3", ours)
 
 
-def test_norms_and_sinks_may_be_of_another_dtype():
+def test_layer_norms_and_sinks_may_have_another_dtype():
     theirs = {name: tensor.bfloat16() for name, tensor in layer("qwen3").items()}
     for name in ("q_norm", "k_norm"):
         theirs[f"a.0.attn.{name}.weight"] = theirs[f"a.0.attn.{name}.weight"].float()
@@ -293,7 +293,10 @@ class Subclass(torch.Tensor):
 @pytest.mark.parametrize(
     ("odd", "message"),
     [
-        (lambda t: t.as_subclass(Subclass), r"must be a plain tensor to be moved; got a Subclass;"),
+        (
+            lambda t: t.as_subclass(Subclass),
+            r"must be a plain tensor to be converted; got a Subclass;",
+        ),
         (lambda t: t.to_sparse(), r"must be a dense tensor .*torch\.sparse_coo; call to_dense\(\)"),
         (lambda t: t.to("meta"), r"must have values; got a tensor on the meta device"),
         (
@@ -303,7 +306,7 @@ class Subclass(torch.Tensor):
     ],
 )
 @pytest.mark.filterwarnings("ignore")
-def test_tensors_without_plain_numbers_are_refused(odd, message):
+def test_layer_tensor_without_plain_values_raises(odd, message):
     for name in ("q_proj.weight", "o_proj.bias"):
         theirs = layer("llama")
         theirs[f"a.0.attn.{name}"] = odd(theirs[f"a.0.attn.{name}"])
@@ -311,7 +314,7 @@ def test_tensors_without_plain_numbers_are_refused(odd, message):
             moved("llama", theirs)
 
 
-def test_a_sharded_tensor_is_refused():
+def test_layer_sharded_tensor_raises():
     if not torch.distributed.is_available():
         pytest.skip("torch without distributed")
     from torch.distributed.tensor import DTensor, init_device_mesh
@@ -332,7 +335,7 @@ def test_a_sharded_tensor_is_refused():
 
 
 @pytest.mark.parametrize("kdim", [5, 48])
-def test_another_family_takes_no_keys_of_other_features(kdim):
+def test_layer_kdim_has_no_place_in_families(kdim):
     tensors = {
         "q_proj_weight": torch.zeros(48, 48),
         "k_proj_weight": torch.zeros(48, kdim),
@@ -347,15 +350,15 @@ def test_another_family_takes_no_keys_of_other_features(kdim):
 
 
 @pytest.mark.parametrize("target", ["gpt2", "bert", "opt", "t5", "neox", "torch"])
-def test_fewer_key_heads_have_no_place_in_families_without(target):
+def test_layer_gqa_has_no_place_in_mha_families(target):
     mha = ph.MultiHeadAttention(12, 12, 4, 0.0, 4, num_kv_heads=2)
     with pytest.raises(ConversionError, match=r"W_key\.weight"):
         state_dict(mha.state_dict(), source="polyhead", target=target, num_heads=4)
 
 
 @pytest.mark.parametrize("pair", [("gemma3", "qwen3"), ("qwen3", "gemma3")])
-def test_norms_of_another_kind_do_not_move(pair):
-    """Gemma multiplies by 1 + weight: the same numbers are another norm."""
+def test_layer_offset_norms_to_plain_norms_raise(pair):
+    """Gemma multiplies by 1 + weight: the same values are another norm."""
     source, target = pair
     with pytest.raises(ConversionError, match=rf"of one kind to move from {source} to {target}; "):
         state_dict(layer(source), source=source, target=target)
@@ -363,7 +366,7 @@ def test_norms_of_another_kind_do_not_move(pair):
     assert "a.0.attn.k_norm.weight" in ours
 
 
-def test_names_that_are_no_text_are_refused():
+def test_state_dict_names_that_are_not_str_raise():
     with pytest.raises(
         TypeError, match="tensors must be tensors by name; got a name 3; pass model"
     ):
@@ -371,7 +374,7 @@ def test_names_that_are_no_text_are_refused():
 
 
 @pytest.mark.parametrize("sizes", [{"nope_head_dim": 10, "value_head_dim": 14}, {"num_heads": 3}])
-def test_latent_heads_of_other_sizes_are_refused(sizes):
+def test_layer_latent_heads_of_other_sizes_raise(sizes):
     sizes = SIZES | sizes
     with pytest.raises(ConversionError, match=r"^a\.0\.attn\.: kv_b_proj\.weight must "):
         state_dict(layer("deepseek"), source="deepseek", target="polyhead", **sizes)
@@ -381,13 +384,13 @@ def test_latent_heads_of_other_sizes_are_refused(sizes):
 
 
 @pytest.mark.parametrize("odd", [None, [1.0], torch.zeros(48, 42).numpy()])
-def test_values_that_are_no_tensors_are_refused(odd):
+def test_layer_values_that_are_not_tensors_raise(odd):
     theirs = layer("llama") | {"a.0.attn.q_proj.weight": odd}
     with pytest.raises(ConversionError, match=r"q_proj\.weight must be a tensor; got a \w+; pass"):
         moved("llama", theirs)
 
 
-def test_the_layout_that_is_there_is_named():
+def test_state_dict_wrong_source_names_the_present_layout():
     for source in ("opt", "qwen3", "phi3"):
         with pytest.raises(ConversionError, match=r"those of llama, mistral, .* are present"):
             state_dict(layer("llama"), source=source, target="polyhead")

@@ -1,4 +1,4 @@
-"""Rows of fused weights: which are whose, both ways, and what does not fit."""
+"""Rows of fused weights: their heads, in both directions, and shapes that do not fit."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ OURS = ("W_query", "W_key", "W_value")
 
 
 def owners(rows, H, G):
-    """For every head-sized block of rows, in order: whose it is. Written out, not computed."""
+    """The projection and head of each block of rows, in order: literal, not computed."""
     group = H // G
     if rows is by_head:
         return [(name, h) for h in range(H) for name in OURS]
@@ -45,7 +45,7 @@ def owners(rows, H, G):
     st.booleans(),
     st.booleans(),
 )
-def test_every_row_goes_to_its_head_and_back(rows, G, group, D, d_in, bias, transposed):
+def test_rule_rows_go_to_their_head_and_back(rows, G, group, D, d_in, bias, transposed):
     if rows in (thirds, by_head):
         group = 1
     H = G * group
@@ -91,18 +91,18 @@ OUT = {"out.weight": torch.zeros(3, 4)}
         (0, Sizes(4, 2), r"got qkv.weight \(0, 5\)"),
     ],
 )
-def test_rows_that_are_no_heads(rows, sizes, message):
+def test_rule_rows_that_heads_do_not_divide_raise(rows, sizes, message):
     with pytest.raises(ConversionError, match=message):
         LAYOUT.to_ours({"qkv.weight": torch.zeros(rows, 5), **OUT}, sizes)
 
 
 @pytest.mark.parametrize("number", [0, -2, 2.0, True])
-def test_sizes_count_from_1(number):
+def test_sizes_below_1_raise(number):
     with pytest.raises(ArgumentError, match=rf"num_heads must be .*at least 1; got {number}"):
         Sizes(number)
 
 
-def test_a_tensor_without_rows_is_no_weight():
+def test_rule_tensor_without_rows_raises():
     with pytest.raises(ConversionError, match=r"got qkv.weight \(\)"):
         LAYOUT.to_ours({"qkv.weight": torch.zeros(()), **OUT}, Sizes(4, 2))
 
@@ -126,7 +126,7 @@ def test_a_tensor_without_rows_is_no_weight():
         ({"q_norm.weight": torch.zeros(4)}, r"no place for q_norm.weight; it holds W_key.bias, "),
     ],
 )
-def test_ours_that_make_no_fused_weight(change, message):
+def test_layout_tensors_that_cannot_fuse_raise(change, message):
     ours = {
         "W_query.weight": torch.zeros(16, 5),
         "W_key.weight": torch.zeros(8, 5),
@@ -138,7 +138,7 @@ def test_ours_that_make_no_fused_weight(change, message):
         LAYOUT.to_theirs({**ours, **change}, Sizes(4, 2))
 
 
-def test_missing_and_unknown_tensors_are_named():
+def test_layout_missing_and_unknown_tensors_are_named():
     fused = {"qkv.weight": torch.zeros(32, 5)}
     message = r"needs out.weight, qkv.weight; out.weight cannot be found"
     with pytest.raises(ConversionError, match=message):
@@ -150,7 +150,7 @@ def test_missing_and_unknown_tensors_are_named():
     assert not LAYOUT.owns("lora_A")
 
 
-def test_what_trains_still_trains():
+def test_layout_requires_grad_is_kept():
     theirs = {"qkv.weight": torch.zeros(32, 5, requires_grad=True), **OUT}
     ours = LAYOUT.to_ours(theirs, Sizes(4, 2))
     assert {name for name, tensor in ours.items() if tensor.requires_grad} == {
@@ -172,5 +172,5 @@ def test_what_trains_still_trains():
         ({}, Sizes()),
     ],
 )
-def test_sizes_of_a_config(config, sizes):
+def test_layout_sizes_are_read_from_config(config, sizes):
     assert LAYOUT.sizes(config) == sizes

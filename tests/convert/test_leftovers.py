@@ -49,7 +49,7 @@ LAYERS = {"gpt2": gpt2, "neox": neox, "llama": llama}
 
 
 @pytest.mark.parametrize("source", BUFFERS)
-def test_buffers_of_old_checkpoints_are_dropped(source):
+def test_state_dict_old_buffers_are_dropped(source):
     theirs = LAYERS[source]()
     moved = state_dict(
         theirs | BUFFERS[source], source=source, target="polyhead", num_heads=3, num_kv_heads=3
@@ -61,7 +61,7 @@ def test_buffers_of_old_checkpoints_are_dropped(source):
     layer.load_state_dict({name.removeprefix(prefix): t for name, t in moved.items()}, strict=True)
 
 
-def test_buffers_outside_of_attention_stay_in_models_of_one_s_own():
+def test_state_dict_custom_model_buffers_are_kept():
     own = {
         f"a.{name}": t for name, t in ph.MultiHeadAttention(D, D, 7, 0.0, 3).state_dict().items()
     }
@@ -80,18 +80,18 @@ def test_buffers_outside_of_attention_stay_in_models_of_one_s_own():
         torch.ones(1, 1, 5, 5, dtype=torch.bool),
     ],
 )
-def test_masks_that_a_rule_replaces_pass(mask):
+def test_check_mask_causal_or_full_passes(mask):
     check_mask("bias", mask)
 
 
 @pytest.mark.parametrize("mask", [CAUSAL.triu(-2), CAUSAL.flip(-1), torch.zeros(5, 5)])
-def test_a_mask_that_would_be_lost_is_refused(mask):
+def test_check_mask_other_mask_raises(mask):
     """GPT-Neo's local layers keep their window in attention.bias."""
     with pytest.raises(ConversionError, match=r"h\.0\.attn\.bias must be causal to be dropped"):
         state_dict({**gpt2(), "h.0.attn.bias": mask}, source="gpt2", target="polyhead")
 
 
-# What programs leave below a projection, or in its place; what the error names and advises.
+# Names that programs write below a projection, or instead of it; the error's cause and remedy.
 DEQUANTIZE, MERGE = r"dequantize the model first", r"merge it first, as model\.merge_and_unload\(\)"
 PLAIN, UNWRAP = r"make it a plain weight first", r"take the wrapper's word out of the names"
 EXTRA = {
@@ -142,7 +142,7 @@ INSTEAD = {
 
 @pytest.mark.parametrize("projection", ["q_proj", "o_proj"])
 @pytest.mark.parametrize("extra", EXTRA)
-def test_a_name_beside_a_weight_is_refused(extra, projection):
+def test_state_dict_unknown_name_next_to_weight_raises(extra, projection):
     theirs = llama() | llama("model.layers.1.self_attn.")
     theirs[f"model.layers.1.self_attn.{projection}.{extra}"] = torch.zeros(3)
     named = rf"model\.layers\.1\.self_attn\.: .*{projection}\.{extra}.*{EXTRA[extra]}"
@@ -153,7 +153,7 @@ def test_a_name_beside_a_weight_is_refused(extra, projection):
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("projection", ["q_proj", "v_proj", "o_proj"])
 @pytest.mark.parametrize("name", INSTEAD)
-def test_a_name_instead_of_a_weight_is_refused(name, projection, layers):
+def test_state_dict_unknown_name_for_weight_raises(name, projection, layers):
     """In one layer of two, where the other moved, or in all, where none was found."""
     prefixes = [f"model.layers.{layer}.self_attn." for layer in range(2)]
     theirs = llama(prefixes[0]) | llama(prefixes[1])
@@ -169,7 +169,7 @@ def test_a_name_instead_of_a_weight_is_refused(name, projection, layers):
 
 
 @pytest.mark.parametrize("name", ["q_proj_scale", "k_norm.weight", "sinks", "alpha", "q_ln.weight"])
-def test_a_name_directly_in_a_family_s_layer_is_refused(name):
+def test_state_dict_unknown_name_in_family_layer_raises(name):
     theirs = llama() | {f"model.layers.0.self_attn.{name}": torch.ones(D)}
     with pytest.raises(ConversionError, match=rf"layout llama has no place for {name}"):
         state_dict(theirs, source="llama", target="polyhead")
@@ -177,19 +177,19 @@ def test_a_name_directly_in_a_family_s_layer_is_refused(name):
 
 @pytest.mark.parametrize("below", ["W_query.lora_A.weight", "out_proj.weight_scale", "alpha"])
 @pytest.mark.parametrize("target", ["llama", "stacked", "fused"])
-def test_names_below_our_own_projections_are_refused(below, target):
+def test_state_dict_name_below_our_projection_raises(below, target):
     ours = {
         f"a.{name}": t for name, t in ph.MultiHeadAttention(D, D, 7, 0.0, 3).state_dict().items()
     }
     options = {"source": "polyhead", "target": target, "num_heads": 3, "num_kv_heads": 3}
-    # Beside the attention in a block of one's own there may be others.
+    # A custom block may have other submodules next to the attention.
     kept = state_dict(ours | {"a.norm.weight": torch.ones(3)}, **options)
     assert "a.norm.weight" in kept
     with pytest.raises(ConversionError, match=f"layout polyhead has no place for {below}"):
         state_dict(ours | {f"a.{below}": torch.ones(3)}, **options)
 
 
-def test_a_stacked_head_s_adapter_is_refused():
+def test_state_dict_adapter_in_stacked_head_raises():
     stacked = ph.MultiHeadAttentionWrapper(D, 4, 7, 0.0, 3).state_dict()
     lecture = stacked | {f"heads.{h}.mask": torch.ones(7, 7).triu(1) for h in range(3)}
     want = state_dict(stacked, source="stacked", target="split")
@@ -199,7 +199,7 @@ def test_a_stacked_head_s_adapter_is_refused():
         state_dict(odd, source="stacked", target="split")
 
 
-def test_bert_s_norm_stays_and_its_distances_are_refused():
+def test_state_dict_bert_norm_stays_distances_raise():
     names = ("self.query", "self.key", "self.value", "output.dense")
     bert = {f"l.0.attention.{name}.weight": torch.zeros(D, D) for name in names}
     norm = {"l.0.attention.output.LayerNorm.weight": torch.ones(D)}

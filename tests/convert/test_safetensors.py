@@ -1,4 +1,4 @@
-"""The format, held to the library that defines it."""
+"""The safetensors format, compared with the library that defines it."""
 
 import io
 import sys
@@ -12,8 +12,8 @@ from polyhead.errors import ConversionError, DependencyError, ModelError
 library = pytest.importorskip("safetensors.torch")
 
 
-def test_every_dtype_and_place(tmp_path):
-    """Odd numbers of bytes between wide ones: the library reads each at its own place."""
+def test_tensor_file_every_dtype_and_offset_is_readable(tmp_path):
+    """Odd numbers of bytes between wide dtypes: the library reads each at its offset."""
     torch.manual_seed(0)
     tensors = {}
     for i, dtype in enumerate(_CODES):
@@ -38,12 +38,12 @@ def test_every_dtype_and_place(tmp_path):
             assert torch.equal(same, tensor.contiguous().reshape(-1).view(torch.uint8)), name
 
 
-def test_a_dtype_without_a_code():
+def test_tensor_file_unsupported_dtype_raises():
     with pytest.raises(ConversionError, match=r"^a must be .*F32.*; got torch.complex128; write a"):
         TensorFile(io.BytesIO(), {"a": torch.zeros(2, dtype=torch.complex128)}, {})
 
 
-def test_a_code_without_a_dtype(tmp_path):
+def test_opened_unsupported_dtype_raises(tmp_path):
     path = tmp_path / "x.safetensors"
     header = b'{"a":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
@@ -54,7 +54,7 @@ def test_a_code_without_a_dtype(tmp_path):
         pass
 
 
-def test_without_the_library(monkeypatch, tmp_path):
+def test_opened_without_safetensors_raises(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(DependencyError, match=r'pip install "polyhead\[hf\]"'), opened([tmp_path]):
         pass

@@ -1,4 +1,4 @@
-"""Stacked heads and weight splits are one function: both ways, to the bit and to the gradient."""
+"""Stacked heads and weight splits are one function: equal bits and gradients, both ways."""
 
 import copy
 import re
@@ -78,7 +78,7 @@ def output_and_gradients(module, x) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 @settings(deadline=None, max_examples=20)
 @given(splits())
-def test_same_output_and_gradients(case):
+def test_stacked_and_split_have_equal_output_and_gradients(case):
     split, x = case
     stacked = split_to_stacked(split)
     y, x_grad, grads = output_and_gradients(split, x)
@@ -100,7 +100,7 @@ def test_same_output_and_gradients(case):
 
 @settings(deadline=None, max_examples=20)
 @given(splits())
-def test_split_to_stacked_and_back(case):
+def test_split_to_stacked_round_trips(case):
     split, _ = case
     before = copy.deepcopy(split.state_dict())
     random_state = torch.get_rng_state()
@@ -117,7 +117,7 @@ def test_split_to_stacked_and_back(case):
     assert all(torch.equal(before[name], tensor) for name, tensor in split.state_dict().items())
     assert all(head.dropout.p == split.dropout.p for head in stacked.heads)
     assert all(head.training == split.training for head in stacked.heads)
-    # What is converted owns its memory.
+    # The converted module owns its memory.
     own = {p.untyped_storage().data_ptr() for p in split.parameters()}
     copies = [p.untyped_storage().data_ptr() for p in stacked.parameters()]
     assert own.isdisjoint(copies)
@@ -126,7 +126,7 @@ def test_split_to_stacked_and_back(case):
 
 @settings(deadline=None, max_examples=20)
 @given(splits(grouped=False), st.booleans())
-def test_stacked_to_split_and_back(case, out_proj):
+def test_stacked_to_split_round_trips(case, out_proj):
     like, x = case
     head_dim = like.head_dim
     stacked = ph.MultiHeadAttentionWrapper(
@@ -166,7 +166,7 @@ def wrapper(**options):
     )
 
 
-def test_the_lecture_s_question_in_its_own_numbers():
+def test_stacked_to_split_lecture_example_is_equal():
     torch.manual_seed(123)
     stacked = ph.MultiHeadAttentionWrapper(3, 2, 6, 0.0, 2)
     split = stacked_to_split(stacked)
@@ -175,7 +175,7 @@ def test_the_lecture_s_question_in_its_own_numbers():
     torch.testing.assert_close(split(x), stacked(x), rtol=0, atol=1e-6)
 
 
-def test_key_heads_merge_only_where_they_agree():
+def test_stacked_to_split_unequal_kv_heads_raise():
     split = ph.MultiHeadAttention(5, 12, 11, 0.0, 6, num_kv_heads=2)
     stacked = split_to_stacked(split)
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_key_heads_merge_only_where_they_agree():
 
 
 @pytest.mark.parametrize("groups", [0, -1, 2, 6])
-def test_num_kv_heads_must_divide(groups):
+def test_stacked_to_split_num_kv_heads_must_divide(groups):
     with pytest.raises(ShapeError, match=rf"num_kv_heads must divide num_heads = 3; got {groups}"):
         stacked_to_split(wrapper(), num_kv_heads=groups)
 
@@ -213,7 +213,7 @@ def test_num_kv_heads_must_divide(groups):
         ({"dtype": torch.float64}, r"share dtype .*has torch.float32, .* has torch.float64"),
     ],
 )
-def test_heads_that_differ_in_more_than_weights(options, message):
+def test_stacked_to_split_heads_with_other_options_raise(options, message):
     stacked = wrapper()
     arguments = {"d_in": 5, "d_out": 4, "context_length": 11, "dropout": 0.0}
     stacked.heads[1] = ph.CausalAttention(**{**arguments, **options})
@@ -222,7 +222,7 @@ def test_heads_that_differ_in_more_than_weights(options, message):
 
 
 @pytest.mark.parametrize("p", [0.25, 0.5])
-def test_dropout_is_the_same_and_active_in_training(p):
+def test_stacked_to_split_dropout_is_kept(p):
     split = ph.MultiHeadAttention(5, 12, 11, p, 3).double()
     stacked = split_to_stacked(split)
     assert {head.dropout.p for head in stacked.heads} == {p}
@@ -238,7 +238,7 @@ def test_dropout_is_the_same_and_active_in_training(p):
 
 
 @pytest.mark.parametrize("num_kv_heads", [3, 1])
-def test_fused_converts_and_stays_fused(num_kv_heads):
+def test_split_to_stacked_fused_input_stays_fused(num_kv_heads):
     split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3, True, num_kv_heads=num_kv_heads)
     expected = split_to_stacked(split)
     split.fuse()
@@ -248,7 +248,7 @@ def test_fused_converts_and_stays_fused(num_kv_heads):
     assert split.fused
 
 
-def test_frozen_parameters_stay_frozen_one_by_one():
+def test_split_to_stacked_requires_grad_is_kept():
     split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3, True)
     split.W_key.weight.requires_grad_(False)
     split.out_proj.requires_grad_(False)
@@ -268,7 +268,7 @@ class Adapted(nn.Module):
         self.base_layer = base_layer
 
 
-def test_a_bias_that_others_lack_is_refused():
+def test_stacked_one_missing_bias_raises():
     split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3)
     split.W_value = nn.Linear(5, 12, bias=True)
     message = "must all have a bias or none to be converted; got none in W_query, W_key; give"
@@ -281,14 +281,14 @@ def test_a_bias_that_others_lack_is_refused():
         stacked_to_split(stacked)
 
 
-def test_a_weight_that_hooks_make_is_refused():
+def test_stacked_weight_made_by_hooks_raises():
     split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3)
     prune.l1_unstructured(split.out_proj, "weight", 0.5)
     with pytest.raises(ConversionError, match=r"out_proj must be .*; got Linear with hooks that"):
         split_to_stacked(split)
 
 
-def test_each_way_takes_its_own_kind():
+def test_stacked_wrong_module_raises_with_the_other_function():
     with pytest.raises(ConversionError, match="mha must be a MultiHeadAttention; got MultiHeadAtt"):
         split_to_stacked(wrapper())
     split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3)
@@ -298,7 +298,7 @@ def test_each_way_takes_its_own_kind():
             stacked_to_split(other)
 
 
-def test_adapters_are_refused_by_name():
+def test_stacked_adapter_raises_with_its_name():
     plain = "must be a plain nn.Linear to be converted; got tests.convert.test_stacked.Adapted, an"
     for name in ("W_query", "W_key", "W_value", "out_proj"):
         split = ph.MultiHeadAttention(5, 12, 11, 0.0, 3)

@@ -1,4 +1,4 @@
-"""Checkpoints of whole models: their attention moved as module by module, and everything back."""
+"""Checkpoints of whole models: converted as their modules are, and round trips."""
 
 import pytest
 import torch
@@ -62,7 +62,7 @@ def build(layout, **more):
 
 
 def layers_of(model):
-    """Every attention layer that from_transformers knows, by its prefix; none twice."""
+    """Every attention layer that from_transformers supports, by its prefix; none twice."""
     found = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{other}.") for other in found)
@@ -75,7 +75,7 @@ def layers_of(model):
 
 
 @pytest.mark.parametrize("layout", MODELS)
-def test_a_whole_model_moves_as_its_layers_do(layout, is_transformers_4):
+def test_state_dict_equals_from_transformers_per_layer(layout, is_transformers_4):
     model = build(layout)
     theirs, config = model.state_dict(), model.config.to_dict()
     ours = state_dict(theirs, source=layout, target="polyhead", config=config)
@@ -97,7 +97,7 @@ def test_a_whole_model_moves_as_its_layers_do(layout, is_transformers_4):
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-def test_queries_without_a_latent_are_found_too():
+def test_state_dict_deepseek_without_query_latent():
     model = build("deepseek", q_lora_rank=None)
     theirs, config = model.state_dict(), model.config.to_dict()
     ours = state_dict(theirs, source="deepseek", target="polyhead", config=config)
@@ -109,7 +109,7 @@ def test_queries_without_a_latent_are_found_too():
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
 
-def test_vit_as_its_checkpoints_are_saved():
+def test_state_dict_vit_with_checkpoint_names():
     names = ("attention.query", "attention.key", "attention.value", "output.dense")
     prefix = "vit.encoder.layer.0.attention."
     theirs = {f"{prefix}{name}.weight": torch.randn(6, 6) for name in names}
@@ -120,7 +120,7 @@ def test_vit_as_its_checkpoints_are_saved():
     assert list(back) == list(theirs)
 
 
-def test_the_heads_of_a_multimodal_config():
+def test_state_dict_heads_come_from_text_config():
     config = {"vision_config": {}, "text_config": {"num_attention_heads": 2}}
     theirs = {"a.query_key_value.weight": torch.randn(12, 4), "a.dense.weight": torch.randn(4, 4)}
     ours = state_dict(theirs, source="neox", target="polyhead", config=config)
@@ -139,7 +139,7 @@ def test_the_heads_of_a_multimodal_config():
     st.booleans(),
     st.booleans(),
 )
-def test_the_lecture_s_two_mechanisms(G, group, head_dim, bias, out_proj, in_a_model):
+def test_state_dict_stacked_and_split_round_trip(G, group, head_dim, bias, out_proj, in_a_model):
     H = G * group
     split = ph.MultiHeadAttention(
         7,
@@ -172,7 +172,7 @@ def test_the_lecture_s_two_mechanisms(G, group, head_dim, bias, out_proj, in_a_m
     assert all(torch.equal(again[name], got[name]) for name in got)
 
 
-def test_a_fused_module_s_own_checkpoint():
+def test_state_dict_fused_module_round_trips():
     mha = ph.MultiHeadAttention(
         7, 9, 11, 0.0, H, True, num_kv_heads=G, head_dim=D, sinks=True, output_gate=True
     )
@@ -186,7 +186,7 @@ def test_a_fused_module_s_own_checkpoint():
 
 
 @pytest.mark.parametrize("kdim", [None, 5])
-def test_torch_s_module_packed_and_unpacked(kdim):
+def test_state_dict_torch_packed_and_unpacked(kdim):
     model = nn.ModuleDict({"a": nn.MultiheadAttention(12, 3, kdim=kdim), "b": nn.Linear(2, 2)})
     theirs = model.state_dict()
     ours = state_dict(theirs, source="torch", target="polyhead")
@@ -205,7 +205,7 @@ def test_torch_s_module_packed_and_unpacked(kdim):
         state_dict(biased, source="torch", target="polyhead")
 
 
-def test_one_family_becomes_another():
+def test_state_dict_one_family_becomes_another():
     gpt2 = build("gpt2")
     phi = state_dict(gpt2.state_dict(), source="gpt2", target="phi3", num_heads=H, num_kv_heads=H)
     want = gpt2.h[1].attn.c_attn.weight.T
@@ -243,7 +243,7 @@ def test_one_family_becomes_another():
         ),
     ],
 )
-def test_what_cannot_be_moved_says_why(options, error, message):
+def test_state_dict_unsupported_input_raises_with_reason(options, error, message):
     options = {"source": "neox", "target": "polyhead", **options}
     theirs = {"a.dense.weight": torch.randn(4, 4), "a.query_key_value.weight": torch.randn(12, 4)}
     if extra := options.pop("extra", None):
@@ -252,7 +252,7 @@ def test_what_cannot_be_moved_says_why(options, error, message):
         state_dict(theirs, **options)
 
 
-def test_a_name_that_would_be_there_twice_is_refused():
+def test_state_dict_name_that_would_occur_twice_raises():
     ours = {
         f"a.{name}": tensor
         for name, tensor in ph.MultiHeadAttention(8, 8, 4, 0.0, 2).state_dict().items()
@@ -261,13 +261,13 @@ def test_a_name_that_would_be_there_twice_is_refused():
         state_dict({**ours, "a.q_proj.weight": torch.zeros(2)}, source="polyhead", target="llama")
 
 
-def test_a_module_is_no_checkpoint():
+def test_state_dict_module_as_tensors_raises():
     message = r"tensors must be tensors by name; got Linear; pass model\.state_dict\(\)"
     with pytest.raises(DtypeError, match=message):
         state_dict(nn.Linear(2, 2), source="llama", target="polyhead")
 
 
-def test_nothing_of_ours_is_left_behind():
+def test_state_dict_our_tensor_without_place_raises():
     mha = ph.MultiHeadAttention(8, 8, 4, 0.0, 2, True, output_gate=True, sinks=True)
     message = "layout gpt2 has no place for W_gate.bias, W_gate.weight, sinks; it holds W_key.bias"
     with pytest.raises(ConversionError, match=message):
@@ -277,7 +277,7 @@ def test_nothing_of_ours_is_left_behind():
 
 
 @pytest.mark.parametrize("heads", [3, 5])
-def test_stacked_heads_need_a_number_that_divides(heads):
+def test_state_dict_num_heads_must_divide_for_stacked(heads):
     mha = ph.MultiHeadAttention(7, 16, 4, 0.0, 4, num_kv_heads=2)
     message = {
         3: r"divide the 16 rows of W_query.weight, .*the 8 rows of W_key.weight .*got 3",
@@ -287,14 +287,14 @@ def test_stacked_heads_need_a_number_that_divides(heads):
         state_dict(mha.state_dict(), source="split", target="stacked", num_heads=heads)
 
 
-def test_a_stacked_head_that_is_missing():
+def test_state_dict_missing_stacked_head_raises():
     stacked = ph.MultiHeadAttentionWrapper(7, 4, 4, 0.0, 3, True).state_dict()
     del stacked["heads.1.W_key.bias"]
     with pytest.raises(ConversionError, match=r"heads\.1\.W_key\.bias cannot be found among the 3"):
         state_dict(stacked, source="stacked", target="split")
 
 
-def test_a_name_that_only_ends_alike_is_no_layer():
+def test_state_dict_name_with_equal_suffix_is_no_layer():
     layer = {"a.dense.weight": torch.randn(4, 4), "a.query_key_value.weight": torch.randn(12, 4)}
     alike = {name.replace("a.", "b.my_"): tensor for name, tensor in layer.items()}
     moves = plan({**layer, **alike}, "neox", "polyhead", Sizes(2))
@@ -302,8 +302,8 @@ def test_a_name_that_only_ends_alike_is_no_layer():
 
 
 @pytest.mark.parametrize("target", ["llama", "stacked", "fused"])
-def test_a_lecture_s_causal_mask_is_dropped(target):
-    """It stands in every layer of the lecture's classes; the layer that is loaded has a rule."""
+def test_state_dict_lecture_causal_mask_is_dropped(target):
+    """Every layer of the lecture's classes saves it; the loaded layer has mask=causal()."""
     mha = ph.MultiHeadAttention(7, 4, 4, 0.0, 2).state_dict()
     lecture = {**mha, "mask": torch.ones(4, 4).triu(1)}
     options = {"source": "split", "target": target, "num_heads": 2, "num_kv_heads": 2}
@@ -312,6 +312,6 @@ def test_a_lecture_s_causal_mask_is_dropped(target):
         state_dict({**lecture, "mask": torch.ones(4, 4).triu(2)}, **options)
 
 
-def test_every_family_is_tried_here():
+def test_state_dict_every_layout_is_tested():
     others = {"polyhead", "split", "stacked", "fused", "torch", "vit_saved"}
     assert set(LAYOUTS) - set(MODELS) == others

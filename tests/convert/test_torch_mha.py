@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention and back: the same function, the same bits, or an error that says why."""
+"""nn.MultiheadAttention and back: the same function, the same bits, or an error with the reason."""
 
 import copy
 
@@ -32,7 +32,7 @@ def theirs_with(d=24, num_heads=3, **options):
     st.booleans(),
     st.sampled_from([0.0, 0.25]),
 )
-def test_same_function_and_the_same_bits_back(
+def test_from_torch_same_function_and_bits_round_trip(
     H, head_dim, bias, zero_attention, batch_first, training, dropout
 ):
     theirs = theirs_with(
@@ -70,7 +70,7 @@ def test_same_function_and_the_same_bits_back(
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12 * want.abs().max().item())
 
 
-def test_zero_attention_does_not_start_to_learn():
+def test_from_torch_zero_attention_sinks_stay_frozen():
     ours = from_torch(theirs_with(add_zero_attn=True))
     assert not ours.sinks.requires_grad
     ours(torch.randn(B, T, 24, dtype=torch.float64)).sum().backward()
@@ -83,7 +83,7 @@ def test_zero_attention_does_not_start_to_learn():
         to_torch(ours)
 
 
-def test_the_lecture_s_module_gets_a_bias_that_stays_zero():
+def test_to_torch_lecture_module_gets_frozen_zero_bias():
     ours = ph.MultiHeadAttention(24, 24, 9, 0.0, 3, mask=None, dtype=torch.float64)
     theirs = to_torch(ours)
     assert theirs.batch_first
@@ -94,7 +94,7 @@ def test_the_lecture_s_module_gets_a_bias_that_stays_zero():
     assert torch.equal(to_torch(ours.fuse()).in_proj_weight, theirs.in_proj_weight)
 
 
-def test_modules_are_left_as_they_are_and_share_nothing():
+def test_torch_mha_inputs_are_unchanged_and_copied():
     theirs = theirs_with().requires_grad_(False)
     before = copy.deepcopy(theirs.state_dict())
     ours = from_torch(theirs, context_length=9)
@@ -115,12 +115,12 @@ def test_modules_are_left_as_they_are_and_share_nothing():
         ({"add_bias_kv": True}, "add_bias_kv must be off: .*got bias_k and bias_v"),
     ],
 )
-def test_what_ours_cannot_do(options, message):
+def test_from_torch_unsupported_option_raises(options, message):
     with pytest.raises(ConversionError, match=message):
         from_torch(theirs_with(**options))
 
 
-def test_only_a_split_becomes_theirs():
+def test_to_torch_stacked_heads_raise():
     stacked = ph.MultiHeadAttentionWrapper(6, 2, 11, 0.0, 3)
     with pytest.raises(
         ConversionError, match=r"mha must be a MultiHeadAttention; .* by stacked_to"
@@ -128,7 +128,7 @@ def test_only_a_split_becomes_theirs():
         to_torch(stacked)
 
 
-def test_what_is_no_multihead_attention():
+def test_from_torch_other_module_raises():
     with pytest.raises(ConversionError, match=r"got Linear; .*call from_transformers"):
         from_torch(nn.Linear(3, 3))
     theirs = theirs_with()
@@ -158,7 +158,7 @@ def test_what_is_no_multihead_attention():
         ({"alibi": True, "softcap": 2.0}, "no option for alibi; softcap; keep"),
     ],
 )
-def test_what_theirs_cannot_do(options, message):
+def test_to_torch_unsupported_option_raises(options, message):
     arguments = {"d_in": 24, "d_out": 24, "context_length": 9, "dropout": 0.0, "num_heads": 3}
     ours = ph.MultiHeadAttention(**{**arguments, "mask": None, **options})
     with pytest.raises(ConversionError, match=message):

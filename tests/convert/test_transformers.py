@@ -1,4 +1,4 @@
-"""Every attention layer of transformers that is known: the same function, the same bits back."""
+"""Every supported attention layer of transformers: the same function, the same bits back."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ B, T = 2, 11
 
 
 def in_float64(layer):
-    """Theirs with norms that do not compute in float32 whatever they are given."""
+    """transformers' layer with norms that do not always compute in float32."""
     layer = copy.deepcopy(layer)
     for parent in list(layer.modules()):
         for name, norm in list(parent.named_children()):
@@ -30,7 +30,7 @@ def in_float64(layer):
 
 
 def turns(case):
-    """cos and sin by hand, in float64: transformers computes angles in float32."""
+    """cos and sin computed here in float64: transformers computes angles in float32."""
     steps = torch.arange(0, case.rotary, 2, dtype=torch.float64) / case.rotary
     angles = torch.arange(T, dtype=torch.float64)[:, None] / case.theta**steps
     if case.layer != "GptOss":
@@ -40,12 +40,12 @@ def turns(case):
 
 
 def exact_softmax(scores, dim, dtype=None):
-    """In the dtype of what it is given: most of theirs compute it in float32."""
+    """RMSNorm in the dtype of its input: most of transformers' compute in float32."""
     return torch.softmax(scores, dim)
 
 
 def output_of(case, layer, x, allowed, modeling, is_transformers_4):
-    """What theirs gives for x where `allowed` (B, 1, T, T) says who may attend."""
+    """Output of transformers' layer for x and a mask `allowed` (B, 1, T, T)."""
     numbers = torch.zeros(B, 1, T, T).double().masked_fill(~allowed, -math.inf)
     named = {} if case.rotary is None else {"position_embeddings": turns(case)}
     if case.layer == "T5":
@@ -71,7 +71,7 @@ def output_of(case, layer, x, allowed, modeling, is_transformers_4):
     return layer(x, attention_mask=numbers, **named)[0]
 
 
-def test_same_output_in_float64_and_the_same_bits_back(
+def test_from_transformers_same_output_bits_round_trip(
     modeling, build_layer, layer_cases, is_transformers_4, layer_name, monkeypatch
 ):
     if is_transformers_4 and layer_name in ("bert, a decoder", "t5, a decoder"):
@@ -82,7 +82,7 @@ def test_same_output_in_float64_and_the_same_bits_back(
     assert not ours.training
 
     x = torch.randn(B, T, ours.d_in, dtype=torch.float64)
-    padding = ph.mask.lengths([T, T - 2])  # shorter than a window: nobody is left without a key
+    padding = ph.mask.lengths([T, T - 2])  # shorter than a window: every query has a key
     if case.layer == "ViT" and is_transformers_4:
         padding = ph.mask.lengths([T, T])
     rule = padding if case.mask is None else case.mask & padding
@@ -112,7 +112,7 @@ def test_same_output_in_float64_and_the_same_bits_back(
 
 
 @pytest.mark.parametrize("name", ["gpt2", "neox", "phi3", "deepseek", "bert", "t5"])
-def test_dropout_training_and_what_is_frozen_are_carried(build_layer, name):
+def test_from_transformers_dropout_mode_and_grad_are_kept(build_layer, name):
     layer = build_layer(name).train().requires_grad_(False)
     random_state = torch.get_rng_state()
     ours = from_transformers(layer)
@@ -128,7 +128,7 @@ def test_dropout_training_and_what_is_frozen_are_carried(build_layer, name):
     assert len(set(copies)) == len(copies)
 
 
-def test_what_was_trained_here_runs_there(build_layer):
+def test_to_transformers_trained_weights_run_in_the_layer(build_layer):
     layer = build_layer("neox")
     ours = from_transformers(layer)
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_what_was_trained_here_runs_there(build_layer):
     assert torch.equal(layer.query_key_value.weight, want)
 
 
-def test_t5_s_later_layers_share_the_first_s_table(build_layer, is_transformers_4):
+def test_from_transformers_t5_layers_share_one_table(build_layer, is_transformers_4):
     first, later = build_layer("t5"), build_layer("t5, no table")
     ours = [from_transformers(layer) for layer in (first, later)]
     ours[1].position_bias = ours[0].position_bias
@@ -153,7 +153,7 @@ def test_t5_s_later_layers_share_the_first_s_table(build_layer, is_transformers_
         torch.testing.assert_close(ours[1](x), want, rtol=digits, atol=digits)
 
 
-def test_a_running_bloom_and_its_slopes(layer_cases):
+def test_from_transformers_bloom_in_a_running_model(layer_cases):
     """Their slopes are powers in float32, ours are rounded to it once."""
     config = transformers.BloomConfig(
         **layer_cases["bloom"].options, vocab_size=31, n_layer=1, attn_implementation="eager"

@@ -1,4 +1,4 @@
-"""Layers of transformers that cannot be moved, and heads that do not fit one: every reason."""
+"""Layers of transformers that cannot be converted, and modules that do not fit one: all reasons."""
 
 import copy
 
@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("unknown", [nn.Linear(3, 3), nn.MultiheadAttention(4, 2)])
-def test_unknown_module_says_what_is_known(unknown):
+def test_from_transformers_unknown_class_lists_known_ones(unknown):
     known = r"one of .*LlamaAttention, MistralAttention, Qwen2Attention"
     message = known + rf".*; got {type(unknown).__name__}; pass .*layers\[0\]\.self_attn"
     with pytest.raises(ConversionError, match=message):
@@ -38,7 +38,7 @@ def test_unknown_module_says_what_is_known(unknown):
         ({"dtype": torch.float32}, r"q_proj.weight must be torch.float64.*; got torch.float32"),
     ],
 )
-def test_a_layer_does_not_take_weights_for_another_function(build_layer, change, message):
+def test_to_transformers_other_function_raises(build_layer, change, message):
     layer = build_layer("llama")
     before = copy.deepcopy(layer.state_dict())
     options = {
@@ -59,7 +59,7 @@ def test_a_layer_does_not_take_weights_for_another_function(build_layer, change,
     assert all(torch.equal(tensor, before[key]) for key, tensor in layer.state_dict().items())
 
 
-def test_latent_heads_go_into_latent_layers_only(build_layer, layer_cases, modeling):
+def test_to_transformers_latent_heads_need_latent_layer(build_layer, layer_cases, modeling):
     latent, plain = build_layer("deepseek"), build_layer("llama")
     with pytest.raises(
         ConversionError, match=r"must be a MultiHeadAttention .*got MultiHeadLatent"
@@ -72,7 +72,7 @@ def test_latent_heads_go_into_latent_layers_only(build_layer, layer_cases, model
         to_transformers(from_transformers(latent), other)
 
 
-def test_a_decoder_s_layer_that_does_not_say_whether_it_is_causal(build_layer):
+def test_from_transformers_decoder_without_is_causal_raises(build_layer):
     """As in transformers 4, where self- and cross-attention are of one class."""
     layer = build_layer("t5").train()
     layer.is_causal, layer.is_decoder = None, True
@@ -82,7 +82,7 @@ def test_a_decoder_s_layer_that_does_not_say_whether_it_is_causal(build_layer):
     assert from_transformers(layer).mask is None
 
 
-def test_what_cannot_be_moved_says_why(build_layer, layer_cases, modeling):
+def test_from_transformers_unsupported_layer_raises(build_layer, layer_cases, modeling):
     gpt2 = modeling(layer_cases["gpt2"]).GPT2Attention
     config = transformers.GPT2Config(**layer_cases["gpt2"].options)
     with pytest.raises(ConversionError, match="attend to its own tokens; got one for cross"):

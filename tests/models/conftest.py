@@ -103,7 +103,7 @@ def tiny_metadata():
 
 @dataclass
 class TinyFile:
-    """A GGUF file to be written, open to changes."""
+    """A GGUF file to be written, with changes."""
 
     architecture: str = "llama"
     metadata: dict = field(default_factory=tiny_metadata)
@@ -131,7 +131,7 @@ class TinyFile:
 
 @pytest.fixture(scope="session")
 def tiny_llama():
-    """`tiny_llama(tied=)`: always the same random model."""
+    """`tiny_llama(tied=)`: a model with fixed random weights."""
     return _tiny_llama
 
 
@@ -149,13 +149,13 @@ def tiny_file():
 
 @pytest.fixture(scope="session")
 def tiny_bytes(tmp_path_factory):
-    """The bytes of a file that is whole."""
+    """The bytes of a complete file."""
     return TinyFile().write(tmp_path_factory.mktemp("tiny") / "tiny.gguf").read_bytes()
 
 
 @pytest.fixture(params=LLAMA)
 def llama_key(request):
-    """The name of everything that the file says of the model."""
+    """Each key of the model's metadata, one per test."""
     return request.param
 
 

@@ -1,4 +1,4 @@
-"""GGUF files, tiny ones written here: the function that was written, and what is refused."""
+"""Tiny GGUF files written here: loaded as the same function, or refused."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from polyhead.models.gguf import load_gguf
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("alignment", [None, 256])
-def test_same_function_as_the_model_written(
+def test_load_gguf_same_function_as_the_written_model(
     tiny_llama, gguf_tensors, tiny_file, logits, tmp_path, tied, alignment
 ):
     written = tiny_llama(tied=tied)
@@ -23,11 +23,11 @@ def test_same_function_as_the_model_written(
     assert not model.training
 
 
-def test_keys_llama_cpp_has_defaults_for(tiny_file, tmp_path):
+def test_load_gguf_absent_keys_take_llama_cpp_defaults(tiny_file, tmp_path):
     file = tiny_file()
     for key in ("attention.head_count_kv", "rope.freq_base", "rope.dimension_count", "vocab_size"):
         del file.metadata[f"llama.{key}"]
-    # One row a token; the other tests have a row more than tokens, as padded vocabularies do.
+    # One row per token; the other tests have one more, as padded vocabularies do.
     file.tensors["token_embd.weight"] = file.tensors["token_embd.weight"][:262]
     width = file.metadata["llama.embedding_length"]
     for layer in range(file.metadata["llama.block_count"]):
@@ -38,7 +38,7 @@ def test_keys_llama_cpp_has_defaults_for(tiny_file, tmp_path):
     assert config.rope_parameters["rope_theta"] == 10000.0
 
 
-def test_half_precision_becomes_float32_exactly(tiny_file, tmp_path):
+def test_load_gguf_half_precision_is_exact_in_float32(tiny_file, tmp_path):
     file = tiny_file()
     half = file.tensors["blk.1.ffn_up.weight"].astype(np.float16)
     file.tensors["blk.1.ffn_up.weight"] = half
@@ -48,7 +48,7 @@ def test_half_precision_becomes_float32_exactly(tiny_file, tmp_path):
     assert np.array_equal(weight.detach().numpy(), half.astype(np.float32))
 
 
-def test_quantised_weights_of_more_than_one_block_of_rows(tmp_path):
+def test_load_gguf_quantized_weights_of_several_blocks(tmp_path):
     import gguf
 
     weight = torch.randn(131, 64, generator=torch.Generator().manual_seed(0)).numpy()
@@ -64,7 +64,7 @@ def test_quantised_weights_of_more_than_one_block_of_rows(tmp_path):
     assert np.array_equal(ours._weight(tensor, None).numpy(), gguf.dequantize(packed, kind))
 
 
-def test_weights_outlive_the_file(tiny_file, logits, tmp_path):
+def test_load_gguf_weights_outlive_the_file(tiny_file, logits, tmp_path):
     path = tiny_file().write(tmp_path / "tiny.gguf")
     model, _ = load_gguf(path)
     ids = torch.tensor([[5, 6, 7]])
@@ -74,7 +74,7 @@ def test_weights_outlive_the_file(tiny_file, logits, tmp_path):
     assert torch.equal(logits(model, ids), before)
 
 
-def test_tiny_tokenizer(tiny_file, tmp_path):
+def test_load_gguf_tokenizer_of_a_tiny_file(tiny_file, tmp_path):
     _, tokenizer = load_gguf(tiny_file().write(tmp_path / "tiny.gguf"))
     assert tokenizer.tokenize("hello<user>") == ["hell", "o", "<user>"]
     assert tokenizer.tokenize("hello<|end|>") == ["hell", "o", "<|end|>"]
@@ -106,7 +106,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_metadata_refused(tiny_file, tmp_path, key):
+def test_load_gguf_invalid_metadata_raises(tiny_file, tmp_path, key):
     value, message = REFUSED[key]
     file = tiny_file()
     file.metadata[key] = value
@@ -136,7 +136,7 @@ NEUTRAL = {
 
 
 @pytest.mark.parametrize("case", NEUTRAL)
-def test_metadata_that_changes_nothing_is_let_by(
+def test_load_gguf_neutral_metadata_is_accepted(
     tiny_llama, gguf_tensors, tiny_file, logits, tmp_path, case
 ):
     written = tiny_llama(tied=True)
@@ -156,7 +156,7 @@ def test_metadata_that_changes_nothing_is_let_by(
         {"rope.scaling.type": "linear", "rope.scale_linear": 2.0},
         {"rope.scale_linear": 0.5},
         {"rope.scaling.attn_factor": 0.7},
-        {"attention.causal": False},  # False is 0, which was taken for not set
+        {"attention.causal": False},  # False is 0, which was read as not set
         {"attention.sliding_window": 76},
         {"attention.scale": 0.5},
         {"logit_scale": 0.25},
@@ -165,7 +165,7 @@ def test_metadata_that_changes_nothing_is_let_by(
         {"final_logit_softcapping": 30.0},
     ],
 )
-def test_metadata_that_changes_something_is_refused(tiny_file, tmp_path, changes):
+def test_load_gguf_unsupported_metadata_raises(tiny_file, tmp_path, changes):
     file = tiny_file()
     file.metadata |= {f"llama.{key}": value for key, value in changes.items()}
     key, value = list(changes.items())[-1]
@@ -189,7 +189,7 @@ NO_MODELS = {
 
 
 @pytest.mark.parametrize("case", NO_MODELS)
-def test_files_that_are_no_model_say_what_helps(tiny_file, tmp_path, case):
+def test_load_gguf_other_file_kind_raises_with_remedy(tiny_file, tmp_path, case):
     architecture, metadata, message = NO_MODELS[case]
     tensors = {"some.weight": np.ones((3, 4), np.float32)}
     file = tiny_file(architecture=architecture, metadata=metadata, tensors=tensors)
@@ -198,7 +198,7 @@ def test_files_that_are_no_model_say_what_helps(tiny_file, tmp_path, case):
     assert "from_pretrained" not in str(error.value)  # which cannot help here
 
 
-def test_absent_metadata_never_raises_anything_else(tiny_file, tmp_path, llama_key):
+def test_load_gguf_absent_metadata_raises_model_error_only(tiny_file, tmp_path, llama_key):
     file = tiny_file()
     del file.metadata[llama_key]
     try:
@@ -207,26 +207,26 @@ def test_absent_metadata_never_raises_anything_else(tiny_file, tmp_path, llama_k
         assert "tiny.gguf" in str(error)  # noqa: PT017
 
 
-def test_other_architecture(tiny_file, tmp_path):
+def test_load_gguf_other_architecture_raises(tiny_file, tmp_path):
     with pytest.raises(ModelError, match="architecture must be 'llama'; got 'mamba'"):
         load_gguf(tiny_file(architecture="mamba").write(tmp_path / "tiny.gguf"))
 
 
-def test_missing_tensors_are_named(tiny_file, tmp_path):
+def test_load_gguf_missing_tensors_are_named(tiny_file, tmp_path):
     file = tiny_file()
     del file.tensors["blk.2.attn_v.weight"], file.tensors["output_norm.weight"]
     with pytest.raises(ModelError, match=r"missing: output_norm\.weight, blk\.2\.attn_v\.weight;"):
         load_gguf(file.write(tmp_path / "tiny.gguf"))
 
 
-def test_tensor_that_would_be_left_out(tiny_file, tmp_path):
+def test_load_gguf_unknown_tensor_raises(tiny_file, tmp_path):
     file = tiny_file()
     file.tensors["rope_freqs.weight"] = np.ones(5, np.float32)
     with pytest.raises(ModelError, match=r"does not support rope_freqs\.weight;"):
         load_gguf(file.write(tmp_path / "tiny.gguf"))
 
 
-def test_tensor_of_another_shape(tiny_file, tmp_path):
+def test_load_gguf_tensor_of_another_shape_raises(tiny_file, tmp_path):
     file = tiny_file()
     file.tensors["blk.1.attn_k.weight"] = np.ones((20, 41), np.float32)
     with pytest.raises(ModelError, match=r"blk\.1\.attn_k.* shape \(20, 40\).*got \(20, 41\)"):

@@ -1,4 +1,4 @@
-"""GGUF files cut, overwritten and flipped: refused with the reason, and never anything else."""
+"""Truncated, overwritten and bit-flipped GGUF files: ModelError with the reason, nothing else."""
 
 import random
 import sys
@@ -10,7 +10,7 @@ from polyhead.errors import DependencyError, ModelError
 from polyhead.models.gguf import load_gguf
 
 
-def test_file_cut_anywhere(tmp_path, tiny_bytes):
+def test_load_gguf_truncated_file_raises(tmp_path, tiny_bytes):
     path = tmp_path / "cut.gguf"
     ends = [0, 1, 4, 8, 23, *range(24, len(tiny_bytes), len(tiny_bytes) // 97)]
     # The last tensor is followed by padding, which a reader does not need.
@@ -21,14 +21,14 @@ def test_file_cut_anywhere(tmp_path, tiny_bytes):
 
 
 @pytest.mark.parametrize("head", [b"", b"GGUF", b"GGUF\x03\x00\x00\x00"])
-def test_random_bytes(tmp_path, head):
+def test_load_gguf_random_bytes_raise(tmp_path, head):
     path = tmp_path / "noise.gguf"
     path.write_bytes(head + random.Random(0).randbytes(5000))
     with pytest.raises(ModelError, match=r"noise\.gguf cannot be read as GGUF"):
         load_gguf(path)
 
 
-def test_other_byte_order(tmp_path, tiny_bytes):
+def test_load_gguf_other_byte_order_raises(tmp_path, tiny_bytes):
     path = tmp_path / "big.gguf"
     path.write_bytes(tiny_bytes[:4] + b"\0\0\0\x03" + bytes(16))
     with pytest.raises(ModelError, match="byte order of another kind of machine"):
@@ -36,7 +36,7 @@ def test_other_byte_order(tmp_path, tiny_bytes):
 
 
 @pytest.mark.filterwarnings("default")
-def test_offset_that_overflows(tmp_path, tiny_bytes, recwarn):
+def test_load_gguf_overflowing_offset_raises(tmp_path, tiny_bytes, recwarn):
     corrupt = bytearray(tiny_bytes)
     name = b"output_norm.weight"
     # After the name: the number of dimensions (4 bytes), one dimension (8), the type (4).
@@ -49,7 +49,7 @@ def test_offset_that_overflows(tmp_path, tiny_bytes, recwarn):
     assert not recwarn.list
 
 
-def test_count_that_would_take_hours(tmp_path, tiny_bytes, monkeypatch):
+def test_load_gguf_huge_count_raises(tmp_path, tiny_bytes, monkeypatch):
     monkeypatch.setattr(ours, "_MOST_READS", 1000)
     path = tmp_path / "long.gguf"
     path.write_bytes(tiny_bytes)
@@ -57,7 +57,7 @@ def test_count_that_would_take_hours(tmp_path, tiny_bytes, monkeypatch):
         load_gguf(path)
 
 
-def test_flipped_bits_raise_nothing_else(tiny_file, tmp_path, tiny_bytes):
+def test_load_gguf_flipped_bits_raise_model_error_only(tiny_file, tmp_path, tiny_bytes):
     path = tmp_path / "flipped.gguf"
     chance = random.Random(0)
     refused = 0
@@ -76,12 +76,12 @@ def test_flipped_bits_raise_nothing_else(tiny_file, tmp_path, tiny_bytes):
 
 
 @pytest.mark.parametrize("package", ["gguf", "tokenizers", "transformers"])
-def test_package_not_installed(tmp_path, monkeypatch, package):
+def test_load_gguf_missing_package_raises(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DependencyError, match=rf'needs the package {package}.*"polyhead\[cli\]"'):
         load_gguf(tmp_path / "any.gguf")
 
 
-def test_no_such_file(tmp_path):
+def test_load_gguf_missing_file_raises(tmp_path):
     with pytest.raises(ModelError, match=r"none\.gguf cannot be read.*FileNotFoundError"):
         load_gguf(tmp_path / "none.gguf")

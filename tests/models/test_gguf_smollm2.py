@@ -1,4 +1,4 @@
-"""The real GGUF file: what it says, and that it is read as others read it."""
+"""The real GGUF file: its config and tokenizer, equal to other readers."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def test_smollm2_knows_the_capital_of_france(logits, smollm2):
 
 
 def test_smollm2_reads_austen_with_every_row_in_its_place(smollm2):
-    # Query and key rows left in llama.cpp's order still find Paris, but lose 1.7 nats a token here.
+    # Query and key rows in llama.cpp's order still find Paris, but lose 1.7 nats per token here.
     text = (
         "It is a truth universally acknowledged, that a single man in possession of a good "
         "fortune, must be in want of a wife."
@@ -103,7 +103,7 @@ def test_smollm2_tokenizer_agrees_with_transformers_own(smollm2):
     assert [theirs(t)["input_ids"] for t in plain] == [
         smollm2.tokenizer(t)["input_ids"] for t in plain
     ]
-    # It takes no notice of "smollm" in the file, which says that digits are cut off first.
+    # It ignores "smollm" in the file, a pre-tokenizer that splits digits first.
     theirs.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False)]
     )

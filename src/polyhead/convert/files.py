@@ -126,7 +126,7 @@ def _pieces(
     """Yield the output, one layer or one other tensor at a time."""
     for move in moves:
         yield (
-            f"moving {move.prefix.removesuffix('.')}",
+            f"converting {move.prefix.removesuffix('.')}",
             move.outputs({name: read(name) for name in move.inputs}),
         )
     for name in unchanged:

@@ -158,7 +158,9 @@ def check_numbers(name: str, tensor: object) -> None:
     if type(tensor) not in (Tensor, nn.Parameter):
         kind = type(tensor).__name__
         remedy = "gather it first (tensor.full_tensor())" if kind == "DTensor" else _DEQUANTIZE
-        raise ConversionError(f"{name} must be a plain tensor to be moved; got a {kind}; {remedy}")
+        raise ConversionError(
+            f"{name} must be a plain tensor to be converted; got a {kind}; {remedy}"
+        )
     dtype = tensor.dtype
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise ConversionError(
@@ -167,5 +169,5 @@ def check_numbers(name: str, tensor: object) -> None:
         )
     if tensor.layout is not torch.strided:
         raise ConversionError(
-            f"{name} must be a dense tensor to be moved; got {tensor.layout}; call to_dense() first"
+            f"{name} must be a dense tensor to be converted; got {tensor.layout}; call to_dense() first"
         )

@@ -1,4 +1,4 @@
-"""Falcon's three ways to say how many key heads there are, and its ALiBi."""
+"""Falcon's number of KV heads, from three options of its config, and its ALiBi."""
 
 import pytest
 import torch
@@ -17,12 +17,12 @@ from polyhead.convert.layout import Sizes
         ({"new_decoder_architecture": True, "num_kv_heads": None, "multi_query": True}, 6),
     ],
 )
-def test_key_heads_of_a_config(options, groups):
+def test_num_kv_heads_is_read_from_config(options, groups):
     assert LAYOUT.sizes({"num_attention_heads": 6, **options}) == Sizes(6, groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_alibi_in_every_dtype_of_the_weights(dtype):
+def test_falcon_alibi_in_every_dtype(dtype):
     modeling = pytest.importorskip("transformers.models.falcon.modeling_falcon")
     theirs = modeling.build_alibi_tensor(torch.ones(1, 300, dtype=torch.long), 6, torch.float64)
     ours = FalconAlibi(6, 16).to(dtype)

@@ -7,7 +7,7 @@ from polyhead.convert.families.gemma import OffsetRMSNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_is_theirs(dtype):
+def test_offset_rms_norm_equals_transformers(dtype):
     modeling = pytest.importorskip("transformers.models.gemma3.modeling_gemma3")
     theirs, ours = modeling.Gemma3RMSNorm(24, eps=0.25), OffsetRMSNorm(24, eps=0.25)
     assert torch.equal(ours.weight, theirs.weight)

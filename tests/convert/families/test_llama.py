@@ -130,7 +130,7 @@ def build(name, **more):
 
 @pytest.mark.parametrize("implementation", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
-def test_same_output_in_a_running_model(name, implementation, is_transformers_4):
+def test_llama_same_output_in_a_running_model(name, implementation, is_transformers_4):
     if is_transformers_4 and name == "llama, yarn, factor by the contexts":
         pytest.skip("transformers 4 wants a factor")
     model = build(name, attn_implementation=implementation)
@@ -149,8 +149,8 @@ def test_same_output_in_a_running_model(name, implementation, is_transformers_4)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_same_output_in_float64(name):
-    """By hand, because transformers computes angles in float32 whatever the model's dtype."""
+def test_llama_same_output_in_float64(name):
+    """Computed here, because transformers computes angles in float32 for any dtype."""
     model = build(name, attn_implementation="sdpa").double()
     layer = model.layers[1].self_attn
     head_dim, x = layer.head_dim, torch.randn(2, T, layer.q_proj.in_features).double()
@@ -171,7 +171,7 @@ def test_same_output_in_float64(name):
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_options_are_carried_and_the_layer_is_left_as_it_is():
+def test_llama_options_are_kept_and_input_is_unchanged():
     layer = build("mistral with a window").layers[0].self_attn.train()
     layer.requires_grad_(False)
     random_state = torch.get_rng_state()
@@ -186,7 +186,7 @@ def test_options_are_carried_and_the_layer_is_left_as_it_is():
     assert layer.k_proj.weight.any()
 
 
-def test_converted_layer_becomes_stacked_heads():
+def test_llama_converted_layer_becomes_stacked_heads():
     layer = build("qwen2").layers[0].self_attn.eval()
     split = from_transformers(layer).double()
     x = torch.randn(2, T, 24, dtype=torch.float64)
@@ -194,7 +194,7 @@ def test_converted_layer_becomes_stacked_heads():
     torch.testing.assert_close(stacked(x), split(x), rtol=0, atol=1e-11)
 
 
-def test_an_unknown_rope_is_refused():
+def test_llama_unknown_rope_raises():
     layer = build("llama").layers[0].self_attn
     layer.config.rope_parameters = {"rope_type": "proportional", "rope_theta": 10_000.0}
     known = '"default", "linear", "dynamic", "yarn", "longrope", "llama3"'
@@ -206,12 +206,12 @@ def test_an_unknown_rope_is_refused():
     ("kind", "context_length"),
     [("linear", 92), ("dynamic", 20), ("yarn", 120), ("llama3", 160), ("longrope", 37)],
 )
-def test_a_scaled_layer_accepts_what_it_was_scaled_for(kind, context_length):
+def test_llama_scaled_rope_extends_context_length(kind, context_length):
     layer = build(f"llama, {kind}").layers[0].self_attn
     assert from_transformers(layer).context_length == context_length
 
 
-def test_rope_options_as_transformers_4_keeps_them():
+def test_llama_rope_options_of_transformers_4():
     layer = build("llama").layers[0].self_attn
     layer.config = SimpleNamespace(
         **{**SIZES, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.5}}
@@ -222,14 +222,14 @@ def test_rope_options_as_transformers_4_keeps_them():
     assert from_transformers(layer).rope == ph.Rope(theta=500.0)
 
 
-def test_adapters_are_refused():
+def test_llama_adapter_raises():
     layer = build("llama").layers[0].self_attn
     layer.v_proj = nn.Sequential(layer.v_proj)
     with pytest.raises(ConversionError, match=r"v_proj must be a plain nn\.Linear.*Sequential"):
         from_transformers(layer)
 
 
-def test_a_frozen_projection_stays_frozen_and_the_others_train():
+def test_llama_requires_grad_is_kept():
     config = transformers.LlamaConfig(
         hidden_size=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1
     )

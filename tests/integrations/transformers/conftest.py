@@ -1,4 +1,4 @@
-"""Tiny models of every family, with random weights: one with eager attention, one with ours."""
+"""Tiny models of every family, with random weights, with eager and polyhead attention."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ DECODER = {
 }
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": LAYERS, "n_head": 6, "n_positions": 37}
 WITHOUT_EOS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-# Experts are multiplied by a kernel that wants rows of 16 bytes.
+# The kernel of experts requires rows of 16 bytes.
 EXPERTS = DECODER | {"hidden_size": 48, "intermediate_size": 32, "experts_implementation": "eager"}
 
 FAMILIES = {
@@ -136,7 +136,7 @@ def registered():
 
 @pytest.fixture(autouse=True)
 def finite_eager(monkeypatch):
-    """Eager attention that gives numbers in float64 too.
+    """Eager attention with finite outputs in float64 too.
 
     It forbids with the dtype's smallest number and takes the softmax in float32, where that of
     float64 is -inf: rows of padding become NaN, and spread.
@@ -152,7 +152,7 @@ def finite_eager(monkeypatch):
 
 
 def build(family, attention, dtype=torch.float32, **settings):
-    """A model of random weights, the same ones each time."""
+    """A model with fixed random weights."""
     if IS_4 and family in OWN_BEFORE_5:
         pytest.skip(f"before transformers 5 {family} computes its own attention, and is refused")
     if IS_4 and dtype == torch.float64 and family in ("DeepseekV3", "CLIPText", "OPT"):
@@ -182,7 +182,7 @@ def _build():
 
 @pytest.fixture
 def inputs():
-    """`inputs(family, side, T=9)`: what the model reads, and which of its outputs are real."""
+    """`inputs(family, side, T=9)`: the model's inputs, and the mask of its unpadded outputs."""
 
     def make(family, side="none", T=9):
         generator = torch.Generator().manual_seed(5)
@@ -207,7 +207,7 @@ def inputs():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What polyhead's attention was asked for, call by call."""
+    """Arguments of polyhead's attention, per call."""
     from polyhead.integrations.transformers import forward
 
     seen = []

@@ -1,4 +1,4 @@
-"""`PolyheadCache` in generation: what transformers' own caches give, token for token."""
+"""`PolyheadCache` in generation: equal to transformers' own caches, token for token."""
 
 import pytest
 import torch
@@ -11,25 +11,25 @@ from polyhead.integrations.transformers.cache import Layer, PolyheadCache
 GREEDY = {"max_new_tokens": 9, "do_sample": False}
 
 
-def generate(model, given, cache, **asked):
-    return model.generate(**given, **(GREEDY | asked), past_key_values=cache)
+def generate(model, given, cache, **options):
+    return model.generate(**given, **(GREEDY | options), past_key_values=cache)
 
 
 @pytest.mark.parametrize("side", ["left", pytest.param("no mask", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("asked", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
-def test_generation(decoder, side, asked, build, inputs):
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_cache_generation_equals_dynamic_cache(decoder, side, options, build, inputs):
     given, _ = inputs(decoder, side)
     model = build(decoder, "polyhead")
-    expected = generate(model, given, DynamicCache(config=model.config), **asked)
+    expected = generate(model, given, DynamicCache(config=model.config), **options)
     cache = PolyheadCache(model.config, max_tokens=40)
-    assert torch.equal(generate(model, given, cache, **asked), expected)
+    assert torch.equal(generate(model, given, cache, **options), expected)
     assert cache.get_seq_length() == expected.shape[1] - 1
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "DeepseekV3"])
 @pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
-def test_under_autocast(name, storage_dtype, build, inputs):
-    """Keys come rotated in float32, and values in bfloat16."""
+def test_cache_under_autocast(name, storage_dtype, build, inputs):
+    """Keys are rotated in float32, values are bfloat16."""
     given, _ = inputs(name, "left")
     model = build(name, "polyhead")
     cache = PolyheadCache(model.config, max_tokens=40, storage_dtype=storage_dtype)
@@ -42,7 +42,7 @@ def test_under_autocast(name, storage_dtype, build, inputs):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
-def test_a_second_turn_goes_on_from_the_first(name, build, inputs):
+def test_cache_second_turn_continues_the_first(name, build, inputs):
     given, _ = inputs(name, "no mask")
     model = build(name, "polyhead")
     cache = PolyheadCache(model.config, max_tokens=40)
@@ -53,18 +53,18 @@ def test_a_second_turn_goes_on_from_the_first(name, build, inputs):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
-def test_assisted_generation(name, build, inputs):
+def test_cache_assisted_generation(name, build, inputs):
     given, _ = inputs(name, "no mask")
     given = {"input_ids": given["input_ids"][:1]}
     model, assistant = build(name, "polyhead"), build(name, "polyhead", num_hidden_layers=1)
-    asked = {"assistant_model": assistant, "max_new_tokens": 12}
+    options = {"assistant_model": assistant, "max_new_tokens": 12}
     cache = PolyheadCache(model.config, max_tokens=60)
     expected = generate(model, given, None, max_new_tokens=12)
-    assert torch.equal(generate(model, given, cache, **asked), expected)
+    assert torch.equal(generate(model, given, cache, **options), expected)
 
 
 @pytest.mark.parametrize("preallocate", [False, True])
-def test_after_a_reset_it_takes_another_batch(preallocate, build, inputs):
+def test_cache_after_reset_takes_another_batch_size(preallocate, build, inputs):
     """As DynamicCache: the last batch of many is often smaller."""
     given, _ = inputs("Mistral", "left")
     model = build("Mistral", "polyhead")
@@ -78,7 +78,7 @@ def test_after_a_reset_it_takes_another_batch(preallocate, build, inputs):
 
 
 @pytest.mark.parametrize("name", ["T5", "Bart"])
-def test_cross_attention(name, build, inputs):
+def test_cache_cross_attention(name, build, inputs):
     given, _ = inputs(name, "left")
     given.pop("decoder_input_ids")
     model = build(name, "polyhead")
@@ -86,7 +86,7 @@ def test_cross_attention(name, build, inputs):
     assert torch.equal(generate(model, given, caches), generate(model, given, None))
 
 
-def test_the_keys_of_all_tokens_stay_where_they_are(build, inputs):
+def test_cache_new_token_does_not_move_the_others(build, inputs):
     given, _ = inputs("Llama", "no mask", T=30)
     model = build("Llama", "polyhead")
     cache = PolyheadCache(model.config, max_tokens=37, preallocate=True)
@@ -97,7 +97,7 @@ def test_the_keys_of_all_tokens_stay_where_they_are(build, inputs):
     assert [layer.keys.data_ptr() for layer in cache.layers] == before
 
 
-def test_int8_takes_less_memory_and_gives_nearly_the_same(build, inputs):
+def test_cache_int8_saves_memory_and_is_close(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
     caches = [
@@ -114,14 +114,14 @@ def test_int8_takes_less_memory_and_gives_nearly_the_same(build, inputs):
     assert nbytes[1] < nbytes[0] / 1.9
 
 
-def test_a_full_cache_says_so(build, inputs):
+def test_cache_full_raises(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
     with torch.no_grad(), pytest.raises(ShapeError, match=r"max_tokens - length = 8 - 0 = 8"):
         model(**given, past_key_values=PolyheadCache(model.config, 8))
 
 
-def test_rows_are_repeated_and_chosen():
+def test_cache_rows_are_repeated_and_selected():
     layer = Layer(8)
     key = torch.randn(2, 3, 4, 5)
     layer.update(key, key)
@@ -132,7 +132,7 @@ def test_rows_are_repeated_and_chosen():
 
 
 @pytest.mark.parametrize(("crop", "left"), [(-2, 4), (0, 6), (4, 4)])
-def test_crop(crop, left):
+def test_cache_crop_removes_last_tokens(crop, left):
     layer = Layer(8)
     key = torch.randn(2, 3, 6, 5)
     layer.update(key, key)
@@ -142,7 +142,7 @@ def test_crop(crop, left):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_mask_sizes_are_those_of_the_keys_that_come(window):
+def test_cache_mask_sizes_match_the_next_keys(window):
     layer = Layer(40, window)
     for T in (3, 1, 1, 6, 1, 9):
         S, first = layer.get_mask_sizes(T)
@@ -152,8 +152,8 @@ def test_mask_sizes_are_those_of_the_keys_that_come(window):
         assert got[0, 0, :, 0].tolist() == list(range(first, first + S))
 
 
-@pytest.mark.parametrize("asked", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
-def test_layers_that_read_the_keys_of_others(asked, inputs):
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_cache_layers_that_share_keys(options, inputs):
     transformers = pytest.importorskip("transformers", minversion="5", reason="Gemma 4 came with 5")
     config = transformers.Gemma4TextConfig(
         vocab_size=31,
@@ -176,12 +176,12 @@ def test_layers_that_read_the_keys_of_others(asked, inputs):
     torch.manual_seed(3)
     model = transformers.Gemma4ForCausalLM(config).eval()
     given, _ = inputs("Gemma4Text", "left")
-    expected = generate(model, given, DynamicCache(config=config), **asked)
+    expected = generate(model, given, DynamicCache(config=config), **options)
     cache = PolyheadCache(config, max_tokens=40)
-    assert torch.equal(generate(model, given, cache, **asked), expected)
+    assert torch.equal(generate(model, given, cache, **options), expected)
 
 
-def test_layers_that_keep_something_else_are_refused():
+def test_cache_layers_with_other_state_raise():
     from transformers import Lfm2Config
 
     with pytest.raises(ArgumentError, match=r"keep keys and values; got layer 0: conv"):
@@ -197,8 +197,8 @@ def numbered(start, T):
 @pytest.mark.parametrize("drafted", [5, 300])
 @pytest.mark.parametrize("before", [[], [7, 1, 1, 30]], ids=["empty", "filled"])
 @pytest.mark.parametrize("was_reset", [False, True])
-def test_drafts_over_a_window_are_taken_back(before, drafted, was_reset):
-    """transformers#48280: recording began with the first token or never, and held 256."""
+def test_cache_crop_of_drafts_beyond_a_window(before, drafted, was_reset):
+    """transformers#48280: recording began with the first token or never, and kept 256."""
     layer = Layer(None, 4)
     if was_reset:
         layer.update(numbered(0, 9), numbered(0, 9))
@@ -218,7 +218,7 @@ def test_drafts_over_a_window_are_taken_back(before, drafted, was_reset):
         layer.crop(-1)
 
 
-def test_recording_that_ended_lets_go_of_the_past():
+def test_cache_after_recording_drops_the_past():
     layer = Layer(None, 4)
     layer.activate_past_recording()
     layer.update(numbered(0, 500), numbered(0, 500))
@@ -231,14 +231,14 @@ def test_recording_that_ended_lets_go_of_the_past():
         layer.crop(-300)
 
 
-def test_crop_that_a_window_cannot_is_refused_before_any_layer_changes(build, inputs):
+def test_cache_crop_beyond_window_raises_unchanged(build, inputs):
     given, _ = inputs("Gemma2", "no mask", T=30)
     model = build("Gemma2", "polyhead")
     cache = PolyheadCache(model.config, max_tokens=64)
     with torch.no_grad():
         model(**given, past_key_values=cache)
     lengths = [layer.get_seq_length() for layer in cache.layers]
-    remedy = r"got -12; call cache.activate_past_recording\(\) before the tokens"
+    remedy = r"got -12; call cache.activate_past_recording\(\) before tokens"
     with pytest.raises(ArgumentError, match=remedy):
         cache.crop(-12)
     assert [layer.get_seq_length() for layer in cache.layers] == lengths
@@ -250,13 +250,13 @@ def test_crop_that_a_window_cannot_is_refused_before_any_layer_changes(build, in
     assert {layer.get_seq_length() for layer in cache.layers} == {18}
 
 
-def test_assisted_generation_goes_on_in_a_filled_cache(build, inputs):
+def test_cache_assisted_generation_in_a_filled_cache(build, inputs):
     given, _ = inputs("Mistral", "no mask")
     prompt = given["input_ids"][:1]
     model, assistant = (build("Mistral", "polyhead", num_hidden_layers=n) for n in (2, 1))
     cache = PolyheadCache(model.config, max_tokens=37)
     first = model.generate(prompt, past_key_values=cache, max_new_tokens=6, do_sample=False)
-    asked = {"max_new_tokens": 8, "do_sample": False}
-    expected = model.generate(first, **asked)
-    got = model.generate(first, past_key_values=cache, assistant_model=assistant, **asked)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(first, **options)
+    got = model.generate(first, past_key_values=cache, assistant_model=assistant, **options)
     assert torch.equal(got, expected)

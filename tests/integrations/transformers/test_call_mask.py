@@ -1,4 +1,4 @@
-"""The mask of one call, of what came and what the layer carries."""
+"""The mask of one call, from its arguments and the layer's attributes."""
 
 import pytest
 import torch
@@ -34,11 +34,11 @@ def same(mask, expected, T, S):
     return torch.equal(mask.materialize(T, S), expected.materialize(T, S))
 
 
-def test_none_is_no_mask_without_a_flag():
+def test_read_mask_none_without_flag_is_no_mask():
     assert read(3, 5, layer=carrying()) is None
 
 
-def test_none_in_a_causal_layer_puts_queries_last():
+def test_read_mask_none_in_causal_layer_is_causal():
     assert read(3, 5) == ph.mask.causal()
 
 
@@ -50,43 +50,43 @@ def test_none_in_a_causal_layer_puts_queries_last():
     ],
     ids=["flag", "name"],
 )
-def test_none_in_cross_attention_is_no_mask(layer):
+def test_read_mask_none_in_cross_attention_is_no_mask(layer):
     assert read(3, 5, layer=layer) is None
-    assert read(3, 5, layer=layer, is_causal=True) is None  # the model's word, not the layer's
+    assert read(3, 5, layer=layer, is_causal=True) is None  # is_cross_attention wins
 
 
 @pytest.mark.parametrize(("T", "S"), [(7, 7), (2, 7), (1, 7)])
-def test_window_without_a_mask_is_applied(T, S):
+def test_read_mask_window_without_mask_is_applied(T, S):
     expected = ph.mask.causal() & ph.mask.window(before=2)
     assert same(read(T, S, sliding_window=3), expected, T, S)
     both_ways = ph.mask.window(before=2, after=2)
     assert same(read(T, S, sliding_window=3, layer=carrying()), both_ways, T, S)
 
 
-def test_window_that_hides_nothing_is_left_out():
+def test_read_mask_window_of_all_keys_is_omitted():
     assert read(3, 4, sliding_window=4) == ph.mask.causal()
     assert read(1, 4, sliding_window=4) is None
 
 
-def test_window_beside_a_mask_is_the_masks():
-    """Some models let what a picture shows reach beyond the window: the mask has both."""
+def test_read_mask_window_with_mask_is_not_applied():
+    """In some models image tokens attend beyond the window: the mask includes both."""
     rule = ph.mask.causal() & (ph.mask.window(before=2) | ph.mask.prefix(2))
     mask = StructuredMask(rule, batch=B, T=6, S=6, device="cpu")
     assert read(6, 6, mask, sliding_window=3) is rule
 
 
 @pytest.mark.parametrize("size", [0, -1, True, "4"])
-def test_window_of_no_size_is_refused(size):
+def test_read_mask_invalid_window_raises(size):
     with pytest.raises(ArgumentError, match="sliding_window must be an integer of at least 1"):
         read(6, 6, sliding_window=size)
 
 
-def test_window_of_a_cache_that_holds_no_more_is_not_applied():
+def test_read_mask_window_in_the_cache_is_not_applied():
     layer = carrying("DiffusionGemmaDecoderTextAttention", is_causal=False)
     assert read(3, 9, sliding_window=4, layer=layer, is_causal=False) is None
 
 
-def test_documents_hold_beside_mask_and_window():
+def test_read_mask_documents_combine_with_mask_and_window():
     bounds = torch.tensor([0, 4, 7, 14])
     ids = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [2] * 7])
     mask = StructuredMask(ph.mask.lengths([7, 5]), batch=B, T=7, S=7, device="cpu")
@@ -97,7 +97,7 @@ def test_documents_hold_beside_mask_and_window():
     assert same(got, expected, 7, 7)
 
 
-def test_positions_that_restart_are_read_without_a_mask():
+def test_read_mask_restarting_positions_without_mask():
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     expected = ph.mask.causal() & ph.mask.documents(torch.tensor([[0, 0, 0, 1, 1]] * B))
     assert same(read(5, 5, position_ids=positions), expected, 5, 5)
@@ -106,13 +106,13 @@ def test_positions_that_restart_are_read_without_a_mask():
     assert read(5, 5, layer=carrying(), position_ids=positions) is None
 
 
-def test_chosen_keys_are_the_only_ones():
+def test_read_mask_indices_restrict_the_keys():
     indices = torch.tensor([[[0, 2], [1, -1], [3, 3]]]).expand(B, 3, 2)
     allowed = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]).bool()
     got = read(3, 4, indices=indices)
     assert same(got, ph.mask.causal() & ph.mask.dense(allowed.expand(B, 1, 3, 4)), 3, 4)
 
 
-def test_chosen_keys_of_other_queries_are_refused():
+def test_read_mask_indices_of_other_shape_raise():
     with pytest.raises(ShapeError, match=r"indices must be \(B, T, K\) = \(2, 3, K\).*got \(2, 4"):
         read(3, 4, indices=torch.zeros(B, 4, 2, dtype=int))

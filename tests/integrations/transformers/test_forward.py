@@ -1,4 +1,4 @@
-"""The attention function, asked directly."""
+"""The attention function, called directly."""
 
 import pytest
 import torch
@@ -29,23 +29,23 @@ def run(qkv, mask, *, is_causal=True, **options):
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_no_mask_is_what_the_layer_says(qkv, is_causal):
+def test_forward_without_mask_uses_the_layers_flag(qkv, is_causal):
     rule = ph.mask.causal() if is_causal else None
     assert torch.equal(run(qkv, None, is_causal=is_causal)[0], ph.attention(*qkv, mask=rule))
-    # What the call says wins over what the layer says.
-    told = {"is_causal": not is_causal}
-    output, _ = attention_forward(layer(is_causal), *qkv, None, **told)
+    # The call's argument takes precedence over the layer's flag.
+    flag = {"is_causal": not is_causal}
+    output, _ = attention_forward(layer(is_causal), *qkv, None, **flag)
     other = None if is_causal else ph.mask.causal()
     assert torch.equal(output.transpose(1, 2), ph.attention(*qkv, mask=other))
 
 
-def test_no_mask_and_one_query_sees_every_key(qkv):
+def test_forward_without_mask_one_query_sees_all_keys(qkv):
     query, key, value = qkv
     one = query[:, :, :1], key, value
     assert torch.equal(run(one, None)[0], ph.attention(*one))
 
 
-def test_booleans_and_numbers(qkv):
+def test_forward_bool_and_additive_masks(qkv):
     allowed = torch.rand(B, 1, T, S) > 0.4
     numbers = torch.zeros(B, 1, T, S).masked_fill(~allowed, -torch.inf)
     expected = ph.attention(*qkv, mask=ph.mask.dense(allowed))
@@ -53,46 +53,46 @@ def test_booleans_and_numbers(qkv):
     torch.testing.assert_close(run(qkv, numbers)[0], expected)
 
 
-def test_a_structured_mask_arrives_as_its_rule(qkv, calls):
+def test_forward_structured_mask_is_passed_as_mask(qkv, calls):
     rule = ph.mask.causal() & ph.mask.left_padding([0, 2])
     run(qkv, StructuredMask(rule, batch=B, T=T, S=S, device="cpu"))
     assert calls[0]["mask"] is rule
 
 
-def test_a_structured_mask_of_another_size_is_refused(qkv):
+def test_forward_structured_mask_of_another_size_raises(qkv):
     mask = StructuredMask(ph.mask.causal(), batch=B, T=T, S=S + 1, device="cpu")
     with pytest.raises(ShapeError, match=r"T or 1, S = 5\); got \(2, 1, 3, 6\)"):
         run(qkv, mask)
 
 
-def test_a_mask_of_heads_is_refused(qkv):
-    """ViT of transformers 4 hands one on where the mask belongs; it is to be multiplied."""
+def test_forward_head_mask_raises(qkv):
+    """ViT of transformers 4 passes a multiplicative head_mask as attention_mask."""
     with pytest.raises(
         ShapeError, match=r"attention_mask must be .*got \(1, 6, 1, 1\); .*look.ablate"
     ):
         run(qkv, torch.ones(1, H, 1, 1))
 
 
-def test_softcap_sinks_scale_and_dropout_reach_the_call(qkv, calls):
+def test_forward_options_reach_the_call(qkv, calls):
     sinks = torch.randn(H)
     run(qkv, None, softcap=5.0, s_aux=sinks, scaling=0.3, dropout=0.25)
-    asked = calls[0]
-    assert (asked["softcap"], asked["scale"], asked["dropout"]) == (5.0, 0.3, 0.25)
-    assert asked["sinks"] is sinks
+    requested = calls[0]
+    assert (requested["softcap"], requested["scale"], requested["dropout"]) == (5.0, 0.3, 0.25)
+    assert requested["sinks"] is sinks
 
 
-def test_autocast_casts_what_comes_in_several_dtypes(qkv):
+def test_forward_autocast_casts_to_one_dtype(qkv):
     query, key, value = qkv
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = run((query, key, value.bfloat16()), None, is_causal=False)
         doubles, _ = run([x.double() for x in qkv], None, is_causal=False)
     expected = ph.attention(*(x.bfloat16() for x in qkv))
     assert torch.equal(output, expected)
-    assert doubles.dtype == torch.float64  # which autocast leaves alone
+    assert doubles.dtype == torch.float64  # autocast leaves it alone
 
 
 @pytest.mark.parametrize("kind", ["none", "bool", "float"])
-def test_position_bias_is_added_to_the_scores(qkv, kind):
+def test_forward_position_bias_is_added_to_scores(qkv, kind):
     position_bias = torch.randn(1, H, T, S)
     allowed = torch.rand(B, 1, T, S) > 0.4
     numbers = torch.randn(B, 1, T, S)
@@ -106,7 +106,7 @@ def test_position_bias_is_added_to_the_scores(qkv, kind):
     torch.testing.assert_close(got, expected)
 
 
-def test_weights_are_those_of_the_definition(qkv):
+def test_forward_weights_match_reference(qkv):
     output, weights = run(qkv, None, output_attentions=True)
     expected, aux = ph.attention(
         *qkv, mask=ph.mask.causal(), return_aux=ph.AuxRequest(weights=True)
@@ -116,25 +116,25 @@ def test_weights_are_those_of_the_definition(qkv):
     assert run(qkv, None)[1] is None
 
 
-def test_what_is_not_known_is_refused(qkv):
+def test_forward_unknown_option_raises(qkv):
     with pytest.raises(ArgumentError, match=r"block_indices must not .*got Tensor; use .*eager"):
         run(qkv, None, block_indices=torch.ones(H))
 
 
 @pytest.mark.parametrize("name", ["head_mask", "layer_head_mask", "cross_attn_head_mask"])
-def test_head_masks_remedy_is_one_that_works(qkv, name):
+def test_forward_head_mask_remedy_works(qkv, name):
     """Eager attention ignores it."""
     with pytest.raises(ArgumentError, match=r"off with polyhead\.look\.ablate\(model, heads\)$"):
         run(qkv, None, **{name: torch.ones(H)})
 
 
-def test_what_says_nothing_about_attention_is_taken(qkv):
+def test_forward_harmless_options_are_accepted(qkv):
     given = {"cache_position": torch.arange(T), "use_cache": True, "head_mask": None}
     assert torch.equal(run(qkv, None, **given)[0], run(qkv, None)[0])
 
 
-def test_weights_have_gradients_with_the_reference():
-    """The output is made of them there; elsewhere they are computed beside it."""
+def test_forward_weights_have_gradients_with_reference():
+    """The reference computes the output from them; others compute them separately."""
     transformers = pytest.importorskip("transformers")
     ph.integrations.transformers.register()
     sizes = {"vocab_size": 31, "hidden_size": 24, "intermediate_size": 29, "num_hidden_layers": 2}

@@ -1,4 +1,4 @@
-"""Keys and values that are tensors to whoever looks, and codes to the attention."""
+"""Lazy cache tensors: plain tensors to models, int8 cache views to polyhead's attention."""
 
 import copy
 
@@ -20,14 +20,14 @@ def cache_view():
 
 
 @pytest.fixture
-def nobody_makes_numbers(monkeypatch):
+def materializing_raises(monkeypatch):
     def refuse(self):
-        raise AssertionError("a tensor was made of what a cache holds")
+        raise AssertionError("a cache view was materialized")
 
     monkeypatch.setattr(LazyCacheTensor, "_materialize", refuse)
 
 
-def test_it_looks_like_the_tensor_it_stands_for(cache_view):
+def test_lazy_cache_tensor_has_the_tensors_attributes(cache_view):
     held, numbers = wrap(cache_view), cache_view.materialize()
     assert isinstance(held, torch.Tensor)
     assert held.shape == numbers.shape
@@ -52,29 +52,29 @@ def test_it_looks_like_the_tensor_it_stands_for(cache_view):
         copy.deepcopy,
     ],
 )
-def test_whatever_is_done_with_it_is_done_with_the_numbers(cache_view, use):
+def test_lazy_cache_tensor_operations_materialize(cache_view, use):
     used = use(wrap(cache_view))
     assert type(used) is torch.Tensor
     assert torch.equal(used, use(cache_view.materialize()))
 
 
-def test_numbers_are_made_once(cache_view):
+def test_lazy_cache_tensor_is_materialized_once(cache_view):
     held = wrap(cache_view)
     assert held.dense() is held.dense()
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
-@pytest.mark.parametrize("asked", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
-@pytest.mark.usefixtures("nobody_makes_numbers", "kernels")
-def test_generation_makes_no_tensor_of_codes(name, asked, build, inputs):
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+@pytest.mark.usefixtures("materializing_raises", "kernels")
+def test_lazy_cache_generation_does_not_dequantize(name, options, build, inputs):
     given, _ = inputs(name, "left")
     model = build(name, "polyhead")
     cache = PolyheadCache(model.config, 40, storage_dtype=torch.int8)
-    model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False, **asked)
+    model.generate(**given, past_key_values=cache, max_new_tokens=4, do_sample=False, **options)
 
 
 @pytest.mark.parametrize("other", ["eager", "sdpa"])
-def test_other_attentions_get_tensors(other, build, inputs):
+def test_lazy_cache_other_attentions_get_tensors(other, build, inputs):
     given, _ = inputs("Llama", "left")
     logits = []
     for attention in ("polyhead", other):
@@ -89,7 +89,7 @@ def test_other_attentions_get_tensors(other, build, inputs):
     torch.testing.assert_close(*logits)
 
 
-def test_cross_attention_reads_codes_too(build, inputs):
+def test_lazy_cache_cross_attention_reads_int8(build, inputs):
     given, _ = inputs("Bart", "left")
     given.pop("decoder_input_ids")
     model = build("Bart", "polyhead")
@@ -97,22 +97,22 @@ def test_cross_attention_reads_codes_too(build, inputs):
         PolyheadCache(model.config, 40, storage_dtype=torch.int8),
         PolyheadCache(model.config, 40, storage_dtype=torch.int8),
     )
-    asked = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
-    asked["return_dict_in_generate"] = True
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True}
+    options["return_dict_in_generate"] = True
     plain = EncoderDecoderCache(
         DynamicCache(config=model.config), DynamicCache(config=model.config)
     )
     ours, theirs = (
-        model.generate(**given, past_key_values=cache, **asked).logits[0]
+        model.generate(**given, past_key_values=cache, **options).logits[0]
         for cache in (caches, plain)
     )
     assert 0 < (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
 
 
-# transformers 4 warns of every other attention, and returns the weights all the same.
+# transformers 4 warns for any attention but eager, and returns the weights all the same.
 @pytest.mark.filterwarnings("ignore:.output_attentions=True. is not supported:UserWarning")
 @pytest.mark.usefixtures("kernels")
-def test_weights_are_those_of_the_numbers(build, inputs):
+def test_lazy_cache_weights_match_materialized_keys(build, inputs):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead")
     cache = PolyheadCache(model.config, 40, storage_dtype=torch.int8)

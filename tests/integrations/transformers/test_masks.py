@@ -1,4 +1,4 @@
-"""The mask function: the same mask as transformers' own, and its structure where there is one."""
+"""The mask function: equal to transformers' own, with structure if it is recognized."""
 
 import pytest
 import torch
@@ -23,14 +23,14 @@ RULES = {
 SINCE_5 = hasattr(theirs, "bidirectional_mask_function")  # transformers
 if SINCE_5:
     RULES |= {
-        "everybody": theirs.bidirectional_mask_function,
+        "bidirectional": theirs.bidirectional_mask_function,
         "two-sided window": theirs.sliding_window_bidirectional_mask_function(2),
         "two-sided window of none": theirs.sliding_window_bidirectional_mask_function(-1),
     }
 
 
-def both(T, S, *, kv_offset=0, q_offset=None, **asked):
-    """Ours, and what transformers writes out."""
+def both(T, S, *, kv_offset=0, q_offset=None, **options):
+    """Return our mask and the one that transformers materializes."""
     q_offset = kv_offset + S - T if q_offset is None else q_offset
     sizes = {"batch_size": B, "kv_length": S, "kv_offset": kv_offset}
     if SINCE_5:
@@ -38,7 +38,7 @@ def both(T, S, *, kv_offset=0, q_offset=None, **asked):
     else:
         sizes |= {"cache_position": torch.arange(int(q_offset), int(q_offset) + T)}
     full = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return make_mask(**sizes, **asked), theirs.sdpa_mask(**sizes, **(asked | full))
+    return make_mask(**sizes, **options), theirs.sdpa_mask(**sizes, **(options | full))
 
 
 def assert_same(ours, expected):
@@ -70,14 +70,14 @@ def padding(side, positions):
         (1, 11, 0, None),  # a step
         (3, 11, 0, None),  # a chunk
         (2, 5, 6, None),  # in a window that rolled on
-        (3, 17, 0, 4),  # in a static cache, later keys not there yet
+        (3, 17, 0, 4),  # in a static cache, later keys not written yet
         (1, 17, 0, 4),
     ],
 )
-def test_it_is_the_mask_of_transformers(T, S, kv_offset, q_offset, rule, side):
+def test_make_mask_equals_transformers(T, S, kv_offset, q_offset, rule, side):
     known = S if q_offset is None else q_offset + T
-    asked = {"mask_function": RULES[rule], "attention_mask": padding(side, kv_offset + known)}
-    assert_same(*both(T, S, kv_offset=kv_offset, q_offset=q_offset, **asked))
+    options = {"mask_function": RULES[rule], "attention_mask": padding(side, kv_offset + known)}
+    assert_same(*both(T, S, kv_offset=kv_offset, q_offset=q_offset, **options))
 
 
 @settings(deadline=None, max_examples=60)
@@ -86,7 +86,7 @@ def test_it_is_the_mask_of_transformers(T, S, kv_offset, q_offset, rule, side):
     rule=st.sampled_from(sorted(RULES)),
     T=st.integers(1, 6),
 )
-def test_any_padding_at_all(real, rule, T):
+def test_make_mask_any_padding(real, rule, T):
     assert_same(*both(T, 6, mask_function=RULES[rule], attention_mask=torch.tensor(real)))
 
 
@@ -96,8 +96,8 @@ STRUCTURES = [
     ("causal", "right", "causal() & lengths([8, 7, 6])"),
     ("window", "left", "window(before=3) & causal() & left_padding([0, 2, 5])"),
     ("two-sided window", "none", "window(before=2, after=2)"),
-    ("everybody", "right", "lengths([8, 7, 6])"),
-    ("everybody", "none", "None"),
+    ("bidirectional", "right", "lengths([8, 7, 6])"),
+    ("bidirectional", "none", "None"),
     ("chunks", "none", "documents(3x9) & causal()"),
     ("causal", "hole", "causal() & dense(3x1x1x9)"),
 ]
@@ -106,21 +106,21 @@ STRUCTURES = [
 @pytest.mark.parametrize(
     ("rule", "side", "expected"), [case for case in STRUCTURES if case[0] in RULES]
 )
-def test_its_structure_is_kept(rule, side, expected):
+def test_make_mask_keeps_structure(rule, side, expected):
     mask, _ = both(9, 9, mask_function=RULES[rule], attention_mask=padding(side, 9))
     assert isinstance(mask, StructuredMask)
     assert repr(mask.rule) == expected
 
 
-@pytest.mark.parametrize("rule", sorted(RULES.keys() & {"causal", "everybody", "window"}))
-def test_a_step_that_sees_every_key_needs_no_mask(rule):
+@pytest.mark.parametrize("rule", sorted(RULES.keys() & {"causal", "bidirectional", "window"}))
+def test_make_mask_step_that_sees_all_keys_is_none(rule):
     S = 4 if rule == "window" else 9
     mask, expected = both(1, S, mask_function=RULES[rule], attention_mask=padding("none", S))
     assert mask is None
     assert expected.all()
 
 
-def packed(inner, position, turned):
+def packed(inner, position, reverse):
     """The rule of a model called with these positions, in this release of transformers, or with
     its two parts in the other order, as since 5.24."""
     sequence = theirs.find_packed_sequence_indices(position)
@@ -128,21 +128,21 @@ def packed(inner, position, turned):
     if SINCE_5:
         rule = theirs.remap_positions_for_packed_sequence(rule, position)
     parts = (rule, theirs.packed_sequence_mask_function(sequence))
-    return theirs.and_masks(*(parts[::-1] if turned else parts))
+    return theirs.and_masks(*(parts[::-1] if reverse else parts))
 
 
-def test_one_sequence_a_row_is_no_packing():
+def test_make_mask_one_sequence_per_row_is_not_packed():
     one = theirs.packed_sequence_mask_function(torch.zeros(B, 9, dtype=torch.int64))
     mask, expected = both(9, 9, mask_function=theirs.and_masks(theirs.causal_mask_function, one))
     assert repr(mask.rule) == "causal()"
     assert_same(mask, expected)
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("inner", ["causal", "window"])
-def test_packed_sequences(inner, turned):
+def test_make_mask_packed_sequences(inner, reverse):
     position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7, 8], [0] * 9])
-    mask, expected = both(9, 9, mask_function=packed(inner, position, turned))
+    mask, expected = both(9, 9, mask_function=packed(inner, position, reverse))
     assert "documents(3x9)" in repr(mask.rule)
     assert_same(mask, expected)
 
@@ -162,13 +162,13 @@ if SINCE_5:
 
 
 @pytest.mark.parametrize("rule", UNKNOWN.values(), ids=UNKNOWN)
-def test_what_is_not_known_is_written_out(rule):
+def test_make_mask_unknown_function_is_materialized(rule):
     mask, expected = both(7, 7, mask_function=rule, attention_mask=padding("left", 7))
     assert type(mask) is torch.Tensor
     assert_same(mask, expected)
 
 
-def test_a_rule_that_changed_its_meaning_is_not_believed(monkeypatch):
+def test_recognize_changed_function_is_not_matched(monkeypatch):
     def sliding_window_overlay(sliding_window):
         def inner_mask(batch_idx, head_idx, q_idx, kv_idx):
             return kv_idx >= q_idx - sliding_window  # one key more
@@ -187,10 +187,10 @@ def test_a_rule_that_changed_its_meaning_is_not_believed(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
-@pytest.mark.parametrize("asked", [{"use_cache": False}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"use_cache": False}, {}], ids=str)
 @pytest.mark.parametrize("kind", ["fake", "meta"])
-def test_a_model_of_shapes_alone(kind, asked, name, build):
-    if kind == "meta" and (asked or not SINCE_5):
+def test_make_mask_under_meta_or_fake_tensors(kind, options, name, build):
+    if kind == "meta" and (options or not SINCE_5):
         pytest.skip("transformers itself looks at numbers")
     mask_functions._matchers.cache_clear()  # they may first be needed here
     model = build(name, "polyhead")
@@ -199,18 +199,18 @@ def test_a_model_of_shapes_alone(kind, asked, name, build):
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake if kind == "fake" else torch.device("meta"):
         tokens = torch.ones(2, 9, dtype=torch.int64)
-        assert model(tokens, **asked).logits.shape == (2, 9, 31)
+        assert model(tokens, **options).logits.shape == (2, 9, 31)
     keys = mask_functions.KeySpan(9, 0, "cpu")
     assert mask_functions.recognize(theirs.causal_mask_function, keys) == (ph.mask.causal(),)
 
 
-def test_a_step_that_is_to_be_compiled_gets_a_plain_tensor():
+def test_make_mask_compiled_step_gets_a_plain_tensor():
     mask, expected = both(1, 17, q_offset=torch.tensor(4), allow_is_causal_skip=False)
     assert type(mask) is torch.Tensor
     assert torch.equal(mask, expected)
 
 
-def test_a_long_prompt_takes_no_memory(tensor_sizes):
+def test_make_mask_long_prompt_takes_no_memory(tensor_sizes):
     real = torch.ones(1, 3000, dtype=torch.bool)
     real[0, :7] = False
     with tensor_sizes:
@@ -220,9 +220,9 @@ def test_a_long_prompt_takes_no_memory(tensor_sizes):
 
 
 @pytest.mark.parametrize("side", ["left", "no mask"])
-def test_the_attention_gets_rules(build, inputs, calls, side):
-    asked, _ = inputs("Mistral", side)
-    build("Mistral", "polyhead").generate(**asked, max_new_tokens=8, do_sample=False)
+def test_make_mask_attention_receives_masks(build, inputs, calls, side):
+    options, _ = inputs("Mistral", side)
+    build("Mistral", "polyhead").generate(**options, max_new_tokens=8, do_sample=False)
     assert all(
         not any(isinstance(rule, ph.mask.Dense) for rule in call["mask"].primitives())
         for call in calls

@@ -1,4 +1,4 @@
-"""Packed rows that `cu_seq_lens_*`, `seq_idx` or positions name."""
+"""Packed rows, given by `cu_seq_lens_*`, `seq_idx` or positions."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from polyhead.errors import ArgumentError, ShapeError
 from polyhead.integrations.transformers.packing import packed_documents, restarting_documents
 
 B, S = 2, 6
-BOUNDS = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32)  # two documents a row
+BOUNDS = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32)  # two documents per row
 IDS = torch.tensor([[0, 0, 1, 1, 1, 1], [2, 2, 2, 3, 3, 3]])
 
 
@@ -33,7 +33,7 @@ def test_packed_documents_are_masks_documents(given):
     assert torch.equal(got, ph.mask.documents(IDS).materialize(S, S))
 
 
-def test_packed_documents_nothing_named_is_no_mask():
+def test_packed_documents_without_arguments_is_none():
     assert read(cu_seq_lens_q=None, max_length_q=4) is None
 
 
@@ -57,17 +57,17 @@ def test_packed_documents_nothing_named_is_no_mask():
         ({"seq_idx": IDS[:, :5]}, r"seq_idx must be \(B, T\) = \(2, 6\); got \(2, 5\)"),
         (
             {"cu_seq_lens_q": BOUNDS, "T": 1},
-            r"as many keys as queries: got T = 1, S = 6.*use_cache",
+            r"equal numbers of queries and keys: got T = 1, S = 6.*use_cache",
         ),
     ],
 )
-def test_packed_documents_that_do_not_fit_are_refused(given, text):
+def test_packed_documents_that_do_not_fit_raise(given, text):
     with pytest.raises(ArgumentError, match=text):
         read(**given)
 
 
-def test_packed_documents_of_a_cached_step_are_a_shape_error():
-    with pytest.raises(ShapeError, match="seq_idx must come with as many keys"):
+def test_packed_documents_of_a_cached_step_raise():
+    with pytest.raises(ShapeError, match="seq_idx must come with equal numbers"):
         read(T=2, seq_idx=IDS)
 
 
@@ -81,5 +81,5 @@ def test_restarting_documents_begin_where_positions_restart():
 @pytest.mark.parametrize(
     "positions", [None, torch.arange(3, 9)[None], torch.zeros(3, B, S), torch.zeros(B, 1)], ids=str
 )
-def test_restarting_documents_else_are_none(positions):
+def test_restarting_documents_of_other_positions_are_none(positions):
     assert restarting_documents(positions, B, S, S) is None

@@ -1,4 +1,4 @@
-"""`status(model)`: what runs in each layer."""
+"""`status(model)`: the implementation that runs in each layer."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ import polyhead as ph
 from polyhead.integrations.transformers import status
 
 
-def test_every_layer_that_calls_is_reported_as_such(family, build, inputs, calls):
+def test_status_layers_that_run_polyhead_are_reported(family, build, inputs, calls):
     model = build(family, "polyhead")
     given, _ = inputs(family)
     model(**given)
@@ -16,14 +16,14 @@ def test_every_layer_that_calls_is_reported_as_such(family, build, inputs, calls
     assert all(layer.attends_through_polyhead for layer in layers)
 
 
-def test_a_layer_under_another_name_says_what_to_call(build):
+def test_status_other_implementation_has_remedy(build):
     (layer, _) = status(build("Llama", "eager")).layers
     assert (layer.name, layer.cls) == ("model.layers.0.self_attn", "LlamaAttention")
     assert layer.runs == "eager"
     assert layer.reason == 'call model.set_attn_implementation("polyhead")'
 
 
-def test_a_layer_that_computes_its_own():
+def test_status_layer_with_own_attention():
     transformers = pytest.importorskip("transformers")
     config = transformers.BloomConfig(vocab_size=31, hidden_size=24, n_layer=2, n_head=6)
     assert str(status(transformers.BloomModel(config))).splitlines() == [
@@ -36,7 +36,7 @@ def test_a_layer_that_computes_its_own():
     ]
 
 
-def test_torchs_layers_and_ours():
+def test_status_torch_and_polyhead_modules():
     model = torch.nn.ModuleDict(
         {
             "theirs": torch.nn.MultiheadAttention(24, 6),
@@ -50,7 +50,7 @@ def test_torchs_layers_and_ours():
     assert [layer.runs for layer in ours] == ["polyhead", "polyhead"]
 
 
-def test_a_model_without_attention():
+def test_status_model_without_attention():
     assert str(ph.integrations.transformers.status(torch.nn.Linear(2, 3))) == (
         "Linear: 0 of 0 attention layers run polyhead"
     )

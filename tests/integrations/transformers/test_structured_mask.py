@@ -1,4 +1,4 @@
-"""A mask that is a tensor to whoever looks, and a rule to the attention."""
+"""Structured masks: bool tensors to models, polyhead masks to the attention."""
 
 import copy
 
@@ -22,7 +22,7 @@ def booleans(mask):
     return mask.rule.materialize(T, S)
 
 
-def test_it_looks_like_the_tensor_it_stands_for(mask, booleans):
+def test_structured_mask_has_the_tensors_attributes(mask, booleans):
     assert isinstance(mask, torch.Tensor)
     assert mask.shape == booleans.shape == (B, 1, T, S)
     assert (mask.dtype, mask.device, mask.ndim) == (torch.bool, booleans.device, 4)
@@ -41,19 +41,19 @@ def test_it_looks_like_the_tensor_it_stands_for(mask, booleans):
         lambda mask: mask.index_select(0, torch.tensor([1, 0])),
     ],
 )
-def test_whatever_is_done_with_it_is_done_with_the_booleans(mask, booleans, use):
+def test_structured_mask_operations_materialize(mask, booleans, use):
     used = use(mask)
     assert type(used) is torch.Tensor
     assert torch.equal(used, use(booleans))
 
 
-def test_no_rule_is_everybody():
+def test_structured_mask_without_rule_allows_all():
     mask = StructuredMask(None, batch=B, T=T, S=S, device="cpu")
     assert mask.all()
 
 
 @pytest.mark.parametrize("hand_on", [torch.Tensor.detach, torch.clone, copy.deepcopy])
-def test_handing_it_on_keeps_the_rule(mask, booleans, hand_on):
+def test_structured_mask_detach_and_clone_keep_the_rule(mask, booleans, hand_on):
     other = hand_on(mask)
     assert isinstance(other, StructuredMask)
     assert other.rule == mask.rule

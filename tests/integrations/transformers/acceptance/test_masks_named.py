@@ -1,4 +1,4 @@
-"""A mask is never guessed: what models and their callers name instead of one is used or refused."""
+"""Masks are never guessed: other arguments of models and callers that mask are used or refused."""
 
 import itertools
 
@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5", reason="the m
 
 TINY = {"vocab_size": 31, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 SIZES = TINY | {"hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2}
-# Of nine keys four are chosen for each query.
+# Four of nine keys are selected per query.
 SPARSE = SIZES | {
     **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 4, "v_head_dim": 6},
     **{"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6},
@@ -39,7 +39,7 @@ def tokens():
 
 
 def pair(cls, config, sizes):
-    """The same random model with eager attention and with ours."""
+    """The same random model with eager and with polyhead attention."""
     models = []
     for attention in ("eager", "polyhead"):
         torch.manual_seed(3)
@@ -51,8 +51,8 @@ def pair(cls, config, sizes):
     return models
 
 
-def test_cross_attention_without_a_flag_sees_every_key():
-    """transformers#48172: causal, token 0 saw key 0 alone."""
+def test_mask_cross_attention_without_flag_sees_all_keys():
+    """transformers#48172: it was causal, and token 0 saw only key 0."""
     from transformers.models.mllama.modeling_mllama import MllamaTextCrossAttention
 
     config = transformers.MllamaTextConfig(
@@ -68,7 +68,7 @@ def test_cross_attention_without_a_flag_sees_every_key():
 
 
 @pytest.mark.parametrize("compiled", [False, COMPILED])
-def test_queries_left_after_others_are_dropped_stand_last(compiled, tokens):
+def test_mask_remaining_queries_are_the_last(compiled, tokens):
     """mobius#350: layers that share keys compute only the queries whose logits are kept."""
     eager, ours = pair(transformers.Gemma4ForCausalLM, transformers.Gemma4TextConfig, GEMMA_4)
     run = torch.compile(ours, backend="eager") if compiled else ours
@@ -78,8 +78,8 @@ def test_queries_left_after_others_are_dropped_stand_last(compiled, tokens):
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Gemma2", "GptOss", "ModernBert"])
-def test_windows_hold_where_a_wrapper_drops_the_mask(name, build, inputs):
-    """As sequence parallelism does: positions and flags are left."""
+def test_mask_dropped_by_a_wrapper_keeps_windows(name, build, inputs):
+    """As in sequence parallelism: positions and flags remain."""
     given, _ = inputs(name, "no mask", T=12)
     eager, ours = build(name, "eager"), build(name, "polyhead")
     for module in ours.modules():
@@ -92,25 +92,25 @@ def test_windows_hold_where_a_wrapper_drops_the_mask(name, build, inputs):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [{}, {"use_cache": True}, {"attention_mask": torch.ones(1, 12, dtype=int)}],
     ids=["plain", "with a cache", "with a mask of ones"],
 )
 @pytest.mark.parametrize("compiled", [False, COMPILED])
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
-def test_packed_rows_named_by_cu_seq_lens(name, compiled, asked, build, tokens):
-    """trl#3910: the documents mixed."""
+def test_mask_packed_by_cu_seq_lens_equals_separate_rows(name, compiled, options, build, tokens):
+    """trl#3910: the documents attended to each other."""
     model = build(name, "polyhead").train()
     alone = [
         model(tokens[:, start:stop], use_cache=False).logits
         for start, stop in itertools.pairwise(BOUNDS)
     ]
     run = torch.compile(model, backend="eager") if compiled else model
-    packed = run(tokens, **(PACKED | {"use_cache": False} | asked)).logits
+    packed = run(tokens, **(PACKED | {"use_cache": False} | options)).logits
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
 
 
-def test_packed_rows_that_are_not_these_are_refused(build, tokens):
+def test_mask_cu_seq_lens_of_other_rows_raise(build, tokens):
     model = build("Llama", "polyhead")
     with pytest.raises(ArgumentError, match=r"cu_seq_lens_q must begin with 0.* = 1 \* 11 = 11"):
         model(tokens[:, :11], use_cache=False, **PACKED)
@@ -123,8 +123,8 @@ def test_packed_rows_that_are_not_these_are_refused(build, tokens):
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("GlmMoeDsa", "HYV4", "AXK2")),
     ],
 )
-def test_sparse_attention_sees_the_chosen_keys(name, tokens):
-    """Their layers write a mask for "eager" and "sdpa", and pass the keys' numbers to others."""
+def test_mask_sparse_attention_sees_selected_keys(name, tokens):
+    """Their layers build a mask for "eager" and "sdpa", and pass key indices to others."""
     cls = getattr(transformers, f"{name}ForCausalLM", None)
     if cls is None:
         pytest.skip(f"this transformers has no {name}")
@@ -135,13 +135,13 @@ def test_sparse_attention_sees_the_chosen_keys(name, tokens):
     with torch.no_grad():
         got, expected = (model(tokens, attention_mask=real).logits for model in (ours, eager))
     torch.testing.assert_close(got[real.bool()], expected[real.bool()], rtol=1e-4, atol=1e-5)
-    asked = {"max_new_tokens": 4, "do_sample": False, "attention_mask": real}
-    assert torch.equal(ours.generate(tokens, **asked), eager.generate(tokens, **asked))
+    options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": real}
+    assert torch.equal(ours.generate(tokens, **options), eager.generate(tokens, **options))
     report = ph.integrations.transformers.status(ours)
     assert all(layer.attends_through_polyhead for layer in report.layers)
 
 
-def test_layers_that_pass_what_is_not_known_are_refused_by_name():
+def test_mask_layers_with_unknown_arguments_raise():
     if not hasattr(transformers, "MiniMaxM3VLTextConfig"):
         pytest.skip("this transformers has no MiniMax M3")
     from transformers.models.minimax_m3_vl.modeling_minimax_m3_vl import MiniMaxM3VLAttention
@@ -151,9 +151,9 @@ def test_layers_that_pass_what_is_not_known_are_refused_by_name():
     )
     layer = torch.nn.ModuleDict({"self_attn": MiniMaxM3VLAttention(config, layer_idx=0)})
     config._attn_implementation = "polyhead"
-    (told,) = ph.integrations.transformers.status(layer).layers
-    assert told.runs == "nothing"
-    assert told.reason == 'passes block_indices, which polyhead does not support; keep "eager"'
+    (status,) = ph.integrations.transformers.status(layer).layers
+    assert status.runs == "nothing"
+    assert status.reason == 'passes block_indices, which polyhead does not support; keep "eager"'
     cls = transformers.models.minimax_m3_vl.modeling_minimax_m3_vl.MiniMaxM3VLTextModel
     with pytest.raises(ModelError, match=r"MiniMaxM3VLAttention \(.*it passes block_indices"):
         cls._from_config(config, attn_implementation="polyhead")

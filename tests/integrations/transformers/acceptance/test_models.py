@@ -1,10 +1,10 @@
-"""Every family gives with `attn_implementation="polyhead"` what it gives with "eager"."""
+"""Every family: `attn_implementation="polyhead"` equals "eager"."""
 
 import pytest
 import torch
 import transformers
 
-ATTENTIONS = {"Bart": 6, "T5": 6}  # two a decoder layer, and the encoder's
+ATTENTIONS = {"Bart": 6, "T5": 6}  # two per decoder layer, and the encoder's
 
 
 def run(model, given):
@@ -25,7 +25,7 @@ QUICK = (("left", "f32"), ("left", "bf16"), ("right", "f32"), ("no mask", "f32")
         for name in DTYPES
     ],
 )
-def test_outputs_where_nothing_is_padded(
+def test_models_outputs_match_eager_without_padding(
     family, side, dtype, build, inputs, calls, assert_as_good_as_eager
 ):
     given, real = inputs(family, side)
@@ -35,11 +35,11 @@ def test_outputs_where_nothing_is_padded(
         ours = run(build(family, "polyhead", dtype), given)
     assert torch.isfinite(ours).all()
     assert_as_good_as_eager(ours[real], eager, exact)
-    assert len(calls) == ATTENTIONS.get(family, 2)  # one a layer: it was ours that ran
+    assert len(calls) == ATTENTIONS.get(family, 2)  # one per layer: polyhead ran
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_gradients(family, side, build, inputs, assert_as_good_as_eager):
+def test_models_gradients_match_eager(family, side, build, inputs, assert_as_good_as_eager):
     given, real = inputs(family, side)
     grads = []
     for attention, dtype in (
@@ -57,12 +57,12 @@ def test_gradients(family, side, build, inputs, assert_as_good_as_eager):
 
 
 @pytest.mark.parametrize("side", ["left", "no mask"])
-def test_generation_token_for_token(generator, side, build, inputs, calls):
+def test_models_generation_matches_eager(generator, side, build, inputs, calls):
     given, _ = inputs(generator, side)
     given.pop("decoder_input_ids", None)
-    asked = given | {"max_new_tokens": 6, "do_sample": False}
-    expected = build(generator, "eager").generate(**asked)
-    assert torch.equal(build(generator, "polyhead").generate(**asked), expected)
+    options = given | {"max_new_tokens": 6, "do_sample": False}
+    expected = build(generator, "eager").generate(**options)
+    assert torch.equal(build(generator, "polyhead").generate(**options), expected)
     assert len(calls) >= 2 * 6
 
 
@@ -84,14 +84,14 @@ DECODING = {
 
 
 @pytest.mark.parametrize("way", DECODING)
-def test_every_way_to_decode(decoder, way, build, inputs, calls):
-    """Windows of 4 in Mistral, Gemma 2 and GPT-OSS: their caches roll on."""
+def test_models_every_decoding_mode_matches_eager(decoder, way, build, inputs, calls):
+    """Windows of 4 in Mistral, Gemma 2 and GPT-OSS: their caches drop old tokens."""
     if way == "quantized cache" and decoder not in ("GPT2", "Llama"):
         pytest.skip("it takes no windows, and its rounding shows every other one")
     is_4 = transformers.__version__.startswith("4.")
     if is_4 and (way in ("quantized cache", "prompt lookup") or decoder == "DeepseekV3"):
         pytest.skip("needs another package, or fails by itself")
-    make_cache, asked = DECODING[way]
+    make_cache, options = DECODING[way]
     given, _ = inputs(decoder, "none" if way == "prompt lookup" else "left")
     if way == "prompt lookup":
         given = {name: x[:1] for name, x in given.items()}
@@ -101,7 +101,7 @@ def test_every_way_to_decode(decoder, way, build, inputs, calls):
         cache = None if make_cache is None else make_cache(model.config)
         tokens.append(
             model.generate(
-                **given, **asked, past_key_values=cache, max_new_tokens=7, do_sample=False
+                **given, **options, past_key_values=cache, max_new_tokens=7, do_sample=False
             )
         )
     assert torch.equal(*tokens)

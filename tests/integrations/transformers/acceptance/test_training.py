@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-# What they call each other changed its name in transformers 5.23.
+# An argument was renamed in transformers 5.23.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*deprecated:FutureWarning")
 
 
@@ -20,7 +20,7 @@ def assert_same_gradients(ours, theirs):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant, build, inputs, calls):
+def test_training_gradient_checkpointing(use_reentrant, build, inputs, calls):
     given, _ = inputs("Mistral", "left")
     model = build("Mistral", "polyhead").train()
     expected = gradients(model, given)
@@ -32,7 +32,7 @@ def test_gradient_checkpointing(use_reentrant, build, inputs, calls):
 
 
 @pytest.mark.parametrize("name", ["Llama", "DeepseekV3", "T5"])
-def test_mixed_precision(name, build, inputs, calls, assert_as_good_as_eager):
+def test_training_mixed_precision(name, build, inputs, calls, assert_as_good_as_eager):
     """Under autocast a model rotates queries and keys in float32, and leaves values in bfloat16."""
     given, _ = inputs(name, "right")
 
@@ -52,7 +52,7 @@ def test_mixed_precision(name, build, inputs, calls, assert_as_good_as_eager):
     assert calls
 
 
-def test_lora(build, inputs, calls):
+def test_training_lora(build, inputs, calls):
     # Right, since the loss counts padding too, and on the left the two differ there.
     peft = pytest.importorskip("peft")
     given, _ = inputs("Llama", "right")
@@ -67,7 +67,7 @@ def test_lora(build, inputs, calls):
     assert len(calls) == 2
 
 
-def test_the_models_dropout_reaches_the_call(build, inputs, calls):
+def test_training_dropout_reaches_the_call(build, inputs, calls):
     given, _ = inputs("Llama", "no mask")
     model = build("Llama", "polyhead", attention_dropout=0.25)
     model.train()(**given)
@@ -76,7 +76,7 @@ def test_the_models_dropout_reaches_the_call(build, inputs, calls):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
-def test_packed_documents_do_not_see_each_other(name, build, calls):
+def test_training_packed_documents_are_separate(name, build, calls):
     tokens = torch.randint(3, 31, (1, 9))
     position = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     model = build(name, "polyhead")
@@ -87,13 +87,13 @@ def test_packed_documents_do_not_see_each_other(name, build, calls):
     assert "documents" in repr(calls[0]["mask"])
 
 
-# transformers 4 says that it cannot be, and it is.
+# transformers 4 warns that the weights are not returned; they are.
 AS_EVER = pytest.mark.filterwarnings("ignore:.output_attentions=True. is not supported:UserWarning")
 
 
 @AS_EVER
 @pytest.mark.parametrize("name", ["GPT2", "Llama", "GptOss", "Bert"])
-def test_output_attentions(name, build, inputs):
+def test_training_output_attentions(name, build, inputs):
     given, real = inputs(name, "left")
     with torch.no_grad():
         ours, theirs = (
@@ -110,7 +110,7 @@ def test_output_attentions(name, build, inputs):
 # torch's own, when it traces the vmap of transformers 4's masks; so it does with "sdpa".
 @pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("side", ["left", "no mask"])
-def test_compiled(side, build, inputs):
+def test_training_compiled(side, build, inputs):
     given, real = inputs("Llama", side)
     model = build("Llama", "polyhead")
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_compiled(side, build, inputs):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral"])
-def test_exported_at_every_length(name, build, inputs):
+def test_training_exported_at_every_length(name, build, inputs):
     given, real = inputs(name, "left")
     model = build(name, "polyhead")
 
@@ -143,17 +143,17 @@ def test_exported_at_every_length(name, build, inputs):
 
 
 @pytest.mark.slow
-def test_compiled_generation(build, inputs):
+def test_training_compiled_generation(build, inputs):
     given, _ = inputs("Llama", "left")
     model = build("Llama", "polyhead")
-    asked = given | {"max_new_tokens": 4, "do_sample": False}
-    expected = model.generate(**asked)
+    options = given | {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**options)
     model.forward = torch.compile(model.forward)
-    assert torch.equal(model.generate(**asked, cache_implementation="static"), expected)
+    assert torch.equal(model.generate(**options, cache_implementation="static"), expected)
 
 
 @AS_EVER
-def test_weights_sum_to_one_where_something_may_be_seen(build, inputs):
+def test_training_weights_of_allowed_rows_sum_to_one(build, inputs):
     given, real = inputs("Llama", "left")
     with torch.no_grad():
         weights = build("Llama", "polyhead")(**given, output_attentions=True).attentions[0]
