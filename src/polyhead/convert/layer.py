@@ -169,5 +169,6 @@ def check_numbers(name: str, tensor: object) -> None:
         )
     if tensor.layout is not torch.strided:
         raise ConversionError(
-            f"{name} must be a dense tensor to be converted; got {tensor.layout}; call to_dense() first"
+            f"{name} must be a dense tensor to be converted; got {tensor.layout}; "
+            "call to_dense() first"
         )
