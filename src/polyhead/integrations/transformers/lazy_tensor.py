@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = ["LazyTensor"]
 
-# Used by checkpointing and copy.deepcopy; they do not materialize.
+# Used by checkpointing and copy.deepcopy; subclasses may stay lazy.
 _ALIASING = (torch.ops.aten.detach.default, torch.ops.aten.clone.default)
 
 
 class LazyTensor(Tensor):
-    """Tensor without data; any operation but detach and clone materializes it, once."""
+    """Tensor without data, materialized once by the first operation on it (see `_alias`)."""
 
     _dense: Tensor | None
 
