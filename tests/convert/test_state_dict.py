@@ -280,7 +280,7 @@ def test_state_dict_our_tensor_without_place_raises():
 def test_state_dict_num_heads_must_divide_for_stacked(heads):
     mha = ph.MultiHeadAttention(7, 16, 4, 0.0, 4, num_kv_heads=2)
     message = {
-        3: r"divide the 16 rows of W_query.weight, .*the 8 rows of W_key.weight .*got 3",
+        3: r"divide the 16 rows of W_query.weight, .*the 8 rows of W_key.weight; got 3",
         5: r"got 5",
     }[heads]
     with pytest.raises(ConversionError, match=message):
