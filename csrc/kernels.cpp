@@ -13,9 +13,14 @@ namespace {
 
 using PairIfAny = std::conditional_t<kHasBF16Dot, BF16Pair, float>;
 
+ForwardKernel forward_kernel(const AttentionParams& a) {
+  if (is_decoding(a)) return ForwardKernel::decode;
+  return use_chunked_prefill(a) ? ForwardKernel::chunked_prefill : ForwardKernel::prefill;
+}
+
 template <class Element>
-void forward_packed(const AttentionParams& a, const ForwardOutput& out) {
-  if (use_chunked_prefill(a)) {
+void forward_packed(const AttentionParams& a, const ForwardOutput& out, ForwardKernel kernel) {
+  if (kernel == ForwardKernel::chunked_prefill) {
     ChunkedPrefill<Element>(a, out).run();
   } else {
     Prefill<Element>(a, out).run();
@@ -23,12 +28,13 @@ void forward_packed(const AttentionParams& a, const ForwardOutput& out) {
 }
 
 void forward(const AttentionParams& a, const ForwardOutput& out) {
-  if (is_decoding(a)) {
+  const ForwardKernel kernel = forward_kernel(a);
+  if (kernel == ForwardKernel::decode) {
     dispatch_kv_dtype(a.key.dtype, [&](auto element) { Decode<decltype(element)>(a, out).run(); });
   } else if (kHasBF16Dot && a.query.dtype == Dtype::bf16) {
-    forward_packed<PairIfAny>(a, out);
+    forward_packed<PairIfAny>(a, out, kernel);
   } else {
-    forward_packed<float>(a, out);
+    forward_packed<float>(a, out, kernel);
   }
 }
 
@@ -45,6 +51,7 @@ void weights(const AttentionParams& a, const WeightsOutput& out) { WriteWeights(
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable{POLYHEAD_ISA_NAME, forward, backward, weights, multiply_add_everywhere};
+const Kernels kTable{POLYHEAD_ISA_NAME, forward_kernel, forward,
+                     backward,          weights,        multiply_add_everywhere};
 
 }  // namespace polyhead::POLYHEAD_ISA

@@ -8,7 +8,8 @@
 
 namespace polyhead {
 
-constexpr int64_t kMaxHeadSize = 576;  // D and E: DeepSeek's latent is a key of so many numbers
+constexpr int64_t kMaxHeadSize = 576;          // of D and E: a latent key of DeepSeek
+constexpr int64_t kMaxTokens = INT32_MAX - 1;  // of T and S: key ranges are int32
 
 enum class Dtype { f32, bf16, f16, i8 };  // i8: of keys and values only, codes with scales
 
@@ -56,9 +57,9 @@ struct AttentionParams {
   bool needs_grad = false;
   int threads = 1;
 
-  int64_t group() const { return H / G; }
+  [[gnu::always_inline]] int64_t group() const { return H / G; }
   // Where query t stands among the keys, for ALiBi, documents and distances.
-  int64_t position(int64_t t) const { return S - T + t; }
+  [[gnu::always_inline]] int64_t position(int64_t t) const { return S - T + t; }
 };
 
 struct ForwardOutput {
@@ -93,9 +94,13 @@ struct BackwardParams {
   float* sinks = nullptr;  // (H,); nullptr: not asked for
 };
 
+enum class ForwardKernel { decode, chunked_prefill, prefill };
+
 // One instruction set's kernels.
 struct Kernels {
   const char* isa;
+  // The kernel that `forward` runs: depends on sizes, threads and needs_grad alone.
+  ForwardKernel (*forward_kernel)(const AttentionParams&);
   void (*forward)(const AttentionParams&, const ForwardOutput&);
   void (*backward)(const AttentionParams&, const BackwardParams&);
   void (*weights)(const AttentionParams&, const WeightsOutput&);

@@ -91,8 +91,14 @@ bool is_plain(const Tensor& query, const Tensor& key, const Tensor& value) {
 
 // AttentionParams of every query to every key, where nothing is amiss and nothing has to be copied.
 std::optional<Tensor> attention_fast(const Tensor& query, const Tensor& key, const Tensor& value,
-                                     std::optional<double> scale) {
+                                     std::optional<double> scale, bool decode_only) {
   if (!is_plain(query, key, value)) return std::nullopt;
+  if (decode_only) {
+    AttentionParams sizes;
+    set_sizes(sizes, query.size(0), query.size(1), key.size(1), query.size(2), key.size(2),
+              query.size(3), value.size(3));
+    if (kernels().forward_kernel(sizes) != ForwardKernel::decode) return std::nullopt;
+  }
   constexpr int64_t kUnbounded = int64_t{1} << 40;
   const double factor = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(query.size(3)));
   const ParamsFromTensors call(query, key, value, {}, {}, {}, {}, {}, {}, {}, {},
@@ -199,7 +205,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   m.def((std::string("attention_output") + kKeys + kVariant + ") -> Tensor").c_str());
   // The shortest way, for one token of a small model: it checks its arguments, too, and answers
   // nothing where another way has to be taken, or to say what is wrong.
-  m.def("attention_fast(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor?");
+  m.def(
+      "attention_fast(Tensor query, Tensor key, Tensor value, float? scale, "
+      "bool decode_only=False) -> Tensor?");
   // Inference over keys and values where a cache holds them: `tokens` of each row, as int8 codes
   // with scales, in blocks (the first dimension) found through a table, or both.
   m.def(forward_schema("attention_cached", kStoredKeys).c_str());
@@ -214,6 +222,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
       "Tensor? padding, Tensor? documents, Tensor? alibi_slopes, SymInt[] band, float scale, "
       "float softcap, Tensor details, bool mean) -> Tensor");
   m.def("cpu_isa(str name) -> str");
+  m.def("cpu_kernel(int B, int H, int G, int T, int S, int D, int E, bool needs_grad) -> str");
+  m.def("cpu_limits() -> (int head_size, int tokens)");
   m.def("cpu_multiply_add(bool pairs, int steps) -> float");
 }
 
@@ -234,6 +244,21 @@ std::string cpu_isa(const std::string& name) {
   return kernels().isa;
 }
 
+// The name of the kernel that runs a forward call of these sizes.
+std::string cpu_kernel(int64_t B, int64_t H, int64_t G, int64_t T, int64_t S, int64_t D, int64_t E,
+                       bool needs_grad) {
+  AttentionParams a;
+  set_sizes(a, B, H, G, T, S, D, E);
+  a.needs_grad = needs_grad;
+  switch (kernels().forward_kernel(a)) {
+    case ForwardKernel::decode: return "decode";
+    case ForwardKernel::chunked_prefill: return "chunked prefill";
+    default: return "prefill";
+  }
+}
+
+std::tuple<int64_t, int64_t> cpu_limits() { return {kMaxHeadSize, kMaxTokens}; }
+
 // See Kernels::multiply_add.
 double cpu_multiply_add(bool pairs, int64_t steps) {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
@@ -244,6 +269,8 @@ double cpu_multiply_add(bool pairs, int64_t steps) {
 
 STABLE_TORCH_LIBRARY_IMPL(polyhead, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_kernel", TORCH_BOX(&cpu_kernel));
+  m.impl("cpu_limits", TORCH_BOX(&cpu_limits));
   m.impl("cpu_multiply_add", TORCH_BOX(&cpu_multiply_add));
 }
 

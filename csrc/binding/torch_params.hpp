@@ -145,6 +145,15 @@ inline int threads_for(const AttentionParams& a) {
   return work < kSmall ? 1 : static_cast<int>(torch::stable::get_num_threads());
 }
 
+// Sets what `Kernels::forward_kernel` depends on, apart from needs_grad.
+inline void set_sizes(AttentionParams& a, int64_t B, int64_t H, int64_t G, int64_t T, int64_t S,
+                      int64_t D, int64_t E) {
+  STD_TORCH_CHECK(T <= kMaxTokens && S <= kMaxTokens, "polyhead: at most ", kMaxTokens, " tokens");
+  STD_TORCH_CHECK(G > 0 && H % G == 0, "polyhead: H must be a multiple of G");
+  a.B = B, a.H = H, a.G = G, a.T = T, a.S = S, a.D = D, a.E = E;
+  a.threads = threads_for(a);
+}
+
 // An `AttentionParams`, and what its pointers point to beside the tensors.
 struct ParamsFromTensors {
   AttentionParams attention;
@@ -173,13 +182,10 @@ struct ParamsFromTensors {
     a.query = rows_of(query, "query", {kAny, kAny, kAny, kAny});
     a.key = key;
     a.value = value;
-    a.B = query.size(0), a.H = query.size(1), a.T = query.size(2), a.D = query.size(3);
-    a.G = G, a.S = S, a.E = E;
-    STD_TORCH_CHECK(a.T < INT32_MAX && a.S < INT32_MAX, "polyhead: at most 2^31 - 2 tokens");
+    set_sizes(a, query.size(0), query.size(1), G, query.size(2), S, query.size(3), E);
     STD_TORCH_CHECK(
         a.key.dtype == a.value.dtype && (a.key.dtype == a.query.dtype || a.key.scales != nullptr),
         "polyhead: query, key and value must have one dtype, or key and value be codes");
-    STD_TORCH_CHECK(a.G > 0 && a.H % a.G == 0, "polyhead: H must be a multiple of G");
     STD_TORCH_CHECK(band.size() == 5, "polyhead: band must have 5 numbers");
     const Sizes scores{a.B, a.H, a.T, a.S};
     if (bias) {
@@ -209,7 +215,6 @@ struct ParamsFromTensors {
     a.softcap = static_cast<float>(softcap);
     a.dropout = dropout;
     if (seed) a.seed = static_cast<uint64_t>(integers_of(seed, "seed", 1).at(0));
-    a.threads = threads_for(a);
   }
 };
 

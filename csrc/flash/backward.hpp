@@ -11,8 +11,6 @@
 // falls to a task depends on sizes and thread count alone, and so does every bit of the result.
 #pragma once
 
-#include <numeric>
-
 #include "flash/backward_scratch.hpp"
 #include "flash/prefill.hpp"
 
@@ -28,7 +26,7 @@ class Backward {
         g_(g),
         rows_(a.B * a.H * a.T),
         key_blocks_((a.S + kGradKeys - 1) / kGradKeys),
-        splits_(min(max(key_blocks_, 1), a.threads / std::gcd(a.B * a.G, int64_t{a.threads}))),
+        splits_(min(max(key_blocks_, 1), a.threads / gcd(a.B * a.G, a.threads))),
         parts_(shares_bias() ? a.threads : 0) {}
 
   void run() {

@@ -115,8 +115,8 @@ class Decode {
     for (int64_t i = 0; i < heads_; ++i) {
       const int64_t part = (first + i) * splits_ + split;
       load_queries(first + i, queries + i * rows_ * query_stride());
-      std::fill_n(sums_ + part * rows_, rows_, SoftmaxState{});
-      std::fill_n(weighted_ + part * rows_ * output_stride(), rows_ * output_stride(), 0.0F);
+      for (int64_t row = 0; row < rows_; ++row) sums_[part * rows_ + row] = SoftmaxState{};
+      clear(weighted_ + part * rows_ * output_stride(), rows_ * output_stride());
     }
     const KeyRange keys =
         split_range(key_range(a_, first / a_.G, 0, a_.T), block_keys_, split, splits_);

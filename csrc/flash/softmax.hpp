@@ -2,7 +2,6 @@
 // softmax over keys that come block by block (Milakov and Gimelshein 2018).
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -225,7 +224,7 @@ struct Denominator {
 inline Denominator denominator(const AttentionParams& a, int64_t h, const SoftmaxState& row) {
   if (a.sinks == nullptr) return {1.0F / row.sum, std::log(row.sum)};
   // Shifted by the max of the two: beside a large sink exp(sink - row_max) would be infinite.
-  const float shift = std::max(row.row_max, a.sinks[h]);
+  const float shift = row.row_max < a.sinks[h] ? a.sinks[h] : row.row_max;
   const float keys = std::exp(row.row_max - shift);
   const float total = row.sum * keys + std::exp(a.sinks[h] - shift);
   return {keys / total, shift - row.row_max + std::log(total)};

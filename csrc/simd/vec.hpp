@@ -308,5 +308,6 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
 }
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
 }  // namespace polyhead::POLYHEAD_ISA

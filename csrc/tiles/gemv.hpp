@@ -3,7 +3,6 @@
 // side or in blocks anywhere.
 #pragma once
 
-#include <bit>
 #include <type_traits>
 #include <utility>
 
@@ -38,7 +37,11 @@ constexpr int kMaxAccumulators =
     kTileVectors == 4 ? 16 : 8;  // sums of dot products that fit in registers
 
 // Of so many left rows with one row: sums of lanes are added up by powers of two.
-constexpr int sums_for(unsigned count) { return static_cast<int>(std::bit_ceil(count)); }
+constexpr int sums_for(int count) {
+  int power = 1;
+  while (power < count) power *= 2;
+  return power;
+}
 
 // Where arithmetic takes as long as reading, lines are asked for a block before they are needed;
 // elsewhere the processor sees far enough by itself, if rows are touched.

@@ -34,12 +34,11 @@ from polyhead.mask import Causal, Mask
 
 __all__ = ["auto_skip", "notes", "reads_cache_views", "run", "try_fast_path", "why_not"]
 
-_MAX_HEAD_SIZE = 576  # as in csrc/params.hpp
-_MAX_TOKENS = 2**31 - 2
-# As in csrc/flash/decode.hpp: so few queries, of so many keys each, are not worth packing keys for.
-_MAX_DECODE_TOKENS = 16
-_MAX_DECODE_ROWS = 32
-_MIN_DECODE_KEYS = 4
+_KERNEL_NOTES = {
+    "decode": "K and V are read once, in place, split among the threads",
+    "chunked prefill": "K and V are packed block by block, each used at once for all queries",
+    "prefill": "K and V are packed once per KV head",
+}
 _FEW_WEIGHTS = 2**14
 
 
@@ -51,16 +50,23 @@ def why_not(call: AttentionCall) -> list[str]:
     if not call.query.is_cpu:
         reasons.append(f"runs on the CPU; got device {call.device}")
     reasons.extend(dtype_reasons(call))
-    (T, D), (S, E) = call.query.shape[2:], call.value.shape[2:]
-    if max(D, E) > _MAX_HEAD_SIZE:
-        reasons.append(f"has heads of up to {_MAX_HEAD_SIZE}; got D = {D}, E = {E}")
-    if max(T, S) > _MAX_TOKENS:
-        reasons.append(f"has up to {_MAX_TOKENS} tokens; got T = {T}, S = {S}")
+    if not ops.unavailable:
+        reasons.extend(_size_reasons(call))
     if call.alibi_slopes is not None and "alibi_slopes" in call.grad_names:
         reasons.append("gives no gradient to alibi_slopes")
     reasons.extend(custom_reasons(call.mask))
     reasons.extend(transform_reasons())
     reasons.extend(tracing_reasons())
+    return reasons
+
+
+def _size_reasons(call: AttentionCall) -> list[str]:
+    reasons = []
+    (T, D), (S, E) = call.query.shape[2:], call.value.shape[2:]
+    if max(D, E) > ops.max_head_size:
+        reasons.append(f"has heads of up to {ops.max_head_size}; got D = {D}, E = {E}")
+    if max(T, S) > ops.max_tokens:
+        reasons.append(f"has up to {ops.max_tokens} tokens; got T = {T}, S = {S}")
     return reasons
 
 
@@ -72,7 +78,7 @@ def auto_skip(call: AttentionCall, can_run: Callable[[str], bool]) -> list[str]:
         # Not what a cache holds, of which torch would need tensors made; and not decoding: reading
         # keys is what takes time then, and matrix units read no faster. (torch.compile would make
         # the question a graph for few queries alone.)
-        is_decoding = not torch.compiler.is_compiling() and _is_decoding(call)
+        is_decoding = not torch.compiler.is_compiling() and _kernel(call) == "decode"
         if call.cache_views is None and not is_decoding and can_run("sdpa"):
             return ["uses no AMX, and torch's own bfloat16 kernel does on this processor"]
     if is_recorded():
@@ -94,14 +100,12 @@ def reads_cache_views(call: AttentionCall) -> bool:
 
 
 def notes(call: AttentionCall) -> list[str]:
-    """Instruction set, threads, and which way keys are read."""
+    """Return the instruction set, the threads, and the kernel that runs."""
     threads = torch.get_num_threads()
     many = f"up to {threads} threads" if threads > 1 else "1 thread"
     noted = [f"{ops.isa()} kernels, {many}"]
-    if _is_decoding(call):
-        noted.append("few queries: keys are read once, in place, shared out among the threads")
-    else:
-        noted.append("many queries: keys and values are packed once a key head")
+    kernel = _kernel(call)
+    noted.append(f"{kernel} kernel: {_KERNEL_NOTES[kernel]}")
     if call.cache_views is not None:
         noted.append(f"keys and values read where the cache holds them: {call.cache_views[0]}")
     rest = read_ranges(call.mask, call.T, call.S).unstructured
@@ -110,10 +114,9 @@ def notes(call: AttentionCall) -> list[str]:
     return noted
 
 
-def _is_decoding(call: AttentionCall) -> bool:
-    few = call.T <= _MAX_DECODE_TOKENS and call.group * call.T <= _MAX_DECODE_ROWS
-    has_keys = call.T == 1 or call.S >= _MIN_DECODE_KEYS * call.T
-    return few and has_keys and not call.needs_grad
+def _kernel(call: AttentionCall) -> str:
+    D, E = call.query.shape[-1], call.value.shape[-1]
+    return ops.kernel(call.B, call.H, call.G, call.T, call.S, D, E, call.needs_grad)
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
@@ -214,13 +217,15 @@ def try_fast_path(
         or not (query.is_cpu and key.is_cpu and value.is_cpu)
         or not (mask is None or _lets_last_see_all(mask, query))
         or not (scale is None or -math.inf < scale < math.inf)
-        or (query.dtype == torch.bfloat16 and _has_amx() and not _decodes(query, key))
         or transform_reasons()
         or is_traced()
     ):
         return None
     try:
-        return torch.ops.polyhead.attention_fast(query, key, value, scale)  # type: ignore[no-any-return]
+        # As in `auto_skip`: next to matrix units only decoding stays with these kernels.
+        decode_only = query.dtype == torch.bfloat16 and _has_amx()
+        attend = torch.ops.polyhead.attention_fast
+        return attend(query, key, value, scale, decode_only)  # type: ignore[no-any-return]
     except NotImplementedError:  # sparse or nested: the general way says so
         return None
 
@@ -228,12 +233,6 @@ def try_fast_path(
 def _lets_last_see_all(mask: Mask, query: Tensor) -> bool:
     is_causal = type(mask) is Causal and mask.align == "end"
     return is_causal and query.ndim == 4 and query.shape[2] == 1
-
-
-def _decodes(query: Tensor, key: Tensor) -> bool:
-    """As `_is_decoding`, of one query each head."""
-    is_one = query.ndim == key.ndim == 4 and query.shape[2] == 1
-    return is_one and query.shape[1] <= _MAX_DECODE_ROWS * key.shape[1]
 
 
 @functools.cache

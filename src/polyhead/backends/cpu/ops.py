@@ -21,7 +21,15 @@ from torch import Tensor
 from polyhead.backends.cpu.build import why_not_built
 from polyhead.backends.layout import maybe_contiguous
 
-__all__ = ["choose_isa", "isa", "multiply_add", "unavailable"]
+__all__ = [
+    "choose_isa",
+    "isa",
+    "kernel",
+    "max_head_size",
+    "max_tokens",
+    "multiply_add",
+    "unavailable",
+]
 
 
 _LEAST_STACK = 256 * 1024  # four times what every kernel was seen to run on, with heads of 576
@@ -69,6 +77,7 @@ def isa() -> str:
 
 
 unavailable = _load()
+max_head_size, max_tokens = (0, 0) if unavailable else torch.ops.polyhead.cpu_limits()
 
 
 def choose_isa(name: str) -> None:
@@ -81,6 +90,18 @@ def choose_isa(name: str) -> None:
         RuntimeError: this processor or build lacks it.
     """
     torch.ops.polyhead.cpu_isa(name)
+
+
+def kernel(B: int, H: int, G: int, T: int, S: int, D: int, E: int, needs_grad: bool) -> str:
+    """Return the kernel that runs a forward call of these sizes with the current thread count.
+
+    Returns:
+        "decode", "chunked prefill" or "prefill".
+
+    Raises:
+        RuntimeError: H is no multiple of G, or T or S is above `max_tokens`.
+    """
+    return str(torch.ops.polyhead.cpu_kernel(B, H, G, T, S, D, E, needs_grad))
 
 
 def multiply_add(pairs: bool, steps: int) -> float:
