@@ -1,5 +1,5 @@
-// Threads of OpenMP after a fork. libgomp keeps the team of a thread that ran one; in a process
-// forked by that thread the team is gone, and the next parallel region would wait for it for ever.
+// OpenMP after a fork. libgomp caches the team of each thread; in a process forked by that thread
+// the team is gone, and the next parallel region would wait for it forever.
 #pragma once
 
 #include <exception>
@@ -7,14 +7,14 @@
 
 namespace polyhead {
 
-// Whether the calling thread is the one that forked this process, and may miss its team.
+// True if the calling thread forked this process, and may have lost its team.
 bool omp_team_lost();
 
-// Runs `work`, of so many threads, where its parallel regions find or make a team.
+// Runs `work`, whose parallel regions have `threads` threads, on a thread with a usable team.
 template <class Work>
 void run_fork_safe(int threads, Work&& work) {
   if (threads == 1 || !omp_team_lost()) return work();
-  // A new thread has no team yet, and makes one.
+  // A new thread has no team yet, and creates one.
   std::exception_ptr error;
   std::thread([&] {
     try {

@@ -1,7 +1,8 @@
-// Which instruction set's kernels run, by what the processor has.
+// Runtime dispatch to the kernels of the best instruction set of the processor.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "params.hpp"
 
@@ -33,7 +34,7 @@ namespace {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-// The compiler's own check does not know it in clang 14.
+// __builtin_cpu_supports of clang 14 lacks f16c.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
@@ -75,8 +76,8 @@ const Kernels* find(const char* name) {
 }
 
 const Kernels* first_choice() {
-  const Kernels* asked = find(std::getenv("POLYHEAD_CPU_ISA"));
-  return asked != nullptr ? asked : find(nullptr);
+  const Kernels* named = find(std::getenv("POLYHEAD_CPU_ISA"));
+  return named != nullptr ? named : find(nullptr);
 }
 
 std::atomic<const Kernels*>& chosen() {
@@ -85,6 +86,8 @@ std::atomic<const Kernels*>& chosen() {
 }
 
 }  // namespace
+
+void throw_bad_alloc() { throw std::bad_alloc(); }
 
 const Kernels& kernels() { return *chosen(); }
 

@@ -1,4 +1,5 @@
-// The kernels of one instruction set: compiled once for each, with its flags and its namespace.
+// Kernels of one instruction set: compiled once per instruction set, with its flags, into its
+// namespace.
 #include <type_traits>
 
 #include "flash/attention_weights.hpp"

@@ -29,23 +29,23 @@ Ranges ranges_of(const Band& band, int64_t B, int64_t T, int64_t S,
                  const std::vector<int64_t>& lengths, const std::vector<int64_t>& padding,
                  const std::vector<int64_t>& documents) {
   Ranges ranges;
-  ranges.document_batches = S == 0 ? 0 : static_cast<int64_t>(documents.size()) / S;
-  const bool by_batch = !lengths.empty() || !padding.empty() || ranges.document_batches > 1;
+  ranges.doc_batches = S == 0 ? 0 : static_cast<int64_t>(documents.size()) / S;
+  const bool by_batch = !lengths.empty() || !padding.empty() || ranges.doc_batches > 1;
   ranges.batches = by_batch ? B : 1;
-  ranges.first.resize(static_cast<size_t>(ranges.batches * T));
-  ranges.last.resize(static_cast<size_t>(ranges.batches * T));
+  ranges.kv_begin.resize(static_cast<size_t>(ranges.batches * T));
+  ranges.kv_end.resize(static_cast<size_t>(ranges.batches * T));
   bool all_runs = true;
   for (int64_t b = 0; b < ranges.batches; ++b) {
     const int64_t start = padding.empty() ? 0 : padding[b];
     const int64_t stop = std::min({S, band.stop, lengths.empty() ? S : lengths[b]});
     const int64_t* ids = nullptr;
     std::unordered_map<int64_t, Extent> extents;
-    if (ranges.document_batches > 0) {
-      ids = documents.data() + (ranges.document_batches > 1 ? b * S : 0);
+    if (ranges.doc_batches > 0) {
+      ids = documents.data() + (ranges.doc_batches > 1 ? b * S : 0);
       extents = extents_of(ids, S);
       for (const auto& [id, extent] : extents) all_runs = all_runs && extent.is_run();
-      if (b < ranges.document_batches)
-        for (int64_t s = 0; s < S; ++s) ranges.documents.push_back(extents.at(ids[s]).number);
+      if (b < ranges.doc_batches)
+        for (int64_t s = 0; s < S; ++s) ranges.doc_ids.push_back(extents.at(ids[s]).number);
     }
     for (int64_t t = 0; t < T; ++t) {
       int64_t first = std::max({int64_t{0}, start, t + band.lower});
@@ -57,11 +57,11 @@ Ranges ranges_of(const Band& band, int64_t B, int64_t T, int64_t S,
         last = std::min(last, own.last);
       }
       const bool is_empty = first >= last;
-      ranges.first[b * T + t] = is_empty ? 0 : static_cast<int32_t>(first);
-      ranges.last[b * T + t] = is_empty ? 0 : static_cast<int32_t>(last);
+      ranges.kv_begin[b * T + t] = is_empty ? 0 : static_cast<int32_t>(first);
+      ranges.kv_end[b * T + t] = is_empty ? 0 : static_cast<int32_t>(last);
     }
   }
-  if (all_runs) ranges.documents.clear();
+  if (all_runs) ranges.doc_ids.clear();
   return ranges;
 }
 

@@ -302,10 +302,10 @@ def test_attention_cached_passes_opcheck(kind):
         ({5: torch.zeros(2, 13, dtype=torch.int32)}, "table must have a block for each token"),
         ({5: torch.zeros(3, 14, dtype=torch.int32)}, "table must be"),
         ({5: torch.zeros(2, 14)}, "table must be"),
-        ({3: torch.zeros(37, 2, 4)}, "must have one scale for each token and head"),
+        ({3: torch.zeros(37, 2, 4)}, "must have one scale per token and head"),
         ({3: None, 4: None}, "needs float32, bfloat16 or float16"),
         ({4: None}, "needs float32, bfloat16 or float16"),
-        ({1: torch.zeros(37, 2, 5, 24)}, "codes must be int8"),
+        ({1: torch.zeros(37, 2, 5, 24)}, "quantized key must be int8"),
     ],
     ids=str,
 )

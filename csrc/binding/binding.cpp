@@ -1,4 +1,4 @@
-// The operators that torch sees. This file and arguments.hpp alone know of torch, through its
+// Operators registered with torch. Only this file and torch_params.hpp include torch, through its
 // stable ABI, so that one build serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
@@ -18,7 +18,7 @@ Tensor empty_floats(const Tensor& like, std::vector<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, ScalarType::Float);
 }
 
-// Filled here where torch, which would fill large ones with a team of its own, could hang.
+// Zero-filled here after a fork, where torch would fill large tensors with a lost team and hang.
 Tensor zero_floats(const Tensor& like, std::vector<int64_t> sizes) {
   if (!omp_team_lost()) return torch::stable::new_zeros(like, sizes, ScalarType::Float);
   const Tensor zeros = empty_floats(like, std::move(sizes));
@@ -40,13 +40,13 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const AttentionParams& a, const T
                                                bool stats) {
   const Tensor output = empty_output(a, query);
   const Tensor lse = empty_floats(query, {a.B, a.H, a.T});
-  const Tensor details = empty_floats(query, {stats ? 9 : 3, a.B, a.H, a.T});
-  attend(a, {output.mutable_data_ptr(), data_of(lse), data_of(details),
-             stats ? data_of(details) + 3 * lse.numel() : nullptr});
-  return {output, lse, details};
+  const Tensor saved = empty_floats(query, {stats ? 9 : 3, a.B, a.H, a.T});
+  attend(a, {output.mutable_data_ptr(), data_of(lse), data_of(saved),
+             stats ? data_of(saved) + 3 * lse.numel() : nullptr});
+  return {output, lse, saved};
 }
 
-template <bool kIsLearnt>
+template <bool kNeedsGrad>
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
     const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
   ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
                          alibi_slopes, seed, band, scale, softcap, dropout);
-  call.attention.needs_grad = kIsLearnt;
+  call.attention.needs_grad = kNeedsGrad;
   return run_forward(call.attention, query, stats);
 }
 
@@ -89,7 +89,7 @@ bool is_plain(const Tensor& query, const Tensor& key, const Tensor& value) {
   return key.size(0) == query.size(0) && key.size(3) == D && G > 0 && H > 0 && H % G == 0 && D > 0;
 }
 
-// AttentionParams of every query to every key, where nothing is amiss and nothing has to be copied.
+// Fast path: every query attends to every key, in inference; nullopt takes the general path.
 std::optional<Tensor> attention_fast(const Tensor& query, const Tensor& key, const Tensor& value,
                                      std::optional<double> scale, bool decode_only) {
   if (!is_plain(query, key, value)) return std::nullopt;
@@ -119,15 +119,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_cached(
   const int64_t B = query.size(0);
   const ParamsFromTensors call(
       query, key.size(1), tokens, value.size(3),
-      stored_of(key, key_scales, table, "key", {B, kAny, tokens, query.size(3)}),
-      stored_of(value, value_scales, table, "value", {B, key.size(1), tokens, kAny}), bias, allowed,
-      lengths, padding, documents, sinks, alibi_slopes, seed, band, scale, softcap, dropout);
+      cache_view_of(key, key_scales, table, "key", {B, kAny, tokens, query.size(3)}),
+      cache_view_of(value, value_scales, table, "value", {B, key.size(1), tokens, kAny}), bias,
+      allowed, lengths, padding, documents, sinks, alibi_slopes, seed, band, scale, softcap,
+      dropout);
   return run_forward(call.attention, query, stats);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& output,
-    const Tensor& details, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& saved, const Tensor& query, const Tensor& key, const Tensor& value,
     const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
     const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
     const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
@@ -149,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   BackwardParams g;
   g.grad_output = rows_of(grad_output, "grad_output", {a.B, a.H, a.T, a.E});
   g.output = rows_of(output, "output", {a.B, a.H, a.T, a.E});
-  g.softmax_state = shifts_of(details, rows);
+  g.softmax_state = softmax_state_of(saved, rows);
   g.grad_lse = floats_of(grad_lse, "grad_lse", rows);
   g.query = data_of(query_grad);
   g.key = data_of(key_grad);
@@ -168,7 +169,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
                          const OptionalTensor& allowed, const OptionalTensor& lengths,
                          const OptionalTensor& padding, const OptionalTensor& documents,
                          const OptionalTensor& alibi_slopes, const std::vector<int64_t>& band,
-                         double scale, double softcap, const Tensor& details, bool mean) {
+                         double scale, double softcap, const Tensor& saved, bool mean) {
   const ParamsFromTensors call(query, key, key, bias, allowed, lengths, padding, documents,
                                std::nullopt, alibi_slopes, std::nullopt, band, scale, softcap, 0.0);
   const AttentionParams& a = call.attention;
@@ -177,7 +178,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
   const Tensor weights = zero_floats(query, sizes);
   if (weights.numel() > 0)
     run_fork_safe(a.threads, [&] {
-      kernels().weights(a, {shifts_of(details, a.B * a.H * a.T), data_of(weights), mean});
+      kernels().weights(a, {softmax_state_of(saved, a.B * a.H * a.T), data_of(weights), mean});
     });
   return weights;
 }
@@ -193,34 +194,34 @@ constexpr char kVariant[] =
 
 std::string forward_schema(const char* name, const char* keys) {
   return std::string(name) + keys + kVariant +
-         ", bool stats) -> (Tensor output, Tensor lse, Tensor details)";
+         ", bool stats) -> (Tensor output, Tensor lse, Tensor saved)";
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   m.def(forward_schema("attention_forward", kKeys).c_str());
-  // The same without a derivative: asking torch's autograd for one takes longer than to decode a
-  // token of a small model.
+  // The same without a derivative: torch's autograd takes longer than decoding one token of a small
+  // model.
   m.def(forward_schema("attention_inference", kKeys).c_str());
-  // Likewise, where nothing but the output is asked for: to make two more tensors takes as long.
+  // The output only: allocating two more tensors takes as long.
   m.def((std::string("attention_output") + kKeys + kVariant + ") -> Tensor").c_str());
-  // The shortest way, for one token of a small model: it checks its arguments, too, and answers
-  // nothing where another way has to be taken, or to say what is wrong.
+  // Fast path, for one token of a small model. It validates its arguments; None: not eligible, take
+  // the general path, which also reports errors. `decode_only`: None unless the decode kernel runs.
   m.def(
       "attention_fast(Tensor query, Tensor key, Tensor value, float? scale, "
       "bool decode_only=False) -> Tensor?");
-  // Inference over keys and values where a cache holds them: `tokens` of each row, as int8 codes
-  // with scales, in blocks (the first dimension) found through a table, or both.
+  // Inference over keys and values in the cache: `tokens` per batch row; int8 with scales, or paged
+  // (the first dimension is blocks, addressed by a block table), or both.
   m.def(forward_schema("attention_cached", kStoredKeys).c_str());
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, "
-      "Tensor details, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
+      "Tensor saved, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
       "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, "
       "Tensor? seed, SymInt[] band, float scale, float softcap, float dropout, bool bias_grad, "
       "bool sinks_grad) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)");
   m.def(
       "attention_weights(Tensor query, Tensor key, Tensor? bias, Tensor? allowed, Tensor? lengths, "
       "Tensor? padding, Tensor? documents, Tensor? alibi_slopes, SymInt[] band, float scale, "
-      "float softcap, Tensor details, bool mean) -> Tensor");
+      "float softcap, Tensor saved, bool mean) -> Tensor");
   m.def("cpu_isa(str name) -> str");
   m.def("cpu_kernel(int B, int H, int G, int T, int S, int D, int E, bool needs_grad) -> str");
   m.def("cpu_limits() -> (int head_size, int tokens)");
@@ -237,7 +238,7 @@ STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
   m.impl("attention_weights", TORCH_BOX(&attention_weights));
 }
 
-// The instruction set in use, after asking for the one named; "" asks for none.
+// Selects the named instruction set, unless "", and returns the one in use.
 std::string cpu_isa(const std::string& name) {
   STD_TORCH_CHECK(name.empty() || choose_isa(name.c_str()),
                   "polyhead: this processor or build lacks instruction set ", name);

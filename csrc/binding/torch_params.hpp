@@ -1,4 +1,4 @@
-// What an operator was called with, as the kernels want it: checked, and without torch's tensors.
+// Validates the arguments of an operator, and converts them to AttentionParams.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -30,7 +30,7 @@ inline Dtype dtype_of(const Tensor& tensor) {
 using Sizes = int64_t[4];
 constexpr int64_t kAny = -1;
 
-// The strides of a tensor that broadcasts to `sizes`: 0 where its size is 1.
+// Strides of a tensor that broadcasts to `sizes`: 0 for dimensions of size 1.
 inline void broadcast_strides(const Tensor& tensor, const char* name, const Sizes& sizes,
                               int64_t (&stride)[4]) {
   STD_TORCH_CHECK(tensor.dim() <= 4, "polyhead: ", name, " must have at most 4 dimensions");
@@ -43,9 +43,9 @@ inline void broadcast_strides(const Tensor& tensor, const char* name, const Size
   }
 }
 
-// Rows of numbers that lie side by side, of these sizes.
+// View of a 4-dimensional tensor of these sizes with contiguous rows.
 inline TensorView rows_of(const Tensor& tensor, const char* name, const Sizes& sizes,
-                          bool are_codes = false) {
+                          bool is_int8 = false) {
   STD_TORCH_CHECK(tensor.dim() == 4, "polyhead: ", name, " must have 4 dimensions");
   TensorView view;
   for (int64_t i = 0; i < 4; ++i) {
@@ -55,15 +55,15 @@ inline TensorView rows_of(const Tensor& tensor, const char* name, const Sizes& s
     view.stride[i] = size == 1 ? 0 : tensor.stride(i);
   }
   STD_TORCH_CHECK(tensor.size(3) <= 1 || tensor.stride(3) == 1, "polyhead: ", name,
-                  " must have its features side by side (last stride 1)");
+                  " must have contiguous features (last stride 1)");
   STD_TORCH_CHECK(tensor.size(3) <= kMaxHeadSize, "polyhead: ", name, " has a head size above ",
                   kMaxHeadSize);
   view.data = tensor.const_data_ptr();
-  view.dtype = are_codes ? Dtype::i8 : dtype_of(tensor);
+  view.dtype = is_int8 ? Dtype::i8 : dtype_of(tensor);
   return view;
 }
 
-// So many float32 numbers, or nullptr.
+// `count` contiguous float32 elements, or nullptr.
 inline const float* floats_of(const OptionalTensor& tensor, const char* name, int64_t count) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous() &&
@@ -73,25 +73,26 @@ inline const float* floats_of(const OptionalTensor& tensor, const char* name, in
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
-// What forward noted of each row: three numbers, or nine with statistics, of which these are first.
-inline const float* shifts_of(const Tensor& details, int64_t rows) {
-  const bool has_stats = details.dim() == 4 && details.size(0) == 9;
-  return floats_of(details, "details", (has_stats ? 9 : 3) * rows);
+// The softmax state: the first three of `saved`, which has nine with statistics.
+inline const float* softmax_state_of(const Tensor& saved, int64_t rows) {
+  const bool has_stats = saved.dim() == 4 && saved.size(0) == 9;
+  return floats_of(saved, "saved", (has_stats ? 9 : 3) * rows);
 }
 
-// Keys or values as a cache holds them: as codes with scales, in blocks of a table, or both.
-inline TensorView stored_of(const Tensor& data, const OptionalTensor& scales,
-                            const OptionalTensor& table, const char* name, const Sizes& sizes) {
+// View of cached keys or values: quantized with scales, paged, or both.
+inline TensorView cache_view_of(const Tensor& data, const OptionalTensor& scales,
+                                const OptionalTensor& table, const char* name, const Sizes& sizes) {
   const auto [B, G, S, size] = sizes;
   const Sizes blocks{kAny, G, kAny, size};
   TensorView view = rows_of(data, name, table ? blocks : sizes, scales.has_value());
   if (scales) {
-    STD_TORCH_CHECK(data.scalar_type() == ScalarType::Char, "polyhead: codes must be int8");
+    STD_TORCH_CHECK(data.scalar_type() == ScalarType::Char, "polyhead: quantized ", name,
+                    " must be int8");
     STD_TORCH_CHECK(scales->scalar_type() == ScalarType::Float && scales->dim() == 3,
                     "polyhead: scales must be float32, of 3 dimensions");
     for (int64_t i = 0; i < 3; ++i) {
       STD_TORCH_CHECK(scales->size(i) == data.size(i), "polyhead: ", name,
-                      " must have one scale for each token and head");
+                      " must have one scale per token and head");
       view.scale_stride[i] = scales->size(i) == 1 ? 0 : scales->stride(i);
     }
     view.scales = static_cast<const float*>(scales->const_data_ptr());
@@ -102,8 +103,8 @@ inline TensorView stored_of(const Tensor& data, const OptionalTensor& scales,
                       table->is_contiguous() && table->size(0) == B,
                   "polyhead: table must be (B, columns), int32 and contiguous");
   view.block_table = static_cast<const int32_t*>(table->const_data_ptr());
-  view.table_stride = table->size(1);
-  STD_TORCH_CHECK(S <= view.table_stride * view.block_size,
+  view.block_table_stride = table->size(1);
+  STD_TORCH_CHECK(S <= view.block_table_stride * view.block_size,
                   "polyhead: table must have a block for each token");
   for (int64_t i = 0; i < table->numel(); ++i)
     STD_TORCH_CHECK(view.block_table[i] >= 0 && view.block_table[i] < data.size(0),
@@ -111,7 +112,7 @@ inline TensorView stored_of(const Tensor& data, const OptionalTensor& scales,
   return view;
 }
 
-// int32 or int64 of any strides, in one dimension, or in two of which the first is batch rows.
+// Elements of an int32 or int64 tensor with any strides: (size,) or (batch rows, size).
 inline std::vector<int64_t> integers_of(const OptionalTensor& tensor, const char* name,
                                         int64_t size, int64_t B = 1) {
   std::vector<int64_t> integers;
@@ -138,7 +139,7 @@ inline std::vector<int64_t> integers_of(const OptionalTensor& tensor, const char
   return integers;
 }
 
-// Torch's number of threads, or one where waking a second takes longer than the work.
+// Torch's number of threads, or 1 if waking a second one takes longer than the work.
 inline int threads_for(const AttentionParams& a) {
   constexpr double kSmall = 1 << 17;  // multiplications
   const double work = static_cast<double>(a.B) * a.H * a.T * a.S * (a.D + a.E);
@@ -154,7 +155,7 @@ inline void set_sizes(AttentionParams& a, int64_t B, int64_t H, int64_t G, int64
   a.threads = threads_for(a);
 }
 
-// An `AttentionParams`, and what its pointers point to beside the tensors.
+// AttentionParams, and the storage of its key ranges.
 struct ParamsFromTensors {
   AttentionParams attention;
   Ranges ranges;
@@ -185,7 +186,7 @@ struct ParamsFromTensors {
     set_sizes(a, query.size(0), query.size(1), G, query.size(2), S, query.size(3), E);
     STD_TORCH_CHECK(
         a.key.dtype == a.value.dtype && (a.key.dtype == a.query.dtype || a.key.scales != nullptr),
-        "polyhead: query, key and value must have one dtype, or key and value be codes");
+        "polyhead: query, key and value must have one dtype, or key and value be quantized");
     STD_TORCH_CHECK(band.size() == 5, "polyhead: band must have 5 numbers");
     const Sizes scores{a.B, a.H, a.T, a.S};
     if (bias) {
@@ -196,18 +197,18 @@ struct ParamsFromTensors {
     if (allowed) {
       STD_TORCH_CHECK(allowed->scalar_type() == ScalarType::Bool, "polyhead: allowed must be bool");
       a.dense_mask = static_cast<const uint8_t*>(allowed->const_data_ptr());
-      broadcast_strides(*allowed, "allowed", scores, a.allowed_stride);
+      broadcast_strides(*allowed, "allowed", scores, a.dense_mask_stride);
     }
     STD_TORCH_CHECK(!documents || a.T <= a.S, "polyhead: documents need a key for each query");
     ranges = ranges_of({band[0], band[1], band[2], band[3], band[4]}, a.B, a.T, a.S,
                        integers_of(lengths, "lengths", a.B), integers_of(padding, "padding", a.B),
                        integers_of(documents, "documents", a.S, a.B));
-    a.kv_begin = ranges.first.data();
-    a.kv_end = ranges.last.data();
+    a.kv_begin = ranges.kv_begin.data();
+    a.kv_end = ranges.kv_end.data();
     a.kv_range_stride = ranges.batches > 1 ? a.T : 0;
-    if (!ranges.documents.empty()) {
-      a.doc_ids = ranges.documents.data();
-      a.document_stride = ranges.document_batches > 1 ? a.S : 0;
+    if (!ranges.doc_ids.empty()) {
+      a.doc_ids = ranges.doc_ids.data();
+      a.doc_ids_stride = ranges.doc_batches > 1 ? a.S : 0;
     }
     a.sinks = floats_of(sinks, "sinks", a.H);
     a.alibi_slopes = floats_of(alibi_slopes, "alibi_slopes", a.H);

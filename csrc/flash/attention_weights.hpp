@@ -1,5 +1,5 @@
-// The weights written out, for whoever wants to look at them: scores computed anew, from each row's
-// largest score and sum. The mean over heads is added up in place, a block of queries at a time.
+// Materializes the attention weights after forward: scores are recomputed and normalized with the
+// saved softmax state. The mean over heads is accumulated in place, per block of queries.
 #pragma once
 
 #include "flash/prefill.hpp"
@@ -17,7 +17,7 @@ class WriteWeights {
 
   void run() {
     const int64_t key_blocks = (a_.S + kKeyBlock - 1) / kKeyBlock;
-    const int64_t tasks_a_block = a_.H / heads_per_task_;
+    const int64_t tasks_per_block = a_.H / heads_per_task_;
     Buffer<float> packed(a_.G * keys_size_);
     Buffer<float> scratch(a_.threads * worker_size());
     keys_ = packed.data();
@@ -28,11 +28,11 @@ class WriteWeights {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < a_.G * key_blocks; ++i)
           pack_block(b, i / key_blocks, i % key_blocks * kKeyBlock);
-        // The longest rows of a causal mask come first, so that no thread ends with one.
+        // Causal masks: the longest blocks first, so that no thread ends with one.
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < query_blocks_ * tasks_a_block; ++i) {
-          const int64_t t = (query_blocks_ - 1 - i / tasks_a_block) * kQueryBlock;
-          const int64_t h = i % tasks_a_block * heads_per_task_;
+        for (int64_t i = 0; i < query_blocks_ * tasks_per_block; ++i) {
+          const int64_t t = (query_blocks_ - 1 - i / tasks_per_block) * kQueryBlock;
+          const int64_t h = i % tasks_per_block * heads_per_task_;
           for (int64_t head = h; head < h + heads_per_task_; ++head)
             write_block(worker, b, head, t);
         }
@@ -50,7 +50,7 @@ class WriteWeights {
               keys_ + g * keys_size_ + PackedLayout<float>::column_panel(begin, a_.D));
   }
 
-  // One head's weights of a block of queries, added to what is there.
+  // Adds the weights of one head and a block of queries.
   void write_block(float* queries, int64_t b, int64_t h, int64_t t) const {
     const int64_t rows = min(kQueryBlock, a_.T - t);
     float* scores = queries + kQueryBlock * query_stride();
@@ -63,7 +63,7 @@ class WriteWeights {
     const KeyRange keys = key_range(a_, b, t, t + rows);
     for (int64_t s = keys.begin / kKeyBlock * kKeyBlock; s < keys.end; s += kKeyBlock) {
       const int64_t end = min(s + kKeyBlock, keys.end);
-      // A panel of keys at a time: it stays in L1 for all rows of the block.
+      // Panel by panel of keys: each stays in L1 for all rows of the block.
       for (int64_t panel = s; panel < end; panel += kPanel)
         for (int64_t row = 0; row < rows; row += kTileRows)
           if (panel < tiles[row / kTileRows].end && tiles[row / kTileRows].begin < panel + kPanel)

@@ -1,14 +1,14 @@
-// BackwardParams, with the scores computed anew from each row's largest score and sum (Dao et al.
-// 2022).
+// Flash attention backward: scores are recomputed, and normalized with the saved softmax state (Dao
+// et al. 2022).
 //
 // With P the weights, Z the scores, o and do a row of the output and of its gradient:
 //
 //   dV = dropped(P)^T dO        dP = dropped(dO V^T)        dZ = P * (dP - do . o)
 //   dQ = scale * dS K           dK = scale * dS^T Q         dS = dZ * (1 - (capped / softcap)^2)
 //
-// A task owns the keys of one key head that fall to it, and walks over all queries of the group:
-// dK and dV stay with it, and dQ goes to a part of its own where several tasks share a head. What
-// falls to a task depends on sizes and thread count alone, and so does every bit of the result.
+// A task owns some of the key blocks of one KV head, and iterates over all queries of the group: it
+// accumulates their dK and dV, and dQ into a partial sum of its own if several tasks share a head.
+// Tasks depend on sizes and thread count alone, and so does every bit of the result.
 #pragma once
 
 #include "flash/backward_scratch.hpp"
@@ -16,8 +16,8 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-// Products are of float32, or of pairs of bfloat16: then P and dS, once computed in float32, are
-// rounded to it, as an attention written out in bfloat16 rounds them.
+// gemm operands are float32 or bfloat16 pairs; with pairs, P and dS are computed in float32 and
+// then rounded to bfloat16, as a materialized attention in bfloat16 does.
 template <class Element>
 class Backward {
  public:
@@ -41,7 +41,7 @@ class Backward {
     {
       Worker worker(a_, scratch.data() + thread_number() * worker_size);
       worker.bias = parts_ > 0 ? bias_parts.data() + thread_number() * g_.bias_size : g_.bias;
-      // Every part, as there may be fewer threads than were asked for.
+      // Every part, as there may be fewer threads than requested.
 #pragma omp for schedule(static)
       for (int64_t part = 0; part < parts_; ++part)
         clear(bias_parts.data() + part * g_.bias_size, g_.bias_size);
@@ -51,7 +51,7 @@ class Backward {
       for (int64_t row = 0; row < splits_ * rows_; ++row) clear(query_parts_ + row * a_.D, a_.D);
       const int64_t tasks = a_.B * a_.G * splits_;
       if (parts_ > 0) {
-        // One task a turn for each thread, whatever the speed of the threads: they sum for others.
+        // Static round-robin: which thread accumulates which task must not depend on timing.
 #pragma omp for schedule(static, 1)
         for (int64_t task = 0; task < tasks; ++task) run_task(worker, task);
       } else {
@@ -84,7 +84,7 @@ class Backward {
   int64_t size_d() const { return round_up(a_.D, kLanes); }
   int64_t size_e() const { return round_up(a_.E, kLanes); }
 
-  // Whether two tasks may add to one number of the bias's gradient.
+  // True if two tasks may add to the same element of the gradient of the bias.
   bool shares_bias() const {
     if (g_.bias == nullptr) return false;
     const bool by_head =
@@ -95,7 +95,7 @@ class Backward {
   // A block of queries against a block of keys.
   struct Block {
     int64_t b, h, t, rows, s, keys;
-    KeyRange tiles[kGradTiles];  // of the keys of the block, counted from s, those of each tile
+    KeyRange tiles[kGradTiles];  // the keys of each tile, relative to s
     int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
     int64_t tile_rows(int64_t tile) const { return min(kTileRows, rows - tile * kTileRows); }
   };
@@ -110,7 +110,7 @@ class Backward {
     }
   }
 
-  // do . o, less what lse's own gradient adds: dZ gets exp(score - lse) * dlse from it.
+  // delta = do . o. (The gradient of lse is added to dZ directly: exp(score - lse) * dlse.)
   void prepare_row(int64_t row) const {
     const int64_t t = row % a_.T, h = row / a_.T % a_.H, b = row / a_.T / a_.H;
     F32 total{};
@@ -123,12 +123,12 @@ class Backward {
     deltas_[row] = reduce_add(total);
   }
 
-  // The sink's share of a row. (exp(sink - row_max) would be infinite beside a large sink.)
+  // The weight of the sink in a row. (exp(sink - row_max) would overflow for a large sink.)
   float sink_weight(int64_t row, float sink) const {
     const float row_max = g_.softmax_state[row];
     if (sink > row_max)
-      return 1.0F / (1.0F + g_.softmax_state[rows_ + row] * std::exp(row_max - sink));
-    return std::exp(sink - row_max) * g_.softmax_state[2 * rows_ + row];
+      return 1.0F / (1.0F + g_.softmax_state[rows_ + row] * exp_of(row_max - sink));
+    return exp_of(sink - row_max) * g_.softmax_state[2 * rows_ + row];
   }
 
   float sink_gradient(int64_t h) const {
@@ -146,7 +146,7 @@ class Backward {
   void run_task(const Worker& worker, int64_t task) const {
     const int64_t head = task / splits_, split = task % splits_;
     const int64_t b = head / a_.G, g = head % a_.G;
-    // Every splits_-th block: with a causal mask early keys are seen by more queries.
+    // Every splits_-th block: with a causal mask more queries attend to early keys.
     for (int64_t block = split; block < key_blocks_; block += splits_) {
       const int64_t s = block * kGradKeys;
       const int64_t count = min(kGradKeys, a_.S - s);
@@ -194,15 +194,15 @@ class Backward {
     multiply_columns(block, worker.grads, worker.value_columns, a_.E, 1.0F, worker.scores);
     for (int64_t row = 0; row < block.rows; ++row) differentiate_row(worker, block, row);
     if constexpr (kElementsPerStep > 1) {
-      pair_up_rows(worker.weights, block.rows, worker.weight_steps);
-      pair_up_rows(worker.scores, block.rows, worker.score_steps);
+      pack_bf16_pair_rows(worker.weights, block.rows, worker.weight_steps);
+      pack_bf16_pair_rows(worker.scores, block.rows, worker.score_steps);
     }
     add_to_keys(block, worker.weight_steps, worker.grad_steps, a_.E, worker.value_grad);
     add_to_keys(block, worker.score_steps, worker.query_steps, a_.D, worker.key_grad);
     add_to_queries(worker, block, split);
   }
 
-  // products = factor * rows @ columns, for the keys of each tile.
+  // gemm: products = factor * rows @ columns, for the keys of each tile.
   void multiply_columns(const Block& block, const Element* rows, const Element* columns,
                         int64_t depth, float factor, float* products) const {
     const int64_t row_stride = round_up(depth, kLanes);
@@ -221,7 +221,7 @@ class Backward {
     }
   }
 
-  // From dot products to P after dropout, and from dP to scale * dS, in place; 0 where no key is.
+  // Turns dot products into P after dropout, and dP into scale * dS, in place; 0 outside the range.
   void differentiate_row(const Worker& worker, const Block& block, int64_t row) const {
     float* weights = worker.weights + row * kGradStride;
     float* scores = worker.scores + row * kGradStride;
@@ -229,8 +229,8 @@ class Backward {
     auto* to_scores = reinterpret_cast<Weight*>(scores);
     const Query q(a_, block.b, block.h, block.t + row);
     const int64_t at = (q.b * a_.H + q.h) * a_.T + q.t;
-    // WeightsOutput as forward had them, times one number: so a row's errors in them cancel in dZ
-    // too.
+    // The weights of forward up to one factor per row, so that the rounding errors of a row cancel
+    // in dZ as well.
     const float row_max = g_.softmax_state[at], inverse = g_.softmax_state[2 * rows_ + at];
     const float keys_inverse = 1.0F / g_.softmax_state[rows_ + at];
     const KeyRange span = row_max == -kInfinity ? KeyRange{0, 0} : block.tiles[row / kTileRows];
@@ -258,11 +258,12 @@ class Backward {
       if (a_.softcap != 0.0F) score *= 1.0F - capped * capped;
       store(to_scores + i, score * a_.scale);
     }
-    for (Weight* to : {to_weights, to_scores}) {
+    Weight* const padded[] = {to_weights, to_scores};
+    for (Weight* to : padded) {
       clear(to, span.begin);
       clear(to + span.end, kGradKeys - span.end);
     }
-    // One number for all keys: adding them up first rounds less often.
+    // One element for all keys: reduced first, as that rounds less often.
     if (worker.bias != nullptr && g_.bias_stride[3] == 0)
       *bias_at(worker.bias, q) += reduce_add(bias_sum);
   }
@@ -279,24 +280,24 @@ class Backward {
     for (int64_t i = 0; i < count; ++i) to[i * stride] += gradient[i];
   }
 
-  // Rows of WeightsOutput, two and two, as steps of a left operand.
-  static void pair_up_rows(const float* from, int64_t rows, Element* to) {
+  // Packs rows of P or dS, two at a time, as lhs steps of bfloat16 pairs.
+  static void pack_bf16_pair_rows(const float* from, int64_t rows, Element* to) {
     static constexpr Weight kZeros[kGradKeys] = {};
     for (int64_t row = 0; row < rows; row += 2, from += 2 * kGradStride, to += kGradStride) {
       const auto* first = reinterpret_cast<const Weight*>(from);
       const auto* second =
           row + 1 < rows ? reinterpret_cast<const Weight*>(from + kGradStride) : kZeros;
       for (int64_t i = 0; i < kGradKeys; i += kLanes)
-        store_as(to + i, pair_up(first + i, second + i));
+        store_as(to + i, pack_bf16_pairs(first + i, second + i));
     }
   }
 
-  // to (keys x size) += left^T @ right, left being (queries x keys) and right (queries x size).
+  // dK and dV: to (keys x size) += lhs^T @ rhs, of lhs (queries x keys) and rhs (queries x size).
   void add_to_keys(const Block& block, const Element* left, const Element* right, int64_t size,
                    float* to) const {
     const int64_t stride = round_up(size, kLanes);
     for (int64_t key = 0; key < block.keys; key += kTileRows) {
-      // The queries that see any of these keys are among these rows.
+      // The rows whose tiles reach any of these keys.
       KeyRange rows{block.rows, 0};
       for (int64_t i = 0; i < block.tile_count(); ++i) {
         if (block.tiles[i].end <= key || key + kTileRows <= block.tiles[i].begin) continue;

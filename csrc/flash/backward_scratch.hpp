@@ -1,4 +1,4 @@
-// What backward computes with: its block sizes, and one thread's memory.
+// Scratchpad of one thread of backward (block sizes: tuning.hpp).
 #pragma once
 
 #include <type_traits>
@@ -7,21 +7,14 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-// Whole tiles, and whole panels of every instruction set. Heads of 64 take 1 MB, or a third of it:
-// an L2 of the processors that have the instruction set.
-#if defined(__AVX512F__)
-constexpr int64_t kGradQueries = 96, kGradKeys = 384;
-#else
-constexpr int64_t kGradQueries = 48, kGradKeys = 192;
-#endif
-constexpr int64_t kGradStride = kGradKeys + 16;
+constexpr int64_t kGradStride =
+    kGradKeys + 16;  // no power of 2: rows fall into different cache sets
 constexpr int64_t kGradTiles = kGradQueries / kTileRows;
 
 template <class Element>
 struct BackwardScratch {
   static constexpr int kElementsPerStep = Dot<Element>::kElementsPerStep;
-  using Weight =
-      std::conditional_t<kElementsPerStep == 1, float, BFloat16>;  // what P and dS are stored as
+  using Weight = std::conditional_t<kElementsPerStep == 1, float, BFloat16>;  // element of P and dS
 
   Element *key_columns, *value_columns;  // a block of keys, packed for scores
   Element* key_steps;                    // the same keys, packed for dQ
@@ -29,10 +22,10 @@ struct BackwardScratch {
   Element *queries, *grads;              // a block of queries, and of the output's gradient
   Element *query_steps, *grad_steps;     // the same, packed for dK and dV
   float* query_grad;
-  float *weights, *scores;  // P after dropout, and dP, which becomes scale * dS; as Weight,
-  Element *weight_steps, *score_steps;  // and these two by key, for dK and dV
+  float *weights, *scores;  // P after dropout, and dP, which becomes scale * dS; as Weight
+  Element *weight_steps, *score_steps;  // the same, packed for dK and dV
   float* capped;                        // one row of scores after softcap
-  float* bias = nullptr;                // where gradients of the bias are added
+  float* bias = nullptr;                // accumulates the gradient of the bias
 
   BackwardScratch(const AttentionParams& a, float* scratch) {
     const int64_t size_d = round_up(a.D, kLanes), size_e = round_up(a.E, kLanes);
@@ -52,7 +45,7 @@ struct BackwardScratch {
     take(scores, kGradQueries * kGradStride);
     take(capped, kGradStride);
     if constexpr (kElementsPerStep == 1) {
-      // Rows of single numbers are both: a left operand, and steps of a right one.
+      // float32 rows serve both as lhs and as steps of rhs.
       query_steps = queries, grad_steps = grads;
       weight_steps = weights, score_steps = scores;
     } else {
@@ -63,7 +56,7 @@ struct BackwardScratch {
     }
   }
 
-  // How many floats all of it takes.
+  // Its size in floats.
   static int64_t size(const AttentionParams& a) {
     const int64_t row = 3 * round_up(a.D, kLanes) + 2 * round_up(a.E, kLanes);
     return (kGradKeys + kGradQueries) * row + 3 * kGradQueries * kGradStride + kGradStride;

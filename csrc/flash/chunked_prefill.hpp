@@ -1,27 +1,27 @@
-// Forward for some queries and many keys, such as a chunk of a prompt behind a long past: each
-// block of keys and values is packed by the thread that takes it, for all queries of its group, and
-// used at once; nothing of it goes to memory. Threads share the keys of a head.
+// Flash attention for a chunk of queries after a long past: split-KV over the threads. Each block
+// of K and V is packed by its thread into L2, used at once for all queries of the group, and not
+// stored.
 #pragma once
 
 #include "flash/flash_block.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kStreamRows = 512;      // queries of a group whose sums stay in L2
-constexpr int64_t kStreamKeys = 2048;     // fewer, packed, stay in the cache anyway,
-constexpr int64_t kStreamKeysAQuery = 4;  // and so few are packed for many
-constexpr int64_t kMinSplitBlocks = 4;    // fewer blocks of keys are not worth a merge
+constexpr int64_t kChunkMaxRows = 512;        // queries of a group whose accumulators stay in L2
+constexpr int64_t kChunkMinKeys = 2048;       // fewer, packed, stay in the cache anyway
+constexpr int64_t kChunkMinKeysPerQuery = 4;  // with fewer, packing once per KV head pays off
+constexpr int64_t kMinSplitBlocks = 4;        // smaller splits cost more in the reduction
 
-// How many parts the keys of a head are cut into, so that there is a task for every thread.
-inline int64_t stream_splits(const AttentionParams& a) {
+// Splits of the keys of each KV head, for at least one task per thread.
+inline int64_t chunked_prefill_splits(const AttentionParams& a) {
   const int64_t heads = max(1, a.B * a.G);
   const int64_t wanted = a.threads == 1 ? 1 : (4 * a.threads + heads - 1) / heads;
   return max(1, min(wanted, a.S / (kMinSplitBlocks * kKeyBlock)));
 }
 
 inline bool use_chunked_prefill(const AttentionParams& a) {
-  return a.group() * a.T <= kStreamRows && a.S >= kStreamKeys && a.S >= kStreamKeysAQuery * a.T &&
-         a.B * a.G * stream_splits(a) >= a.threads;
+  return a.group() * a.T <= kChunkMaxRows && a.S >= kChunkMinKeys &&
+         a.S >= kChunkMinKeysPerQuery * a.T && a.B * a.G * chunked_prefill_splits(a) >= a.threads;
 }
 
 template <class Element>
@@ -34,26 +34,26 @@ class ChunkedPrefill : FlashBlock<Element> {
  public:
   ChunkedPrefill(const AttentionParams& a, const ForwardOutput& out)
       : Base(a, out),
-        splits_(stream_splits(a)),
+        splits_(chunked_prefill_splits(a)),
         group_rows_(a.group() * a.T),
-        blocks_a_run_((rows_ + kQueryBlock - 1) / kQueryBlock) {}
+        blocks_per_run_((rows_ + kQueryBlock - 1) / kQueryBlock) {}
 
   void run() {
     const int64_t parts = a_.B * a_.G * splits_;
-    const int64_t blocks_a_head = runs_per_kv_head() * blocks_a_run_;
+    const int64_t blocks_per_head = runs_per_kv_head() * blocks_per_run_;
     Buffer<float> partial(parts * group_rows_ * output_stride());
     Buffer<SoftmaxState> sums(parts * group_rows_);
     Buffer<float> scratch(a_.threads * worker_size());
-    Buffer<Block> blocks(a_.threads * blocks_a_head);
-    weighted_ = partial.data();
+    Buffer<Block> blocks(a_.threads * blocks_per_head);
+    acc_ = partial.data();
     sums_ = sums.data();
 #pragma omp parallel num_threads(a_.threads)
     {
       float* worker = scratch.data() + thread_number() * worker_size();
-      Block* mine = blocks.data() + thread_number() * blocks_a_head;
+      Block* mine = blocks.data() + thread_number() * blocks_per_head;
 #pragma omp for schedule(dynamic, 1)
       for (int64_t part = 0; part < parts; ++part) attend_part(worker, mine, part);
-      combine_splits(a_, out_, splits_, sums_, weighted_, output_stride());
+      combine_splits(a_, out_, splits_, sums_, acc_, output_stride());
     }
   }
 
@@ -61,12 +61,12 @@ class ChunkedPrefill : FlashBlock<Element> {
   int64_t keys_size() const { return PackedLayout<Element>::columns_size(kKeyBlock, a_.D); }
   int64_t values_size() const { return PackedLayout<Element>::rows_size(kKeyBlock, a_.E); }
 
-  // One thread's scratch: a group's queries, some of their scores, and a block of keys and values.
+  // Scratch per thread: packed queries of a group, scores, and a packed block of keys and values.
   int64_t worker_size() const {
     return round_up(group_rows_ * query_stride() + Base::kScores + keys_size() + values_size(), 16);
   }
 
-  // The queries of a group through one part of their keys.
+  // All queries of a group against one split of their keys.
   void attend_part(float* worker, Block* blocks, int64_t part) const {
     const int64_t head = part / splits_, b = head / a_.G, g = head % a_.G;
     float* scores = worker + group_rows_ * query_stride();
@@ -83,7 +83,7 @@ class ChunkedPrefill : FlashBlock<Element> {
         block.rows = min(kQueryBlock, rows_ - start);
         block.queries = reinterpret_cast<Element*>(worker) + row * query_stride();
         block.sums = sums_ + part * group_rows_ + row;
-        block.acc = weighted_ + (part * group_rows_ + row) * output_stride();
+        block.acc = acc_ + (part * group_rows_ + row) * output_stride();
         this->begin(block);
       }
     const KeyRange span =
@@ -97,8 +97,8 @@ class ChunkedPrefill : FlashBlock<Element> {
     }
   }
 
-  int64_t splits_, group_rows_, blocks_a_run_;
-  float* weighted_ = nullptr;
+  int64_t splits_, group_rows_, blocks_per_run_;
+  float* acc_ = nullptr;
   SoftmaxState* sums_ = nullptr;
 };
 

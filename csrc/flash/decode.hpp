@@ -1,5 +1,5 @@
-// Forward for few queries: every key and value is read once, straight from memory, for all query
-// heads of its group; threads share the keys of a head, and their parts are merged by lse.
+// Flash-decoding: GQA-packed queries; K and V are streamed once, unpacked and in place, for all
+// query heads of a group; split-KV across the threads, partial results combined by LSE.
 #pragma once
 
 #include "flash/flash_block.hpp"
@@ -7,20 +7,20 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kDecodeTokens = 16;  // more queries are worth packing keys for,
-constexpr int64_t kDecodeRows = 32;    // and so are more of a group
-constexpr int64_t kDecodeKeys = 4;     // and so are fewer keys a query, of several queries
-// Of keys, before as many values are read: two streams. Sums of short vectors take more of a block.
-constexpr int64_t kBlockBytes = kTileVectors == 4 ? 4096 : 16384;
+// Beyond these packing K and V pays off.
+constexpr int64_t kDecodeMaxTokens = 16;       // queries
+constexpr int64_t kDecodeMaxRows = 32;         // queries of a group
+constexpr int64_t kDecodeMinKeysPerQuery = 4;  // if there are several queries
+
 constexpr int64_t kMaxBlockKeys = 64;
-constexpr int64_t kMinPagedBlockKeys = 32;  // fewer are not worth fetching a head's sums from L2
-constexpr int64_t kBandwidthBoundRows = 8;  // with more, arithmetic is the limit, not reading
-constexpr int64_t kMinSplitKeys = 256;      // fewer are not worth a merge
-constexpr int64_t kStateBytes = 1 << 18;    // of the heads of a task: queries and sums stay in L2
+constexpr int64_t kMinPagedBlockKeys = 32;  // with fewer, fetching accumulators from L2 dominates
+constexpr int64_t kBandwidthBoundRows = 8;  // with more, arithmetic is the limit
+constexpr int64_t kMinSplitKeys = 256;      // smaller splits cost more in the reduction
+constexpr int64_t kStateBytes = 1 << 18;    // per task: queries and accumulators stay in L2
 
 inline bool is_decoding(const AttentionParams& a) {
-  const bool has_keys = a.T == 1 || a.S >= kDecodeKeys * a.T;
-  return a.T <= kDecodeTokens && a.group() * a.T <= kDecodeRows && has_keys && !a.needs_grad;
+  const bool has_keys = a.T == 1 || a.S >= kDecodeMinKeysPerQuery * a.T;
+  return a.T <= kDecodeMaxTokens && a.group() * a.T <= kDecodeMaxRows && has_keys && !a.needs_grad;
 }
 
 template <class Element>
@@ -41,24 +41,24 @@ class Decode {
     Buffer<float> partial(parts * rows_ * output_stride());
     Buffer<SoftmaxState> sums(parts * rows_);
     Buffer<float> scratch(a_.threads * worker_size());
-    weighted_ = partial.data();
+    acc_ = partial.data();
     sums_ = sums.data();
 #pragma omp parallel num_threads(a_.threads)
     {
       float* mine = scratch.data() + thread_number() * worker_size();
 #pragma omp for schedule(dynamic, 1)
       for (int64_t task = 0; task < parts / heads_; ++task) attend(mine, task);
-      combine_splits(a_, out_, splits_, sums_, weighted_, output_stride());
+      combine_splits(a_, out_, splits_, sums_, acc_, output_stride());
     }
   }
 
  private:
-  // Some rows of keys or of values, and of codes the scales: 0 where another row stands in.
+  // Rows of a block of keys or values, and the scales of int8 ones; 0 for padding.
   struct Rows {
     const Element* row[kMaxBlockKeys];
     float scale[kHasScales ? kMaxBlockKeys : 1];
   };
-  // Keys [begin, end) of one head.
+  // Keys [begin, end) of one KV head.
   struct Block {
     int64_t head, begin, end;
     Rows keys, values;
@@ -71,7 +71,7 @@ class Decode {
     return round_up(rows_ * (heads_ * query_stride() + block_keys_), 16);
   }
 
-  // Small blocks read as one stream would, large ones cost less arithmetic.
+  // Small blocks read as one stream does, large ones cost less arithmetic (see kBlockBytes).
   static int64_t block_keys_of(const AttentionParams& a) {
     if (a.group() * a.T > kBandwidthBoundRows) return kMaxBlockKeys;
     const int64_t row = max(a.D, a.E) * static_cast<int64_t>(sizeof(Element));
@@ -81,8 +81,8 @@ class Decode {
     return min(kMaxBlockKeys, keys);
   }
 
-  // How many key heads go through the keys together. In a block of a pool the heads lie side by
-  // side: by them all memory is read in order, and by one in leaps too short for a stream.
+  // KV heads per task. In a block of a paged cache heads are adjacent: all of them together read
+  // memory in order, a single one in leaps too short for the hardware prefetcher.
   int64_t heads_of_task() const {
     if (a_.key.block_table == nullptr || a_.key.block_size > block_keys_) return 1;
     const int64_t bytes = rows_ * (query_stride() + output_stride()) * 4;
@@ -91,7 +91,7 @@ class Decode {
     return heads;
   }
 
-  // How many parts the keys of a head are cut into: many tasks a thread even out uneven threads.
+  // Splits of the keys of each KV head: several tasks per thread balance the load.
   int64_t splits_of_heads() const {
     if (a_.threads == 1) return 1;
     const int64_t tasks = a_.B * a_.G / heads_;
@@ -99,7 +99,7 @@ class Decode {
     return max(1, min(wanted, a_.S / kMinSplitKeys));
   }
 
-  // Calls `with(row, query)` for the queries of a group: head by head, token by token.
+  // Calls `with(row, query)` for the GQA-packed queries of a group: head by head, token by token.
   template <class Function>
   void each_query(int64_t head, Function&& with) const {
     const int64_t first = head % a_.G * a_.group();
@@ -116,7 +116,7 @@ class Decode {
       const int64_t part = (first + i) * splits_ + split;
       load_queries(first + i, queries + i * rows_ * query_stride());
       for (int64_t row = 0; row < rows_; ++row) sums_[part * rows_ + row] = SoftmaxState{};
-      clear(weighted_ + part * rows_ * output_stride(), rows_ * output_stride());
+      clear(acc_ + part * rows_ * output_stride(), rows_ * output_stride());
     }
     const KeyRange keys =
         split_range(key_range(a_, first / a_.G, 0, a_.T), block_keys_, split, splits_);
@@ -138,10 +138,10 @@ class Decode {
     }
   }
 
-  // The queries of a head against a block of its keys, added to one part of its sums.
+  // The queries of a group against one block of keys, accumulated into one split.
   void attend_block(const Block& block, int64_t part, const LhsElement<Element>* queries,
                     float* scores, Prefetcher<Element>& ahead) const {
-    float* acc = weighted_ + part * rows_ * output_stride();
+    float* acc = acc_ + part * rows_ * output_stride();
     SoftmaxState* sums = sums_ + part * rows_;
     compute_scores(block, queries, scores, ahead);
     if (out_.stats != nullptr) {
@@ -173,7 +173,7 @@ class Decode {
     });
   }
 
-  // Sets the block of a head's keys that starts at `begin`.
+  // Sets the block of keys of a KV head that starts at `begin`.
   void locate(int64_t head, int64_t begin, int64_t end, Block& block) const {
     block.head = head;
     block.begin = begin;
@@ -182,12 +182,12 @@ class Decode {
     locate(a_.value, block, block.values);
   }
 
-  // The rows of a block's tokens; past the end stand rows of zeros, as 0 times the last one were
-  // NaN if that is infinite.
+  // The rows of the tokens of a block, padded with rows of zeros: a repeated last row, times a
+  // weight of 0, would be NaN if it is infinite.
   void locate(const TensorView& view, const Block& block, Rows& rows) const {
     int64_t i = 0;
     while (i < block.count()) {
-      // A run of tokens that lie at one distance.
+      // A run of tokens at a constant stride.
       const TokenAddress place(view, block.head / a_.G, block.begin + i);
       int64_t run = block.count() - i;
       if (view.block_table != nullptr) run = min(run, view.block_size - place.second);
@@ -207,7 +207,7 @@ class Decode {
 
   int64_t longer_row() const { return max(a_.D, a_.E) * static_cast<int64_t>(sizeof(Element)); }
 
-  // The products of all queries with a block of keys, a few keys at a time.
+  // scores = Q K^T for a block of keys, a few keys at a time.
   void compute_scores(const Block& block, const LhsElement<Element>* queries, float* scores,
                       Prefetcher<Element>& ahead) const {
     for (int64_t s = 0; s < block.count(); s += kLanes) {
@@ -253,13 +253,13 @@ class Decode {
     });
   }
 
-  // How wide a tile of so many rows is: eight sums keep two units busy, where one product has to
-  // wait for the last. (With AVX-512 the tile has as many as its longer vectors need.)
+  // Vectors of a tile of `rows`: eight independent accumulators hide the latency of two FMA units.
+  // (With AVX-512 the tile itself is wide enough.)
   static constexpr int vectors_for(int rows) {
     return kTileVectors == 2 && rows <= 2 ? 8 / rows : kTileVectors;
   }
 
-  // acc += weights @ value, a tile of rows and columns at a time.
+  // acc += P V, tile by tile of rows and columns.
   void accumulate_pv(const Block& block, const float* weights, float* acc,
                      Prefetcher<Element>& ahead) const {
     constexpr int kNarrow = kRowStep<Element> / kLanes;
@@ -295,7 +295,7 @@ class Decode {
   const AttentionParams& a_;
   const ForwardOutput& out_;
   int64_t rows_, block_keys_, heads_, splits_;
-  float* weighted_ = nullptr;
+  float* acc_ = nullptr;
   SoftmaxState* sums_ = nullptr;
 };
 

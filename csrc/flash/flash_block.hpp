@@ -1,105 +1,19 @@
-// Blocks of queries on their way through blocks of packed keys and values: the scores of a block
-// never leave the cache. Where the keys come from and which blocks meet is others' to say.
+// Flash attention of a block of packed queries with blocks of packed keys and values: QK^T, online
+// softmax, PV. Scores stay in L1. Prefill and ChunkedPrefill choose the blocks and pack the keys.
 #pragma once
 
+#include "flash/epilogue.hpp"
+#include "flash/key_range.hpp"
 #include "flash/softmax.hpp"
 #include "simd/buffer.hpp"
 #include "tiles/pack.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kQueryBlock = 96;  // 16 tiles: as often are keys read that came from L2
-#if defined(__AVX512F__)
-constexpr int64_t kKeyBlock = 512;  // a tile's scores, 12 KB, stay in L1; the keys in L2
-constexpr int64_t kTileGroup = 1;
-#else
-constexpr int64_t kKeyBlock = 256;  // a panel of values, 16 KB, stays in L1,
-constexpr int64_t kTileGroup = 4;   // and so does one of keys, for as many tiles
-#endif
-constexpr int64_t kPackGqaMaxTokens =
-    16;  // so few of each head are worth taking a group's together
-constexpr int64_t kScoreStride = kKeyBlock + 16;  // not a power of 2: rows fall in different sets
+constexpr int64_t kPackGqaMaxTokens = 16;  // with more, the queries of one head fill the tiles
+constexpr int64_t kScoreStride = kKeyBlock + 16;  // no power of 2: rows fall into different sets
 constexpr int64_t kRowTiles = kQueryBlock / kTileRows;
-constexpr int64_t kRowsTogether = kTileGroup * kTileRows;
-
-// Keys [begin, end).
-struct KeyRange {
-  int64_t begin, end;
-  bool empty() const { return begin >= end; }
-};
-
-// The keys that any of queries [begin, end) of a batch row may attend to.
-inline KeyRange key_range(const AttentionParams& a, int64_t b, int64_t begin, int64_t end) {
-  KeyRange span{a.S, 0};
-  for (int64_t t = begin; t < end; ++t) {
-    const Query q(a, b, 0, t);
-    if (q.first >= q.last) continue;
-    span.begin = min(span.begin, q.first);
-    span.end = max(span.end, q.last);
-  }
-  return span;
-}
-
-// One of so many parts of the keys, cut between blocks.
-inline KeyRange split_range(KeyRange keys, int64_t block, int64_t part, int64_t parts) {
-  if (keys.empty()) return {0, 0};
-  const int64_t begin = keys.begin / block * block;
-  const int64_t blocks = (keys.end - begin + block - 1) / block;
-  return {begin + blocks * part / parts * block,
-          min(keys.end, begin + blocks * (part + 1) / parts * block)};
-}
-
-inline void write_output(const TensorView& query, void* output, int64_t at, const float* from,
-                         int64_t size, float factor) {
-  dispatch_dtype(query.dtype, [&](auto element) {
-    auto* to = static_cast<decltype(element)*>(output) + at;
-    for (int64_t e = 0; e < size; e += kLanes) store_n(to + e, load(from + e) * factor, size - e);
-  });
-}
-
-// Writes what one query gives; `acc` is the sum of exp(score - row_max) * value.
-inline void write_row(const AttentionParams& a, const ForwardOutput& out, const Query& q,
-                      const SoftmaxState& row, const float* acc) {
-  const int64_t rows = a.B * a.H * a.T, at = (q.b * a.H + q.h) * a.T + q.t;
-  const RowResult result = finalize_row(a, q.h, row);
-  // Written as zeros, not as a product: an empty row's buffer may hold anything.
-  alignas(64) static constexpr float kZeros[kMaxHeadSize] = {};
-  const bool is_empty = row.row_max == -kInfinity;
-  write_output(a.query, out.output, at * a.E, is_empty ? kZeros : acc, a.E, result.factor);
-  if (out.lse == nullptr) return;
-  out.lse[at] = result.lse;
-  out.softmax_state[at] = row.row_max;
-  out.softmax_state[rows + at] = row.sum;
-  out.softmax_state[2 * rows + at] = result.inverse;
-  if (out.stats != nullptr) write_stats(a, q.h, row, out.stats + at, a.B * a.H * a.T);
-}
-
-// Brings what parts of the keys gave each query to their common largest score, adds it up and
-// writes the query's row. Sums lie by head, part and row of a group; `acc` has `stride`
-// numbers for each. The threads of a parallel region share the rows.
-inline void combine_splits(const AttentionParams& a, const ForwardOutput& out, int64_t parts,
-                           const SoftmaxState* sums, float* acc, int64_t stride) {
-  const int64_t rows = a.group() * a.T;
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < a.B * a.G * rows; ++i) {
-    const int64_t head = i / rows, row = i % rows, first = head * parts * rows + row;
-    SoftmaxState total = sums[first];
-    float* to = acc + first * stride;
-    for (int64_t part = 1; part < parts; ++part) {
-      SoftmaxState more = sums[first + part * rows];
-      const float* from = to + part * rows * stride;
-      if (more.row_max == -kInfinity) continue;
-      const float row_max = total.row_max > more.row_max ? total.row_max : more.row_max;
-      const float old_factor = total.rescale_to(row_max);
-      const float factor = more.rescale_to(row_max);
-      for (int64_t e = 0; e < a.E; e += kLanes)
-        store(to + e, load(to + e) * old_factor + load(from + e) * factor);
-      total.add(more);
-    }
-    const Query q(a, head / a.G, head % a.G * a.group() + row / a.T, row % a.T);
-    write_row(a, out, q, total, to);
-  }
-}
+constexpr int64_t kTileGroupRows = kTileGroup * kTileRows;
 
 template <class Element>
 class FlashBlock {
@@ -110,15 +24,15 @@ class FlashBlock {
         packed_gqa_heads_(a.T <= kPackGqaMaxTokens ? a.group() : 1),
         rows_(packed_gqa_heads_ * a.T) {}
 
-  // Queries of one key head that are cut into blocks together: of one head, or of its whole group,
-  // head by head, where one head's alone would not fill a tile.
+  // GQA packing: a run is the queries of one head, or, if these would not fill a tile, of all heads
+  // of the group, concatenated head by head. Runs are cut into blocks.
   int64_t runs_per_kv_head() const { return a_.group() / packed_gqa_heads_; }
 
   int64_t query_stride() const { return round_up(a_.D, kLanes); }
   int64_t output_stride() const { return round_up(a_.E, kLanes); }
-  static constexpr int64_t kScores = kRowsTogether * kScoreStride;
+  static constexpr int64_t kScores = kTileGroupRows * kScoreStride;
 
-  // PackedLayout keys and values from token `origin` on, of at most so many tokens.
+  // Packed keys and values from token `origin` on, with room for `tokens`.
   struct Panels {
     const Element* keys;
     const Element* values;
@@ -128,24 +42,24 @@ class FlashBlock {
   // A block of a run of queries.
   struct Block {
     int64_t b, h;         // the first head of the run
-    int64_t start, rows;  // where in the run it begins
+    int64_t start, rows;  // rows [start, start + rows) of the run
     Element* queries;
     SoftmaxState* sums;
-    float* acc;                 // of each row, the sum of exp(score - row_max) * value
-    KeyRange keys;              // those that any of them may attend to
-    KeyRange tiles[kRowTiles];  // and those of each tile of rows
-    float factors[kRowsTogether];
+    float* acc;                 // accumulator: the sum of exp(score - row_max) * value per row
+    KeyRange keys;              // of the block
+    KeyRange tiles[kRowTiles];  // of each tile of rows
+    float factors[kTileGroupRows];
 
     int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
     int64_t tile_rows(int64_t tile) const { return min(kTileRows, rows - tile * kTileRows); }
-    // Of one tile's keys those in a block of keys, in whole vectors.
+    // The keys of one tile within a block of keys, in whole vectors.
     KeyRange within(int64_t tile, int64_t block) const {
       return {max(tiles[tile].begin / kLanes * kLanes, block),
               min(round_up(tiles[tile].end, kLanes), block + kKeyBlock)};
     }
   };
 
-  // Reads the queries of a block whose place is known, and clears its sums.
+  // Packs the queries of a block and resets its state.
   void begin(Block& block) const {
     for (int64_t row = 0; row < block.rows; ++row) {
       const Query q = query_of(block, row);
@@ -161,7 +75,7 @@ class FlashBlock {
     }
   }
 
-  // Adds what the block of keys at `s` gives to a block of queries.
+  // Accumulates the block of keys at `s` into a block of queries.
   void attend(Block& block, const Panels& panels, int64_t s, float* scores) const {
     for (int64_t first = 0; first < block.tile_count(); first += kTileGroup) {
       const TileGroup tiles(block, first, s);
@@ -187,10 +101,10 @@ class FlashBlock {
   int64_t packed_gqa_heads_, rows_;
 
  private:
-  // Tiles [first, last) of a block of queries, and of a block of keys those that each takes.
+  // Tiles [first, last) of a block of queries, and the keys of each within a block of keys.
   struct TileGroup {
     int64_t first, last;
-    KeyRange keys;  // of any of them
+    KeyRange keys;  // of the group
     KeyRange spans[kTileGroup];
 
     TileGroup(const Block& block, int64_t first, int64_t s)
@@ -203,13 +117,13 @@ class FlashBlock {
       }
     }
     const KeyRange& of(int64_t tile) const { return spans[tile - first]; }
-    // Where the scores of a tile's first row and of key `s` are.
-    int64_t place(int64_t tile, int64_t s) const {
+    // Offset of the score of the tile's first row and key `s`.
+    int64_t offset(int64_t tile, int64_t s) const {
       return (tile - first) * kTileRows * kScoreStride + s % kKeyBlock;
     }
   };
 
-  // The keys that a tile's queries may attend to; those of one head, or of several.
+  // The key range of a tile, whose rows may belong to several heads.
   KeyRange keys_of_tile(const Block& block, int64_t tile) const {
     const int64_t first = block.start + tile * kTileRows;
     const int64_t last = first + block.tile_rows(tile) - 1;
@@ -217,7 +131,7 @@ class FlashBlock {
     return key_range(a_, block.b, first % a_.T, last % a_.T + 1);
   }
 
-  // scale * query @ key^T, a panel of keys after the other.
+  // scores = scale * Q K^T, panel by panel of keys.
   void compute_scores(const Block& block, const Panels& panels, const TileGroup& tiles,
                       float* scores) const {
     const int64_t steps = PackedLayout<Element>::steps(a_.D);
@@ -231,7 +145,7 @@ class FlashBlock {
         if (panel >= span.end || panel + kPanel <= span.begin) continue;
         const Lhs<Element> queries{block.queries + i * kTileRows * query_stride(), query_stride(),
                                    1};
-        float* to = scores + tiles.place(i, panel);
+        float* to = scores + tiles.offset(i, panel);
         const int64_t width = min(kPanel, span.end - panel);
         tile_of(block.tile_rows(i), width / kLanes, queries, keys, steps,
                 [&](int row, int v, F32 product) {
@@ -249,7 +163,7 @@ class FlashBlock {
       for (int64_t j = 0; j < block.tile_rows(i); ++j) {
         const int64_t row = i * kTileRows + j;
         const Query q = query_of(block, row);
-        float* z = scores + tiles.place(i, span.begin) + j * kScoreStride;
+        float* z = scores + tiles.offset(i, span.begin) + j * kScoreStride;
         apply_score_mods(a_, q, span.begin, span.end, z);
         block.factors[row - tiles.first * kTileRows] =
             online_softmax<kStats, Element>(a_, q, span.begin, span.end, z, block.sums[row]);
@@ -257,7 +171,7 @@ class FlashBlock {
     }
   }
 
-  // acc = factor * acc + weights @ value.
+  // acc = factor * acc + P V, panel by panel of features.
   void accumulate_pv(const Block& block, const Panels& panels, const TileGroup& tiles,
                      const float* scores) const {
     constexpr int kElementsPerStep = PackedLayout<Element>::kElementsPerStep;
@@ -267,7 +181,7 @@ class FlashBlock {
       for (int64_t i = tiles.first; i < tiles.last; ++i) {
         const KeyRange& span = tiles.of(i);
         if (span.empty()) continue;
-        const float* weights = scores + tiles.place(i, span.begin);
+        const float* weights = scores + tiles.offset(i, span.begin);
         const Lhs<Element> left{reinterpret_cast<const Element*>(weights), kScoreStride, 1};
         const Rhs<Element> values{panel + (span.begin - panels.origin) / kElementsPerStep * width,
                                   width};

@@ -1,12 +1,12 @@
-// Forward for many queries: keys and values of a head are packed once, and blocks of its queries,
-// shared out among the threads, go through all of them.
+// Flash attention for many queries: K and V are packed once per KV head, and the threads share the
+// blocks of queries, each of which iterates over all keys.
 #pragma once
 
 #include "flash/flash_block.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
-// Of the packed heads of a wave; more is memory that malloc gets anew, and gives back, each time.
+// Of the packed heads of a wave; malloc would return more to the system after each call.
 constexpr int64_t kPackedBytes = 1 << 24;
 
 template <class Element>
@@ -28,7 +28,7 @@ class Prefill : FlashBlock<Element> {
     const int64_t key_blocks = (a_.S + kKeyBlock - 1) / kKeyBlock;
     keys_size_ = PackedLayout<Element>::columns_size(a_.S, a_.D);
     values_size_ = PackedLayout<Element>::rows_size(a_.S, a_.E);
-    const int64_t wave = heads_at_a_time(tasks_per_head);
+    const int64_t wave = heads_per_wave(tasks_per_head);
     Buffer<Element> packed(wave * (keys_size_ + values_size_));
     Buffer<KeyRange> needed(a_.B);
     Buffer<float> scratch(a_.threads * worker_size());
@@ -44,7 +44,7 @@ class Prefill : FlashBlock<Element> {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count * key_blocks; ++i)
           pack_block(start, i / key_blocks, i % key_blocks * kKeyBlock);
-        // The longest rows of a causal mask come first, so that no thread ends with one.
+        // Causal masks: the longest blocks first, so that no thread ends with one.
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < count * tasks_per_head; ++i) {
           const int64_t in_head = i % tasks_per_head;
@@ -57,7 +57,7 @@ class Prefill : FlashBlock<Element> {
   }
 
  private:
-  // Smaller blocks where there would be too few for the threads.
+  // Smaller blocks if there would be fewer than threads.
   int64_t block_rows_of() const {
     const int64_t runs = max(1, a_.B * a_.G * runs_per_kv_head());
     const int64_t blocks_per_run = (a_.threads + runs - 1) / runs;
@@ -65,17 +65,16 @@ class Prefill : FlashBlock<Element> {
     return min(kQueryBlock, round_up(rows, kTileRows));
   }
 
-  // As many key heads as keep the threads busy, while their panels stay in the cache.
-  int64_t heads_at_a_time(int64_t tasks_per_head) const {
+  // KV heads packed at a time: enough to keep the threads busy, while their panels stay in cache.
+  int64_t heads_per_wave(int64_t tasks_per_head) const {
     const int64_t bytes = (keys_size_ + values_size_) * static_cast<int64_t>(sizeof(Element));
     const int64_t busy = (16 * a_.threads + tasks_per_head - 1) / tasks_per_head;
     const int64_t heads = max(a_.threads, min(busy, kPackedBytes / max(1, bytes)));
     return min(a_.B * a_.G, heads);
   }
 
-  // One thread's scratch: a block of queries, some of their scores, and their output. (Side by
-  // side, queries and output would mostly lie a multiple of a page apart, and share sets of the
-  // cache.)
+  // Scratch per thread: packed queries, scores of a group of tiles, accumulators. (Adjacent,
+  // queries and accumulators would mostly be a multiple of a page apart, and share cache sets.)
   int64_t worker_size() const {
     return kQueryBlock * (query_stride() + output_stride()) + Base::kScores;
   }
@@ -90,7 +89,7 @@ class Prefill : FlashBlock<Element> {
     pack_values(a_.value, b, g, begin, end, begin, a_.S, a_.E, values_ + slot * values_size_);
   }
 
-  // A block of a run of queries, through all its keys.
+  // One block of queries against all its keys.
   void attend_all(float* worker, int64_t start, int64_t slot, int64_t run,
                   int64_t start_of_block) const {
     SoftmaxState sums[kQueryBlock];
@@ -113,7 +112,7 @@ class Prefill : FlashBlock<Element> {
 
   int64_t block_rows_, query_blocks_;
   int64_t keys_size_ = 0, values_size_ = 0;
-  const KeyRange* needed_ = nullptr;  // of each batch row, the keys that any query may attend to
+  const KeyRange* needed_ = nullptr;  // the key range of each batch row
   Element* keys_ = nullptr;
   Element* values_ = nullptr;
 };

@@ -1,23 +1,23 @@
-// Scratch memory of one call, and the number of the thread that asks.
+// Scratch memory of one call, and the number of the calling thread.
 #pragma once
 
 #include <omp.h>
 
 #include <cstdlib>
-#include <new>
 
 #include "simd/vec.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
-// Uninitialised, aligned to a cache line. Made before threads start, where throwing is allowed.
+// Uninitialized, aligned to a cache line. Allocated before threads start, where throwing is
+// allowed.
 template <class Element>
 class Buffer {
  public:
   explicit Buffer(int64_t size)
       : data_(static_cast<Element*>(std::aligned_alloc(
             64, static_cast<size_t>(round_up(size * static_cast<int64_t>(sizeof(Element)), 64))))) {
-    if (data_ == nullptr && size > 0) throw std::bad_alloc();
+    if (data_ == nullptr && size > 0) throw_bad_alloc();
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;

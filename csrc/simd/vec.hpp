@@ -1,5 +1,6 @@
-// The vectors of one instruction set. Everything here is in that set's own namespace: an inline
-// function compiled for AVX-512 must never be the one the linker picks for an older processor.
+// SIMD vectors of one instruction set, as GCC vector extensions. Everything here is in the
+// namespace of that instruction set, so that the linker cannot pick an inline function compiled for
+// AVX-512 for an older processor. For the same reason the kernels use no inline function of std.
 #pragma once
 
 #if defined(__x86_64__)
@@ -11,26 +12,15 @@
 #include <utility>
 
 #include "params.hpp"
+#include "tuning.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-constexpr int kTileVectors = 4;  // 6 x 4 accumulators, 4 loads and a broadcast: 29 of 32 registers
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kTileVectors = 2;  // 6 x 2 accumulators, 2 loads and a broadcast: 15 of 16 registers
-#else
-constexpr int kVectorBytes = 16;
-constexpr int kTileVectors = 2;
-#endif
 #if defined(__AVX512BF16__)
-constexpr bool kHasBF16Dot = true;  // a dot product of bfloat16 pairs is one instruction
+constexpr bool kHasBF16Dot = true;  // VDPBF16PS: a dot product of bfloat16 pairs
 #else
 constexpr bool kHasBF16Dot = false;
 #endif
-constexpr int kLanes = kVectorBytes / 4;
-constexpr int kTileRows = 6;
 
 using F32 [[gnu::vector_size(kVectorBytes)]] = float;
 using I32 [[gnu::vector_size(kVectorBytes)]] = int32_t;
@@ -45,11 +35,12 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
-// A number but for its scale.
+// A quantized element: value = integer * scale.
 struct Int8 {
   int8_t integer;
 };
-// Two neighbouring bfloat16 of the summed dimension, the operand of a dot-product instruction.
+// Two consecutive bfloat16 of the reduced dimension (VNNI layout), an operand of a bf16 dot
+// product.
 struct [[gnu::may_alias]] BF16Pair {
   uint32_t bits;
 };
@@ -69,8 +60,8 @@ inline void store_as(void* to, Vector vector) {
 // x - 0 is x for every x, -0 and NaN too, so this costs no subtraction.
 inline F32 splat(float x) { return x - F32{}; }
 
-// Keeps a number in its register, where the compiler would rather load it again for each use. The
-// test that emulates AVX-512 has no such register.
+// Keeps `v` in a register, where the compiler would otherwise reload it for each use. The test that
+// emulates AVX-512 has no such register.
 template <class Vector>
 inline void keep_in_register([[maybe_unused]] Vector& v) {
 #if defined(__x86_64__) && !defined(POLYHEAD_EMULATE_AVX512)
@@ -94,8 +85,8 @@ inline Lanes iota() {
   return lanes;
 }
 
-// Lane i is the lane `lane_of(i)` of a's lanes followed by b's. clang shuffles by constants alone,
-// GCC 11 by vectors alone, so the function is of either: of a number, or of all of them at once.
+// Lane i of the result is lane `lane_of(i)` of a's lanes followed by b's. clang requires constant
+// indices and GCC 11 an index vector, so `lane_of` accepts both a number and a vector.
 template <class Vector, class LaneOf>
 [[gnu::always_inline]] inline Vector shuffle(Vector a, Vector b, [[maybe_unused]] LaneOf lane_of) {
 #if defined(__clang__)
@@ -107,7 +98,7 @@ template <class Vector, class LaneOf>
 #endif
 }
 
-// Every lane becomes `combine` of all lanes, in log2(kLanes) steps.
+// Butterfly reduction in log2(kLanes) steps: every lane holds the result.
 template <int Distance = kLanes / 2, class Combine>
 inline F32 reduce(F32 v, Combine combine) {
   if constexpr (Distance == 0) {
@@ -122,24 +113,24 @@ inline float reduce_add(F32 v) {
   return reduce(v, [](F32 a, F32 b) { return a + b; })[0];
 }
 
-// One step towards the sums of a's and of b's lanes: in both, runs of `Run` lanes belong together,
-// and in the result runs of half the length, a's and b's in turn.
+// One step of the reduction of a and of b: both hold runs of `Run` lanes still to be added, the
+// result holds runs of half the length, alternating between a and b.
 template <int Run, int kHalf = Run / 2>
 [[gnu::always_inline]] inline F32 reduce_step(F32 a, F32 b) {
-  // One of the two terms stays in its lane: to blend is cheaper than to move.
+  // One of the two terms stays in its lane: a blend is cheaper than a permutation.
   const auto staying = [](auto i) { return (i & kHalf) != 0 ? i + kLanes : i; };
   const auto moving = [](auto i) { return (i & kHalf) != 0 ? i - kHalf + kLanes : i + kHalf; };
   return shuffle(a, b, staying) + shuffle(a, b, moving);
 }
 
-// sums[i] = the sum of v[i]'s lanes, for as many vectors as a vector has lanes, or 8.
+// sums[i] = reduce_add(v[i]), of Count vectors at once: a reduction tree across vectors.
 template <int Count, int Run = kLanes>
 [[gnu::always_inline]] inline void reduce_add_each(F32 (&v)[Count], float* sums) {
   if constexpr (Count > kLanes) {
     for (int i = 0; i < Count; i += kLanes)
       reduce_add_each<kLanes>(reinterpret_cast<F32(&)[kLanes]>(v[i]), sums + i);
   } else if constexpr (Count > 1) {
-    // The later half goes between, so that the sums end up in order.
+    // Vector i pairs with i + Count / 2, so that the sums end up in order.
     F32 halves[Count / 2];
 #pragma GCC unroll 8
     for (int i = 0; i < Count / 2; ++i) halves[i] = reduce_step<Run>(v[i], v[i + Count / 2]);
@@ -160,7 +151,7 @@ inline U32 to_f32(U16 bits) {
 #if defined(__AVX512F__)
   return reinterpret_cast<U32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
 #elif defined(__AVX2__)
-  // GCC 12 makes five instructions of the conversion below.
+  // GCC 12 compiles the conversion below to five instructions.
   return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
 #else
   return __builtin_convertvector(bits, U32);
@@ -178,7 +169,7 @@ inline F32 to_f32(U16 bits, Float16) {
   const U32 wide = to_f32(bits);
   const U32 sign = (wide & 0x8000) << 16;
   const U32 magnitude = wide & 0x7FFF;
-  // Moved to float32's place the exponent is 112 too small; a multiplication mends it, for
+  // Shifted to float32's position the exponent is 112 too small; a multiplication corrects it, for
   // subnormal numbers too. Infinities and NaNs keep an exponent of all ones.
   const F32 finite = reinterpret_cast<F32>(magnitude << 13) * splat(0x1p112F);
   const U32 special = (magnitude << 13) | 0x7F800000;
@@ -188,15 +179,15 @@ inline F32 to_f32(U16 bits, Float16) {
 #endif
 }
 
-// The integers, not scaled.
-inline F32 to_f32(I8 codes) {
+// Not yet scaled.
+inline F32 to_f32(I8 int8s) {
 #if defined(__AVX512F__)
-  const __m512i integers = _mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(codes));
+  const __m512i integers = _mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(int8s));
 #elif defined(__AVX2__)
   const __m256i integers =
-      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(&codes)));
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(&int8s)));
 #else
-  const I32 integers = __builtin_convertvector(codes, I32);
+  const I32 integers = __builtin_convertvector(int8s, I32);
 #endif
   return __builtin_convertvector(reinterpret_cast<I32>(integers), F32);
 }
@@ -206,7 +197,7 @@ inline F32 load(const BFloat16* from) { return to_f32(load_as<U16>(from), BFloat
 inline F32 load(const Float16* from) { return to_f32(load_as<U16>(from), Float16{}); }
 inline F32 load(const Int8* from) { return to_f32(load_as<I8>(from)); }
 
-// The first `count` numbers of a vector, 0 in the others: reads nothing beyond them.
+// Masked load of the first `count` elements, 0 in the other lanes: reads nothing beyond them.
 template <class Vector, class Element>
 inline Vector load_partial(const Element* from, int64_t count) {
 #if defined(__AVX512F__) && !defined(POLYHEAD_EMULATE_AVX512)
@@ -218,9 +209,9 @@ inline Vector load_partial(const Element* from, int64_t count) {
     return reinterpret_cast<Vector>(_mm256_maskz_loadu_epi16((1U << count) - 1, from));
   }
 #endif
-  Element numbers[sizeof(Vector) / sizeof(Element)] = {};
-  for (int64_t i = 0; i < count; ++i) numbers[i] = from[i];
-  return load_as<Vector>(numbers);
+  Element lanes[sizeof(Vector) / sizeof(Element)] = {};
+  for (int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+  return load_as<Vector>(lanes);
 }
 
 inline F32 load_n(const float* from, int64_t count) {
@@ -236,7 +227,7 @@ inline F32 load_n(const Int8* from, int64_t count) {
 
 inline void store(float* to, F32 v) { store_as(to, v); }
 
-// Rounded to the nearest, ties to even.
+// Round to nearest, ties to even.
 inline U16 round_to_bf16(F32 v) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<U16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
@@ -259,7 +250,7 @@ inline uint16_t narrow_to_f16(float x) {
   if (bits > 0x7F800000) return static_cast<uint16_t>(sign | 0x7E00);
   if (bits >= 0x477FF000) return static_cast<uint16_t>(sign | 0x7C00);
   if (bits < 0x38800000) {
-    // Adding 0.5 leaves the subnormal's digits, rounded to even, at the bottom of the number.
+    // Adding 0.5 leaves the subnormal's mantissa, rounded to even, in the low bits.
     float magnitude;
     std::memcpy(&magnitude, &bits, 4);
     magnitude += 0.5F;
@@ -287,7 +278,7 @@ inline void store_n(Element* to, F32 v, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
-// Calls `with` on a value of the C++ type that holds numbers of this dtype.
+// Calls `with` on a value of the C++ element type of this dtype.
 template <class Function>
 inline auto dispatch_dtype(Dtype dtype, Function&& with) {
   switch (dtype) {
@@ -297,7 +288,7 @@ inline auto dispatch_dtype(Dtype dtype, Function&& with) {
   }
 }
 
-// The same for keys and values, which a cache may hold as codes.
+// The same for keys and values, which may be quantized in the cache.
 template <class Function>
 inline auto dispatch_kv_dtype(Dtype dtype, Function&& with) {
   return dtype == Dtype::i8 ? with(Int8{}) : dispatch_dtype(dtype, with);

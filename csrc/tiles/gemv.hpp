@@ -1,104 +1,60 @@
-// Products with rows read where they lie: of a few left rows with each of many rows (scores), and
-// sums of many rows by weight (values). Each row has its own address, so that keys may lie side by
-// side or in blocks anywhere.
+// gemv kernels of decode, on unpacked rows read in place: dot products of a few lhs rows with each
+// row of K (scores), and sums of the rows of V by weight. Each row has its own address, so that
+// tokens may be contiguous or in blocks anywhere.
 #pragma once
 
 #include <type_traits>
 #include <utility>
 
 #include "tiles/pack.hpp"
+#include "tiles/prefetch.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
-// Whether rows of Elements are multiplied as they are, two numbers an instruction, not widened.
+// True if bfloat16 rows are multiplied unconverted, two elements per instruction.
 template <class Element>
 constexpr bool kUsesBF16Dot = kHasBF16Dot && std::is_same_v<Element, BFloat16>;
 
-// Whether rows are read as pairs all the same, and their even and odd numbers widened apart: a
-// shift and a mask for two vectors, where widening neighbours takes two instructions for each.
+// True if bfloat16 rows are read as pairs, and their even and odd elements converted separately: a
+// shift and a mask for two vectors, where converting in order takes two instructions for each.
 template <class Element>
 constexpr bool kDeinterleaves = !kHasBF16Dot && std::is_same_v<Element, BFloat16>;
 
 inline F32 even_of(U32 pairs) { return reinterpret_cast<F32>(pairs << 16); }
 inline F32 odd_of(U32 pairs) { return reinterpret_cast<F32>(pairs & (U32{} + 0xFFFF0000U)); }
 
-// What the left operand is held in.
+// Element of the lhs rows.
 template <class Element>
 using LhsElement = std::conditional_t<kUsesBF16Dot<Element>, BFloat16, float>;
 
-// Numbers of a row that one step of a dot product takes, and what is padded for it.
+// Elements of a row per step of a dot product; rows are padded to a multiple of it.
 template <class Element>
 constexpr int64_t kRowStep = std::is_same_v<Element, BFloat16> ? 2 * kLanes : kLanes;
 
-// Twice as many as a vector has numbers of a row of BFloat16 in pairs.
+// Elements of kLanes bfloat16 pairs.
 using U16x2 [[gnu::vector_size(kVectorBytes)]] = uint16_t;
 
-constexpr int kMaxAccumulators =
-    kTileVectors == 4 ? 16 : 8;  // sums of dot products that fit in registers
-
-// Of so many left rows with one row: sums of lanes are added up by powers of two.
+// Accumulators of `count` lhs rows: a power of two, for the reduction tree of reduce_add_each.
 constexpr int sums_for(int count) {
   int power = 1;
   while (power < count) power *= 2;
   return power;
 }
 
-// Where arithmetic takes as long as reading, lines are asked for a block before they are needed;
-// elsewhere the processor sees far enough by itself, if rows are touched.
-constexpr bool kUsesPrefetch = kTileVectors != 4;
-
-// Reads a row's lines in the order of their addresses, before they are multiplied in another one:
-// only so does the processor see a stream and fetch ahead.
-template <class Element>
-inline void touch_row(const Element* row, int64_t size) {
-  const auto* bytes = reinterpret_cast<const volatile char*>(row);
-  // Two lines a turn: of one the loop itself would take row_max of the time.
-  const int64_t end = size * static_cast<int64_t>(sizeof(Element));
-  int64_t i = 0;
-  for (; i + 64 < end; i += 128) bytes[i], bytes[i + 64];
-  if (i < end) bytes[i];
-}
-
-// The rows of the next block of keys and of values, whose lines are asked for while this block is
-// worked on: evenly, as a burst of them would be waited for, and keys and values in turn, as two
-// streams are read faster than one.
-template <class Element>
-struct Prefetcher {
-  const Element* const* keys = nullptr;
-  const Element* const* values = nullptr;
-  int64_t count = 0;  // of rows
-  int64_t bytes = 0;  // of the longer row
-  int64_t row = 0, at = 0;
-
-  // Asks for as many bytes as were just worked on.
-  void advance(int64_t worked_on) {
-    if (row == count) return;
-    for (int64_t i = 0; i < worked_on; i += 2 * kLine) {
-      __builtin_prefetch(reinterpret_cast<const char*>(keys[row]) + at, 0, 2);
-      __builtin_prefetch(reinterpret_cast<const char*>(values[row]) + at, 0, 2);
-      at += kLine;
-      if (at < bytes) continue;
-      at = 0;
-      if (++row == count) return;
-    }
-  }
-
-  static constexpr int64_t kLine = 64;
-};
-
-// dots[i * dots_stride + k] = left row i . row k, for Count left rows and Keys rows. LhsElement
-// rows are padded with zeros to whole steps, and where rows are split, of each step first the even
-// numbers. `ahead` is nullptr where these rows were worked on before.
+// dots[i * dots_stride + k] = lhs row i . row k, for Count lhs rows and Keys rows: independent
+// accumulators, reduced at the end. lhs rows are padded with zeros to whole steps; where rows are
+// deinterleaved, each step holds its even elements first. `ahead` is nullptr if these rows were
+// read before.
 template <int Count, int Keys, class Element>
 [[gnu::always_inline]] inline void qk_dot(const LhsElement<Element>* left, int64_t left_stride,
                                           const Element* const* rows, int64_t size,
                                           Prefetcher<Element>* ahead, float* dots,
                                           int64_t dots_stride) {
   constexpr int64_t kStep = kRowStep<Element>;
-  // Rows that share each load of a left row. Where rows are touched, float32's are too long for it:
-  // four were no stream any more.
+  // Rows that share each load of an lhs row. Where rows are touched, float32 rows are too long for
+  // it: the prefetcher detects no stream in four of them.
   constexpr int kRowsPerLoad = sizeof(Element) == 4 && !kUsesPrefetch ? 1 : min(Keys, 4);
-  // (An initializer would write zeros to memory, by a slow instruction, before every product.)
+  // (An initializer would zero memory, by a slow instruction, before every product.)
   constexpr int kSums = sums_for(Count) * Keys;
   F32 sums[kSums];
 #pragma GCC unroll 16
@@ -150,7 +106,7 @@ template <int Count, int Keys, class Element>
       if (d < size) add(d, d, [&](const Element* from) { return load_n(from, size - d); });
     }
   };
-  // Not a loop: the compiler keeps sums in registers only where it knows which they are.
+  // Not a loop: accumulators stay in registers only if their indices are constants.
   [&]<int... kShares>(std::integer_sequence<int, kShares...>) {
     (share.template operator()<kShares * kRowsPerLoad>(), ...);
   }(std::make_integer_sequence<int, Keys / kRowsPerLoad>());
@@ -161,30 +117,30 @@ template <int Count, int Keys, class Element>
     std::memcpy(dots + i * dots_stride, totals + i * Keys, sizeof(float) * Keys);
 }
 
-// Lane i of two vectors of so many lanes, where their lanes take turns.
+// Source of lane i where the lanes of two vectors, of `lanes` lanes each, alternate.
 template <class Lane>
-[[gnu::always_inline]] constexpr Lane in_turn(Lane i, int16_t lanes) {
+[[gnu::always_inline]] constexpr Lane alternating(Lane i, int16_t lanes) {
   return (i >> 1) + (i & 1) * lanes;
 }
 
-// Two rows of numbers as the pairs of each column, in the order of the columns.
-inline void pair_up(U16x2 a, U16x2 b, U32& lower, U32& upper) {
-  const auto from_lower = [](auto i) { return in_turn(i, 2 * kLanes); };
-  const auto from_upper = [](auto i) { return kLanes + in_turn(i, 2 * kLanes); };
+// Zips two bfloat16 rows into the pairs of each column, in the order of the columns.
+inline void zip_bf16(U16x2 a, U16x2 b, U32& lower, U32& upper) {
+  const auto from_lower = [](auto i) { return alternating(i, 2 * kLanes); };
+  const auto from_upper = [](auto i) { return kLanes + alternating(i, 2 * kLanes); };
   lower = reinterpret_cast<U32>(shuffle(a, b, from_lower));
   upper = reinterpret_cast<U32>(shuffle(a, b, from_upper));
 }
 
-// From even and odd numbers to all in their order.
+// Inverse of deinterleaving: even and odd elements back in order.
 [[gnu::always_inline]] inline void interleave(F32& even, F32& odd) {
-  const F32 first = shuffle(even, odd, [](auto i) { return in_turn(i, kLanes); });
-  odd = shuffle(even, odd, [](auto i) { return in_turn(i, kLanes) + kLanes / 2; });
+  const F32 first = shuffle(even, odd, [](auto i) { return alternating(i, kLanes); });
+  odd = shuffle(even, odd, [](auto i) { return alternating(i, kLanes) + kLanes / 2; });
   even = first;
 }
 
 // sums[i * sums_stride + e] += the sum over rows of weights[i * weights_stride + row] * row[e], for
-// Count left rows and the Vectors * kLanes columns from `begin` on, of which those before `size`
-// may be read where not Whole. The number of rows is even. For `ahead` see qk_dot.
+// Count lhs rows and the Vectors * kLanes columns from `begin` on; if not Whole, only columns
+// before `size` are read. The number of rows is even. For `ahead` see qk_dot.
 template <int Count, int Vectors, bool Whole, class Element>
 [[gnu::always_inline]] inline void pv_accumulate(const float* weights, int64_t weights_stride,
                                                  const Element* const* rows, int64_t count,
@@ -210,7 +166,7 @@ template <int Count, int Vectors, bool Whole, class Element>
           return Whole ? load_as<U16x2>(row + begin + v * kLanes)
                        : load_partial<U16x2>(row + begin, size - begin);
         };
-        pair_up(load_row(rows[s]), load_row(rows[s + 1]), columns[v], columns[v + 1]);
+        zip_bf16(load_row(rows[s]), load_row(rows[s + 1]), columns[v], columns[v + 1]);
       }
 #pragma GCC unroll 8
       for (int i = 0; i < Count; ++i) {

@@ -1,5 +1,8 @@
-// Keys, values and queries copied into the order in which tiles read them: once per key head, for
-// every query of every head of its group. Conversion to float32 happens here, once, too.
+// Packing: keys, values and queries copied into the layout that gemm tiles read, and converted to
+// float32 or bfloat16 pairs. K and V are packed once per KV head, for all queries of its group.
+//
+// Packing costs one pass over K and V, which pays off from about 33 rows of a group on; below,
+// decode reads them in place (gemv.hpp). README.md draws the layouts.
 #pragma once
 
 #include <type_traits>
@@ -8,15 +11,13 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-constexpr int64_t kPanel = kTileVectors * kLanes;  // columns of a tile
-
-// Where a token lies: a batch row and a token of it, or a block and a slot of it.
+// Address of a token: batch row and token, or, in a paged cache, block and slot.
 struct TokenAddress {
   int64_t first, second;
 
   TokenAddress(const TensorView& view, int64_t b, int64_t token) : first(b), second(token) {
     if (view.block_table == nullptr) return;
-    first = view.block_table[b * view.table_stride + token / view.block_size];
+    first = view.block_table[b * view.block_table_stride + token / view.block_size];
     second = token % view.block_size;
   }
   template <class Source>
@@ -35,7 +36,7 @@ inline const Source* row_of(const TensorView& view, int64_t b, int64_t head, int
   return TokenAddress(view, b, token).row<Source>(view, head);
 }
 
-// One token's numbers of one head as float32, 0 up to the next whole vector.
+// One token of one head as float32, padded with 0 to whole vectors.
 template <class Source>
 inline void widen_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
                       float* to) {
@@ -49,7 +50,7 @@ inline void widen_row(const TensorView& view, int64_t b, int64_t head, int64_t t
   }
 }
 
-// Rows of one head as float32, each `stride` numbers long.
+// Tokens [begin, end) of one head as float32 rows, `stride` elements apart.
 inline void widen_rows(const TensorView& view, int64_t b, int64_t head, int64_t begin, int64_t end,
                        int64_t size, float* to, int64_t stride) {
   dispatch_kv_dtype(view.dtype, [&](auto source) {
@@ -58,7 +59,7 @@ inline void widen_rows(const TensorView& view, int64_t b, int64_t head, int64_t 
   });
 }
 
-// One token's numbers of one head as bfloat16; codes are followed by 0 up to the next whole vector.
+// One token of one head as bfloat16; int8 is dequantized, and padded with 0 to whole vectors.
 inline void copy_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
                      void* to) {
   if (view.dtype != Dtype::i8) {
@@ -71,12 +72,12 @@ inline void copy_row(const TensorView& view, int64_t b, int64_t head, int64_t to
     store_as(static_cast<char*>(to) + i * 2, round_to_bf16(load(row + i)));
 }
 
-// Two rows of bfloat16 as pairs, a column after the other.
-inline U32 pair_up(const void* first, const void* second) {
+// Packs two bfloat16 rows as the pairs of each column.
+inline U32 pack_bf16_pairs(const void* first, const void* second) {
   return to_f32(load_as<U16>(first)) | (to_f32(load_as<U16>(second)) << 16);
 }
 
-// How a tensor is held for tiles that take Elements.
+// Sizes and offsets of packed operands of Elements.
 template <class Element>
 struct PackedLayout {
   static constexpr int kElementsPerStep = Dot<Element>::kElementsPerStep;
@@ -85,13 +86,13 @@ struct PackedLayout {
     return round_up(depth, kElementsPerStep) / kElementsPerStep;
   }
 
-  // Panels of kPanel tokens: [panel][step of the size][token].
+  // Keys, panels of kPanel tokens: [panel][step of the features][token].
   static int64_t columns_size(int64_t tokens, int64_t size) {
     return round_up(tokens, kPanel) * steps(size);
   }
   static int64_t column_panel(int64_t token, int64_t size) { return token * steps(size); }
 
-  // Panels of kPanel features, the last one narrower: [panel][step of the tokens][feature].
+  // Values, panels of kPanel features, the last one narrower: [panel][step of the tokens][feature].
   static int64_t rows_size(int64_t tokens, int64_t size) {
     return steps(round_up(tokens, kPanel)) * round_up(size, kLanes);
   }
@@ -103,24 +104,24 @@ struct PackedLayout {
   }
 };
 
-// As many zeros as are asked for: of a whole buffer they would cost more than short calls take.
+// Zeros only what is used: zeroing whole buffers would cost more than short calls take.
 template <class Number>
 inline void clear(Number* numbers, int64_t count) {
   std::memset(numbers, 0, static_cast<size_t>(count) * sizeof *numbers);
 }
 
-// One token's numbers of one head as tiles take them: whole steps of them.
+// One token of one head as an lhs row of a tile: whole steps.
 inline void read_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
                      float* to) {
   widen_rows(view, b, head, token, token + 1, size, to, 0);
 }
 inline void read_row(const TensorView& view, int64_t b, int64_t head, int64_t token, int64_t size,
                      BF16Pair* to) {
-  to[(size - 1) / 2].bits = 0;  // an odd size ends with half a pair
+  to[(size - 1) / 2].bits = 0;  // an odd size ends in half a pair
   copy_row(view, b, head, token, size, to);
 }
 
-// Queries, row by row, as left operand.
+// Packs queries, row by row, as lhs.
 template <class Number>
 inline void pack_queries(const TensorView& view, int64_t b, int64_t h, int64_t begin, int64_t end,
                          int64_t size, Number* to) {
@@ -129,7 +130,7 @@ inline void pack_queries(const TensorView& view, int64_t b, int64_t h, int64_t b
     read_row(view, b, h, token, size, to);
 }
 
-// Rows of a square become its columns: blocks of half its size change places, then of a quarter.
+// In-register transpose: swaps blocks of half the size, then of a quarter, ...
 template <int Distance = kLanes / 2, class Vector>
 [[gnu::always_inline]] inline void transpose(Vector (&square)[kLanes]) {
   if constexpr (Distance > 0) {
@@ -146,13 +147,13 @@ template <int Distance = kLanes / 2, class Vector>
   }
 }
 
-// Tokens [begin, end) as columns, in panels from `to` on; the last panel is filled up with zeros.
+// Packs tokens [begin, end) as columns, in panels from `to` on; the last panel is padded with 0.
 template <class Number>
 inline void pack_keys(const TensorView& view, int64_t b, int64_t head, int64_t begin, int64_t end,
                       int64_t size, Number* to) {
   using Vector = std::conditional_t<std::is_same_v<Number, float>, F32, U32>;
   const int64_t steps = PackedLayout<Number>::steps(size);
-  // An odd number of lines apart: else the rows would share a few sets of the cache.
+  // The row stride is an odd number of lines, so that rows fall into different cache sets.
   alignas(64) Number rows[kLanes][kMaxHeadSize + 16];
   for (int64_t s = 0; s < round_up(end - begin, kPanel); s += kLanes) {
     for (int64_t i = 0; i < kLanes; ++i) {
@@ -176,7 +177,7 @@ inline void pack_keys(const TensorView& view, int64_t b, int64_t head, int64_t b
   }
 }
 
-// Tokens [begin, end) as rows `at` .. of panels for so many `tokens`; `at` is even.
+// Packs tokens [begin, end) as rows from `at` on, which is even, of panels of `tokens` rows.
 inline void pack_values(const TensorView& view, int64_t b, int64_t head, int64_t begin, int64_t end,
                         int64_t at, int64_t tokens, int64_t size, float* to) {
   alignas(64) float row[kMaxHeadSize];
@@ -206,7 +207,7 @@ inline void pack_values(const TensorView& view, int64_t b, int64_t head, int64_t
     for (int64_t i = 0; i < 2; ++i) {
       if (s + i < end) {
         copy_row(view, b, head, s + i, size, rows[i]);
-      } else if (s + i < end + 2) {  // then both rows are
+      } else if (s + i < end + 2) {  // later both rows are 0 already
         clear(rows[i], padded_size);
       }
     }
@@ -215,12 +216,12 @@ inline void pack_values(const TensorView& view, int64_t b, int64_t head, int64_t
       const int64_t width = PackedLayout<BF16Pair>::panel_width(first, size);
       BF16Pair* panel = to + PackedLayout<BF16Pair>::row_panel(first, tokens);
       store_as(panel + (at + s - begin) / 2 * width + (e - first),
-               pair_up(rows[0] + e, rows[1] + e));
+               pack_bf16_pairs(rows[0] + e, rows[1] + e));
     }
   }
 }
 
-// Tokens [begin, end) as right operand in one piece, not in panels: [step of the tokens][feature].
+// Packs tokens [begin, end) as one rhs without panels: [step of the tokens][feature].
 inline void pack_depth_major(const TensorView& view, int64_t b, int64_t head, int64_t begin,
                              int64_t end, int64_t size, float* to) {
   widen_rows(view, b, head, begin, end, size, to, round_up(size, kLanes));
@@ -238,7 +239,7 @@ inline void pack_depth_major(const TensorView& view, int64_t b, int64_t head, in
       }
     }
     for (int64_t i = 0; i < size; i += kLanes, to += kLanes)
-      store_as(to, pair_up(rows[0] + i, rows[1] + i));
+      store_as(to, pack_bf16_pairs(rows[0] + i, rows[1] + i));
   }
 }
 

@@ -1,7 +1,8 @@
-// The register tile: a few rows times a few vectors of columns, held in registers over the depth.
+// gemm micro-kernel: a register tile of a few rows by a few vectors of columns, whose accumulators
+// stay in registers over the whole depth.
 //
-// The left operand is read a number at a time and broadcast; the right one is read in vectors. A
-// float32 operand holds one number of the summed dimension a step, a BF16Pair two.
+// lhs is read element by element and broadcast, rhs is read in vectors. A step of the depth is one
+// float32 element, or two consecutive bfloat16 (a BF16Pair, as in VNNI layouts).
 #pragma once
 
 #include "simd/vec.hpp"
@@ -9,7 +10,7 @@
 namespace polyhead::POLYHEAD_ISA {
 
 template <class Element>
-struct Dot;  // how many numbers of the summed dimension one step takes, and what a step adds
+struct Dot;  // elements of the depth per step, and the multiply-add of a step
 
 template <>
 struct Dot<float> {
@@ -37,7 +38,7 @@ struct Dot<BF16Pair> {
   }
 };
 
-// What right operands not packed are read as.
+// rhs operands that are read unpacked, and converted when loaded.
 template <>
 struct Dot<BFloat16> : Dot<float> {
   static F32 right(const BFloat16* b) { return load(b); }
@@ -50,19 +51,19 @@ struct Dot<Float16> : Dot<float> {
 template <class LhsElement>
 struct Lhs {
   const LhsElement* data;
-  int64_t row;   // from one row to the next
-  int64_t step;  // from one step of the summed dimension to the next
+  int64_t row;   // stride of rows
+  int64_t step;  // stride of steps of the depth
 };
 
 template <class Right>
 struct Rhs {
   const Right* data;
   int64_t step;
-  int64_t valid = kLanes;  // columns that may be read, where there is one vector of them
+  int64_t valid = kLanes;  // columns that may be read, of a single vector
 };
 
-// products = left (Rows x depth) @ right (depth x Vectors * kLanes); `finish(row, vector, product)`
-// gets each vector of them.
+// products = lhs (Rows x depth) @ rhs (depth x Vectors * kLanes); the epilogue
+// `finish(row, vector, product)` receives each vector of the accumulators.
 template <int Rows, int Vectors, bool Whole, class LhsElement, class Right, class Finish>
 [[gnu::always_inline]] inline void tile(Lhs<LhsElement> left, Rhs<Right> right, int64_t steps,
                                         Finish&& finish) {
@@ -93,7 +94,7 @@ template <int Rows, int Vectors, bool Whole, class LhsElement, class Right, clas
     for (int v = 0; v < Vectors; ++v) finish(row, v, sums[row][v]);
 }
 
-// A tile whose height is known at run time, at most kTileRows. (Inline always: a call for each tile
+// A tile whose height, at most kTileRows, is known at run time. (Always inline: a call per tile
 // would take a twentieth of prefill's time.)
 template <int Vectors, bool Whole = true, class LhsElement, class Right, class Finish>
 [[gnu::always_inline]] inline void tile_of(int64_t rows, Lhs<LhsElement> left, Rhs<Right> right,
@@ -108,7 +109,7 @@ template <int Vectors, bool Whole = true, class LhsElement, class Right, class F
   }
 }
 
-// A tile whose width is known at run time too, at most kTileVectors.
+// A tile whose width, at most kTileVectors, is known at run time too.
 template <class LhsElement, class Right, class Finish>
 [[gnu::always_inline]] inline void tile_of(int64_t rows, int64_t vectors, Lhs<LhsElement> left,
                                            Rhs<Right> right, int64_t steps, Finish&& finish) {

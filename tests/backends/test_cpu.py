@@ -223,7 +223,9 @@ def test_auto_leaves_bfloat16_to_torch_where_only_it_uses_amx(tensors, monkeypat
     assert ph.explain(*tensors(dtype=torch.bfloat16, T=1)).chosen == "cpu"
 
 
-@pytest.mark.parametrize(("T", "way"), [(1, "read once, in place"), (17, "packed once a key head")])
+@pytest.mark.parametrize(
+    ("T", "way"), [(1, "read once, in place"), (17, "packed once per KV head")]
+)
 @pytest.mark.usefixtures("two_threads")
 def test_notes_name_the_instruction_set_the_threads_and_the_way(tensors, isa, T, way):
     first, second = cpu.notes(build_call(*tensors(T=T)))
@@ -236,10 +238,10 @@ def test_few_queries_with_few_keys_or_a_gradient_go_the_way_of_training(
     tensors, isa, S, is_decoding
 ):
     query, key, value = tensors(T=3, S=S)
-    way = "read once, in place" if is_decoding else "packed once a key head"
+    way = "read once, in place" if is_decoding else "packed once per KV head"
     assert way in cpu.notes(build_call(query, key, value))[1]
     learnt = query.clone().requires_grad_()
-    assert "packed once a key head" in cpu.notes(build_call(learnt, key, value))[1]
+    assert "packed once per KV head" in cpu.notes(build_call(learnt, key, value))[1]
     output, trained = cpu.run(build_call(query, key, value))[0], ph.attention(learnt, key, value)
     torch.testing.assert_close(output, trained)
     # The way of training is known by its bits.

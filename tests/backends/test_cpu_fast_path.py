@@ -60,7 +60,10 @@ def test_it_gives_the_bits_of_the_general_way(B, G, group, T, S, D, E, dtype, sc
 
     inputs = tensor(G * group, T, D), tensor(G, S, D), tensor(G, S, E)
     for mask in (None, CAUSAL) if T == 1 else (None,):
-        output = try_fast_path(*inputs, mask, scale)
+        # With matrix units bfloat16 is eligible only in decoding.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "_has_amx", lambda: False)
+            output = try_fast_path(*inputs, mask, scale)
         expected, _ = cpu.run(build_call(*inputs, mask=mask, scale=scale))
         assert output.dtype == dtype
         assert output.is_contiguous()
@@ -140,9 +143,12 @@ def test_surroundings_that_go_the_general_way(tensors, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cpu, "_has_amx", lambda: True)
         assert try_fast_path(*half) is not None
-        assert try_fast_path(*(x.bfloat16() for x in tensors(T=2))) is None
-        assert try_fast_path(*tensors(T=2)) is not None
-        # So many heads of one key head are no decoding to the general way.
+        several = tensors(T=2, dtype=torch.bfloat16)
+        assert try_fast_path(*several) is not None
+        assert ph.explain(*several).chosen == "cpu"
+        assert try_fast_path(*tensors(T=17, dtype=torch.bfloat16)) is None
+        assert try_fast_path(*tensors(T=17)) is not None
+        # More heads per KV head than the decode kernel takes: as on the general path.
         many = tensors(H=33, G=1, T=1, dtype=torch.bfloat16)
         assert try_fast_path(*many) is None
         assert ph.explain(*many).chosen == "sdpa"
@@ -193,3 +199,4 @@ def test_another_backend_and_an_observer_are_heeded(tensors):
 def test_opcheck(tensors):
     torch.library.opcheck(torch.ops.polyhead.attention_fast, (*tensors(T=1), None))
     torch.library.opcheck(torch.ops.polyhead.attention_fast, (*tensors(T=3), 0.5))
+    torch.library.opcheck(torch.ops.polyhead.attention_fast, (*tensors(T=3), 0.5, True))

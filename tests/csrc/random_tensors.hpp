@@ -20,8 +20,8 @@ using Sizes = std::array<int64_t, 4>;
 
 inline std::mt19937_64 generator;
 
-inline int64_t integer(int64_t least, int64_t row_max) {
-  return std::uniform_int_distribution<int64_t>(least, row_max)(generator);
+inline int64_t integer(int64_t least, int64_t most) {
+  return std::uniform_int_distribution<int64_t>(least, most)(generator);
 }
 inline int64_t one_of(std::initializer_list<int64_t> choices) {
   return choices.begin()[integer(0, static_cast<int64_t>(choices.size()) - 1)];
@@ -64,8 +64,8 @@ class Memory {
  public:
   Memory(Dtype dtype, int64_t size) : dtype_(dtype), size_(size) {
     if (dtype == Dtype::i8) {
-      codes_ = std::make_unique<int8_t[]>(size);
-      std::fill_n(codes_.get(), size, int8_t{127});
+      int8s_ = std::make_unique<int8_t[]>(size);
+      std::fill_n(int8s_.get(), size, int8_t{127});
     } else if (dtype == Dtype::f32) {
       floats_ = std::make_unique<float[]>(size);
       std::fill_n(floats_.get(), size, NAN);
@@ -76,7 +76,7 @@ class Memory {
   }
   void set(int64_t i, double x) {
     if (dtype_ == Dtype::i8) {
-      codes_[i] = static_cast<int8_t>(std::lround(std::clamp(50.0 * x, -127.0, 127.0)));
+      int8s_[i] = static_cast<int8_t>(std::lround(std::clamp(50.0 * x, -127.0, 127.0)));
     } else if (dtype_ == Dtype::f32) {
       floats_[i] = static_cast<float>(x);
     } else {
@@ -84,11 +84,11 @@ class Memory {
     }
   }
   double get(int64_t i) const {
-    if (dtype_ == Dtype::i8) return codes_[i];
+    if (dtype_ == Dtype::i8) return int8s_[i];
     return dtype_ == Dtype::f32 ? floats_[i] : half_value(halves_[i], dtype_);
   }
   const void* at(int64_t i) const {
-    if (dtype_ == Dtype::i8) return &codes_[i];
+    if (dtype_ == Dtype::i8) return &int8s_[i];
     return dtype_ == Dtype::f32 ? static_cast<const void*>(&floats_[i]) : &halves_[i];
   }
   void* data() { return const_cast<void*>(at(0)); }
@@ -99,7 +99,7 @@ class Memory {
   int64_t size_;
   std::unique_ptr<float[]> floats_;
   std::unique_ptr<uint16_t[]> halves_;
-  std::unique_ptr<int8_t[]> codes_;
+  std::unique_ptr<int8_t[]> int8s_;
 };
 
 // The strides of a tensor whose axes lie in memory in any order, with gaps; 0 where the size is 1.
@@ -158,25 +158,25 @@ struct Table {
   Table(int64_t rows, int64_t tokens) : block_size(one_of({1, 2, 5, 16, 40, 64})) {
     columns = (tokens + block_size - 1) / block_size;
     blocks = rows * columns + integer(0, 3);
-    std::vector<int32_t> splat(blocks);
-    std::iota(all.begin(), all.end(), 0);
-    std::shuffle(all.begin(), all.end(), generator);
-    numbers.assign(all.begin(), all.begin() + rows * columns);
+    std::vector<int32_t> pool(blocks);
+    std::iota(pool.begin(), pool.end(), 0);
+    std::shuffle(pool.begin(), pool.end(), generator);
+    numbers.assign(pool.begin(), pool.begin() + rows * columns);
     // Rows that begin alike share their first block.
     if (rows > 1 && chance(2)) numbers[columns] = numbers[0];
   }
 };
 
 // Keys or values of some tokens as a cache holds them. What no token is in is NaN.
-class Stored {
+class CachedTensor {
  public:
   TensorView view;
 
-  Stored(Dtype dtype, bool are_codes, const Table& table, const Sizes& sizes)
-      : table_(table), data_(are_codes ? Dtype::i8 : dtype, pool_sizes(table, sizes)) {
+  CachedTensor(Dtype dtype, bool is_int8, const Table& table, const Sizes& sizes)
+      : table_(table), data_(is_int8 ? Dtype::i8 : dtype, pool_sizes(table, sizes)) {
     const Sizes& pool = data_.sizes;
     view = data_.view;
-    if (are_codes) {
+    if (is_int8) {
       scales_ = std::make_unique<Tensor>(Dtype::f32, Sizes{pool[0], pool[1], pool[2], 1}, false);
       for (int64_t i = 0; i < scales_->memory.size(); ++i)  // 50 is the size of a code
         scales_->memory.set(i, scales_->memory.get(i) / 50.0);
@@ -185,14 +185,14 @@ class Stored {
     }
     if (table.block_size == 0) return;
     view.block_table = table_.numbers.data();
-    view.table_stride = table.columns, view.block_size = table.block_size;
+    view.block_table_stride = table.columns, view.block_size = table.block_size;
     std::vector<bool> is_used(pool[0] * pool[2]);
     for (int64_t b = 0; b < sizes[0]; ++b)
       for (int64_t s = 0; s < sizes[2]; ++s) {
         const auto [block, slot] = place(b, s);
         is_used[block * pool[2] + slot] = true;
       }
-    Tensor& numbers = are_codes ? *scales_ : data_;
+    Tensor& numbers = is_int8 ? *scales_ : data_;
     for (int64_t i = 0; i < pool[0] * pool[2]; ++i)
       for (int64_t g = 0; g < pool[1]; ++g)
         for (int64_t d = 0; d < numbers.sizes[3]; ++d)

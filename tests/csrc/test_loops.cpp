@@ -32,8 +32,8 @@ struct Case {
   Dtype dtype;
   std::string text;
   std::unique_ptr<Tensor> query, bias, grad_output;
-  bool are_codes = chance(4), in_blocks = chance(4);
-  std::unique_ptr<Stored> key, value;
+  bool is_int8 = chance(4), in_blocks = chance(4);
+  std::unique_ptr<CachedTensor> key, value;
   std::unique_ptr<bool[]> allowed;
   std::vector<int32_t> first, last, document;
   std::vector<float> sinks, slopes, grad_lse;
@@ -57,8 +57,8 @@ Case::Case() {
   dtype = static_cast<Dtype>(integer(0, 2));
   query = std::make_unique<Tensor>(dtype, Sizes{a.B, a.H, a.T, a.D});
   const Table table = in_blocks ? Table(a.B, a.S) : Table();
-  key = std::make_unique<Stored>(dtype, are_codes, table, Sizes{a.B, a.G, a.S, a.D});
-  value = std::make_unique<Stored>(dtype, are_codes, table, Sizes{a.B, a.G, a.S, a.E});
+  key = std::make_unique<CachedTensor>(dtype, is_int8, table, Sizes{a.B, a.G, a.S, a.D});
+  value = std::make_unique<CachedTensor>(dtype, is_int8, table, Sizes{a.B, a.G, a.S, a.E});
   grad_output = std::make_unique<Tensor>(dtype, Sizes{a.B, a.H, a.T, a.E});
   a.query = query->view, a.key = key->view, a.value = value->view;
   a.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(a.D)));
@@ -78,7 +78,7 @@ Case::Case() {
     allowed = std::make_unique<bool[]>(layout.extent);
     std::generate_n(allowed.get(), layout.extent, [] { return chance(2); });
     a.dense_mask = reinterpret_cast<const uint8_t*>(allowed.get());
-    std::copy(layout.stride.begin(), layout.stride.end(), a.allowed_stride);
+    std::copy(layout.stride.begin(), layout.stride.end(), a.dense_mask_stride);
   }
   const bool by_batch = chance(2), is_causal = chance(2);
   a.kv_range_stride = by_batch ? a.T : 0;
@@ -90,8 +90,8 @@ Case::Case() {
   }
   a.kv_begin = first.data(), a.kv_end = last.data();
   if (chance(4)) {
-    a.document_stride = chance(2) ? a.S : 0;
-    for (int64_t i = 0; i < (a.document_stride ? a.B : 1) * a.S; ++i)
+    a.doc_ids_stride = chance(2) ? a.S : 0;
+    for (int64_t i = 0; i < (a.doc_ids_stride ? a.B : 1) * a.S; ++i)
       document.push_back(static_cast<int32_t>(integer(0, 2)));
     a.doc_ids = document.data();
   }
@@ -129,7 +129,7 @@ Case::Case() {
                                                            {"softcap ", a.softcap != 0.0F},
                                                            {"dropout ", a.dropout != 0.0},
                                                            {"grad_lse ", !grad_lse.empty()},
-                                                           {"codes ", are_codes},
+                                                           {"codes ", is_int8},
                                                            {"blocks ", in_blocks}})
     if (is_there) text += name;
 }
@@ -137,10 +137,10 @@ Case::Case() {
 bool Case::may_attend(int64_t b, int64_t h, int64_t t, int64_t s) const {
   const int64_t row = b * a.kv_range_stride + t;
   if (s < first[row] || s >= last[row]) return false;
-  const int64_t* stride = a.allowed_stride;
+  const int64_t* stride = a.dense_mask_stride;
   if (allowed && !allowed[b * stride[0] + h * stride[1] + t * stride[2] + s * stride[3]])
     return false;
-  const int32_t* documents = document.data() + b * a.document_stride;
+  const int32_t* documents = document.data() + b * a.doc_ids_stride;
   return document.empty() || documents[s] == documents[a.position(t)];
 }
 
@@ -203,7 +203,7 @@ int Case::check() const {
       if (bias_sizes[axis] > 1) g.bias_stride[axis] = bias_stride[axis] = step;
   }
   if (a.sinks != nullptr) g.sinks = floats(sinks_grad);
-  const bool is_plain = !are_codes && !in_blocks;
+  const bool is_plain = !is_int8 && !in_blocks;
   if (is_plain) POLYHEAD_ISA::kTable.backward(a, g);
   const bool is_mean = chance(2);
   Memory weights = zeros((is_mean ? a.B * a.T : rows) * a.S);
@@ -218,7 +218,7 @@ int Case::check() const {
   const bool has_pairs = POLYHEAD_ISA::kHasBF16Dot && dtype == Dtype::bf16;
   const double pair_loss = has_pairs ? 1.01 * unit_of(dtype) : 0.0;
   // And so is code * scale.
-  const double code_loss = are_codes ? pair_loss : 0.0;
+  const double int8_loss = is_int8 ? pair_loss : 0.0;
   Result outputs("output", output.size()), lses("lse", rows), all_stats("stats", 6 * rows);
   Result to_query("query", query_grad.size()), to_key("key", key_grad.size()),
       to_value("value", value_grad.size()), to_bias("bias", bias_size), to_sinks("sinks", a.H),
@@ -242,7 +242,7 @@ int Case::check() const {
       continue;
     }
     const double rounding = kRoundings * unit_of(Dtype::f32) * (4.0 + 2.0 * largest_terms) +
-                            2.0 * code_loss * largest_terms;
+                            2.0 * int8_loss * largest_terms;
     double keys_total = 0.0;
     for (double x : scores) keys_total += std::exp(x - row_max);
     // Shifted by the max: beside a large sink exp(sink - row_max) would be infinite.
@@ -278,7 +278,7 @@ int Case::check() const {
       const double grad = (*grad_output)(b, h, t, e);
       delta += grad * o[e];
       delta_terms += std::abs(grad) * o_terms[e];
-      outputs.add(row * a.E + e, o[e], (rounding + loss + code_loss) * o_terms[e]);
+      outputs.add(row * a.E + e, o[e], (rounding + loss + int8_loss) * o_terms[e]);
     }
     const double delta_loss = loss * delta_terms;
     if (a.sinks != nullptr) {

@@ -173,7 +173,7 @@ def test_kernels_that_cannot_be_loaded_are_a_reason_and_no_crash(monkeypatch, tm
 
 def test_the_environment_chooses_the_instruction_set(isas):
     isa = isas[-1]
-    code = "from polyhead.backends import ops; print(ops.isa())"
+    code = "from polyhead.backends.cpu import ops; print(ops.isa())"
     chosen = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "POLYHEAD_CPU_ISA": isa},

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from polyhead.backends.cpu.build import why_not_built
 from polyhead.backends.layout import maybe_contiguous
@@ -101,7 +102,12 @@ def kernel(B: int, H: int, G: int, T: int, S: int, D: int, E: int, needs_grad: b
     Raises:
         RuntimeError: H is no multiple of G, or T or S is above `max_tokens`.
     """
-    return str(torch.ops.polyhead.cpu_kernel(B, H, G, T, S, D, E, needs_grad))
+    cpu_kernel = torch.ops.polyhead.cpu_kernel.default
+    if not is_in_torch_dispatch_mode():
+        return str(cpu_kernel(B, H, G, T, S, D, E, needs_grad))
+    sizes = [int(size) for size in (B, H, G, T, S, D, E)]
+    with _disable_current_modes():  # make_fx would record the operator
+        return str(cpu_kernel(*sizes, needs_grad))
 
 
 def multiply_add(pairs: bool, steps: int) -> float:
