@@ -90,10 +90,10 @@ struct BackwardParams {
   float* query = nullptr;                // (B, H, T, D)
   float* key = nullptr;                  // (B, G, S, D)
   float* value = nullptr;                // (B, G, S, E)
-  float* bias = nullptr;  // bias_size numbers with these strides; nullptr: not asked for
+  float* bias = nullptr;                 // bias_size floats with these strides; nullptr: none
   int64_t bias_stride[4] = {0, 0, 0, 0};
   int64_t bias_size = 0;
-  float* sinks = nullptr;  // (H,); nullptr: not asked for
+  float* sinks = nullptr;  // (H,); nullptr: none
 };
 
 enum class ForwardKernel { decode, chunked_prefill, prefill };

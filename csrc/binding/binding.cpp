@@ -137,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   const ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
                                alibi_slopes, seed, band, scale, softcap, dropout);
   const AttentionParams& a = call.attention;
-  const auto sizes_if = [](bool asked, const OptionalTensor& tensor) {
-    if (!asked) return std::vector<int64_t>{0};
+  const auto sizes_if = [](bool needed, const OptionalTensor& tensor) {
+    if (!needed) return std::vector<int64_t>{0};
     return std::vector<int64_t>(tensor->sizes().begin(), tensor->sizes().end());
   };
   const Tensor query_grad = empty_floats(query, {a.B, a.H, a.T, a.D});

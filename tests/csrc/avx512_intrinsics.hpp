@@ -1,6 +1,5 @@
-// The AVX-512 intrinsics that csrc/ uses, after the pseudo-code of Intel's Intrinsics Guide, so
-// that the lines written for those instruction sets run on any processor with AVX2 and F16C. To
-// be included before everything else.
+// Emulation of the AVX-512 intrinsics that csrc/ uses, after the pseudo-code of Intel's Intrinsics
+// Guide, so that the AVX-512 code runs on any processor with AVX2 and F16C. Include it first.
 #pragma once
 
 #include <immintrin.h>
@@ -58,12 +57,12 @@ inline __m512 each(__m512 a, __m512 b, Function&& function) {
   return std::bit_cast<__m512>(results);
 }
 
-// To an integer; only the rounding to the nearest, ties to even, is used.
+// Rounds to an integer; only round to nearest, ties to even, is used.
 inline __m512 roundscale_ps(__m512 a, int) {
   return each(a, a, [](float x, float) { return std::nearbyint(x); });
 }
 
-// x * 2^floor(y); and 0 where y is -infinity, even if x is NaN.
+// x * 2^floor(y); 0 if y is -infinity, even if x is NaN.
 inline __m512 scalef_ps(__m512 a, __m512 b) {
   return each(a, b, [](float x, float y) {
     if (std::isinf(y)) return y < 0 ? 0.0F : x == 0.0F ? std::nanf("") : y;
@@ -73,7 +72,7 @@ inline __m512 scalef_ps(__m512 a, __m512 b) {
 }
 
 #if defined(POLYHEAD_EMULATE_BF16)
-// The instructions of AVX512_BF16 read subnormal numbers as 0, and write them as 0.
+// The instructions of AVX512_BF16 flush subnormal inputs and results to 0.
 inline float flushed(float x) {
   return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0F, x) : x;
 }

@@ -1,5 +1,5 @@
-// Random tensors for a test of the kernels: any dtype, any strides, in memory of exactly the size
-// needed, with NaN in every gap.
+// Random tensors for the test of the kernels: any dtype and strides, in memory of exact size, with
+// NaN in every gap.
 #pragma once
 
 #include <algorithm>
@@ -44,7 +44,7 @@ inline uint16_t half_bits(double x, Dtype dtype) {
   const auto single = static_cast<float>(x);
   uint32_t bits;
   std::memcpy(&bits, &single, 4);
-  return static_cast<uint16_t>(bits >> 16);  // cut off: as good a random number as rounded
+  return static_cast<uint16_t>(bits >> 16);  // truncated: as random as rounded
 }
 
 inline double half_value(uint16_t bits, Dtype dtype) {
@@ -59,7 +59,7 @@ inline double half_value(uint16_t bits, Dtype dtype) {
   return single;
 }
 
-// Memory of exactly `size` numbers of a dtype, NaN at first, codes 127.
+// Memory of exactly `size` elements of a dtype, initially NaN, or 127 for int8.
 class Memory {
  public:
   Memory(Dtype dtype, int64_t size) : dtype_(dtype), size_(size) {
@@ -102,7 +102,7 @@ class Memory {
   std::unique_ptr<int8_t[]> int8s_;
 };
 
-// The strides of a tensor whose axes lie in memory in any order, with gaps; 0 where the size is 1.
+// Strides of a tensor whose axes are in any order in memory, with gaps; 0 for a size of 1.
 struct Layout {
   Sizes stride{};
   int64_t extent = 1;
@@ -127,7 +127,7 @@ struct Layout {
 struct Tensor {
   Sizes sizes;
   Layout layout;
-  int64_t skip = one_of({0, 0, 1, 3});  // so that it starts anywhere in a vector
+  int64_t skip = one_of({0, 0, 1, 3});  // for any alignment
   Memory memory;
   TensorView view;
 
@@ -149,7 +149,7 @@ struct Tensor {
   void set(const Sizes& i, double x) { memory.set(skip + layout.at(i), x); }
 };
 
-// A block of a pool for every so many tokens of every row, in any order; or no pool at all.
+// Block table of a paged cache, with blocks in any order; or none, for a contiguous cache.
 struct Table {
   int64_t block_size = 0, blocks = 0, columns = 0;
   std::vector<int32_t> numbers;
@@ -162,12 +162,12 @@ struct Table {
     std::iota(pool.begin(), pool.end(), 0);
     std::shuffle(pool.begin(), pool.end(), generator);
     numbers.assign(pool.begin(), pool.begin() + rows * columns);
-    // Rows that begin alike share their first block.
+    // Sequences with a common prefix share their first block.
     if (rows > 1 && chance(2)) numbers[columns] = numbers[0];
   }
 };
 
-// Keys or values of some tokens as a cache holds them. What no token is in is NaN.
+// Cached keys or values: contiguous or paged, optionally int8. Unused slots are NaN.
 class CachedTensor {
  public:
   TensorView view;
@@ -178,7 +178,7 @@ class CachedTensor {
     view = data_.view;
     if (is_int8) {
       scales_ = std::make_unique<Tensor>(Dtype::f32, Sizes{pool[0], pool[1], pool[2], 1}, false);
-      for (int64_t i = 0; i < scales_->memory.size(); ++i)  // 50 is the size of a code
+      for (int64_t i = 0; i < scales_->memory.size(); ++i)  // int8 values are about 50
         scales_->memory.set(i, scales_->memory.get(i) / 50.0);
       view.scales = static_cast<const float*>(scales_->view.data);
       std::copy_n(scales_->view.stride, 3, view.scale_stride);

@@ -1,14 +1,18 @@
-// The kernels of one instruction set against a double loop in double precision: random sizes,
-// strides, masks and dtypes, in buffers that let a sanitiser see whatever is read or written
-// beyond. Prints what disagrees; exits 1 if anything does. Compiled with POLYHEAD_ISA and
-// POLYHEAD_ISA_NAME, as csrc/kernels.cpp is.
+// Test of the kernels of one instruction set against a reference in double precision: random sizes,
+// strides, masks and dtypes, in buffers of exact size, so that sanitizers catch every access
+// beyond. Prints disagreements; exits 1 if there are any. Compiled with POLYHEAD_ISA and
+// POLYHEAD_ISA_NAME, as csrc/kernels.cpp is, by tests/backends/cpu/test_ops.py.
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <string>
 #include <vector>
 
 #include "kernels.cpp"
 #include "random_tensors.hpp"
+
+// As in csrc/isa.cpp.
+void polyhead::throw_bad_alloc() { throw std::bad_alloc(); }
 
 using namespace polyhead;
 
@@ -16,7 +20,7 @@ namespace {
 
 using Numbers = std::vector<double>;
 
-// Something the kernels computed, beside the truth and the size of the terms that make it up.
+// Expected values of one result of the kernels, and the size of the terms of each sum.
 struct Result {
   const char* name;
   Numbers want, terms;
@@ -32,7 +36,7 @@ struct Case {
   Dtype dtype;
   std::string text;
   std::unique_ptr<Tensor> query, bias, grad_output;
-  bool is_int8 = chance(4), in_blocks = chance(4);
+  bool is_int8 = chance(4), is_paged = chance(4);
   std::unique_ptr<CachedTensor> key, value;
   std::unique_ptr<bool[]> allowed;
   std::vector<int32_t> first, last, document;
@@ -56,7 +60,7 @@ Case::Case() {
   a.threads = static_cast<int>(integer(1, 3));
   dtype = static_cast<Dtype>(integer(0, 2));
   query = std::make_unique<Tensor>(dtype, Sizes{a.B, a.H, a.T, a.D});
-  const Table table = in_blocks ? Table(a.B, a.S) : Table();
+  const Table table = is_paged ? Table(a.B, a.S) : Table();
   key = std::make_unique<CachedTensor>(dtype, is_int8, table, Sizes{a.B, a.G, a.S, a.D});
   value = std::make_unique<CachedTensor>(dtype, is_int8, table, Sizes{a.B, a.G, a.S, a.E});
   grad_output = std::make_unique<Tensor>(dtype, Sizes{a.B, a.H, a.T, a.E});
@@ -129,8 +133,8 @@ Case::Case() {
                                                            {"softcap ", a.softcap != 0.0F},
                                                            {"dropout ", a.dropout != 0.0},
                                                            {"grad_lse ", !grad_lse.empty()},
-                                                           {"codes ", is_int8},
-                                                           {"blocks ", in_blocks}})
+                                                           {"int8 ", is_int8},
+                                                           {"paged ", is_paged}})
     if (is_there) text += name;
 }
 
@@ -144,7 +148,7 @@ bool Case::may_attend(int64_t b, int64_t h, int64_t t, int64_t s) const {
   return document.empty() || documents[s] == documents[a.position(t)];
 }
 
-// `terms` is the size of what is added up, `slope` the derivative by the scaled dot product.
+// `terms` is the sum of the absolute terms, `slope` the derivative by the scaled dot product.
 double Case::score(int64_t b, int64_t h, int64_t t, int64_t s, double& terms, double& slope) const {
   double dot = 0.0;
   terms = 0.0;
@@ -203,21 +207,21 @@ int Case::check() const {
       if (bias_sizes[axis] > 1) g.bias_stride[axis] = bias_stride[axis] = step;
   }
   if (a.sinks != nullptr) g.sinks = floats(sinks_grad);
-  const bool is_plain = !is_int8 && !in_blocks;
+  const bool is_plain = !is_int8 && !is_paged;
   if (is_plain) POLYHEAD_ISA::kTable.backward(a, g);
   const bool is_mean = chance(2);
   Memory weights = zeros((is_mean ? a.B * a.T : rows) * a.S);
   if (is_plain) POLYHEAD_ISA::kTable.weights(a, {floats(softmax_state), floats(weights), is_mean});
 
-  // The error allowed is this many roundings in all terms of a sum, those of the scores included,
-  // and what 16 bits lose in weights and output.
+  // Tolerance: this many roundings of all terms of a sum, those of the scores included, and the
+  // 16-bit roundings of weights and output.
   constexpr double kRoundings = 16.0;
   constexpr double kFlushed = 0x1p-126;  // a weight below float32's normal numbers may be 0
   const double loss = dtype == Dtype::f32 ? 0.0 : 2.1 * unit_of(dtype);
-  // Products of pairs take P and dS rounded to bfloat16.
+  // bf16 dot products take P and dS rounded to bfloat16.
   const bool has_pairs = POLYHEAD_ISA::kHasBF16Dot && dtype == Dtype::bf16;
   const double pair_loss = has_pairs ? 1.01 * unit_of(dtype) : 0.0;
-  // And so is code * scale.
+  // And dequantized keys and values, too.
   const double int8_loss = is_int8 ? pair_loss : 0.0;
   Result outputs("output", output.size()), lses("lse", rows), all_stats("stats", 6 * rows);
   Result to_query("query", query_grad.size()), to_key("key", key_grad.size()),
@@ -245,7 +249,7 @@ int Case::check() const {
                             2.0 * int8_loss * largest_terms;
     double keys_total = 0.0;
     for (double x : scores) keys_total += std::exp(x - row_max);
-    // Shifted by the max: beside a large sink exp(sink - row_max) would be infinite.
+    // Shifted by the max: exp(sink - row_max) would overflow for a large sink.
     const double sink = a.sinks == nullptr ? -INFINITY : sinks[h], shift = std::max(row_max, sink);
     const double total = keys_total * std::exp(row_max - shift) + std::exp(sink - shift);
     lses.add(row, row_max + std::log(keys_total), rounding);
@@ -324,7 +328,7 @@ int Case::check() const {
   const auto compare = [&](const Result& result, const Memory& got) {
     for (size_t i = 0; i < result.want.size(); ++i) {
       const double want = result.want[i], x = got.get(static_cast<int64_t>(i));
-      // What is too small for float16's normal numbers, or float32's.
+      // Subnormal in float16 or float32.
       const double smallest = dtype == Dtype::f16 ? 0x1p-24 : 0x1p-126;
       if (x == want || std::abs(x - want) <= result.terms[i] + smallest) continue;
       ++failures;

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import polyhead as ph
 from polyhead.backends import cpu
@@ -121,3 +122,14 @@ def test_thresholds_stand_in_the_library_alone():
         source = path.read_text().lower().replace("_", "")
         assert not [name for name in thresholds if name.lower() in source]
         assert "as in csrc" not in path.read_text().lower()
+
+
+@pytest.mark.parametrize("tracing_mode", ["fake", "symbolic"])
+def test_kernel_is_not_recorded_in_a_traced_graph(tensors, monkeypatch, tracing_mode):
+    """Where matrix units are faster, "auto" needs the kernel's name while a graph is traced."""
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
+    inputs = tensors(T=2, dtype=torch.bfloat16)
+    with torch.no_grad():
+        graph = make_fx(lambda *qkv: ph.attention(*qkv), tracing_mode=tracing_mode)(*inputs)
+    assert "attention_output" in graph.code
+    assert "cpu_kernel" not in graph.code

@@ -1,8 +1,8 @@
 """The symbols of the kernels' objects: the instruction sets share no inline function.
 
 Of a weak function that several objects define, the linker keeps one, perhaps the one compiled for
-AVX-512: an older processor then crashes. Without optimization every inline function that the kernels
-call is such a symbol, so the test depends on no decision of a compiler to inline.
+AVX-512: an older processor then crashes. Without optimization every inline function in use is such
+a symbol, so the test depends on no decision of a compiler to inline.
 """
 
 from __future__ import annotations
