@@ -237,3 +237,17 @@ def test_small_stacks_of_threads_are_a_reason_and_no_crash(monkeypatch):
     )
     monkeypatch.setenv("OMP_STACKSIZE", "256K")
     assert ops._load() == ""
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_are_mapped_by_the_names_of_the_schema():
+    forward, backward = (
+        getattr(torch.ops.polyhead, f"attention_{name}").default._schema
+        for name in ("forward", "backward")
+    )
+    assert [argument.name for argument in forward.arguments] == list(ops._FORWARD)
+    assert set(ops._OPTIONS) | set(ops._TENSORS) == set(ops._FORWARD)
+    taken = {argument.name for argument in backward.arguments}
+    assert set(ops._FORWARD) - {"stats"} <= taken
+    given = {"query": 2.0, "key": 3.0, "value": 5.0, "bias": 7.0, "sinks": 11.0}
+    assert [result.name for result in backward.returns] == list(given)

@@ -167,41 +167,46 @@ def _weights_shape(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
     return query.new_empty(*sizes, key.shape[2], dtype=torch.float32)
 
 
+def _argument_names(operator: str) -> tuple[str, ...]:
+    schema = getattr(torch.ops.polyhead, operator).default._schema
+    return tuple(argument.name for argument in schema.arguments)
+
+
+# Gradients are mapped by the names of the schema, in which arguments may come and go.
+_FORWARD = () if unavailable else _argument_names("attention_forward")
+_OPTIONS = ("band", "scale", "softcap", "dropout", "stats")
+_TENSORS = tuple(name for name in _FORWARD if name not in _OPTIONS)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    result, _, details = output
-    ctx.mark_non_differentiable(details)
+    result, _, saved = output
+    ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    tensors, ctx.options = inputs[:11], inputs[11:15]
-    ctx.save_for_backward(result, details, *tensors)
+    given = dict(zip(_FORWARD, inputs, strict=True))
+    ctx.options = {name: given[name] for name in _OPTIONS if name != "stats"}
+    ctx.save_for_backward(result, saved, *(given[name] for name in _TENSORS))
 
 
 def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> Any:
-    result, details, *tensors = ctx.saved_tensors
-    query, bias, sinks = tensors[0], tensors[3], tensors[8]
+    result, saved, *tensors = ctx.saved_tensors
+    given = dict(zip(_TENSORS, tensors, strict=True))
+    needed = dict(zip(_FORWARD, ctx.needs_input_grad, strict=True))
     if grad_output is None:
         grad_output = torch.zeros_like(result)
-    needs_bias, needs_sinks = ctx.needs_input_grad[3], ctx.needs_input_grad[8]
-    grads = torch.ops.polyhead.attention_backward(
-        maybe_contiguous(grad_output),
-        None if grad_lse is None else grad_lse.contiguous(),
-        result,
-        details,
-        *tensors,
-        *ctx.options,
-        needs_bias,
-        needs_sinks,
+    computed = torch.ops.polyhead.attention_backward(
+        grad_output=maybe_contiguous(grad_output),
+        grad_lse=None if grad_lse is None else grad_lse.contiguous(),
+        output=result,
+        saved=saved,
+        **given,
+        **ctx.options,
+        bias_grad=needed["bias"],
+        sinks_grad=needed["sinks"],
     )
-    grad_query, grad_key, grad_value = (
-        grad.to(query.dtype) if needed else None
-        for grad, needed in zip(grads[:3], ctx.needs_input_grad[:3], strict=True)
-    )
-    grad_bias = grads[3].to(bias.dtype) if needs_bias else None
-    grad_sinks = grads[4].to(sinks.dtype) if needs_sinks else None
-    return (
-        *(grad_query, grad_key, grad_value, grad_bias),
-        *(None,) * 4,
-        grad_sinks,
-        *(None,) * 7,
+    grads = dict(zip(("query", "key", "value", "bias", "sinks"), computed, strict=True))
+    return tuple(
+        grads[name].to(given[name].dtype) if name in grads and needed[name] else None
+        for name in _FORWARD
     )
 
 
