@@ -42,7 +42,7 @@ def test_a_click_chooses(opened, planted):
     assert f"{100 * share:.0f} %" in page.inner_text("#about")
 
 
-def test_frames_in_the_colours_of_a_number(opened):
+def test_frames_in_the_colors_of_a_number(opened):
     page = opened.page
     kinds = [frame(opened, place) for place in range(6)]
     assert kinds[1] == kinds[5]  # both sinks
@@ -57,7 +57,7 @@ def test_frames_in_the_colours_of_a_number(opened):
         assert numbers[one] <= numbers[other] or light[one] <= light[other]
     assert max(light.values()) > 2 * min(light.values())
     assert page.inner_text("#scale-says") == "Weight on the first token of the text."
-    page.get_by_role("button", name="Colour by entropy").click()
+    page.get_by_role("button", name="Color by entropy").click()
     assert page.input_value("#color") == "entropy"
 
 

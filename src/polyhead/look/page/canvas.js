@@ -28,8 +28,8 @@
       return 3 * Math.round(255 * page.brightness(Math.min(1, weight / top)));
     });
     for (let cell = 0; cell < map.codes.length; cell++) {
-      const colour = lookup[map.codes[cell]];
-      for (let c = 0; c < 3; c++) image.data[4 * cell + c] = ramp[colour + c];
+      const color = lookup[map.codes[cell]];
+      for (let c = 0; c < 3; c++) image.data[4 * cell + c] = ramp[color + c];
       image.data[4 * cell + 3] = 255;
     }
     const canvas = page.element("canvas", { width: map.n, height: map.n });

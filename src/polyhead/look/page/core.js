@@ -10,7 +10,7 @@ window.polyhead.page = (() => {
       other: null,
       comparing: false,
       token: null,
-      colour: "kind",
+      color: "kind",
       order: "layer",
       hidden: new Set(),
       mode: "both",
@@ -39,7 +39,7 @@ window.polyhead.page = (() => {
       document.dispatchEvent(new CustomEvent("polyhead:select", { detail }));
     },
 
-    // Colour, order, hidden kinds, mode: how it is shown.
+    // Color, order, hidden kinds, mode: how it is shown.
     present(wanted) {
       Object.assign(page.state, wanted);
       page.emit("present");

@@ -28,7 +28,7 @@
   const label = (place) => {
     const { state } = page;
     const text = `${page.headName(place)}, ${window.polyhead.data.kinds[place]}. ${page.sentence(place)}`;
-    const number = state.colour === "kind" ? state.order : state.colour;
+    const number = state.color === "kind" ? state.order : state.color;
     return number in window.polyhead.data.numbers
       ? `${text} ${page.labelOf(number)}: ${page.amount(number, page.numberOf(number, place))}`
       : text;
@@ -77,15 +77,15 @@
 
   const frame = (place) => {
     const { data } = window.polyhead;
-    const { colour } = page.state;
-    if (!data.numbers[colour]) return page.kindColour(data.kinds[place]);
-    const value = page.numberOf(colour, place);
+    const { color } = page.state;
+    if (!data.numbers[color]) return page.kindColor(data.kinds[place]);
+    const value = page.numberOf(color, place);
     if (value === null) return "transparent";
-    const { least, most } = page.rangeOf(colour);
-    return page.rampColour(0.12 + (0.88 * (value - least)) / (most - least || 1));
+    const { least, most } = page.rangeOf(color);
+    return page.rampColor(0.12 + (0.88 * (value - least)) / (most - least || 1));
   };
 
-  // Colours, labels and what is filtered, on the tiles that are there.
+  // Colors, labels and what is filtered, on the tiles that are there.
   const dress = () => {
     const { data } = window.polyhead;
     const { hidden } = page.state;

@@ -1,8 +1,8 @@
 "use strict";
-// What colours and names mean, which kinds are shown, and in which order.
+// What colors and names mean, which kinds are shown, and in which order.
 (() => {
   const { page } = window.polyhead;
-  const colour = page.byId("colour");
+  const color = page.byId("color");
   const order = page.byId("order");
 
   // A kind as it looks on a map, drawn in a square of 12: a path, filled or a line.
@@ -23,7 +23,7 @@
     const svg = made("svg", { viewBox: "-1 -1 14 14", "aria-hidden": "true", class: "picture" });
     svg.append(made("path", { d: "M0 0 L12 12 L0 12 Z", class: "seen" }));
     for (const d of SHAPES[kind] ?? []) svg.append(made("path", { d, class: "stroke" }));
-    svg.style.setProperty("--kind", page.kindColour(kind));
+    svg.style.setProperty("--kind", page.kindColor(kind));
     return svg;
   };
 
@@ -62,7 +62,7 @@
   const options = () => {
     const { legend } = window.polyhead.data;
     for (const [select, first, chosen] of [
-      [colour, ["kind", "kind"], page.state.colour],
+      [color, ["kind", "kind"], page.state.color],
       [order, ["layer", "layer"], page.state.order],
     ]) {
       const numbers = Object.keys(legend.numbers).map((name) => [name, page.labelOf(name)]);
@@ -75,7 +75,7 @@
   };
 
   const scale = () => {
-    const name = page.state.colour;
+    const name = page.state.color;
     const legend = window.polyhead.data.legend.numbers[name];
     page.byId("scale").hidden = !legend;
     if (!legend) return;
@@ -85,7 +85,7 @@
     page.byId("scale-most").textContent = page.amount(name, most);
     const context = page.byId("scale-ramp").getContext("2d");
     for (let x = 0; x < 256; x++) {
-      context.fillStyle = page.rampColour(0.12 + (0.88 * x) / 255);
+      context.fillStyle = page.rampColor(0.12 + (0.88 * x) / 255);
       context.fillRect(x, 0, 1, 1);
     }
   };
@@ -104,11 +104,11 @@
     );
   };
 
-  page.colourBy = (name) => {
-    page.present({ colour: name });
-    colour.value = name;
+  page.colorBy = (name) => {
+    page.present({ color: name });
+    color.value = name;
   };
-  colour.addEventListener("change", () => page.present({ colour: colour.value }));
+  color.addEventListener("change", () => page.present({ color: color.value }));
   order.addEventListener("change", () => {
     page.present({ order: order.value });
     page.emit("order");

@@ -8,7 +8,7 @@
     page.byId("lead").textContent =
       `${data.model} read ${data.tokens.length} tokens with ${data.heads.length} attention ${data.heads.length === 1 ? "head" : "heads"}. ` +
       "Each square is one head: a row is a token, a column a token it looks at, and the stronger " +
-      "the colour, the more weight it puts there. Choose a head, and point at a word of the text." +
+      "the color, the more weight it puts there. Choose a head, and point at a word of the text." +
       (data.tokens.length > 16 ? "" : " Of so short a text all tokens are among the last 16: “local” is true of every head.");
   };
 

@@ -125,11 +125,11 @@
     return figure;
   };
 
-  // What the colours stand for.
+  // What the colors stand for.
   const swatches = (top) => {
     const one = (part) => {
       const square = page.element("i", { className: "swatch" });
-      square.style.background = page.rampColour(page.brightness(part));
+      square.style.background = page.rampColor(page.brightness(part));
       return page.element("span", {}, square, page.share(part * top));
     };
     const { maps, tokens } = window.polyhead.data;

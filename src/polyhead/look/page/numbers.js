@@ -58,11 +58,11 @@
       );
     const row = (name) => {
       const { label, says } = data.legend.numbers[name];
-      const button = page.element("button", { type: "button", title: `${says} Click to colour the frames by it.` }, label);
-      button.setAttribute("aria-pressed", String(page.state.colour === name));
-      button.setAttribute("aria-label", `Colour by ${page.labelOf(name)}`);
+      const button = page.element("button", { type: "button", title: `${says} Click to color the frames by it.` }, label);
+      button.setAttribute("aria-pressed", String(page.state.color === name));
+      button.setAttribute("aria-label", `Color by ${page.labelOf(name)}`);
       button.addEventListener("click", () =>
-        page.colourBy(page.state.colour === name ? "kind" : name),
+        page.colorBy(page.state.color === name ? "kind" : name),
       );
       return page.element(
         "tr",
@@ -85,8 +85,8 @@
 
   let built = "";
   const rebuild = () => {
-    const { head, other, colour } = page.state;
-    const now = `${head} ${other} ${colour}`;
+    const { head, other, color } = page.state;
+    const now = `${head} ${other} ${color}`;
     if (now === built) return; // another token changes none of it
     built = now;
     build();

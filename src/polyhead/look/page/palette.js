@@ -1,5 +1,5 @@
 "use strict";
-// Colours. Scales grow steadily in lightness, so they are read without seeing hue, and on paper.
+// Colors. Scales grow steadily in lightness, so they are read without seeing hue, and on paper.
 (() => {
   const { page } = window.polyhead;
   const KINDS = {
@@ -25,7 +25,7 @@
   const parts = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
   const tables = {};
-  // 256 colours, 3 bytes each.
+  // 256 colors, 3 bytes each.
   page.ramp = () => {
     const theme = page.theme();
     if (tables[theme]) return tables[theme];
@@ -42,12 +42,12 @@
     return (tables[theme] = table);
   };
 
-  page.rampColour = (share) => {
+  page.rampColor = (share) => {
     const at = 3 * Math.round(255 * Math.min(1, Math.max(0, share)));
     return `rgb(${page.ramp().slice(at, at + 3).join(" ")})`;
   };
 
-  page.kindColour = (kind) => {
+  page.kindColor = (kind) => {
     const at = Object.keys(window.polyhead.data.legend.kinds).indexOf(kind);
     return KINDS[page.theme()][at];
   };
@@ -68,7 +68,7 @@
   const button = page.byId("theme");
   const name = () => {
     button.textContent = page.theme() === "dark" ? "Light" : "Dark";
-    button.setAttribute("aria-label", `${button.textContent} colours`);
+    button.setAttribute("aria-label", `${button.textContent} colors`);
   };
   const remember = (theme) => {
     try {

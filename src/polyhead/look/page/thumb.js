@@ -20,8 +20,8 @@
     }
     for (let at = 0; at < image.data.length; at += 4) {
       const share = (image.data[at + 3] / 255) ** 2;
-      const colour = 3 * Math.round(255 * page.brightness(share));
-      for (let c = 0; c < 3; c++) image.data[at + c] = ramp[colour + c];
+      const color = 3 * Math.round(255 * page.brightness(share));
+      for (let c = 0; c < 3; c++) image.data[at + c] = ramp[color + c];
       image.data[at + 3] = 255;
     }
     canvas.width = side;
@@ -32,7 +32,7 @@
   };
 
   // Drawn when they come near the window, the others when there is time, as they may be printed;
-  // and again when colours change.
+  // and again when colors change.
   let observer = null;
   let waiting = new Set();
   const later = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
