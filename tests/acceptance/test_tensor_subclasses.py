@@ -67,7 +67,9 @@ def test_dtensor_is_refused_by_caches_and_rope(mesh):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
 def test_other_wrappers_are_refused_by_name():
     given = masked_tensor(QUERY, QUERY > 0)
-    with pytest.raises(DtypeError, match=r"query must be a plain tensor; got MaskedTensor; convert it"):
+    with pytest.raises(
+        DtypeError, match=r"query must be a plain tensor; got MaskedTensor; convert it"
+    ):
         ph.attention(given, given, given)
 
 

@@ -1,6 +1,7 @@
 """`polyhead check` from the command line."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,15 @@ def test_unjudged_target_prints_one_line_and_exits_with_2(tmp_path, name, messag
     assert message in lines[0]
 
 
+@pytest.fixture
+def sigint():
+    """SIGINT raises KeyboardInterrupt, also where tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_before_the_first_law_exits_with_130(tmp_path):
     (tmp_path / "unjudged.py").write_text(UNJUDGED)
     result = run(f"{tmp_path / 'unjudged.py'}:Stops")
@@ -194,6 +204,7 @@ def test_ctrl_c_before_the_first_law_exits_with_130(tmp_path):
     assert "stopped by the user" in result.stderr
 
 
+@pytest.mark.usefixtures("sigint")
 def test_ctrl_c_in_a_law_prints_results_and_exits_with_130(tmp_path):
     (tmp_path / "stops.py").write_text(
         "import signal\nfrom torch import nn\n"
