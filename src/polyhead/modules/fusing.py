@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from polyhead.errors import ArgumentError
-from polyhead.modules.weights import check_in_place, make_parameter
+from polyhead.modules.weights import check_in_place, make_linear
 
 if TYPE_CHECKING:
     from polyhead.modules.multihead import MultiHeadAttention
@@ -49,7 +48,7 @@ def fuse(mha: MultiHeadAttention) -> MultiHeadAttention:
             "a mixture",
             "set requires_grad alike",
         )
-    fused = _linear_of(
+    fused = make_linear(
         torch.cat([part.weight for part in parts]),
         None if parts[0].bias is None else torch.cat([part.bias for part in parts]),
         parts[0],
@@ -68,7 +67,7 @@ def unfuse(mha: MultiHeadAttention) -> MultiHeadAttention:
     fused = mha.W_qkv
     biases = [None] * 3 if fused.bias is None else fused.bias.split(mha.qkv_sizes)
     parts = [
-        _linear_of(weight, bias, fused)
+        make_linear(weight.clone(), None if bias is None else bias.clone(), fused)
         for weight, bias in zip(fused.weight.split(mha.qkv_sizes), biases, strict=True)
     ]
     del mha.W_qkv
@@ -81,12 +80,3 @@ def _projections_first(mha: MultiHeadAttention) -> None:
     """Parameters keep their order: an optimizer's saved state knows them by number alone."""
     for name in [name for name in mha._modules if name not in _PROJECTIONS]:
         mha._modules[name] = mha._modules.pop(name)
-
-
-def _linear_of(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
-    """An nn.Linear that owns a copy of these, in the mode of another, and trainable if it is."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = make_parameter(weight.clone(), like.weight)
-    if bias is not None:
-        linear.bias = make_parameter(bias.clone(), like.bias)
-    return linear.train(like.training)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ArgumentError
-from polyhead.modules.weights import check_in_place, make_parameter
+from polyhead.modules.weights import check_in_place, make_linear, make_parameter
 
 if TYPE_CHECKING:
     from polyhead.modules.multihead import MultiHeadAttention
@@ -128,7 +128,7 @@ def without_rows(linear: nn.Module | None, heads: list[int], size: int) -> nn.Li
     assert isinstance(linear, nn.Linear)
     rows = _features(heads, size, linear.weight)
     bias = None if linear.bias is None else linear.bias.detach()[rows]
-    return _linear_like(linear, linear.weight.detach()[rows], bias)
+    return make_linear(linear.weight.detach()[rows], bias, linear)
 
 
 def without_columns(linear: nn.Module | None, heads: list[int], size: int) -> nn.Linear:
@@ -136,20 +136,12 @@ def without_columns(linear: nn.Module | None, heads: list[int], size: int) -> nn
     assert isinstance(linear, nn.Linear)
     columns = _features(heads, size, linear.weight)
     bias = None if linear.bias is None else linear.bias.detach().clone()
-    return _linear_like(linear, linear.weight.detach()[:, columns].contiguous(), bias)
+    return make_linear(linear.weight.detach()[:, columns].contiguous(), bias, linear)
 
 
 def _features(heads: list[int], size: int, weight: Tensor) -> Tensor:
     first = torch.tensor(heads, device=weight.device) * size
     return (first[:, None] + torch.arange(size, device=weight.device)).flatten()
-
-
-def _linear_like(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made.weight = make_parameter(weight, linear.weight)
-    if bias is not None:
-        made.bias = make_parameter(bias, linear.bias)
-    return made.train(linear.training)
 
 
 def check_can_be_pruned(mha: MultiHeadAttention) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "check_in_place",
     "describe_layer",
     "execution_device",
+    "make_linear",
     "make_parameter",
     "read_parameter",
     "takes_what_it_holds",
@@ -195,6 +196,15 @@ def make_parameter(values: Tensor, like: Tensor) -> nn.Parameter:
     with torch.inference_mode(False):
         values = values.detach().clone() if values.is_inference() else values.detach()
         return nn.Parameter(values, requires_grad=like.requires_grad)
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, like: nn.Linear) -> nn.Linear:
+    """An nn.Linear of these values, in the mode of another layer and trainable as that one is."""
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = make_parameter(weight, like.weight)
+    if bias is not None:
+        made.bias = make_parameter(bias, like.bias)
+    return made.train(like.training)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
