@@ -6,8 +6,8 @@
 
 namespace polyhead {
 
-// Query t may attend to key s if all conditions hold:
-//   t + lower <= s;  s <= t + upper;  s < stop;  s <= t + joined_upper or s < joined_prefix
+// Query t may attend to key s if all conditions hold, with q = t + offset:
+//   q + lower <= s;  s <= q + upper;  s < stop;  s <= q + joined_upper or s < joined_prefix
 struct Band {
   int64_t lower, upper, stop, joined_upper, joined_prefix;
 };
@@ -23,9 +23,11 @@ struct Ranges {
 // Args:
 //   lengths, padding: one number per batch row, or empty: keys from lengths[b] on, and keys before
 //     padding[b], are masked.
-//   documents: (doc_batches, S) ids, or empty; query t is key S - T + t.
+//   documents: (doc_batches, S) ids, or empty.
+//   offsets: the position of query 0, one for all batch rows or one each. Empty: S - T for
+//     documents, and 0 for the band, which then counts from query 0.
 Ranges ranges_of(const Band& band, int64_t B, int64_t T, int64_t S,
                  const std::vector<int64_t>& lengths, const std::vector<int64_t>& padding,
-                 const std::vector<int64_t>& documents);
+                 const std::vector<int64_t>& documents, const std::vector<int64_t>& offsets);
 
 }  // namespace polyhead

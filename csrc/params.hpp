@@ -29,6 +29,7 @@ struct TensorView {
   // contiguous cache.
   const int32_t* block_table = nullptr;
   int64_t block_table_stride = 0;
+  int64_t blocks = 0;  // of the pool
   int64_t block_size = 1;
 };
 
@@ -44,6 +45,9 @@ struct AttentionParams {
   const int32_t* kv_begin = nullptr;
   const int32_t* kv_end = nullptr;
   int64_t kv_range_stride = 0;
+  // Position of query 0 of each batch row; nullptr: S - T.
+  const int64_t* query_offset = nullptr;
+  int64_t query_offset_stride = 0;
   // The document of each key, if documents are not contiguous; nullptr: the ranges suffice.
   const int32_t* doc_ids = nullptr;
   int64_t doc_ids_stride = 0;
@@ -60,8 +64,10 @@ struct AttentionParams {
   int threads = 1;
 
   [[gnu::always_inline]] int64_t group() const { return H / G; }
-  // Position of query t among the keys, for ALiBi, documents and distances.
-  [[gnu::always_inline]] int64_t position(int64_t t) const { return S - T + t; }
+  // Position of query t of batch row b among the keys, for ALiBi, documents and distances.
+  [[gnu::always_inline]] int64_t position(int64_t b, int64_t t) const {
+    return t + (query_offset == nullptr ? S - T : query_offset[b * query_offset_stride]);
+  }
 };
 
 struct ForwardOutput {

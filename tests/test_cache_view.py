@@ -229,7 +229,7 @@ def test_explain_reports_in_place_reads_and_materialization():
     query, key, value = case("int8 blocks", D=32)
     explained = ph.explain(query, key, value, backend="cpu")
     how = "int8 values in blocks of 5"
-    assert f"keys and values read where the cache holds them: {how}" in explained.notes
+    assert f"cached keys and values read in place: {how}" in explained.notes
     gathered = f"keys and values made of what the cache holds ({how}): 0.1 MiB"
     assert gathered in ph.explain(query, key, value, backend="sdpa").notes
     weights = ph.AuxRequest(weights=True)
@@ -281,7 +281,7 @@ def operator_arguments(kind, **sizes):
     query, key, value = case(kind, **sizes)
     return (
         query, key.data, value.data, key.scales, value.scales, key.block_table, key.num_tokens,
-        *(None,) * 8, [-(2**40), 2**40, 2**40, 2**40, 0], 0.2, 0.0, 0.0, True,
+        *(None,) * 9, [-(2**40), 2**40, 2**40, 2**40, 0], 0.2, 0.0, 0.0, True,
     )  # fmt: skip
 
 
@@ -297,8 +297,14 @@ def test_attention_cached_passes_opcheck(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({5: torch.full((2, 14), 99, dtype=torch.int32)}, "table must have numbers of blocks"),
-        ({5: torch.full((2, 14), -1, dtype=torch.int32)}, "table must have numbers of blocks"),
+        (
+            {5: torch.full((2, 14), 99, dtype=torch.int32)},
+            "block_table must have numbers of blocks, 0 to 36",
+        ),
+        (
+            {5: torch.full((2, 14), -1, dtype=torch.int32)},
+            "block_table must have numbers of blocks, 0 to 36",
+        ),
         ({5: torch.zeros(2, 13, dtype=torch.int32)}, "table must have a block for each token"),
         ({5: torch.zeros(3, 14, dtype=torch.int32)}, "table must be"),
         ({5: torch.zeros(2, 14)}, "table must be"),

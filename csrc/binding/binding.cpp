@@ -50,11 +50,11 @@ template <bool kNeedsGrad>
 std::tuple<Tensor, Tensor, Tensor> attention_forward(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& bias,
     const OptionalTensor& allowed, const OptionalTensor& lengths, const OptionalTensor& padding,
-    const OptionalTensor& documents, const OptionalTensor& sinks,
-    const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+    const OptionalTensor& documents, const OptionalTensor& query_offset,
+    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
-  ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
-                         alibi_slopes, seed, band, scale, softcap, dropout);
+  ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents,
+                         query_offset, sinks, alibi_slopes, seed, band, scale, softcap, dropout);
   call.attention.needs_grad = kNeedsGrad;
   return run_forward(call.attention, query, stats);
 }
@@ -62,12 +62,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
 Tensor attention_output(const Tensor& query, const Tensor& key, const Tensor& value,
                         const OptionalTensor& bias, const OptionalTensor& allowed,
                         const OptionalTensor& lengths, const OptionalTensor& padding,
-                        const OptionalTensor& documents, const OptionalTensor& sinks,
-                        const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
-                        const std::vector<int64_t>& band, double scale, double softcap,
-                        double dropout) {
-  const ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
-                               alibi_slopes, seed, band, scale, softcap, dropout);
+                        const OptionalTensor& documents, const OptionalTensor& query_offset,
+                        const OptionalTensor& sinks, const OptionalTensor& alibi_slopes,
+                        const OptionalTensor& seed, const std::vector<int64_t>& band, double scale,
+                        double softcap, double dropout) {
+  const ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents,
+                               query_offset, sinks, alibi_slopes, seed, band, scale, softcap,
+                               dropout);
   const Tensor output = empty_output(call.attention, query);
   attend(call.attention, {output.mutable_data_ptr()});
   return output;
@@ -101,7 +102,7 @@ std::optional<Tensor> attention_fast(const Tensor& query, const Tensor& key, con
   }
   constexpr int64_t kUnbounded = int64_t{1} << 40;
   const double factor = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(query.size(3)));
-  const ParamsFromTensors call(query, key, value, {}, {}, {}, {}, {}, {}, {}, {},
+  const ParamsFromTensors call(query, key, value, {}, {}, {}, {}, {}, {}, {}, {}, {},
                                {-kUnbounded, kUnbounded, kUnbounded, kUnbounded, 0}, factor, 0.0,
                                0.0);
   const Tensor output = empty_output(call.attention, query);
@@ -113,7 +114,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cached(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& key_scales,
     const OptionalTensor& value_scales, const OptionalTensor& table, int64_t tokens,
     const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
-    const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
+    const OptionalTensor& padding, const OptionalTensor& documents,
+    const OptionalTensor& query_offset, const OptionalTensor& sinks,
     const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool stats) {
   const int64_t B = query.size(0);
@@ -121,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_cached(
       query, key.size(1), tokens, value.size(3),
       cache_view_of(key, key_scales, table, "key", {B, kAny, tokens, query.size(3)}),
       cache_view_of(value, value_scales, table, "value", {B, key.size(1), tokens, kAny}), bias,
-      allowed, lengths, padding, documents, sinks, alibi_slopes, seed, band, scale, softcap,
-      dropout);
+      allowed, lengths, padding, documents, query_offset, sinks, alibi_slopes, seed, band, scale,
+      softcap, dropout);
   return run_forward(call.attention, query, stats);
 }
 
@@ -130,12 +132,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad_output, const OptionalTensor& grad_lse, const Tensor& output,
     const Tensor& saved, const Tensor& query, const Tensor& key, const Tensor& value,
     const OptionalTensor& bias, const OptionalTensor& allowed, const OptionalTensor& lengths,
-    const OptionalTensor& padding, const OptionalTensor& documents, const OptionalTensor& sinks,
+    const OptionalTensor& padding, const OptionalTensor& documents,
+    const OptionalTensor& query_offset, const OptionalTensor& sinks,
     const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
     const std::vector<int64_t>& band, double scale, double softcap, double dropout, bool bias_grad,
     bool sinks_grad) {
-  const ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents, sinks,
-                               alibi_slopes, seed, band, scale, softcap, dropout);
+  const ParamsFromTensors call(query, key, value, bias, allowed, lengths, padding, documents,
+                               query_offset, sinks, alibi_slopes, seed, band, scale, softcap,
+                               dropout);
   const AttentionParams& a = call.attention;
   const auto sizes_if = [](bool needed, const OptionalTensor& tensor) {
     if (!needed) return std::vector<int64_t>{0};
@@ -168,10 +172,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
 Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalTensor& bias,
                          const OptionalTensor& allowed, const OptionalTensor& lengths,
                          const OptionalTensor& padding, const OptionalTensor& documents,
-                         const OptionalTensor& alibi_slopes, const std::vector<int64_t>& band,
-                         double scale, double softcap, const Tensor& saved, bool mean) {
+                         const OptionalTensor& query_offset, const OptionalTensor& alibi_slopes,
+                         const std::vector<int64_t>& band, double scale, double softcap,
+                         const Tensor& saved, bool mean) {
   const ParamsFromTensors call(query, key, key, bias, allowed, lengths, padding, documents,
-                               std::nullopt, alibi_slopes, std::nullopt, band, scale, softcap, 0.0);
+                               query_offset, std::nullopt, alibi_slopes, std::nullopt, band, scale,
+                               softcap, 0.0);
   const AttentionParams& a = call.attention;
   const auto sizes =
       mean ? std::vector<int64_t>{a.B, a.T, a.S} : std::vector<int64_t>{a.B, a.H, a.T, a.S};
@@ -189,7 +195,8 @@ constexpr char kStoredKeys[] =
     "Tensor? table, SymInt tokens, ";
 constexpr char kVariant[] =
     "Tensor? bias, Tensor? allowed, Tensor? lengths, Tensor? padding, Tensor? documents, "
-    "Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, SymInt[] band, float scale, "
+    "Tensor? query_offset, Tensor? sinks, Tensor? alibi_slopes, Tensor? seed, SymInt[] band, float "
+    "scale, "
     "float softcap, float dropout";
 
 std::string forward_schema(const char* name, const char* keys) {
@@ -215,12 +222,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   m.def(
       "attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor output, "
       "Tensor saved, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? allowed, "
-      "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? sinks, Tensor? alibi_slopes, "
+      "Tensor? lengths, Tensor? padding, Tensor? documents, Tensor? query_offset, Tensor? sinks, "
+      "Tensor? alibi_slopes, "
       "Tensor? seed, SymInt[] band, float scale, float softcap, float dropout, bool bias_grad, "
       "bool sinks_grad) -> (Tensor query, Tensor key, Tensor value, Tensor bias, Tensor sinks)");
   m.def(
       "attention_weights(Tensor query, Tensor key, Tensor? bias, Tensor? allowed, Tensor? lengths, "
-      "Tensor? padding, Tensor? documents, Tensor? alibi_slopes, SymInt[] band, float scale, "
+      "Tensor? padding, Tensor? documents, Tensor? query_offset, Tensor? alibi_slopes, SymInt[] "
+      "band, float scale, "
       "float softcap, Tensor saved, bool mean) -> Tensor");
   m.def("cpu_isa(str name) -> str");
   m.def("cpu_kernel(int B, int H, int G, int T, int S, int D, int E, bool needs_grad) -> str");

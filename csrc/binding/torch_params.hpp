@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -106,10 +107,22 @@ inline TensorView cache_view_of(const Tensor& data, const OptionalTensor& scales
   view.block_table_stride = table->size(1);
   STD_TORCH_CHECK(S <= view.block_table_stride * view.block_size,
                   "polyhead: table must have a block for each token");
-  for (int64_t i = 0; i < table->numel(); ++i)
-    STD_TORCH_CHECK(view.block_table[i] >= 0 && view.block_table[i] < data.size(0),
-                    "polyhead: table must have numbers of blocks");
+  view.blocks = data.size(0);
   return view;
+}
+
+// Checks the entries of a block table that are read: those of keys before the last kv_end of a row.
+inline void check_block_table(const AttentionParams& a, const TensorView& view) {
+  if (view.block_table == nullptr) return;
+  for (int64_t b = 0; b < a.B; ++b) {
+    const int32_t* kv_end = a.kv_end + b * a.kv_range_stride;
+    const int64_t tokens = a.T == 0 ? 0 : *std::max_element(kv_end, kv_end + a.T);
+    const int32_t* row = view.block_table + b * view.block_table_stride;
+    for (int64_t i = 0; i * view.block_size < tokens; ++i)
+      STD_TORCH_CHECK(row[i] >= 0 && row[i] < view.blocks,
+                      "polyhead: block_table must have numbers of blocks, 0 to ", view.blocks - 1,
+                      "; got ", row[i], " in row ", b, ", column ", i);
+  }
 }
 
 // Elements of an int32 or int64 tensor with any strides: (size,) or (batch rows, size).
@@ -155,30 +168,33 @@ inline void set_sizes(AttentionParams& a, int64_t B, int64_t H, int64_t G, int64
   a.threads = threads_for(a);
 }
 
-// AttentionParams, and the storage of its key ranges.
+// AttentionParams, and the storage of its key ranges and query offsets.
 struct ParamsFromTensors {
   AttentionParams attention;
   Ranges ranges;
+  std::vector<int64_t> offsets;
 
   ParamsFromTensors(const Tensor& query, const Tensor& key, const Tensor& value,
                     const OptionalTensor& bias, const OptionalTensor& allowed,
                     const OptionalTensor& lengths, const OptionalTensor& padding,
-                    const OptionalTensor& documents, const OptionalTensor& sinks,
-                    const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
-                    const std::vector<int64_t>& band, double scale, double softcap, double dropout)
+                    const OptionalTensor& documents, const OptionalTensor& query_offset,
+                    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes,
+                    const OptionalTensor& seed, const std::vector<int64_t>& band, double scale,
+                    double softcap, double dropout)
       : ParamsFromTensors(query, key.size(1), key.size(2), value.size(3),
                           rows_of(key, "key", {query.size(0), kAny, kAny, query.size(3)}),
                           rows_of(value, "value", {query.size(0), key.size(1), key.size(2), kAny}),
-                          bias, allowed, lengths, padding, documents, sinks, alibi_slopes, seed,
-                          band, scale, softcap, dropout) {}
+                          bias, allowed, lengths, padding, documents, query_offset, sinks,
+                          alibi_slopes, seed, band, scale, softcap, dropout) {}
 
   ParamsFromTensors(const Tensor& query, int64_t G, int64_t S, int64_t E, const TensorView& key,
                     const TensorView& value, const OptionalTensor& bias,
                     const OptionalTensor& allowed, const OptionalTensor& lengths,
                     const OptionalTensor& padding, const OptionalTensor& documents,
-                    const OptionalTensor& sinks, const OptionalTensor& alibi_slopes,
-                    const OptionalTensor& seed, const std::vector<int64_t>& band, double scale,
-                    double softcap, double dropout) {
+                    const OptionalTensor& query_offset, const OptionalTensor& sinks,
+                    const OptionalTensor& alibi_slopes, const OptionalTensor& seed,
+                    const std::vector<int64_t>& band, double scale, double softcap,
+                    double dropout) {
     AttentionParams& a = attention;
     a.query = rows_of(query, "query", {kAny, kAny, kAny, kAny});
     a.key = key;
@@ -200,9 +216,13 @@ struct ParamsFromTensors {
       broadcast_strides(*allowed, "allowed", scores, a.dense_mask_stride);
     }
     STD_TORCH_CHECK(!documents || a.T <= a.S, "polyhead: documents need a key for each query");
+    if (query_offset)
+      offsets = integers_of(query_offset, "query_offset", query_offset->size(0) == 1 ? 1 : a.B);
+    if (!offsets.empty()) a.query_offset = offsets.data();
+    a.query_offset_stride = offsets.size() > 1 ? 1 : 0;
     ranges = ranges_of({band[0], band[1], band[2], band[3], band[4]}, a.B, a.T, a.S,
                        integers_of(lengths, "lengths", a.B), integers_of(padding, "padding", a.B),
-                       integers_of(documents, "documents", a.S, a.B));
+                       integers_of(documents, "documents", a.S, a.B), offsets);
     a.kv_begin = ranges.kv_begin.data();
     a.kv_end = ranges.kv_end.data();
     a.kv_range_stride = ranges.batches > 1 ? a.T : 0;
@@ -216,6 +236,8 @@ struct ParamsFromTensors {
     a.softcap = static_cast<float>(softcap);
     a.dropout = dropout;
     if (seed) a.seed = static_cast<uint64_t>(integers_of(seed, "seed", 1).at(0));
+    check_block_table(a, a.key);
+    check_block_table(a, a.value);
   }
 };
 

@@ -82,8 +82,9 @@ class Prefill : FlashBlock<Element> {
   void pack_block(int64_t start, int64_t slot, int64_t begin) const {
     const int64_t b = (start + slot) / a_.G;
     const int64_t g = (start + slot) % a_.G;
-    const int64_t end = min(begin + kKeyBlock, a_.S);
-    if (needed_[b].end <= begin || end <= needed_[b].begin) return;
+    // Keys that no query attends to are not read: those beyond a row's length may be NaN.
+    const int64_t end = min(begin + kKeyBlock, needed_[b].end);
+    if (end <= begin || begin + kKeyBlock <= needed_[b].begin) return;
     pack_keys(a_.key, b, g, begin, end, a_.D,
               keys_ + slot * keys_size_ + PackedLayout<Element>::column_panel(begin, a_.D));
     pack_values(a_.value, b, g, begin, end, begin, a_.S, a_.E, values_ + slot * values_size_);

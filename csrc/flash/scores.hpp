@@ -35,7 +35,7 @@ inline void add_alibi(const AttentionParams& a, const Query& q, int64_t begin, i
                       float* z) {
   const float slope = a.alibi_slopes[q.h];
   for (int64_t s = begin; s < end; s += kLanes) {
-    const I32 ahead = iota() + static_cast<int32_t>(s - a.position(q.t));
+    const I32 ahead = iota() + static_cast<int32_t>(s - a.position(q.b, q.t));
     const F32 distance = __builtin_convertvector(ahead < 0 ? -ahead : ahead, F32);
     store(z + s - begin, load(z + s - begin) - slope * distance);
   }
@@ -72,7 +72,9 @@ inline void mask_forbidden(const AttentionParams& a, const Query& q, int64_t beg
 inline void mask_other_documents(const AttentionParams& a, const Query& q, int64_t begin,
                                  int64_t end, float* z) {
   const int32_t* documents = a.doc_ids + q.b * a.doc_ids_stride;
-  const int32_t own = documents[a.position(q.t)];
+  const int64_t position = a.position(q.b, q.t);
+  const bool has_document = 0 <= position && position < a.S;
+  const int32_t own = has_document ? documents[position] : -1;
   for (int64_t s = begin; s < min(end, a.S); ++s)
     if (documents[s] != own) z[s - begin] = -kInfinity;
 }

@@ -65,8 +65,8 @@ inline void record_key_scores(const AttentionParams& a, const Query& q, int64_t 
     if (begin <= s && s < min(end, a.S)) score = z[s - begin];
   };
   record(0, row.first);
-  record(a.position(q.t) - 1, row.previous);
-  record(a.position(q.t), row.self);
+  record(a.position(q.b, q.t) - 1, row.previous);
+  record(a.position(q.b, q.t), row.self);
 }
 
 // Turns the scores of keys [begin, end) into weights exp(score - row_max) in place, as an lhs of
@@ -96,7 +96,7 @@ inline float online_softmax(const AttentionParams& a, const Query& q, int64_t be
     if constexpr (kStats) {
       // 0 * -inf is NaN, and forbidden keys contribute 0.
       scores += weight * select(weight == 0.0F, F32{}, below);
-      const I32 ahead = iota() + static_cast<int32_t>(begin + i - a.position(q.t));
+      const I32 ahead = iota() + static_cast<int32_t>(begin + i - a.position(q.b, q.t));
       distance += weight * __builtin_convertvector(ahead < 0 ? -ahead : ahead, F32);
     }
     if (drops) weight = select(dropout.kept(row_key, begin + i), weight, F32{});

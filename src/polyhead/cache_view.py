@@ -29,6 +29,11 @@ class CacheView:
         num_tokens: S.
         dtype: dtype of the keys or values that it represents.
         materialize: makes the tensor, (B, G, S, size) in `dtype`.
+        lengths: (B,) integers, the number of keys of each batch row, at most S, or None: S for all.
+            Keys from there on are masked, and never read by a backend that reads the view in
+            place. The last query of row b has position lengths[b] - 1.
+        query_offset: (B,) position of query 0 of each row, if the queries of a row are fewer than
+            T and not its last keys. None: lengths - T.
 
     >>> import polyhead as ph
     >>> cache = ph.PagedKVCache(1, 64, 2, 4, storage_dtype=torch.int8)
@@ -45,6 +50,8 @@ class CacheView:
     materialize: Callable[[], Tensor]
     scales: Tensor | None = None
     block_table: Tensor | None = None
+    lengths: Tensor | None = None
+    query_offset: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -56,6 +63,14 @@ class CacheView:
             self.num_tokens,
             size,
         )
+
+    def materialize_valid(self) -> Tensor:
+        """The tensor, with zeros for the keys from `lengths` on: 0 * NaN would reach an output."""
+        dense = self.materialize()
+        if self.lengths is None:
+            return dense
+        beyond = torch.arange(self.num_tokens, device=dense.device) >= self.lengths[:, None]
+        return dense.masked_fill(beyond[:, None, :, None], 0.0)
 
     def placeholder(self) -> Tensor:
         """Return a placeholder tensor of its shape, dtype and device.
@@ -73,4 +88,6 @@ class CacheView:
 
     def __str__(self) -> str:
         held = "int8 values" if self.scales is not None else "unquantized values"
-        return held if self.block_table is None else f"{held} in blocks of {self.data.shape[2]}"
+        if self.block_table is not None:
+            held += f" in blocks of {self.data.shape[2]}"
+        return held if self.lengths is None else f"{held}, rows of different lengths"

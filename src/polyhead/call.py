@@ -61,7 +61,8 @@ class HeadStats:
     """Attention statistics per head and query: (B, H, T) tensors in the compute dtype.
 
     `attention(..., return_aux=)` computes the six without a default; `look.stats` computes all.
-    Distances are between absolute positions: query t of T against S keys has position S - T + t.
+    Distances are between absolute positions: query t of T against S keys has position S - T + t,
+    or query_offset + t.
     A query with no key to attend to has zeros; max_logit and lse are -inf there.
 
     Attributes:
@@ -187,6 +188,8 @@ class AttentionCall:
             Or None.
         dropout: probability of dropping a weight; kept ones are multiplied by 1 / (1 - dropout).
         aux: results to return in addition to the output.
+        query_offset: position of query 0 among the keys, an int, or (B,) integers if it differs by
+            batch row. None: S - T.
         cache_views: (key, value) in a cache, or None. With it, `key` and `value` are NaN
             placeholders of the right shape, dtype and device. A `Backend` receives it only if it
             `reads_cache_views`; others receive the call `materialized()`.
@@ -203,6 +206,7 @@ class AttentionCall:
     alibi_slopes: Tensor | None
     dropout: float
     aux: AuxRequest
+    query_offset: int | Tensor | None = None
     cache_views: tuple[CacheView, CacheView] | None = None
 
     @property
@@ -237,6 +241,11 @@ class AttentionCall:
     def group(self) -> int:
         """Number of query heads per KV head."""
         return self.H // self.G
+
+    @property
+    def first_position(self) -> int | Tensor:
+        """Position of query 0 among the keys; (B,) if it differs by batch row."""
+        return self.S - self.T if self.query_offset is None else self.query_offset
 
     @property
     def dtype(self) -> torch.dtype:
@@ -276,8 +285,8 @@ class AttentionCall:
         """Return the same call with cached keys and values materialized as tensors."""
         if self.cache_views is None:
             return self
-        key, value = self.cache_views
-        return replace(self, key=key.materialize(), value=value.materialize(), cache_views=None)
+        key, value = (view.materialize_valid() for view in self.cache_views)
+        return replace(self, key=key, value=value, cache_views=None)
 
     def without_aux(self) -> AttentionCall:
         """Return the same call, with a request for the output only."""

@@ -51,6 +51,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
+    query_offset: int | Tensor | None = None,
     backend: BackendChoice = "auto",
     return_aux: None = None,
 ) -> Tensor: ...
@@ -69,6 +70,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
+    query_offset: int | Tensor | None = None,
     backend: BackendChoice = "auto",
     return_aux: AuxRequest,
 ) -> tuple[Tensor, Aux]: ...
@@ -86,6 +88,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
+    query_offset: int | Tensor | None = None,
     backend: BackendChoice = "auto",
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, Aux]:
@@ -107,6 +110,9 @@ def attention(
             (`polyhead.alibi_slopes`); positions as in a mask.
         dropout: probability with which a weight is dropped, in [0, 1); applied whenever it is
             not 0, so pass 0 in evaluation.
+        query_offset: position of query 0 among the keys, an int, or (B,) integers if it differs by
+            batch row; None: S - T, so that the last query has the position of the last key (or
+            from the lengths of the cached rows). Masks and ALiBi count from it.
         backend: "auto" (or what `use_backend` says), a name, a `Backend`, or several in order of
             preference. One that is asked for runs or raises; there is no silent fallback.
         return_aux: what to return beside the output. Never changes the output.
@@ -128,6 +134,7 @@ def attention(
     if (
         (bias is None and softcap is None and sinks is None and alibi_slopes is None)
         and dropout == 0.0
+        and query_offset is None
         and (return_aux is None or return_aux == _OUTPUT_ONLY)
         and (scale is None or isinstance(scale, float))
         and is_automatic(backend)
@@ -149,6 +156,7 @@ def attention(
         alibi_slopes,
         dropout,
         _OUTPUT_ONLY if return_aux is None else return_aux,
+        query_offset,
     )
     # (Nobody looks into a compiled graph.)
     if not torch.compiler.is_compiling() and (observer := _observer.get()) is not None:
@@ -226,6 +234,7 @@ def explain(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
+    query_offset: int | Tensor | None = None,
     backend: BackendChoice = "auto",
     return_aux: AuxRequest | None = None,
 ) -> Explanation:
@@ -258,6 +267,7 @@ def explain(
         alibi_slopes,
         dropout,
         _OUTPUT_ONLY if return_aux is None else return_aux,
+        query_offset,
     )
     asked = candidates(backend)
     names = {entry.name for entry in asked}

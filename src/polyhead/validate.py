@@ -11,17 +11,20 @@ from torch import Tensor
 from polyhead.cache_view import CacheView
 from polyhead.call import AttentionCall, AuxRequest
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_is_plain
-from polyhead.mask import Mask
+from polyhead.mask import And, Lengths, Mask
 
 __all__ = [
     "autocasts",
     "build_call",
+    "cached_query_offset",
     "check_is_tensor",
     "check_number",
     "check_positions",
+    "check_query_offset",
     "check_request",
     "check_scale",
     "check_softcap",
+    "mask_cached_rows",
 ]
 
 
@@ -46,6 +49,7 @@ def build_call(
     alibi_slopes: Tensor | None = None,
     dropout: float = 0.0,
     aux: AuxRequest = AuxRequest(),
+    query_offset: int | Tensor | None = None,
 ) -> AttentionCall:
     """Validate the arguments of `attention`. Errors name the argument, the rule and the remedy."""
     cache_views = None
@@ -80,6 +84,12 @@ def build_call(
     if not 0.0 <= dropout < 1.0:
         raise ArgumentError("dropout", "must be in [0, 1)", dropout, "pass 0.0 for none")
     check_request(aux)
+    if query_offset is not None:
+        check_query_offset(query_offset, query)
+    if cache_views is not None and cache_views[0].lengths is not None:
+        mask = mask_cached_rows(cache_views[0], mask)
+        if query_offset is None:
+            query_offset = cached_query_offset(cache_views[0], query.shape[2])
     return AttentionCall(
         query,
         key,
@@ -92,8 +102,25 @@ def build_call(
         alibi_slopes,
         dropout,
         aux,
+        query_offset,
         cache_views,
     )
+
+
+def cached_query_offset(key: Tensor | CacheView, T: int) -> Tensor | None:
+    """(B,) the `query_offset` of T queries of cached rows of different lengths, else None."""
+    if not isinstance(key, CacheView) or key.lengths is None:
+        return None
+    return key.lengths - T if key.query_offset is None else key.query_offset
+
+
+def mask_cached_rows(key: Tensor | CacheView, mask: Mask | None) -> Mask | None:
+    """The mask, and none of the keys beyond the length of each cached row."""
+    if not isinstance(key, CacheView) or key.lengths is None:
+        return mask
+    rule = Lengths(key.lengths)
+    # Not &, which compares masks by their values: torch.compile cannot trace that.
+    return rule if mask is None else And((*mask.conjuncts, rule))
 
 
 def _nameable(number: float) -> float:
@@ -295,6 +322,23 @@ def check_positions(positions: Tensor, B: int, T: int) -> None:
             f"{positions.dtype} {tuple(positions.shape)}",
             "pass one position per query token",
         )
+
+
+def check_query_offset(query_offset: int | Tensor, query: Tensor) -> None:
+    """Raise unless `query_offset` is an int, or (B,) integers on the query's device."""
+    B, remedy = query.shape[0], "pass the position of query 0 among the keys; None is S - T"
+    if not isinstance(query_offset, Tensor):
+        if isinstance(query_offset, bool) or not isinstance(query_offset, (int, torch.SymInt)):
+            got = repr(query_offset)
+            raise DtypeError("query_offset", "must be an int or a tensor of integers", got, remedy)
+        return
+    check_is_tensor("query_offset", query_offset)
+    if query_offset.dtype not in (torch.int32, torch.int64):
+        raise DtypeError("query_offset", "must be int32 or int64", query_offset.dtype, "cast it")
+    if query_offset.shape != (B,):
+        rule = f"must be (B,) = ({B},), one per batch row"
+        raise ShapeError("query_offset", rule, tuple(query_offset.shape), remedy)
+    _check_same_device("query_offset", query_offset, query)
 
 
 def _check_same_device(name: str, tensor: Tensor, query: Tensor) -> None:

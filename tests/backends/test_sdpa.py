@@ -385,13 +385,19 @@ def test_a_scale_that_is_not_positive_would_lift_what_is_forbidden(scale):
 def test_simplify_drops_what_forbids_nothing():
     causal, window = ph.mask.causal(), ph.mask.window(before=3)
     start = ph.mask.causal(align="start")
-    assert sdpa.simplify(None, 1, 7) is None
-    assert sdpa.simplify(causal, 1, 7) is None
-    assert sdpa.simplify(causal & window, 1, 7) == window
-    assert sdpa.simplify(causal & window & start, 1, 7) == window & start
-    assert sdpa.simplify(causal & window, 2, 7) == causal & window
-    assert sdpa.simplify(start, 1, 7) == start
-    assert sdpa.simplify(causal | window, 1, 7) == causal | window
+
+    def simplified(mask, T=1, query_offset=None):
+        query, key, value = ones(T=T, S=7)
+        return sdpa.simplify(build_call(query, key, value, mask, query_offset=query_offset))
+
+    assert simplified(None) is None
+    assert simplified(causal) is None
+    assert simplified(causal & window) == window
+    assert simplified(causal & window & start) == window & start
+    assert simplified(causal & window, T=2) == causal & window
+    assert simplified(start) == start
+    assert simplified(causal | window) == causal | window
+    assert simplified(causal, query_offset=3) == causal
 
 
 def test_sdpa_says_when_its_fused_kernel_is_switched_off():

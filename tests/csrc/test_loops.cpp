@@ -40,6 +40,7 @@ struct Case {
   std::unique_ptr<CachedTensor> key, value;
   std::unique_ptr<bool[]> allowed;
   std::vector<int32_t> first, last, document;
+  std::vector<int64_t> offsets;
   std::vector<float> sinks, slopes, grad_lse;
 
   Case();
@@ -84,10 +85,16 @@ Case::Case() {
     a.dense_mask = reinterpret_cast<const uint8_t*>(allowed.get());
     std::copy(layout.stride.begin(), layout.stride.end(), a.dense_mask_stride);
   }
-  const bool by_batch = chance(2), is_causal = chance(2);
+  if (chance(3)) {
+    a.query_offset_stride = chance(2);
+    for (int64_t b = 0; b < a.B; ++b) offsets.push_back(integer(0, a.S + 2) - 2);
+    a.query_offset = offsets.data();
+  }
+  const bool by_batch = a.query_offset_stride || chance(2), is_causal = chance(2);
   a.kv_range_stride = by_batch ? a.T : 0;
   for (int64_t row = 0; row < (by_batch ? a.B : 1) * a.T; ++row) {
-    const int64_t end = is_causal ? a.position(row % a.T) + 1 : integer(0, a.S);
+    const int64_t position = a.position(row / a.T, row % a.T);
+    const int64_t end = is_causal ? std::clamp<int64_t>(position + 1, 0, a.S) : integer(0, a.S);
     last.push_back(static_cast<int32_t>(end));
     first.push_back(static_cast<int32_t>(chance(2) ? 0 : integer(0, end)));
     if (first.back() == end) first.back() = last.back() = 0;
@@ -128,6 +135,7 @@ Case::Case() {
        std::initializer_list<std::pair<const char*, bool>>{{"bias ", bias != nullptr},
                                                            {"allowed ", allowed != nullptr},
                                                            {"documents ", a.doc_ids != nullptr},
+                                                           {"offset ", a.query_offset != nullptr},
                                                            {"sinks ", a.sinks != nullptr},
                                                            {"alibi ", a.alibi_slopes != nullptr},
                                                            {"softcap ", a.softcap != 0.0F},
@@ -145,7 +153,9 @@ bool Case::may_attend(int64_t b, int64_t h, int64_t t, int64_t s) const {
   if (allowed && !allowed[b * stride[0] + h * stride[1] + t * stride[2] + s * stride[3]])
     return false;
   const int32_t* documents = document.data() + b * a.doc_ids_stride;
-  return document.empty() || documents[s] == documents[a.position(t)];
+  const int64_t position = a.position(b, t);
+  const bool has_document = 0 <= position && position < a.S;
+  return document.empty() || (has_document && documents[s] == documents[position]);
 }
 
 // `terms` is the sum of the absolute terms, `slope` the derivative by the scaled dot product.
@@ -165,7 +175,7 @@ double Case::score(int64_t b, int64_t h, int64_t t, int64_t s, double& terms, do
     terms += a.softcap;
   }
   if (a.alibi_slopes != nullptr) {
-    const double distance = slopes[h] * std::abs(static_cast<double>(a.position(t) - s));
+    const double distance = slopes[h] * std::abs(static_cast<double>(a.position(b, t) - s));
     dot -= distance;
     terms += std::abs(distance);
   }
@@ -261,7 +271,7 @@ int Case::check() const {
       const double log_weight = scores[s] - shift - std::log(total);
       const double share = is_mean ? weight / static_cast<double>(a.H) : weight;
       all_weights.add((is_mean ? b * a.T + t : row) * a.S + s, share, rounding * share);
-      const int64_t ahead = s - a.position(t);
+      const int64_t ahead = s - a.position(b, t);
       const double numbers[] = {-weight * log_weight, weight * std::abs(static_cast<double>(ahead)),
                                 s == 0 ? weight : 0.0, ahead == -1 ? weight : 0.0,
                                 ahead == 0 ? weight : 0.0};

@@ -1,8 +1,9 @@
-"""What a mask's ranges says to a kernel that takes ranges of keys instead of T x S booleans."""
+"""Masks lowered to key ranges, for kernels that take one range of keys per query."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,15 +28,16 @@ UNBOUNDED = 2**40  # beyond any number of tokens, and far from overflow when one
 
 @dataclass
 class MaskRanges:
-    """A mask as rules that must all hold for query t to attend to key s.
+    """A mask as rules that must all hold for a query to attend to key s.
 
     Attributes:
-        lower, upper: t + lower <= s <= t + upper.
+        lower, upper: q + lower <= s <= q + upper, where q is the query's index t, or its position
+            t + query_offset if the call has one.
         stop: s < stop.
-        joined_upper, joined_prefix: s <= t + joined_upper or s < joined_prefix.
+        joined_upper, joined_prefix: s <= q + joined_upper or s < joined_prefix.
         lengths, padding: (B,) as in `mask.lengths` and `mask.left_padding`, or None.
         documents: (S,) or (B, S) as in `mask.documents`, or None.
-        unstructured: what has no such ranges, or None: it has to be written out.
+        unstructured: what has no such ranges, or None: it must be materialized.
     """
 
     lower: int = -UNBOUNDED
@@ -54,33 +56,52 @@ class MaskRanges:
         return [self.lower, self.upper, self.stop, self.joined_upper, self.joined_prefix]
 
 
-def read_ranges(mask: Mask | None, T: int, S: int) -> MaskRanges:
+class _Origin(NamedTuple):
+    """Position of q = 0 in the two alignments of a mask. `start` is None if it is not known."""
+
+    end: int
+    start: int | None
+    is_fixed: bool  # by the call's query_offset; else `end` depends on the number of queries
+
+    def of(self, align: str) -> int | None:
+        return self.end if align == "end" else self.start
+
+
+def read_ranges(
+    mask: Mask | None, T: int, S: int, query_offset: int | Tensor | None = None
+) -> MaskRanges:
     """The ranges of a mask for T queries and S keys. Reads no tensor's values.
 
     >>> import polyhead as ph
     >>> ranges = read_ranges(ph.mask.causal() & ph.mask.window(before=2), 3, 5)
-    >>> ranges.lower, ranges.upper                  # query t stands at key t + 2
+    >>> ranges.lower, ranges.upper                  # query t has position t + 2
     (0, 2)
     """
     ranges = MaskRanges()
     if mask is None:
         return ranges
-    rest = [part for part in mask.conjuncts if not _intersect(ranges, part, S, S - T, 0)]
+    if query_offset is None:
+        origin = _Origin(S - T, 0, is_fixed=False)
+    else:
+        start = None if isinstance(query_offset, Tensor) else -query_offset
+        origin = _Origin(0, start, is_fixed=True)
+    rest = [part for part in mask.conjuncts if not _intersect(ranges, part, S, origin)]
     if rest:
         ranges.unstructured = rest[0] if len(rest) == 1 else And(tuple(rest))
     return ranges
 
 
-def _intersect(ranges: MaskRanges, part: Mask, S: int, end: int, start: int) -> bool:
-    """Add a rule to the ranges; False, and the ranges as it was, if it has no place there.
-
-    Query t stands at key t + end where positions count from the end, else at key t + start.
-    """
+def _intersect(ranges: MaskRanges, part: Mask, S: int, origin: _Origin) -> bool:
+    """Add a rule to the ranges. Returns False, with the ranges unchanged, if it is not a range."""
     if isinstance(part, Causal):
-        here = end if part.align == "end" else start
+        here = origin.of(part.align)
+        if here is None:
+            return False
         ranges.upper = min(ranges.upper, here)
     elif isinstance(part, Window):
-        here = end if part.align == "end" else start
+        here = origin.of(part.align)
+        if here is None:
+            return False
         if part.before is not None:
             ranges.lower = max(ranges.lower, here - part.before)
         if part.after is not None:
@@ -98,35 +119,39 @@ def _intersect(ranges: MaskRanges, part: Mask, S: int, end: int, start: int) -> 
             return False
         ranges.documents = part.ids
     elif isinstance(part, Or):
-        return _intersect_union(ranges, part, S, end, start)
+        return _intersect_union(ranges, part, S, origin)
     elif isinstance(part, QuerySlice):
-        return _intersect_rows(ranges, part, S, start)
+        return _intersect_rows(ranges, part, S, origin)
     else:
         return False
     return True
 
 
-def _intersect_rows(ranges: MaskRanges, rows: QuerySlice, S: int, start: int) -> bool:
-    """Some queries' rows of a mask: the same rules, of queries that stand elsewhere."""
+def _intersect_rows(ranges: MaskRanges, rows: QuerySlice, S: int, origin: _Origin) -> bool:
+    """Query slice: the same rules, for queries at other positions."""
     parts = rows.part.conjuncts
-    if any(isinstance(part, Documents) for part in parts):
-        return False  # a kernel takes the queries for the last of the keys, and these may not be
-    start += rows.start
+    if any(isinstance(part, Documents) for part in parts) and not origin.is_fixed:
+        return False  # for a kernel the queries are the last of the keys, and these may not be
+    start = None if origin.start is None else origin.start + rows.start
+    if not origin.is_fixed:
+        assert start is not None
+        origin = origin._replace(end=S - rows.T + start)
+    origin = origin._replace(start=start)
     narrowed = replace(ranges)
-    if not all(_intersect(narrowed, part, S, S - rows.T + start, start) for part in parts):
+    if not all(_intersect(narrowed, part, S, origin) for part in parts):
         return False
     vars(ranges).update(vars(narrowed))
     return True
 
 
-def _intersect_union(ranges: MaskRanges, union: Or, S: int, end: int, start: int) -> bool:
-    """`causal() | prefix(n)`: what begins at the first key is still one range of keys."""
+def _intersect_union(ranges: MaskRanges, union: Or, S: int, origin: _Origin) -> bool:
+    """`causal() | prefix(n)`: a union of ranges that begin at the first key is one range."""
     if ranges.joined_upper != UNBOUNDED:
         return False
     upper, prefix = -UNBOUNDED, 0
     for part in union.parts:
         alone = MaskRanges()
-        is_range = _intersect(alone, part, S, end, start)
+        is_range = _intersect(alone, part, S, origin)
         if not is_range or alone not in (
             MaskRanges(upper=alone.upper),
             MaskRanges(stop=alone.stop),

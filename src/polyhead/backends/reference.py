@@ -3,7 +3,7 @@
     scores  = scale * query @ key^T               per head; query head h uses key head h // group
     scores  = softcap * tanh(scores / softcap)    if softcap
     scores  = scores + bias                       if bias
-    scores  = scores - slope * |query - key|      if ALiBi slopes; positions, one slope a head
+    scores  = scores - slope * |query - key|      if ALiBi slopes; positions, one slope per head
     scores  = -inf where the mask forbids
     weights = exp(scores - lse), lse = log sum exp(scores); a sink adds exp(sink) to the sum
     output  = dropout(weights) @ value
@@ -38,25 +38,19 @@ def notes(call: AttentionCall) -> list[str]:
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E) in the call's dtype, and the aux that was asked for."""
     scores_bhts = _scores(call)
-    weights_bhts = _normalise(scores_bhts, call.sinks)
+    weights_bhts = _normalize(scores_bhts, call.sinks)
     kept_bhts = F.dropout(weights_bhts, call.dropout) if call.dropout > 0.0 else weights_bhts
     output = _weighted_values(kept_bhts, call).to(call.dtype)
     return output, _aux(call, scores_bhts, weights_bhts)
 
 
-def compute_aux(call: AttentionCall, first_position: int | None = None) -> Aux:
-    """The aux alone, for a call whose output another backend computes. Draws no random numbers.
-
-    Args:
-        call: what is asked.
-        first_position: where query 0 stands, for distances; None: at S - T.
-    """
-    scores_bhts = _scores(call, first_position)
-    weights_bhts = _normalise(scores_bhts, call.sinks)
-    return _aux(call, scores_bhts, weights_bhts, first_position)
+def compute_aux(call: AttentionCall) -> Aux:
+    """The aux alone, for a call whose output another backend computes. Draws no random numbers."""
+    scores_bhts = _scores(call)
+    return _aux(call, scores_bhts, _normalize(scores_bhts, call.sinks))
 
 
-def _scores(call: AttentionCall, first_position: int | None = None) -> Tensor:
+def _scores(call: AttentionCall) -> Tensor:
     """(B, H, T, S) in the compute dtype, -inf where the mask forbids."""
     # The queries of a group are rows against their one key head. (Broadcasting the key over the
     # group would repeat it in memory: matmul copies what it broadcasts.)
@@ -69,21 +63,26 @@ def _scores(call: AttentionCall, first_position: int | None = None) -> Tensor:
         scores_bhts = scores_bhts + call.bias.to(call.compute_dtype)
     if call.alibi_slopes is not None:
         slopes_h11 = call.alibi_slopes.to(call.compute_dtype)[:, None, None]
-        scores_bhts = scores_bhts - slopes_h11 * _distances(call, first_position).abs()
+        scores_bhts = scores_bhts - slopes_h11 * _distances(call).abs()
     if call.mask is not None:
-        allowed = call.mask.materialize(call.T, call.S, device=call.device)
+        allowed = call.mask.materialize(
+            call.T, call.S, query_offset=call.query_offset, device=call.device
+        )
         scores_bhts = scores_bhts.masked_fill(~allowed, float("-inf"))
     return scores_bhts
 
 
-def _distances(call: AttentionCall, first_position: int | None) -> Tensor:
-    """(T, S) query position - key position."""
-    first = call.S - call.T if first_position is None else first_position
-    query_t1 = torch.arange(first, first + call.T, device=call.device)[:, None]
-    return query_t1 - torch.arange(call.S, device=call.device)
+def _distances(call: AttentionCall) -> Tensor:
+    """Query position - key position, (T, S) or (B, 1, T, S)."""
+    key_s = torch.arange(call.S, device=call.device)
+    query_t1 = torch.arange(call.T, device=call.device)[:, None]
+    first = call.first_position
+    if isinstance(first, Tensor):
+        return query_t1 + first[:, None, None, None] - key_s
+    return query_t1 + first - key_s
 
 
-def _normalise(scores_bhts: Tensor, sinks: Tensor | None) -> Tensor:
+def _normalize(scores_bhts: Tensor, sinks: Tensor | None) -> Tensor:
     """Weights (B, H, T, S). A row of -inf gives zeros, never NaN."""
     if scores_bhts.shape[-1] == 0:
         return scores_bhts
@@ -103,7 +102,7 @@ def _normalise(scores_bhts: Tensor, sinks: Tensor | None) -> Tensor:
 def _lse(scores_bhts: Tensor) -> Tensor:
     """log sum exp, (B, H, T). A row of -inf gives -inf and zero gradient, never NaN.
 
-    Apart from `_normalise`: shifted by a large sink, the sum of the keys could vanish.
+    Apart from `_normalize`: shifted by a large sink, the sum of the keys could vanish.
     """
     if scores_bhts.shape[-1] == 0:
         return scores_bhts.new_full(scores_bhts.shape[:-1], float("-inf"))
@@ -128,35 +127,28 @@ def _split(x: Tensor, heads: int, rows: int) -> Tensor:
     return split
 
 
-def _aux(
-    call: AttentionCall,
-    scores_bhts: Tensor,
-    weights_bhts: Tensor,
-    first_position: int | None = None,
-) -> Aux:
+def _aux(call: AttentionCall, scores_bhts: Tensor, weights_bhts: Tensor) -> Aux:
     return Aux(
         weights=weights_bhts.to(call.dtype) if call.aux.weights else None,
         mean_weights=weights_bhts.mean(dim=1).to(call.dtype) if call.aux.mean_weights else None,
         lse=_lse(scores_bhts) if call.aux.lse else None,
-        stats=_stats(scores_bhts, weights_bhts, _distances(call, first_position))
-        if call.aux.stats
-        else None,
+        stats=_stats(scores_bhts, weights_bhts, _distances(call)) if call.aux.stats else None,
     )
 
 
-def _stats(scores_bhts: Tensor, weights_bhts: Tensor, distance_ts: Tensor) -> HeadStats:
+def _stats(scores_bhts: Tensor, weights_bhts: Tensor, distance: Tensor) -> HeadStats:
     S = weights_bhts.shape[-1]
     # Zero weights get the log of 1: 0 * log(0) has no gradient.
     log_weights_bhts = torch.log(weights_bhts.masked_fill(weights_bhts == 0.0, 1.0))
 
-    def mass(where_ts: Tensor) -> Tensor:
-        return (weights_bhts * where_ts).sum(dim=-1)
+    def mass(where: Tensor) -> Tensor:
+        return (weights_bhts * where).sum(dim=-1)
 
     return HeadStats(
         entropy=-(weights_bhts * log_weights_bhts).sum(dim=-1),
-        mean_distance=mass(distance_ts.abs()),
+        mean_distance=mass(distance.abs()),
         mass_first=weights_bhts[..., 0] if S else weights_bhts.sum(dim=-1),
-        mass_previous=mass(distance_ts == 1),
-        mass_self=mass(distance_ts == 0),
+        mass_previous=mass(distance == 1),
+        mass_self=mass(distance == 0),
         max_logit=scores_bhts.amax(dim=-1) if S else scores_bhts.sum(dim=-1) - float("inf"),
     )

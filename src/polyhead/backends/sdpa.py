@@ -71,7 +71,7 @@ def why_not(call: AttentionCall) -> list[str]:
 def notes(call: AttentionCall) -> list[str]:
     """How it would run: which kernel of torch's, and by structure or a mask written out."""
     kernel = _kernel_name(call)
-    mask = simplify(call.mask, call.T, call.S)
+    mask = simplify(call)
     if not _writes_out(call, mask):
         how = "no mask" if mask is None else "is_causal: no T x S tensor"
         return [f"torch's {kernel}, {how}"]
@@ -88,7 +88,7 @@ def notes(call: AttentionCall) -> list[str]:
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E); aux is left to the definition."""
-    mask = simplify(call.mask, call.T, call.S)
+    mask = simplify(call)
     if not _writes_out(call, mask):
         return _kernel(call, call.query, call.key, call.value, is_causal=mask is not None), Aux()
     chunks = _chunks(call, mask)
@@ -104,17 +104,19 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     return torch.cat(outputs, dim=2), Aux()
 
 
-def simplify(mask: Mask | None, T: int, S: int) -> Mask | None:
-    """The same rule for this T and S, without the parts that forbid nothing.
+def simplify(call: AttentionCall) -> Mask | None:
+    """The call's mask for these sizes, without the parts that forbid nothing.
 
-    One query that stands at the last key (decoding) sees every key before it.
+    One query at the last key's position (decoding) attends to every key before it.
     """
-    if mask is None or is_traced():  # a trace would keep what holds for these sizes
+    mask = call.mask
+    # A trace would keep what holds for these sizes.
+    if mask is None or is_traced() or call.query_offset is not None:
         return mask
     parts = tuple(
         part
         for part in mask.conjuncts
-        if not (T == 1 and isinstance(part, Causal) and part.align == "end")
+        if not (call.T == 1 and isinstance(part, Causal) and part.align == "end")
     )
     if len(parts) == len(mask.conjuncts):
         return mask
@@ -155,7 +157,7 @@ def _kernel_name(call: AttentionCall) -> str:
     """Which of its kernels torch would take."""
     if call.device.type == "meta":
         return "fused kernel"
-    mask = simplify(call.mask, call.T, call.S)
+    mask = simplify(call)
     attn_mask = None
     if _writes_out(call, mask):
         # The choice is by dtype and shape; one that broadcasts costs no memory.
@@ -177,12 +179,15 @@ def _writes_out(call: AttentionCall, mask: Mask | None) -> bool:
     """Whether the kernel needs its mask as a tensor."""
     if call.bias is not None or call.alibi_slopes is not None:
         return True
-    return mask is not None and not _is_upper_left(mask, call.T, call.S)
+    return mask is not None and not _is_upper_left(mask, call)
 
 
-def _is_upper_left(mask: Mask, T: int, S: int) -> bool:
+def _is_upper_left(mask: Mask, call: AttentionCall) -> bool:
+    if not isinstance(mask, Causal):
+        return False
     # (A trace may be run with other sizes than it was made with.)
-    return isinstance(mask, Causal) and (mask.align == "start" or (not is_traced() and T == S))
+    is_square = not is_traced() and call.query_offset is None and call.T == call.S
+    return mask.align == "start" or is_square
 
 
 def _chunks(call: AttentionCall, mask: Mask | None) -> list[tuple[int, int, int, int]]:
@@ -193,10 +198,11 @@ def _chunks(call: AttentionCall, mask: Mask | None) -> list[tuple[int, int, int,
     starts = range(0, call.T, _ROWS)
     spans = [(start, min(start + _ROWS, call.T)) for start in starts]
     reach = (0, call.S)
-    return [
-        (*span, *(reach if mask is None else mask.key_range(*span, call.T, call.S)))
-        for span in spans
-    ]
+    return [(*span, *(reach if mask is None else _key_range(call, mask, *span))) for span in spans]
+
+
+def _key_range(call: AttentionCall, mask: Mask, start: int, stop: int) -> tuple[int, int]:
+    return mask.key_range(start, stop, call.T, call.S, call.query_offset)
 
 
 def _attend_chunk(
@@ -223,8 +229,15 @@ def _written_out(
     """The mask and bias as one `attn_mask`, and which queries, (..., rows, 1), attend at all."""
     allowed = None
     if mask is not None:
-        keys = (first, last)
-        allowed = mask.materialize_rows(start, stop, call.T, call.S, keys=keys, device=call.device)
+        allowed = mask.materialize_rows(
+            start,
+            stop,
+            call.T,
+            call.S,
+            keys=(first, last),
+            query_offset=call.query_offset,
+            device=call.device,
+        )
     bias = _bias(call, start, stop, first, last)
     if bias is None:
         assert allowed is not None
@@ -246,10 +259,12 @@ def _bias(call: AttentionCall, start: int, stop: int, first: int, last: int) -> 
         bias = bias if bias.shape[3] == 1 else bias[..., first:last]
     if call.alibi_slopes is None:
         return bias
-    offset = call.S - call.T
-    query = torch.arange(start + offset, stop + offset, device=call.device)[:, None]
+    offset = call.first_position
+    if isinstance(offset, Tensor):
+        offset = offset[:, None, None, None]
+    query = torch.arange(start, stop, device=call.device)[:, None] + offset
     distance = (query - torch.arange(first, last, device=call.device)).abs()
-    alibi = (-call.alibi_slopes.float()[:, None, None] * distance)[None]
+    alibi = -call.alibi_slopes.float()[None, :, None, None] * distance
     return alibi if bias is None else alibi + bias
 
 

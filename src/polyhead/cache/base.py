@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from polyhead.cache.quantization import Int8, Parts, StorageFormat, Unquantized
+from polyhead.cache.row_lengths import check_per_row
 from polyhead.cache_view import CacheView
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_count
 from polyhead.validate import check_is_tensor
@@ -29,8 +31,13 @@ class Cache(ABC):
     The law: attention of a chunk of queries over the keys and values that `append` returned equals,
     row for row, attention without a cache, for any chunks.
 
+    Rows may have different lengths (continuous batching): `append(..., lengths=)` and
+    `rewind(tensor)` change each row by its own number of tokens. Then the views that
+    `append_as_views` and `read_as_views` return carry the lengths, and `attention` treats each row
+    as if it were alone. The law holds per row.
+
     Attributes:
-        length: number of tokens so far, the same for every row: the position of the next token.
+        length: number of tokens so far, of the longest row: the position of its next token.
         start: position of the first key that `append` or `read` last returned, or after a rewind
             that `read` would return. The last key has position length - 1, so that queries align
             with the end, as in masks. `mask.for_keys(start, length)` cuts a mask for all length
@@ -86,18 +93,25 @@ class Cache(ABC):
         self._format: StorageFormat = Unquantized() if storage_dtype is None else Int8(dtype)
         self.length = 0
         self.start = 0
+        self._row_lengths: Tensor | None = None  # (B,) int64 on the CPU; None: all are `length`
 
     @abstractmethod
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def append(
+        self, key: Tensor, value: Tensor, *, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Append T tokens to every row.
 
         Args:
             key: (B, G, T, D) in the cache's dtype, on its device.
             value: (B, G, T, E).
+            lengths: (B,) integers, 0 to T: row b appends its first lengths[b] tokens, and the rest
+                is padding. None: T.
 
         Returns:
             key (B, G, S, D) and value (B, G, S, E): all that the T new queries may need, from
             position `start` on. Views of the cache if possible: read them before the next call.
+            Where rows have different lengths, a copy with zeros after each row's end: pass
+            `mask.lengths(cache.lengths)` and a `query_offset`, or use `append_as_views`.
 
         Raises:
             ShapeError, DtypeError, DeviceError: the chunk does not fit the cache or its space.
@@ -113,23 +127,30 @@ class Cache(ABC):
         """
 
     def append_as_views(
-        self, key: Tensor, value: Tensor
+        self, key: Tensor, value: Tensor, *, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor | CacheView, Tensor | CacheView]:
         """Append like `append`, without dequantizing int8 values or gathering blocks.
 
         Returns:
-            key and value for `attention`: tensors if the cache is contiguous and unquantized, else
-            `CacheView`s. Use them before the next call.
+            key and value for `attention`: tensors if the cache is contiguous and unquantized, and
+            its rows have one length; else `CacheView`s. Use them before the next call.
         """
-        return self.append(key, value)
+        return self.append(key, value, lengths=lengths)
 
     def read_as_views(self) -> tuple[Tensor | CacheView, Tensor | CacheView]:
         """Read like `read`, without dequantizing or gathering: see `append_as_views`."""
         return self.read()
 
     @abstractmethod
-    def rewind(self, n: int) -> None:
+    def rewind(self, n: int | Tensor) -> None:
         """Drop the last n tokens of every row, as after a rejected draft.
+
+        Prompts of different lengths, padded at the right, become rows of their own lengths by
+        `cache.rewind(T - lengths)` after they are appended. `cache.rewind(cache.lengths * done)`
+        empties finished rows for new sequences.
+
+        Args:
+            n: number of tokens, or (B,) integers, one number per row.
 
         Raises:
             ArgumentError: there are fewer than n tokens, or the window before them was dropped.
@@ -150,6 +171,20 @@ class Cache(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Drop all tokens; the memory stays allocated."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of tokens so far of each row, (B,) int64 on the cache's device."""
+        if self._row_lengths is None:
+            return torch.full((self.batch,), self.length, device=self.device)
+        return self._row_lengths.to(self.device)
+
+    def next_positions(self, T: int) -> Tensor:
+        """Positions of the next T tokens, (T,), or (B, T) where rows have different lengths."""
+        token = torch.arange(T, device=self.device)
+        if self._row_lengths is None:
+            return token + self.length
+        return token + self.lengths[:, None]
 
     @property
     @abstractmethod
@@ -183,7 +218,10 @@ class Cache(ABC):
         value = torch.empty(*shape, self.value_head_dim, dtype=self.dtype, device=self.device)
         return self._encode(key, value)
 
-    def _check_chunk(self, key: Tensor, value: Tensor) -> None:
+    def _check_chunk(
+        self, key: Tensor, value: Tensor, lengths: Tensor | Sequence[int] | None
+    ) -> Tensor | None:
+        """Raise unless the chunk fits; return `_new_lengths`."""
         for name, x, size in (("key", key, self.head_dim), ("value", value, self.value_head_dim)):
             check_is_tensor(name, x)
             B, G = self.batch, self.num_kv_heads
@@ -214,6 +252,9 @@ class Cache(ABC):
             raise ShapeError(
                 "value", f"must have the key's T = {T} tokens", value.shape[2], "pass them together"
             )
+        counts = self._new_lengths(T, lengths)
+        if counts is not None:
+            T = int((self._row_lengths_on_cpu() + counts).max()) - self.length
         if self.max_tokens is not None and self.length + T > self.max_tokens:
             raise ShapeError(
                 "key",
@@ -222,14 +263,33 @@ class Cache(ABC):
                 T,
                 "rewind or reset the cache, or make one with more max_tokens",
             )
+        return counts
 
-    def check_rewind(self, n: int) -> None:
+    def check_rewind(self, n: int | Tensor) -> None:
         """Raise the error that `rewind(n)` would raise, without changing the cache."""
+        if isinstance(n, Tensor):
+            check_per_row("n", n, self._row_lengths_on_cpu())
+            return
         check_count("n", n, 0)
-        if n > self.length:
-            raise ArgumentError(
-                "n", f"must be at most length = {self.length}", n, "rewind no further"
-            )
+        shortest = self.length if self._row_lengths is None else int(self._row_lengths.min())
+        if n > shortest:
+            raise ArgumentError("n", f"must be at most length = {shortest}", n, "rewind no further")
+
+    def _row_lengths_on_cpu(self) -> Tensor:
+        if self._row_lengths is None:
+            return torch.full((self.batch,), self.length)
+        return self._row_lengths
+
+    def _set_row_lengths(self, lengths: Tensor) -> None:
+        self.length = int(lengths.max())
+        self._row_lengths = None if bool((lengths == self.length).all()) else lengths
+
+    def _new_lengths(self, T: int, lengths: Tensor | Sequence[int] | None) -> Tensor | None:
+        """Number of tokens that each row appends, on the CPU; None: T, and rows stay equal."""
+        if lengths is None:
+            return None if self._row_lengths is None else torch.full((self.batch,), T)
+        counts = check_per_row("lengths", lengths, torch.full((self.batch,), T))
+        return None if self._row_lengths is None and bool((counts == T).all()) else counts
 
     def _check_rows(self, rows: Tensor) -> None:
         check_is_tensor("rows", rows)
@@ -284,8 +344,8 @@ def split_kv(held: Parts) -> tuple[Parts, Parts]:
 def materialize(key: Tensor | CacheView, value: Tensor | CacheView) -> tuple[Tensor, Tensor]:
     """Materialize key and value as tensors."""
     return (
-        key.materialize() if isinstance(key, CacheView) else key,
-        value.materialize() if isinstance(value, CacheView) else value,
+        key.materialize_valid() if isinstance(key, CacheView) else key,
+        value.materialize_valid() if isinstance(value, CacheView) else value,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from polyhead.cache.base import Cache, allocate_like, materialize, split_kv
 from polyhead.cache.quantization import Parts
+from polyhead.cache.row_lengths import appended_tokens
 from polyhead.cache_view import CacheView
 from polyhead.errors import ArgumentError, check_count
 
@@ -101,14 +103,18 @@ class KVCache(Cache):
         self._rewindable = tokens
         self._most_slots = _most_slots(self.max_tokens, self.window, tokens)
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return materialize(*self.append_as_views(key, value))
+    def append(
+        self, key: Tensor, value: Tensor, *, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return materialize(*self.append_as_views(key, value, lengths=lengths))
 
     def append_as_views(
-        self, key: Tensor, value: Tensor
+        self, key: Tensor, value: Tensor, *, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor | CacheView, Tensor | CacheView]:
-        self._check_chunk(key, value)
+        counts = self._check_chunk(key, value, lengths)
         new, T = self._encode(key, value), key.shape[2]
+        if counts is not None:
+            return self._append_per_row(new, T, counts)
         if self.length - self._first_held + T > self._most_slots:
             end = self._needed_from(self.length - self.max_rewind)
             if self.length - end + T > self._most_slots:
@@ -148,8 +154,11 @@ class KVCache(Cache):
         key_codes, key_scales, value_codes, value_scales = self._slots(self.start, self.length)
         return key_codes, key_scales, value_codes, value_scales
 
-    def check_rewind(self, n: int) -> None:
+    def check_rewind(self, n: int | Tensor) -> None:
         super().check_rewind(n)
+        if isinstance(n, Tensor):
+            self._check_no_window("n", n)
+            return
         length = self.length - n
         if length > 0 and self._needed_from(length - 1) < self._first_held:
             most = self._needed_from(self.length - 1) - self._first_held
@@ -161,8 +170,11 @@ class KVCache(Cache):
                 f"make the cache with max_rewind = {n} or more, or reset it",
             )
 
-    def rewind(self, n: int) -> None:
+    def rewind(self, n: int | Tensor) -> None:
         self.check_rewind(n)
+        if isinstance(n, Tensor) or self._row_lengths is not None:
+            self._set_row_lengths(self._row_lengths_on_cpu() - torch.as_tensor(n).cpu())
+            return
         length = self.length - n
         if length == 0:
             self.reset()
@@ -178,9 +190,12 @@ class KVCache(Cache):
             self._held = allocate_like(self._held, len(rows), self._held[0].shape[2])
             self.batch = len(rows)
         _copy(moved, self._slots(self._first_held, self.length))
+        if self._row_lengths is not None:
+            self._set_row_lengths(self._row_lengths[rows.cpu()])
 
     def reset(self) -> None:
         self.length = self.start = self._first_held = 0
+        self._row_lengths = None
 
     @property
     def nbytes(self) -> int:
@@ -211,17 +226,49 @@ class KVCache(Cache):
         self._first_held = position
         _copy(kept, self._slots(position, self.length))
 
-    def _stored(self, held: Parts) -> tuple[Tensor | CacheView, Tensor | CacheView]:
-        if self.storage_dtype is None:
+    def _stored(
+        self, held: Parts, query_offset: Tensor | None = None
+    ) -> tuple[Tensor | CacheView, Tensor | CacheView]:
+        if self.storage_dtype is None and self._row_lengths is None:
             return held[0], held[1]
-        tokens = held[0].shape[2]
+        lengths = None if self._row_lengths is None else self.lengths
         key, value = (
             CacheView(
-                codes, self.dtype, tokens, partial(self._format.dequantize, (codes, scales)), scales
+                parts[0],
+                self.dtype,
+                parts[0].shape[2],
+                partial(self._format.dequantize, parts),
+                scales=parts[1] if len(parts) > 1 else None,
+                lengths=lengths,
+                query_offset=query_offset,
             )
-            for codes, scales in split_kv(held)
+            for parts in split_kv(held)
         )
         return key, value
+
+    def _append_per_row(
+        self, new: Parts, T: int, counts: Tensor
+    ) -> tuple[Tensor | CacheView, Tensor | CacheView]:
+        """Append the first counts[b] tokens of row b, behind its own."""
+        self._check_no_window("lengths", counts)
+        before = self._row_lengths_on_cpu()
+        self._reserve(int((before + counts).max()))
+        row, token = appended_tokens(counts, T)
+        slot = before[row] + token
+        row, token, slot = (x.to(self.device) for x in (row, token, slot))
+        for held, part in zip(self._held, new, strict=True):
+            held[row, :, slot] = part[row, :, token]
+        self._set_row_lengths(before + counts)
+        return self._stored(self._slots(0, self.length), before.to(self.device))
+
+    def _check_no_window(self, name: str, numbers: Tensor) -> None:
+        if self.window is not None:
+            raise ArgumentError(
+                name,
+                f"must be None with window = {self.window}: the rows of a window have one length",
+                numbers.tolist(),
+                "make the cache without a window; the mask keeps it",
+            )
 
     def _append_long(self, new: Parts, T: int) -> tuple[Tensor | CacheView, Tensor | CacheView]:
         """Append a chunk that does not fit with its window: only its end is stored."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from polyhead.cache.base import Cache, allocate_like, materialize, split_kv
 from polyhead.cache.quantization import Parts
+from polyhead.cache.row_lengths import appended_tokens
 from polyhead.cache_view import CacheView
 from polyhead.errors import ArgumentError, check_count
 
 __all__ = ["PagedKVCache"]
+
+_NO_BLOCK = -1
+_Count = TypeVar("_Count", int, Tensor)
 
 
 class PagedKVCache(Cache):
@@ -39,7 +45,8 @@ class PagedKVCache(Cache):
         num_blocks: size of the pool, allocated now; None: it grows by doubling.
 
     Attributes:
-        block_table: (B, blocks per row) int32 on the device: block indices. Read-only.
+        block_table: (B, blocks per row) int32 on the device: block indices; -1 after the last
+            block of a shorter row. Read-only.
 
     Raises:
         ArgumentError, DtypeError: an argument breaks a rule.
@@ -81,7 +88,8 @@ class PagedKVCache(Cache):
         self._fixed = num_blocks is not None
         self._most_columns = -(-max_tokens // block_size)
         self._pools = allocate_like(self._nothing(), num_blocks or 0, block_size)
-        self._set_table(torch.empty(batch, 0, dtype=torch.int32))
+        self._table = torch.empty(batch, 0, dtype=torch.int32)
+        self._set_table(self._table)
 
     @property
     def num_blocks(self) -> int:
@@ -91,7 +99,7 @@ class PagedKVCache(Cache):
     @property
     def block_refcounts(self) -> Tensor:
         """Refcounts, (num_blocks,) int64 on the CPU: the number of rows per block; 0: free."""
-        return torch.bincount(self._table.flatten(), minlength=self.num_blocks)
+        return torch.bincount(self._table[self._table >= 0], minlength=self.num_blocks)
 
     @property
     def pools(self) -> Parts:
@@ -103,14 +111,20 @@ class PagedKVCache(Cache):
         """
         return self._pools
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return materialize(*self.append_as_views(key, value))
+    def append(
+        self, key: Tensor, value: Tensor, *, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return materialize(*self.append_as_views(key, value, lengths=lengths))
 
-    def append_as_views(self, key: Tensor, value: Tensor) -> tuple[CacheView, CacheView]:
-        self._check_chunk(key, value)
+    def append_as_views(
+        self, key: Tensor, value: Tensor, *, lengths: Tensor | Sequence[int] | None = None
+    ) -> tuple[CacheView, CacheView]:
+        counts = self._check_chunk(key, value, lengths)
         new, T = self._encode(key, value), key.shape[2]
+        if counts is not None:
+            return self._append_per_row(new, T, counts)
         if T:
-            self._ensure_capacity(T)
+            self._ensure_capacity(torch.full((self.batch,), T))
             position = torch.arange(self.length, self.length + T, device=self.device)
             block_bt = self.block_table[:, position // self.block_size]
             slot_t = position % self.block_size
@@ -119,11 +133,30 @@ class PagedKVCache(Cache):
             self.length += T
         return self.read_as_views()
 
+    def _append_per_row(self, new: Parts, T: int, counts: Tensor) -> tuple[CacheView, CacheView]:
+        """Append the first counts[b] tokens of row b, behind its own."""
+        before = self._row_lengths_on_cpu()
+        self._ensure_capacity(counts)
+        row, token = appended_tokens(counts, T)
+        position = before[row] + token
+        block = self._table[row, position // self.block_size].long()
+        row, token, block, slot = (
+            x.to(self.device) for x in (row, token, block, position % self.block_size)
+        )
+        for pool, part in zip(self._pools, new, strict=True):
+            pool[block, :, slot] = part[row, :, token]
+        self._set_row_lengths(before + counts)
+        return self._views(before.to(self.device))
+
     def read(self) -> tuple[Tensor, Tensor]:
         return materialize(*self.read_as_views())
 
     def read_as_views(self) -> tuple[CacheView, CacheView]:
+        return self._views(None)
+
+    def _views(self, query_offset: Tensor | None) -> tuple[CacheView, CacheView]:
         table, tokens = self.block_table, self.length
+        lengths = None if self._row_lengths is None else self.lengths
         key, value = (
             CacheView(
                 pools[0],
@@ -132,6 +165,8 @@ class PagedKVCache(Cache):
                 partial(self._gather, pools, table, tokens),
                 scales=pools[1] if len(pools) > 1 else None,
                 block_table=table,
+                lengths=lengths,
+                query_offset=None if lengths is None else query_offset,
             )
             for pools in split_kv(self._pools)
         )
@@ -142,56 +177,75 @@ class PagedKVCache(Cache):
         blocks = (pool[table].transpose(1, 2).flatten(2, 3) for pool in pools)
         return self._format.dequantize(tuple(part[:, :, :tokens] for part in blocks))
 
-    def rewind(self, n: int) -> None:
+    def rewind(self, n: int | Tensor) -> None:
         self.check_rewind(n)
-        self.length -= n
-        self._set_table(self._table[:, : self._columns(self.length)].clone())
+        lengths = self._row_lengths_on_cpu() - torch.as_tensor(n).cpu()
+        self._set_row_lengths(lengths)
+        self._drop_unused_blocks(lengths)
 
     def reorder(self, rows: Tensor) -> None:
         self._check_rows(rows)
-        self._set_table(self._table[rows.cpu()])
+        lengths = self._row_lengths_on_cpu()[rows.cpu()]
+        self._table = self._table[rows.cpu()]
         self.batch = len(rows)
+        self._set_row_lengths(lengths)
+        self._drop_unused_blocks(lengths)
 
     def reset(self) -> None:
-        self.rewind(self.length)
+        self.rewind(self._row_lengths_on_cpu())
+
+    def _drop_unused_blocks(self, lengths: Tensor) -> None:
+        columns = self._columns(self.length)
+        is_used = torch.arange(columns) < self._columns(lengths)[:, None]
+        self._set_table(self._table[:, :columns].masked_fill(~is_used, _NO_BLOCK))
 
     @property
     def nbytes(self) -> int:
         return sum(pool.nbytes for pool in self._pools) + self.block_table.nbytes
 
-    def _columns(self, length: int) -> int:
-        return -(-length // self.block_size)
+    def _columns(self, length: _Count) -> _Count:
+        """Number of blocks that hold so many tokens."""
+        return (length + self.block_size - 1) // self.block_size
 
     def _set_table(self, table: Tensor) -> None:
         # Free blocks are computed on the CPU, without a device synchronization.
         self._table = table
         self.block_table = table.to(self.device)
 
-    def _ensure_capacity(self, T: int) -> None:
-        """Allocate blocks for T more tokens, and copy blocks that rows share and will write to."""
-        columns = self._columns(self.length + T) - self._table.shape[1]
-        sharing = self._rows_to_copy_on_write()
-        if not columns and not sharing:
+    def _ensure_capacity(self, counts: Tensor) -> None:
+        """Allocate blocks for counts[b] more tokens of row b; copy shared blocks before a write."""
+        before = self._row_lengths_on_cpu()
+        first, last = self._columns(before), self._columns(before + counts)
+        column = torch.arange(int(last.max()))
+        missing = (column >= first[:, None]) & (column < last[:, None])
+        copying = self._rows_to_copy_on_write(before, counts)
+        if not copying and not bool(missing.any()):
             return
-        taken = self._allocate_blocks(len(sharing) + self.batch * columns)
-        table = torch.cat((self._table, taken[len(sharing) :].view(self.batch, columns)), dim=1)
-        if sharing:
-            last, copies = self._table.shape[1] - 1, taken[: len(sharing)]
-            source, target = table[sharing, last].to(self.device), copies.to(self.device)
+        taken = self._allocate_blocks(len(copying) + int(missing.sum()))
+        width = max(self._table.shape[1], len(column))
+        table = self._table.new_full((self.batch, width), _NO_BLOCK)
+        table[:, : self._table.shape[1]] = self._table
+        table[:, : len(column)][missing] = taken[len(copying) :]
+        if copying:
+            partial_block, copies = first[copying] - 1, taken[: len(copying)]
+            source = table[copying, partial_block].to(self.device)
+            target = copies.to(self.device)
             for pool in self._pools:
                 pool[target] = pool[source]
-            table[sharing, last] = copies
+            table[copying, partial_block] = copies
         self._set_table(table)
 
-    def _rows_to_copy_on_write(self) -> list[int]:
-        """Rows that will write to a block that an earlier row shares.
-
-        Rows share whole prefixes, so a block is at the same index in each of them.
-        """
-        if self.length % self.block_size == 0:
-            return []
-        last = self._table[:, -1].tolist()
-        return [row for row, block in enumerate(last) if block in last[:row]]
+    def _rows_to_copy_on_write(self, before: Tensor, counts: Tensor) -> list[int]:
+        """Rows that write to a partial block that another row keeps; the first of several keeps."""
+        writing = ((counts > 0) & (before % self.block_size > 0)).nonzero().flatten().tolist()
+        uses = self.block_refcounts
+        copying = []
+        for row in reversed(writing):
+            block = int(self._table[row, before[row] // self.block_size])
+            if uses[block] > 1:
+                uses[block] -= 1
+                copying.append(row)
+        return copying[::-1]
 
     def _allocate_blocks(self, count: int) -> Tensor:
         """Indices of `count` free blocks, int32."""

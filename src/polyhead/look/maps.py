@@ -114,7 +114,9 @@ def _first_query(call: AttentionCall, rows: list[int], key: int) -> int:
     if mask is None or any(isinstance(rule, Documents) for rule in mask.primitives()):
         return 0  # a documents mask cannot be narrowed to some queries
     seen = bisect_left(
-        rows, True, key=lambda stop: mask.key_range(0, stop, call.T, call.S)[1] > key
+        rows,
+        True,
+        key=lambda stop: mask.key_range(0, stop, call.T, call.S, call.query_offset)[1] > key,
     )
     return rows[max(0, seen - 1)]
 
@@ -126,7 +128,9 @@ def _from_query(call: AttentionCall, start: int) -> AttentionCall:
     if bias is not None and bias.ndim >= 2 and bias.shape[-2] > 1:
         bias = bias[..., start:, :]
     mask = call.mask.for_queries(start, call.T, call.T)
-    return replace(call, query=call.query[:, :, start:], mask=mask, bias=bias)
+    offset = None if call.query_offset is None else call.query_offset + start
+    query = call.query[:, :, start:]
+    return replace(call, query=query, mask=mask, bias=bias, query_offset=offset)
 
 
 def bin_edges(tokens: int, bins: int) -> Tensor:

@@ -92,12 +92,10 @@ def weights_by_chunk(call: AttentionCall) -> Iterator[tuple[int, int, Tensor]]:
     wide = {n: getattr(call, n).to(call.compute_dtype) for n in ("query", "key")}
     call = replace(call, **wide, value=wide["key"][..., :0], aux=AuxRequest(weights=True))
     for start, stop in chunks(call, call.B * call.H * call.S, _CELLS):
-        last = call.S
-        if call.mask is not None:
-            last = max(0, call.mask.key_range(start, stop, call.T, call.S)[1])
+        last = max(0, _key_range(call, start, stop)[1])
         part = slice_call(call, start, stop, 0, last)
         with _autocast_off(call.query):
-            weights = compute_aux(part, first_position=call.S - call.T + start).weights
+            weights = compute_aux(part).weights
         assert weights is not None
         yield start, stop, weights
 
@@ -112,12 +110,18 @@ def chunks(call: AttentionCall, cells_a_row: int, cells: int) -> Iterator[tuple[
 def slice_call(call: AttentionCall, start: int, stop: int, first: int, last: int) -> AttentionCall:
     """Return the call of queries start .. stop - 1 and keys first .. last - 1, mask materialized.
 
-    Its query 0 has position call.S - call.T + start - first among its keys.
+    The queries keep their positions.
     """
     mask = None
     if call.mask is not None:
         rows = call.mask.materialize_rows(
-            start, stop, call.T, call.S, keys=(first, last), device=call.device
+            start,
+            stop,
+            call.T,
+            call.S,
+            keys=(first, last),
+            query_offset=call.query_offset,
+            device=call.device,
         )
         mask = Dense(rows)
     bias = call.bias
@@ -131,7 +135,14 @@ def slice_call(call: AttentionCall, start: int, stop: int, first: int, last: int
         value=call.value[:, :, first:last],
         mask=mask,
         bias=bias,
+        query_offset=call.first_position + start - first,
     )
+
+
+def _key_range(call: AttentionCall, start: int, stop: int) -> tuple[int, int]:
+    if call.mask is None:
+        return 0, call.S
+    return call.mask.key_range(start, stop, call.T, call.S, call.query_offset)
 
 
 def _within(call: AttentionCall, first: int, last: int) -> Mask | None:
@@ -149,7 +160,7 @@ def _within(call: AttentionCall, first: int, last: int) -> Mask | None:
 
 def _keeps_structure(call: AttentionCall) -> bool:
     """True if a kernel can read the mask without materializing T x S booleans for it."""
-    rest = read_ranges(call.mask, call.T, call.S).unstructured
+    rest = read_ranges(call.mask, call.T, call.S, call.query_offset).unstructured
     return rest is None or isinstance(rest, Dense) or call.T * call.S <= _CELLS
 
 
@@ -166,11 +177,8 @@ def _autocast_off(query: Tensor) -> Iterator[None]:
 def _by_reference(call: AttentionCall, first: int, last: int) -> Aux:
     parts = []
     for start, stop in chunks(call, call.B * call.H * (last - first), _CELLS):
-        end = last
-        if call.mask is not None:
-            end = min(last, max(first, call.mask.key_range(start, stop, call.T, call.S)[1]))
-        part = slice_call(call, start, stop, first, end)
-        parts.append(compute_aux(part, first_position=call.S - call.T + start - first))
+        end = min(last, max(first, _key_range(call, start, stop)[1]))
+        parts.append(compute_aux(slice_call(call, start, stop, first, end)))
     return Aux(
         lse=torch.cat([p.lse for p in parts if p.lse is not None], dim=2) if call.aux.lse else None,
         stats=HeadStats.concat([p.stats for p in parts if p.stats is not None], dim=2)

@@ -5,8 +5,9 @@ b` either, `~a` is the complement. A backend reads the structure without buildin
 `materialize` defines the semantics.
 
 Positions are absolute: query t of T queries against S keys has position S - T + t, so that the last
-query aligns with the last key. (`align="start"` gives query t position t instead: the upper-left
-rule of `scaled_dot_product_attention` and ONNX.)
+query aligns with the last key, or query_offset + t if the call has a `query_offset`.
+(`align="start"` gives query t position t instead: the upper-left rule of
+`scaled_dot_product_attention` and ONNX.)
 
 In the drawings a row is a query, a column is a key, `x` may attend and `.` may not.
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
 from collections.abc import Iterator
@@ -13,12 +12,16 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ArgumentError, ShapeError
+from polyhead.mask.equality import equal_values, field_values, hashable
 
 __all__ = ["And", "KeySlice", "Mask", "MaskBlock", "Not", "Or", "QuerySlice"]
 
 
 class MaskBlock(NamedTuple):
-    """Queries q_start .. q_stop - 1 of T against keys k_start .. k_stop - 1 of S."""
+    """Queries q_start .. q_stop - 1 of T against keys k_start .. k_stop - 1 of S.
+
+    `query_offset` is the position of query 0, (B,) if it differs by batch row; None: S - T.
+    """
 
     q_start: int
     q_stop: int
@@ -27,17 +30,26 @@ class MaskBlock(NamedTuple):
     k_stop: int
     S: int
     device: torch.device | str | None
+    query_offset: int | Tensor | None = None
 
 
 class Mask:
     """Attention mask: a predicate of query and key. Built by the functions of `polyhead.mask`."""
 
-    def materialize(self, T: int, S: int, *, device: torch.device | str | None = None) -> Tensor:
+    def materialize(
+        self,
+        T: int,
+        S: int,
+        *,
+        query_offset: int | Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
         """The mask as a bool tensor, True = may attend.
 
         Args:
             T: number of queries.
             S: number of keys.
+            query_offset: position of query 0 among the keys, as in `attention`; None: S - T.
             device: device of the result. Masks that hold tensors stay on their own device.
 
         Returns:
@@ -48,7 +60,7 @@ class Mask:
         >>> ph.mask.causal().materialize(2, 3).int().tolist()
         [[1, 1, 0], [1, 1, 1]]
         """
-        return self.materialize_rows(0, T, T, S, device=device)
+        return self.materialize_rows(0, T, T, S, query_offset=query_offset, device=device)
 
     def materialize_rows(
         self,
@@ -58,6 +70,7 @@ class Mask:
         S: int,
         *,
         keys: tuple[int, int] | None = None,
+        query_offset: int | Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """Queries start .. stop - 1 of `materialize(T, S)`, without building the others.
@@ -71,7 +84,9 @@ class Mask:
         [[1, 0], [1, 1]]
         """
         k_start, k_stop = (0, S) if keys is None else keys
-        return self._materialize_block(MaskBlock(start, stop, T, k_start, k_stop, S, device))
+        return self._materialize_block(
+            MaskBlock(start, stop, T, k_start, k_stop, S, device, query_offset)
+        )
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         raise NotImplementedError
@@ -96,11 +111,13 @@ class Mask:
         """
         return self if start == 0 else self._drop_keys_before(start, S)
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
         """Range (k_start, k_stop) of keys that queries start .. stop - 1 may attend to.
 
         Keys outside of k_start .. k_stop - 1 are masked. Tensors are not read, so the range can be
-        too wide.
+        too wide. `query_offset` is as in `materialize`.
 
         >>> import polyhead as ph
         >>> (ph.mask.causal() & ph.mask.window(before=2)).key_range(10, 12, 100, 100)
@@ -179,11 +196,13 @@ class Mask:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return all(_same(a, b) for a, b in zip(_values(self), _values(other), strict=True))
+        return all(
+            equal_values(a, b) for a, b in zip(field_values(self), field_values(other), strict=True)
+        )
 
     def __hash__(self) -> int:
         # Equal masks have equal structure; tensors are hashed by shape, without reading values.
-        return hash((type(self), tuple(_static(value) for value in _values(self))))
+        return hash((type(self), tuple(hashable(value) for value in field_values(self))))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -218,9 +237,11 @@ class And(_Several):
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         return functools.reduce(operator.and_, (part._materialize_block(at) for part in self.parts))
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
         k_starts, k_stops = zip(
-            *(part.key_range(start, stop, T, S) for part in self.parts), strict=True
+            *(part.key_range(start, stop, T, S, query_offset) for part in self.parts), strict=True
         )
         return max(k_starts), min(k_stops)
 
@@ -238,9 +259,11 @@ class Or(_Several):
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         return functools.reduce(operator.or_, (part._materialize_block(at) for part in self.parts))
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
         k_starts, k_stops = zip(
-            *(part.key_range(start, stop, T, S) for part in self.parts), strict=True
+            *(part.key_range(start, stop, T, S, query_offset) for part in self.parts), strict=True
         )
         return min(k_starts), max(k_stops)
 
@@ -287,14 +310,23 @@ class QuerySlice(Mask):
     T: int
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
-        q_start, q_stop = self.start + at.q_start, self.start + at.q_stop
-        return self.part._materialize_block(at._replace(q_start=q_start, q_stop=q_stop, T=self.T))
+        return self.part._materialize_block(
+            at._replace(
+                q_start=self.start + at.q_start,
+                q_stop=self.start + at.q_stop,
+                T=self.T,
+                query_offset=_shifted(at.query_offset, -self.start),
+            )
+        )
 
     def primitives(self) -> Iterator[Mask]:
         return self.part.primitives()
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        return self.part.key_range(self.start + start, self.start + stop, self.T, S)
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
+        offset = _shifted(query_offset, -self.start)
+        return self.part.key_range(self.start + start, self.start + stop, self.T, S, offset)
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
         return QuerySlice(self.part.for_keys(start, S), self.start, self.stop, self.T)
@@ -327,14 +359,23 @@ class KeySlice(Mask):
     S: int
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
-        k_start, k_stop = self.first + at.k_start, self.first + at.k_stop
-        return self.part._materialize_block(at._replace(k_start=k_start, k_stop=k_stop, S=self.S))
+        return self.part._materialize_block(
+            at._replace(
+                k_start=self.first + at.k_start,
+                k_stop=self.first + at.k_stop,
+                S=self.S,
+                query_offset=_shifted(at.query_offset, self.first),
+            )
+        )
 
     def primitives(self) -> Iterator[Mask]:
         return self.part.primitives()
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        k_start, k_stop = self.part.key_range(start, stop, T, self.S)
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
+        offset = _shifted(query_offset, self.first)
+        k_start, k_stop = self.part.key_range(start, stop, T, self.S, offset)
         return max(k_start - self.first, 0), k_stop - self.first
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
@@ -358,6 +399,10 @@ class KeySlice(Mask):
         return f"{_bracketed(self.part)}.for_keys({self.first}, {self.S})"
 
 
+def _shifted(query_offset: int | Tensor | None, by: int) -> int | Tensor | None:
+    return None if query_offset is None else query_offset + by
+
+
 def _combine(kind: type[_Several], left: Mask, right: Mask) -> Mask:
     """Combine two masks, flattened, each part once: `a & (b & a)` is `a & b`."""
     if not isinstance(right, Mask):
@@ -368,31 +413,6 @@ def _combine(kind: type[_Several], left: Mask, right: Mask) -> Mask:
             if part not in parts:
                 parts.append(part)
     return parts[0] if len(parts) == 1 else kind(tuple(parts))
-
-
-def _values(mask: Mask) -> list[object]:
-    return [getattr(mask, field.name) for field in dataclasses.fields(mask)]  # type: ignore[arg-type]
-
-
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.device == b.device and a.dtype == b.dtype and _equal(a, b))
-    return a == b
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """True if their values are equal; False if they cannot be read: in torch.compile, in vmap, on
-    the meta device."""
-    if torch.compiler.is_compiling():
-        return False
-    try:
-        return torch.equal(a, b)
-    except RuntimeError:
-        return False
-
-
-def _static(value: object) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else value
 
 
 def _bracketed(mask: Mask) -> str:

@@ -35,8 +35,13 @@ class Causal(Mask):
         query, key = _positions(at, self.align)
         return key <= query
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        return 0, min(S, max(0, stop + _offset(T, S, self.align)))
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
+        offset = _offset(T, S, self.align, query_offset)
+        if isinstance(offset, Tensor):
+            return 0, S
+        return 0, min(S, max(0, stop + offset))
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
         return self if self.align == "end" else super()._drop_keys_before(start, S)
@@ -60,8 +65,12 @@ class Window(Mask):
             allowed = allowed & (key <= query + self.after)
         return allowed
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
-        offset = _offset(T, S, self.align)
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
+        offset = _offset(T, S, self.align, query_offset)
+        if isinstance(offset, Tensor):
+            return 0, S
         k_start = 0 if self.before is None else start + offset - self.before
         k_stop = S if self.after is None else stop + offset + self.after
         return min(S, max(0, k_start)), min(S, max(0, k_stop))
@@ -122,7 +131,9 @@ class Prefix(Mask):
             at.q_stop - at.q_start, -1
         )
 
-    def key_range(self, start: int, stop: int, T: int, S: int) -> tuple[int, int]:
+    def key_range(
+        self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
+    ) -> tuple[int, int]:
         return 0, min(S, self.n)
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
@@ -138,11 +149,25 @@ class Documents(Mask):
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
         self._check_sizes(at.T, at.S)
-        offset = at.S - at.T
-        query_ids = self.ids[..., offset + at.q_start : offset + at.q_stop]
         key_ids = self.ids[..., at.k_start : at.k_stop]
-        allowed = query_ids[..., :, None] == key_ids[..., None, :]
+        if at.query_offset is None:
+            offset = at.S - at.T
+            query_ids = self.ids[..., offset + at.q_start : offset + at.q_stop]
+            allowed = query_ids[..., :, None] == key_ids[..., None, :]
+        else:
+            allowed = self._with_offset(at, key_ids)
         return allowed if allowed.ndim == 2 else allowed[:, None]
+
+    def _with_offset(self, at: MaskBlock, key_ids: Tensor) -> Tensor:
+        """(q, k) or (B, q, k). A query at no key's position has no document."""
+        query = _query_positions(at, "end")
+        is_token = (query >= 0) & (query < at.S)
+        index = query.clamp(0, at.S - 1)
+        if self.ids.ndim == 1:
+            query_ids = self.ids[index]
+        else:
+            query_ids = self.ids.gather(1, index.expand(len(self.ids), -1))
+        return (query_ids[..., :, None] == key_ids[..., None, :]) & is_token[..., None]
 
     def _drop_keys_before(self, start: int, S: int) -> Mask:
         return Documents(self.ids[..., start:])
@@ -222,8 +247,10 @@ class Custom(Mask):
         batch = torch.arange(self.batch, device=at.device)[:, None, None, None]
         head = torch.arange(self.heads, device=at.device)[:, None, None]
         query, key = _positions(at, self.align)
-        shape = (self.batch, self.heads, at.q_stop - at.q_start, at.k_stop - at.k_start)
-        return _checked(self, self.fn(batch, head, query[None, None], key[None, None]), shape)
+        query = query if query.ndim == 4 else query[None, None]
+        rows = max(self.batch, len(query))
+        shape = (rows, self.heads, at.q_stop - at.q_start, at.k_stop - at.k_start)
+        return _checked(self, self.fn(batch, head, query, key[None, None]), shape)
 
     def check(self, B: int, H: int, T: int, S: int, device: torch.device) -> None:
         for name, have, want in (("batch", self.batch, B), ("heads", self.heads, H)):
@@ -256,16 +283,25 @@ def _checked(mask: Custom, allowed: object, shape: tuple[int, ...]) -> Tensor:
     return allowed.expand(shape)
 
 
-def _offset(T: int, S: int, align: Align) -> int:
+def _offset(T: int, S: int, align: Align, query_offset: int | Tensor | None) -> int | Tensor:
     """Absolute position of query 0."""
-    return S - T if align == "end" else 0
+    if align == "start":
+        return 0
+    return S - T if query_offset is None else query_offset
+
+
+def _query_positions(at: MaskBlock, align: Align) -> Tensor:
+    """Absolute positions of the queries, (q,), or (B, q) if they differ by batch row."""
+    rows = torch.arange(at.q_start, at.q_stop, device=at.device)
+    offset = _offset(at.T, at.S, align, at.query_offset)
+    return rows + (offset[:, None] if isinstance(offset, Tensor) else offset)
 
 
 def _positions(at: MaskBlock, align: Align) -> tuple[Tensor, Tensor]:
-    """Absolute positions of the queries as a column, and of the keys as a row."""
-    query = torch.arange(at.q_start, at.q_stop, device=at.device)[:, None]
-    key = torch.arange(at.k_start, at.k_stop, device=at.device)[None, :]
-    return query + _offset(at.T, at.S, align), key
+    """Absolute positions of the queries as a column, (q, 1) or (B, 1, q, 1), and of the keys."""
+    query = _query_positions(at, align)
+    column = query[:, None] if query.ndim == 1 else query[:, None, :, None]
+    return column, torch.arange(at.k_start, at.k_stop, device=at.device)[None, :]
 
 
 def _check_batch(name: str, tensor: Tensor, B: int, device: torch.device) -> None:

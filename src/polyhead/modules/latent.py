@@ -34,7 +34,12 @@ from polyhead.modules.validate import (
 )
 from polyhead.modules.weights import describe_layer, takes_what_it_holds
 from polyhead.positions import Rope, apply_rope
-from polyhead.validate import check_request, check_scale
+from polyhead.validate import (
+    cached_query_offset,
+    check_request,
+    check_scale,
+    mask_cached_rows,
+)
 
 __all__ = ["MultiHeadLatentAttention"]
 
@@ -222,12 +227,12 @@ class MultiHeadLatentAttention(nn.Module):
         rule = combine_masks(self.mask, mask)
         self._check_absorb(absorb)
         request = check_request(return_aux)
-        first = 0
         if cache is not None:
             check_cache(cache, rule, x, None, self.num_heads, self.context_length)
-            first = cache.length
+            if positions is None and self.rope is not None:
+                positions = cache.next_positions(x.shape[1])
         with onednn_linear(x, self):
-            q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions, first)
+            q_nope_bhtn, q_rope_bhtr, new_b1td = self._project(x, positions)
         latent_b1sd: Tensor | CacheView = new_b1td
         if cache is not None:
             latent_b1sd, _ = cache.append_as_views(new_b1td, new_b1td[..., :0])
@@ -236,6 +241,10 @@ class MultiHeadLatentAttention(nn.Module):
             absorb = self._absorbing_is_less(x.shape[1], latent_b1sd.shape[2])
         form: Callable[..., tuple[Tensor, Tensor | CacheView, Tensor | CacheView]]
         form = self._absorbed if absorb else self._expanded
+        # The expanded form makes tensors of the view, and with them its lengths would be lost.
+        query_offset = None if absorb else cached_query_offset(latent_b1sd, x.shape[1])
+        if query_offset is not None:
+            rule = mask_cached_rows(latent_b1sd, rule)
         with onednn_linear(q_nope_bhtn, self):
             query, key, value = form(q_nope_bhtn, q_rope_bhtr, latent_b1sd)
         contexts_bhte, aux = attention(
@@ -245,6 +254,7 @@ class MultiHeadLatentAttention(nn.Module):
             mask=rule,
             scale=self.scale,
             dropout=self.dropout.p if self.training else 0.0,
+            query_offset=query_offset,
             backend=self.backend,
             return_aux=request,
         )
@@ -269,9 +279,7 @@ class MultiHeadLatentAttention(nn.Module):
         most = self.context_length if max_tokens is None else max_tokens
         return fitting_cache(self, batch, most, 1, self.kv_rank + self.rope_head_dim, 0, options)
 
-    def _project(
-        self, x: Tensor, positions: Tensor | None, first: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Both parts of the queries, (B, H, T, ...), and [c, k_rope], (B, 1, T, C + R)."""
         check_input("x", x, self.W_kv_down, self.d_in, self.context_length)
         source = x
@@ -286,7 +294,7 @@ class MultiHeadLatentAttention(nn.Module):
         c_b1tc = self.kv_norm(c_b1tc).to(down_b1td.dtype)
         if self.rope is not None:
             q_rope_bhtr, k_rope_b1tr = apply_rope(
-                self.rope, q_rope_bhtr, k_rope_b1tr, positions, None, first
+                self.rope, q_rope_bhtr, k_rope_b1tr, positions, None
             )
         return q_nope_bhtn, q_rope_bhtr, torch.cat((c_b1tc, k_rope_b1tr), dim=-1)
 
@@ -295,7 +303,7 @@ class MultiHeadLatentAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of H heads: W_key and W_value act on the latent of every key."""
         if isinstance(latent_b1sd, CacheView):
-            latent_b1sd = latent_b1sd.materialize()
+            latent_b1sd = latent_b1sd.materialize_valid()
         c_bsc = latent_b1sd[:, 0, :, : self.kv_rank]
         k_rope_bhsr = latent_b1sd[..., self.kv_rank :].expand(-1, self.num_heads, -1, -1)
         k_nope_bhsn = split_heads("W_key", self.W_key(c_bsc), self.num_heads, self.nope_head_dim)

@@ -37,7 +37,7 @@ from polyhead.modules.validate import (
     split_heads,
 )
 from polyhead.positions import Rope, alibi_slopes, apply_rope
-from polyhead.validate import check_request, check_scale, check_softcap
+from polyhead.validate import cached_query_offset, check_request, check_scale, check_softcap
 
 __all__ = ["MultiHeadAttention"]
 
@@ -255,13 +255,11 @@ class MultiHeadAttention(nn.Module):
         memory: Tensor | None = None,
         *,
         positions: Tensor | None = None,
-        first_position: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as `attention` receives them: split, normed, turned by rope.
 
         Args:
             x, memory, positions: as in `forward`.
-            first_position: where the first key stands, if positions are not given.
 
         Returns:
             query (B, H, T, head_dim), key (B, G, S, head_dim), value (B, G, S, value_head_dim);
@@ -284,9 +282,7 @@ class MultiHeadAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query_bhtd, key_bgsd = self.q_norm(query_bhtd), self.k_norm(key_bgsd)
         if self.rope is not None:
-            query_bhtd, key_bgsd = apply_rope(
-                self.rope, query_bhtd, key_bgsd, positions, memory, first_position
-            )
+            query_bhtd, key_bgsd = apply_rope(self.rope, query_bhtd, key_bgsd, positions, memory)
         return query_bhtd, key_bgsd, value_bgse
 
     def head_contexts(
@@ -351,24 +347,25 @@ class MultiHeadAttention(nn.Module):
     ) -> tuple[Tensor, Aux]:
         """Context vectors (B, H, T, value_head_dim) of every head, gated, and the aux."""
         rule = combine_masks(self.mask, mask)
-        first = 0
         if cache is not None:
             check_cache(cache, rule, x, memory, self.num_heads, self.context_length)
-            first = cache.length
+            if positions is None and self.rope is not None:
+                positions = cache.next_positions(x.shape[1])
         key: Tensor | CacheView
         value: Tensor | CacheView
-        query, *new = self.project_qkv(x, memory, positions=positions, first_position=first)
+        query, *new = self.project_qkv(x, memory, positions=positions)
         key, value = new if cache is None else cache.append_as_views(*new)
         if cache is not None:
             rule = None if rule is None else rule.for_keys(cache.start, cache.length)
         T, S = query.shape[2], key.shape[2]
+        offset = () if (first := cached_query_offset(key, T)) is None else (first,)
         contexts_bhte, aux = attention(
             query,
             key,
             value,
             mask=rule,
             scale=self.scale,
-            bias=None if self.position_bias is None else self.position_bias(T, S),
+            bias=None if self.position_bias is None else self.position_bias(T, S, *offset),
             softcap=self.softcap,
             sinks=self.sinks,
             alibi_slopes=self._slopes(x.device) if self.alibi else None,

@@ -30,6 +30,7 @@ class RelativeBias(nn.Module):
 
     Shapes:
         (T, S) -> (1, H, T, S): queries are the last T of S positions, as in a mask.
+        (T, S, query_offset (B,)) -> (B, H, T, S): query 0 of row b has position query_offset[b].
 
     Raises:
         ShapeError: num_heads is not an integer of at least 1, or num_buckets not of at least 4.
@@ -63,11 +64,14 @@ class RelativeBias(nn.Module):
         self.bidirectional = bidirectional
         self.weight = nn.Parameter(torch.zeros(num_buckets, num_heads, device=device, dtype=dtype))
 
-    def forward(self, T: int, S: int) -> Tensor:
+    def forward(self, T: int, S: int, query_offset: int | Tensor | None = None) -> Tensor:
         device = self.weight.device
-        query = torch.arange(S - T, S, device=device)[:, None]
+        offset = S - T if query_offset is None else query_offset
+        if isinstance(offset, Tensor):
+            offset = offset[:, None, None]
+        query = torch.arange(T, device=device)[:, None] + offset
         bias_tsh = self.weight[self.buckets(torch.arange(S, device=device) - query)]
-        return bias_tsh.permute(2, 0, 1)[None]
+        return bias_tsh.movedim(-1, -3).view(-1, self.weight.shape[1], T, S)
 
     def buckets(self, offsets: Tensor) -> Tensor:
         """Return the bucket of each offset, key position minus query position."""

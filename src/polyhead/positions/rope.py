@@ -143,7 +143,6 @@ def apply_rope(
     key_bgsd: Tensor,
     positions: Tensor | None,
     memory: Tensor | None,
-    first: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by their positions.
 
@@ -151,15 +150,14 @@ def apply_rope(
         rope: of both.
         query_bhtd, key_bgsd: (B, H, T, D), (B, G, S, D).
         positions: of the queries, (T,) or (B, T), and of the keys unless these come from a memory.
-            None: keys stand at first .. first + S - 1, and queries at their end.
+            None: keys have positions 0 .. S - 1, and queries are the last T of them.
         memory: the source of the keys, or None for that of the queries.
-        first: position of the first key.
     """
     B, _, T, _ = query_bhtd.shape
-    last = first + key_bgsd.shape[2]
-    key_positions = torch.arange(first, last, device=key_bgsd.device)
+    S = key_bgsd.shape[2]
+    key_positions = torch.arange(S, device=key_bgsd.device)
     if positions is None:
-        positions = torch.arange(last - T, last, device=query_bhtd.device)
+        positions = torch.arange(S - T, S, device=query_bhtd.device)
     else:
         check_positions(positions, B, T)
         if memory is None:

@@ -129,6 +129,8 @@ def wrong_sizes(B=2, H=4, G=2, T=3, S=5, D=8):
     yield "padding", torch.ones(B, dtype=torch.int16)
     yield "documents", torch.zeros(S - 1, dtype=torch.int64)
     yield "documents", torch.zeros(B + 1, S, dtype=torch.int32)
+    yield "query_offset", torch.zeros(B + 1, dtype=torch.int64)
+    yield "query_offset", torch.zeros(B)
     yield "sinks", torch.zeros(H - 1)
     yield "alibi_slopes", torch.zeros(H, dtype=torch.float64)
     yield "seed", torch.zeros(2, dtype=torch.int64)
@@ -140,7 +142,16 @@ def wrong_sizes(B=2, H=4, G=2, T=3, S=5, D=8):
 def test_an_operator_called_by_itself_refuses_sizes_that_do_not_fit(tensors, name, wrong):
     """Whoever comes by `torch.ops`, an exported graph say, must not read beyond a tensor."""
     names = ("query", "key", "value", "bias", "allowed", "lengths", "padding", "documents")
-    names += ("sinks", "alibi_slopes", "seed", "band", "scale", "softcap", "dropout")
+    names += (
+        "query_offset",
+        "sinks",
+        "alibi_slopes",
+        "seed",
+        "band",
+        "scale",
+        "softcap",
+        "dropout",
+    )
     arguments = dict.fromkeys(names) | {"band": [-9, 9, 9, 9, 0]}
     arguments |= {"scale": 1.0, "softcap": 0.0, "dropout": 0.0}
     sizes = {"B": 2, "H": 4, "G": 2, "T": 3, "S": 5, "D": 8}

@@ -94,8 +94,8 @@ def auto_skip(call: AttentionCall, can_run: Callable[[str], bool]) -> list[str]:
 
 
 def reads_cache_views(call: AttentionCall) -> bool:
-    """Whether keys and values are read where a cache holds them: in inference, unless weights,
-    which are T x S numbers anyway, are asked for."""
+    """True if cached keys and values are read in place: in inference, unless weights, which are
+    T x S numbers anyway, are requested."""
     return not (call.needs_grad or call.aux.weights or call.aux.mean_weights)
 
 
@@ -107,10 +107,10 @@ def notes(call: AttentionCall) -> list[str]:
     kernel = _kernel(call)
     noted.append(f"{kernel} kernel: {_KERNEL_NOTES[kernel]}")
     if call.cache_views is not None:
-        noted.append(f"keys and values read where the cache holds them: {call.cache_views[0]}")
-    rest = read_ranges(call.mask, call.T, call.S).unstructured
+        noted.append(f"cached keys and values read in place: {call.cache_views[0]}")
+    rest = read_ranges(call.mask, call.T, call.S, call.query_offset).unstructured
     if rest is not None:
-        noted.append(f"{rest!r} written out as booleans")
+        noted.append(f"{rest!r} materialized as a bool tensor")
     return noted
 
 
@@ -121,10 +121,15 @@ def _kernel(call: AttentionCall) -> str:
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E), and the aux asked for; of that only lse has a gradient."""
-    ranges = read_ranges(call.mask, call.T, call.S)
+    offset = call.query_offset
+    ranges = read_ranges(call.mask, call.T, call.S, offset)
     allowed = None
     if ranges.unstructured is not None:
-        allowed = ranges.unstructured.materialize(call.T, call.S, device=call.device)
+        allowed = ranges.unstructured.materialize(
+            call.T, call.S, query_offset=offset, device=call.device
+        )
+    if isinstance(offset, int):
+        offset = torch.tensor([offset])
     sinks, slopes = call.sinks, call.alibi_slopes
     slopes = None if slopes is None else slopes.float().contiguous()
     query = maybe_contiguous(call.query)
@@ -135,6 +140,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
         ranges.lengths,
         ranges.padding,
         ranges.documents,
+        offset,
         None if sinks is None else sinks.float().contiguous(),
         slopes,
         torch.randint(2**62, (1,)) if call.dropout > 0.0 else None,
@@ -174,6 +180,7 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
             ranges.lengths,
             ranges.padding,
             ranges.documents,
+            offset,
             slopes,
             ranges.band,
             call.scale,

@@ -139,25 +139,17 @@ def _output_shape(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) ->
     return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
-def _backward_shapes(
-    grad_output: Tensor,
-    grad_lse: Tensor | None,
-    output: Tensor,
-    details: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    *_, bias_grad, sinks_grad = arguments
+def _backward_shapes(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    given = dict(zip(_BACKWARD, inputs, strict=True))
+    query = given["query"]
 
-    def like(tensor: Tensor | None, asked: bool = True) -> Tensor:
-        shape = tensor.shape if asked and tensor is not None else (0,)
-        return query.new_empty(shape, dtype=torch.float32)
+    def like(name: str, needed: bool = True) -> Tensor:
+        shape = given[name].shape if needed and given[name] is not None else (0,)
+        empty: Tensor = query.new_empty(shape, dtype=torch.float32)
+        return empty
 
-    sinks = arguments[4]
-    return like(query), like(key), like(value), like(bias, bias_grad), like(sinks, sinks_grad)
+    bias, sinks = like("bias", given["bias_grad"]), like("sinks", given["sinks_grad"])
+    return like("query"), like("key"), like("value"), bias, sinks
 
 
 def _weights_shape(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
@@ -174,6 +166,7 @@ def _argument_names(operator: str) -> tuple[str, ...]:
 
 # Gradients are mapped by the names of the schema, in which arguments may come and go.
 _FORWARD = () if unavailable else _argument_names("attention_forward")
+_BACKWARD = () if unavailable else _argument_names("attention_backward")
 _OPTIONS = ("band", "scale", "softcap", "dropout", "stats")
 _TENSORS = tuple(name for name in _FORWARD if name not in _OPTIONS)
 

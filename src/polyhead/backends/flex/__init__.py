@@ -35,6 +35,7 @@ def why_not(call: AttentionCall) -> list[str]:
         reasons.append(f"needs B, T, S and E of at least 1; got {sizes}")
     if call.dropout > 0.0:
         reasons.append(f"has no dropout; got dropout = {call.dropout}")
+    reasons.extend(_offset_reasons(call))
     reasons.extend(transform_reasons())
     reasons.extend(tracing_reasons())
     unknown = flex_mask.unknown(call.mask)
@@ -75,10 +76,13 @@ def notes(call: AttentionCall) -> list[str]:
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E); aux is left to the definition."""
+    assert not isinstance(call.query_offset, Tensor)  # see _offset_reasons
     options: dict[str, Any] = {
         "score_mod": _score_rule(call),
         # Also where all may attend: torch's default, one block, holds T x S scores on a cpu.
-        "block_mask": flex_mask.block_mask(call.mask, call.T, call.S, call.device),
+        "block_mask": flex_mask.block_mask(
+            call.mask, call.T, call.S, call.device, call.query_offset
+        ),
         "scale": call.scale,
         "enable_gqa": call.group > 1,
     }
@@ -97,6 +101,17 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     # The weights' share of exp(lse) + exp(sink). Where lse is -inf it is 0.
     share_bht = torch.sigmoid(aux.lse - call.sinks[:, None])
     return (output * share_bht[..., None]).to(call.dtype), Aux()
+
+
+def _offset_reasons(call: AttentionCall) -> list[str]:
+    if isinstance(call.query_offset, Tensor):
+        return ["has one query_offset for all batch rows; got one per row"]
+    if call.query_offset is not None and not 0 <= call.query_offset <= call.S - call.T:
+        return [
+            "needs queries at positions of keys; got query_offset = "
+            f"{call.query_offset}, T = {call.T}, S = {call.S}"
+        ]
+    return []
 
 
 def _cpu_reasons(call: AttentionCall) -> list[str]:
@@ -161,7 +176,8 @@ def _score_rule(call: AttentionCall) -> ScoreRule | None:
     if call.softcap is None and call.bias is None and call.alibi_slopes is None:
         return None
     softcap, slopes = call.softcap, call.alibi_slopes
-    offset = flex_mask.number(call.S - call.T, call.device)
+    assert isinstance(call.first_position, int)
+    offset = flex_mask.number(call.first_position, call.device)
     bias = None if call.bias is None else flex_mask.entry(call.bias)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -70,8 +70,14 @@ class Rule(NamedTuple):
     every: Tensor
 
 
-def lower(mask: Mask | None, T: int, S: int, device: torch.device) -> Rule:
-    """A mask, or None for everybody, for T queries and S keys.
+def lower(
+    mask: Mask | None, T: int, S: int, device: torch.device, query_offset: int | None = None
+) -> Rule:
+    """A mask, or None for full attention, for T queries and S keys.
+
+    Args:
+        mask, T, S, device: of the call.
+        query_offset: position of query 0; None: S - T.
 
     >>> import polyhead as ph
     >>> rule = lower(ph.mask.causal(), 300, 300, torch.device("cpu"))
@@ -80,15 +86,17 @@ def lower(mask: Mask | None, T: int, S: int, device: torch.device) -> Rule:
     >>> rule.every.int().tolist()
     [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
     """
-    view = _View(T, S, T, S, 0, 0, device)
+    view = _View(T, S, T, S, 0, 0, device, query_offset)
     return _everybody(view) if mask is None else _lower(mask, view)
 
 
-def block_mask(mask: Mask | None, T: int, S: int, device: torch.device) -> BlockMask:
-    """A mask as `flex_attention` takes it. Holds a few numbers a block, and no T x S tensor."""
+def block_mask(
+    mask: Mask | None, T: int, S: int, device: torch.device, query_offset: int | None = None
+) -> BlockMask:
+    """A mask as `flex_attention` takes it. Holds a few numbers per block, and no T x S tensor."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    allows, some, every = lower(mask, T, S, device)
+    allows, some, every = lower(mask, T, S, device, query_offset)
     # A block that the last tokens do not fill is asked: not all of its pairs exist.
     filled_t, filled_s = (_edges(n, device)[1] % BLOCK == BLOCK - 1 for n in (T, S))
     some, every = torch.broadcast_tensors(some, every & (filled_t[:, None] & filled_s)[None, None])
@@ -156,9 +164,12 @@ class _View:
     first_query: int
     first_key: int
     device: torch.device
+    query_offset: int | None  # of the call: position of query 0 among the call's keys
 
     def offset(self, align: str) -> int:
-        """Where the call's query 0 stands, counted from the call's key 0."""
+        """Position of the call's query 0 among the call's keys."""
+        if align == "end" and self.query_offset is not None:
+            return self.query_offset
         aligned = self.columns - self.rows if align == "end" else 0
         return self.first_query + aligned - self.first_key
 
@@ -272,8 +283,8 @@ def _prefix(mask: Prefix, view: _View) -> Rule:
 
 
 def _documents(mask: Documents, view: _View) -> Rule:
-    ids, first_query = mask.ids, view.first_query + view.columns - view.rows
-    first_key = view.first_key
+    ids, first_key = mask.ids, view.first_key
+    first_query = view.offset("end") + first_key
     query_shift, key_shift = view.number(first_query), view.number(first_key)
 
     def allows(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
