@@ -98,7 +98,13 @@ class Backward {
     KeyRange tiles[kGradTiles];  // the keys of each tile, relative to s
     int64_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
     int64_t tile_rows(int64_t tile) const { return min(kTileRows, rows - tile * kTileRows); }
+    int64_t padded_keys() const { return padded(keys); }
   };
+
+  // Keys that tiles read or write: whole tiles, and whole vectors. Only these are cleared, as
+  // clearing a whole block takes longer than a short call.
+  static int64_t padded(int64_t keys) { return round_up(round_up(keys, kTileRows), kLanes); }
+  static_assert(kGradKeys % kTileRows == 0 && kGradKeys % kLanes == 0);
 
   static void add_parts(const float* parts, int64_t count, int64_t stride, int64_t size,
                         float* to) {
@@ -153,10 +159,10 @@ class Backward {
       pack_keys(a_.key, b, g, s, s + count, a_.D, worker.key_columns);
       pack_keys(a_.value, b, g, s, s + count, a_.E, worker.value_columns);
       pack_depth_major(a_.key, b, g, s, s + count, a_.D, worker.key_steps);
-      const int64_t steps = PackedLayout<Element>::steps(count);
-      clear(worker.key_steps + steps * size_d(), (kGradKeys / kElementsPerStep - steps) * size_d());
-      clear(worker.key_grad, kGradKeys * size_d());
-      clear(worker.value_grad, kGradKeys * size_e());
+      const int64_t steps = PackedLayout<Element>::steps(count), end = padded(count);
+      clear(worker.key_steps + steps * size_d(), (end / kElementsPerStep - steps) * size_d());
+      clear(worker.key_grad, end * size_d());
+      clear(worker.value_grad, end * size_e());
       for (int64_t h = g * a_.group(); h < (g + 1) * a_.group(); ++h)
         for (int64_t t = 0; t < a_.T; t += kGradQueries)
           run_block(worker, {b, h, t, min(kGradQueries, a_.T - t), s, count, {}}, split);
@@ -194,8 +200,8 @@ class Backward {
     multiply_columns(block, worker.grads, worker.value_columns, a_.E, 1.0F, worker.scores);
     for (int64_t row = 0; row < block.rows; ++row) differentiate_row(worker, block, row);
     if constexpr (kElementsPerStep > 1) {
-      pack_bf16_pair_rows(worker.weights, block.rows, worker.weight_steps);
-      pack_bf16_pair_rows(worker.scores, block.rows, worker.score_steps);
+      pack_bf16_pair_rows(worker.weights, block, worker.weight_steps);
+      pack_bf16_pair_rows(worker.scores, block, worker.score_steps);
     }
     add_to_keys(block, worker.weight_steps, worker.grad_steps, a_.E, worker.value_grad);
     add_to_keys(block, worker.score_steps, worker.query_steps, a_.D, worker.key_grad);
@@ -261,7 +267,7 @@ class Backward {
     Weight* const padded[] = {to_weights, to_scores};
     for (Weight* to : padded) {
       clear(to, span.begin);
-      clear(to + span.end, kGradKeys - span.end);
+      clear(to + span.end, block.padded_keys() - span.end);
     }
     // One element for all keys: reduced first, as that rounds less often.
     if (worker.bias != nullptr && g_.bias_stride[3] == 0)
@@ -281,13 +287,13 @@ class Backward {
   }
 
   // Packs rows of P or dS, two at a time, as lhs steps of bfloat16 pairs.
-  static void pack_bf16_pair_rows(const float* from, int64_t rows, Element* to) {
+  static void pack_bf16_pair_rows(const float* from, const Block& block, Element* to) {
     static constexpr Weight kZeros[kGradKeys] = {};
-    for (int64_t row = 0; row < rows; row += 2, from += 2 * kGradStride, to += kGradStride) {
+    for (int64_t row = 0; row < block.rows; row += 2, from += 2 * kGradStride, to += kGradStride) {
       const auto* first = reinterpret_cast<const Weight*>(from);
       const auto* second =
-          row + 1 < rows ? reinterpret_cast<const Weight*>(from + kGradStride) : kZeros;
-      for (int64_t i = 0; i < kGradKeys; i += kLanes)
+          row + 1 < block.rows ? reinterpret_cast<const Weight*>(from + kGradStride) : kZeros;
+      for (int64_t i = 0; i < block.padded_keys(); i += kLanes)
         store_as(to + i, pack_bf16_pairs(first + i, second + i));
     }
   }
