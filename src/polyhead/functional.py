@@ -310,7 +310,7 @@ def _run(chosen: Backend, call: AttentionCall) -> tuple[Tensor, Aux]:
     # A graph, compiled or traced, has the derivatives of its operators, and records no other.
     is_graph = torch.compiler.is_compiling() or is_traced()
     if _gives_first_derivative_only(chosen, call) and not is_graph:
-        output, aux = run_twice_differentiable(chosen.run, asked)
+        output, aux = run_twice_differentiable(chosen, asked)
     else:
         output, aux = chosen.run(asked)
     if left:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from polyhead.backends import cpu, flex, reference, sdpa
+from polyhead.backends.double_backward import Derivative
 from polyhead.cache_view import CacheView
 from polyhead.call import AttentionCall, Aux
 from polyhead.errors import ArgumentError, BackendError, DtypeError
@@ -58,6 +59,8 @@ class Backend:
             it, given `can_run(name)` for the other backends.
         first_order_only: whether `run` has first derivatives only, of its output and its lse; the
             definition then gives all others, of a `weights` or `stats` too.
+        derivative: its forward and backward pass without an autograd graph, which is faster than
+            that of `run`; or None.
         reads_cache_views: whether `run` reads a call's keys and values where a cache holds them
             (`call.cache_views`); otherwise it is given the call `materialized()`.
         fast_path: (query, key, value, mask, scale) -> the output of a plain call in inference,
@@ -72,6 +75,7 @@ class Backend:
     aux: frozenset[str] = frozenset()
     auto_skip: Callable[[AttentionCall, CanRun], list[str]] | None = None
     first_order_only: bool = False
+    derivative: Derivative | None = None
     reads_cache_views: Callable[[AttentionCall], bool] = lambda call: False
     fast_path: FastPath | None = None
     summary: str = ""
@@ -99,6 +103,7 @@ BACKENDS: tuple[Backend, ...] = (
         aux=frozenset({"weights", "mean_weights", "lse", "stats"}),
         auto_skip=cpu.auto_skip,
         first_order_only=True,
+        derivative=Derivative(cpu.forward, cpu.backward),
         reads_cache_views=cpu.reads_cache_views,
         fast_path=cpu.try_fast_path,
         summary="polyhead's own C++ kernels for the processor; every mask and variant fused",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,16 @@ from polyhead.cache_view import CacheView
 from polyhead.call import NO_AUX, AttentionCall, Aux, HeadStats
 from polyhead.mask import Causal, Mask
 
-__all__ = ["auto_skip", "notes", "reads_cache_views", "run", "try_fast_path", "why_not"]
+__all__ = [
+    "auto_skip",
+    "backward",
+    "forward",
+    "notes",
+    "reads_cache_views",
+    "run",
+    "try_fast_path",
+    "why_not",
+]
 
 _KERNEL_NOTES = {
     "decode": "K and V are read once, in place, split among the threads",
@@ -120,36 +130,8 @@ def _kernel(call: AttentionCall) -> str:
 
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
-    """Output (B, H, T, E), and the aux asked for; of that only lse has a gradient."""
-    offset = call.query_offset
-    ranges = read_ranges(call.mask, call.T, call.S, offset)
-    allowed = None
-    if ranges.unstructured is not None:
-        allowed = ranges.unstructured.materialize(
-            call.T, call.S, query_offset=offset, device=call.device
-        )
-    if isinstance(offset, int):
-        offset = torch.tensor([offset])
-    sinks, slopes = call.sinks, call.alibi_slopes
-    slopes = None if slopes is None else slopes.float().contiguous()
-    query = maybe_contiguous(call.query)
-    softcap = 0.0 if call.softcap is None else call.softcap
-    variant = (
-        call.bias,
-        allowed,
-        ranges.lengths,
-        ranges.padding,
-        ranges.documents,
-        offset,
-        None if sinks is None else sinks.float().contiguous(),
-        slopes,
-        torch.randint(2**62, (1,)) if call.dropout > 0.0 else None,
-        ranges.band,
-        call.scale,
-        softcap,
-        call.dropout,
-    )
-    operators = torch.ops.polyhead
+    """Output (B, H, T, E), and the requested aux, of which only lse has a gradient."""
+    operators, query, variant = torch.ops.polyhead, maybe_contiguous(call.query), _variant(call)
     if call.cache_views is not None:
         keys, values = call.cache_views
         places = (
@@ -160,43 +142,108 @@ def run(call: AttentionCall) -> tuple[Tensor, Aux]:
             keys.block_table,
             keys.num_tokens,
         )
-        output, lse, details = operators.attention_cached(query, *places, *variant, call.aux.stats)
+        output, lse, saved = operators.attention_cached(query, *places, *variant, call.aux.stats)
+        return output, _aux(call, query, variant, lse, saved)
+    key, value = maybe_contiguous(call.key), maybe_contiguous(call.value)
+    if call.needs_grad:
+        attend = operators.attention_forward
+    elif call.aux.names:
+        attend = operators.attention_inference
     else:
-        key, value = maybe_contiguous(call.key), maybe_contiguous(call.value)
-        if call.needs_grad:
-            attend = operators.attention_forward
-        elif call.aux.names:
-            attend = operators.attention_inference
-        else:
-            return operators.attention_output(query, key, value, *variant), NO_AUX
-        output, lse, details = attend(query, key, value, *variant, call.aux.stats)
+        return operators.attention_output(query, key, value, *variant), NO_AUX
+    output, lse, saved = attend(query, key, value, *variant, call.aux.stats)
+    return output, _aux(call, query, variant, lse, saved)
 
-    def weights(mean: bool) -> Tensor:
-        written: Tensor = operators.attention_weights(
+
+def forward(call: AttentionCall) -> tuple[Tensor, Aux, tuple[Tensor, ...], tuple[Any, ...]]:
+    """Forward pass of `backends.Derivative`."""
+    query, key, value = map(maybe_contiguous, (call.query, call.key, call.value))
+    variant = _variant(call)
+    # Through autograd's keys an operator takes twice as long as a short call.
+    with torch._C._AutoDispatchBelowAutograd():
+        output, lse, saved = torch.ops.polyhead.attention_forward(
+            query, key, value, *variant, call.aux.stats
+        )
+        return output, _aux(call, query, variant, lse, saved), (saved,), variant
+
+
+def backward(
+    call: AttentionCall,
+    output: Tensor,
+    saved: tuple[Tensor, ...],
+    variant: tuple[Any, ...],
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+) -> dict[str, Tensor]:
+    """Backward pass of `backends.Derivative`."""
+    query, key, value = map(maybe_contiguous, (call.query, call.key, call.value))
+    given = call.tensors
+    needed = {name for name, x in given.items() if x.requires_grad}
+    with torch._C._AutoDispatchBelowAutograd():
+        if grad_output is None:
+            grad_output = torch.zeros_like(output)
+        computed = torch.ops.polyhead.attention_backward(
+            maybe_contiguous(grad_output),
+            None if grad_lse is None else grad_lse.contiguous(),
+            output,
+            *saved,
             query,
             key,
-            call.bias,
-            allowed,
-            ranges.lengths,
-            ranges.padding,
-            ranges.documents,
-            offset,
-            slopes,
-            ranges.band,
-            call.scale,
-            softcap,
-            details,
-            mean,
+            value,
+            *variant,
+            "bias" in needed,
+            "sinks" in needed,
+        )
+        grads = dict(zip(("query", "key", "value", "bias", "sinks"), computed, strict=True))
+        return {name: grads[name].to(given[name].dtype) for name in needed}
+
+
+def _variant(call: AttentionCall) -> tuple[Any, ...]:
+    """The operators' arguments after keys and values, from `bias` to `dropout`."""
+    offset = call.query_offset
+    ranges = read_ranges(call.mask, call.T, call.S, offset)
+    allowed = None
+    if ranges.unstructured is not None:
+        allowed = ranges.unstructured.materialize(
+            call.T, call.S, query_offset=offset, device=call.device
+        )
+    if isinstance(offset, int):
+        offset = torch.tensor([offset])
+    return (
+        call.bias,
+        allowed,
+        ranges.lengths,
+        ranges.padding,
+        ranges.documents,
+        offset,
+        None if call.sinks is None else call.sinks.float().contiguous(),
+        None if call.alibi_slopes is None else call.alibi_slopes.float().contiguous(),
+        torch.randint(2**62, (1,)) if call.dropout > 0.0 else None,
+        ranges.band,
+        call.scale,
+        0.0 if call.softcap is None else call.softcap,
+        call.dropout,
+    )
+
+
+def _aux(
+    call: AttentionCall, query: Tensor, variant: tuple[Any, ...], lse: Tensor, saved: Tensor
+) -> Aux:
+    if not call.aux.names:
+        return NO_AUX
+    *masks, _, slopes, _, band, scale, softcap, _ = variant
+
+    def weights(mean: bool) -> Tensor:
+        written: Tensor = torch.ops.polyhead.attention_weights(
+            query, maybe_contiguous(call.key), *masks, slopes, band, scale, softcap, saved, mean
         )
         return written.to(call.dtype)
 
-    if not call.aux.names:
-        return output, NO_AUX
-    return output, Aux(
+    return Aux(
         weights=weights(mean=False) if call.aux.weights else None,
         mean_weights=weights(mean=True) if call.aux.mean_weights else None,
         lse=lse if call.aux.lse else None,
-        stats=HeadStats(*details[3:].unbind()) if call.aux.stats else None,
+        stats=HeadStats(*saved[3:].unbind()) if call.aux.stats else None,
     )
 
 
