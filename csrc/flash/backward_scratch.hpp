@@ -29,37 +29,49 @@ struct BackwardScratch {
 
   BackwardScratch(const AttentionParams& a, float* scratch) {
     const int64_t size_d = round_up(a.D, kLanes), size_e = round_up(a.E, kLanes);
+    const int64_t keys = most_keys(a), queries_ = most_queries(a);
     const auto take = [&](auto*& taken, int64_t size) {
       taken = reinterpret_cast<std::remove_reference_t<decltype(taken)>>(scratch);
       scratch += size;
     };
-    take(key_columns, kGradKeys * size_d);
-    take(key_steps, kGradKeys * size_d);
-    take(key_grad, kGradKeys * size_d);
-    take(value_columns, kGradKeys * size_e);
-    take(value_grad, kGradKeys * size_e);
-    take(queries, kGradQueries * size_d);
-    take(query_grad, kGradQueries * size_d);
-    take(grads, kGradQueries * size_e);
-    take(weights, kGradQueries * kGradStride);
-    take(scores, kGradQueries * kGradStride);
+    take(key_columns, keys * size_d);
+    take(key_steps, keys * size_d);
+    take(key_grad, keys * size_d);
+    take(value_columns, keys * size_e);
+    take(value_grad, keys * size_e);
+    take(queries, queries_ * size_d);
+    take(query_grad, queries_ * size_d);
+    take(grads, queries_ * size_e);
+    take(weights, queries_ * kGradStride);
+    take(scores, queries_ * kGradStride);
     take(capped, kGradStride);
     if constexpr (kElementsPerStep == 1) {
       // float32 rows serve both as lhs and as steps of rhs.
       query_steps = queries, grad_steps = grads;
       weight_steps = weights, score_steps = scores;
     } else {
-      take(query_steps, kGradQueries / kElementsPerStep * size_d);
-      take(grad_steps, kGradQueries / kElementsPerStep * size_e);
-      take(weight_steps, kGradQueries / kElementsPerStep * kGradStride);
-      take(score_steps, kGradQueries / kElementsPerStep * kGradStride);
+      take(query_steps, queries_ / kElementsPerStep * size_d);
+      take(grad_steps, queries_ / kElementsPerStep * size_e);
+      take(weight_steps, queries_ / kElementsPerStep * kGradStride);
+      take(score_steps, queries_ / kElementsPerStep * kGradStride);
     }
   }
 
-  // Its size in floats.
+  // Its size in floats: no larger than the call needs, as malloc returns large memory to the
+  // system.
   static int64_t size(const AttentionParams& a) {
     const int64_t row = 3 * round_up(a.D, kLanes) + 2 * round_up(a.E, kLanes);
-    return (kGradKeys + kGradQueries) * row + 3 * kGradQueries * kGradStride + kGradStride;
+    const int64_t queries = most_queries(a);
+    return (most_keys(a) + queries) * row + 3 * queries * kGradStride + kGradStride;
+  }
+
+ private:
+  // Keys and queries of the largest block, in whole tiles, panels and pairs.
+  static int64_t most_keys(const AttentionParams& a) {
+    return min(kGradKeys, round_up(round_up(a.S, kTileRows), kPanel));
+  }
+  static int64_t most_queries(const AttentionParams& a) {
+    return min(kGradQueries, round_up(a.T, kTileRows));
   }
 };
 
