@@ -13,6 +13,7 @@
 
 #include "flash/backward_scratch.hpp"
 #include "flash/prefill.hpp"
+#include "flash/progress.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -35,33 +36,41 @@ class Backward {
     Buffer<float> bias_parts(parts_ * g_.bias_size);
     const int64_t worker_size = Worker::size(a_);
     Buffer<float> scratch(a_.threads * worker_size);
+    const int64_t heads = a_.B * a_.G;
+    Progress prepared(heads), finished_splits(heads);
+    // A task, when the rows of its KV head are prepared. The thread that ends the last split of a
+    // head adds their gradients of the queries.
+    const auto finish = [&](const Worker& worker, int64_t task) {
+      const int64_t head = task / splits_;
+      prepared.wait(head, 1);
+      run_task(worker, task);
+      if (splits_ > 1 && finished_splits.add(head) == splits_) add_query_parts(head);
+    };
     deltas_ = deltas.data();
     query_parts_ = splits_ > 1 ? query_parts.data() : g_.query;
 #pragma omp parallel num_threads(a_.threads)
     {
       Worker worker(a_, scratch.data() + thread_number() * worker_size);
       worker.bias = parts_ > 0 ? bias_parts.data() + thread_number() * g_.bias_size : g_.bias;
-      // Every part, as there may be fewer threads than requested.
-#pragma omp for schedule(static)
-      for (int64_t part = 0; part < parts_; ++part)
-        clear(bias_parts.data() + part * g_.bias_size, g_.bias_size);
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < rows_; ++row) prepare_row(row);
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < splits_ * rows_; ++row) clear(query_parts_ + row * a_.D, a_.D);
-      const int64_t tasks = a_.B * a_.G * splits_;
-      if (parts_ > 0) {
-        // Static round-robin: which thread accumulates which task must not depend on timing.
-#pragma omp for schedule(static, 1)
-        for (int64_t task = 0; task < tasks; ++task) run_task(worker, task);
-      } else {
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < tasks; ++task) run_task(worker, task);
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t head = 0; head < heads; ++head) {
+        prepare_head(head);
+        prepared.add(head);
       }
-      if (splits_ > 1) {
+      if (parts_ > 0) {
+        // Every part, as there may be fewer threads than requested.
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows_; ++row)
-          add_parts(query_parts_ + row * a_.D, splits_, rows_ * a_.D, a_.D, g_.query + row * a_.D);
+        for (int64_t part = 0; part < parts_; ++part)
+          clear(bias_parts.data() + part * g_.bias_size, g_.bias_size);
+        // Static round-robin: which thread accumulates which task must not depend on timing.
+#pragma omp for schedule(static, 1) nowait
+        for (int64_t task = 0; task < heads * splits_; ++task) finish(worker, task);
+      } else {
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t task = 0; task < heads * splits_; ++task) finish(worker, task);
+      }
+      if (parts_ > 0 || g_.sinks != nullptr) {
+#pragma omp barrier
       }
       if (parts_ > 0) {
 #pragma omp for schedule(static)
@@ -114,6 +123,22 @@ class Backward {
         total += load_n(parts + part * stride + i, size - i);
       store_n(to + i, total, size - i);
     }
+  }
+
+  // Rows of a KV head, which are adjacent: those of the query heads of its group.
+  int64_t rows_of_head() const { return a_.group() * a_.T; }
+
+  void prepare_head(int64_t head) const {
+    const int64_t rows = rows_of_head(), first = head * rows;
+    for (int64_t row = first; row < first + rows; ++row) prepare_row(row);
+    for (int64_t split = 0; split < splits_; ++split)
+      clear(query_parts_ + (split * rows_ + first) * a_.D, rows * a_.D);
+  }
+
+  void add_query_parts(int64_t head) const {
+    const int64_t rows = rows_of_head(), first = head * rows;
+    for (int64_t row = first; row < first + rows; ++row)
+      add_parts(query_parts_ + row * a_.D, splits_, rows_ * a_.D, a_.D, g_.query + row * a_.D);
   }
 
   // delta = do . o. (The gradient of lse is added to dZ directly: exp(score - lse) * dlse.)

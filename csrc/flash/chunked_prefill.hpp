@@ -4,6 +4,7 @@
 #pragma once
 
 #include "flash/flash_block.hpp"
+#include "flash/progress.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -45,15 +46,20 @@ class ChunkedPrefill : FlashBlock<Element> {
     Buffer<SoftmaxState> sums(parts * group_rows_);
     Buffer<float> scratch(a_.threads * worker_size());
     Buffer<Block> blocks(a_.threads * blocks_per_head);
+    Progress finished_splits(a_.B * a_.G);
     acc_ = partial.data();
     sums_ = sums.data();
 #pragma omp parallel num_threads(a_.threads)
     {
       float* worker = scratch.data() + thread_number() * worker_size();
       Block* mine = blocks.data() + thread_number() * blocks_per_head;
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t part = 0; part < parts; ++part) attend_part(worker, mine, part);
-      combine_splits(a_, out_, splits_, sums_, acc_, output_stride());
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t part = 0; part < parts; ++part) {
+        attend_part(worker, mine, part);
+        const int64_t head = part / splits_;
+        if (finished_splits.add(head) == splits_)
+          combine_splits(a_, out_, head, splits_, sums_, acc_, output_stride());
+      }
     }
   }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flash/flash_block.hpp"
+#include "flash/progress.hpp"
 #include "tiles/gemv.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
@@ -41,14 +42,21 @@ class Decode {
     Buffer<float> partial(parts * rows_ * output_stride());
     Buffer<SoftmaxState> sums(parts * rows_);
     Buffer<float> scratch(a_.threads * worker_size());
+    Progress finished_splits(a_.B * a_.G / heads_);
     acc_ = partial.data();
     sums_ = sums.data();
 #pragma omp parallel num_threads(a_.threads)
     {
       float* mine = scratch.data() + thread_number() * worker_size();
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < parts / heads_; ++task) attend(mine, task);
-      combine_splits(a_, out_, splits_, sums_, acc_, output_stride());
+#pragma omp for schedule(dynamic, 1) nowait
+      for (int64_t task = 0; task < parts / heads_; ++task) {
+        attend(mine, task);
+        // The thread that ends the last split combines them.
+        const int64_t heads = task / splits_;
+        if (finished_splits.add(heads) < splits_) continue;
+        for (int64_t head = heads * heads_; head < (heads + 1) * heads_; ++head)
+          combine_splits(a_, out_, head, splits_, sums_, acc_, output_stride());
+      }
     }
   }
 

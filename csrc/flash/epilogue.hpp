@@ -31,15 +31,14 @@ inline void write_row(const AttentionParams& a, const ForwardOutput& out, const 
   if (out.stats != nullptr) write_stats(a, q.h, row, out.stats + at, a.B * a.H * a.T);
 }
 
-// Reduction of split-KV: rescales the partial results of each query to their common max, adds them
-// and stores the row. Layout: sums[KV head][part][row of the group], and `stride` floats of `acc`
-// for each. The threads of a parallel region share the rows.
-inline void combine_splits(const AttentionParams& a, const ForwardOutput& out, int64_t parts,
-                           const SoftmaxState* sums, float* acc, int64_t stride) {
+// Reduction of split-KV for one KV head: rescales the partial results of each query to their common
+// max, adds them and stores the row. Layout: sums[KV head][part][row of the group], and `stride`
+// floats of `acc` for each.
+inline void combine_splits(const AttentionParams& a, const ForwardOutput& out, int64_t head,
+                           int64_t parts, const SoftmaxState* sums, float* acc, int64_t stride) {
   const int64_t rows = a.group() * a.T;
-#pragma omp for schedule(static)
-  for (int64_t i = 0; i < a.B * a.G * rows; ++i) {
-    const int64_t head = i / rows, row = i % rows, first = head * parts * rows + row;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first = head * parts * rows + row;
     SoftmaxState total = sums[first];
     float* to = acc + first * stride;
     for (int64_t part = 1; part < parts; ++part) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "flash/flash_block.hpp"
+#include "flash/progress.hpp"
 
 namespace polyhead::POLYHEAD_ISA {
 
@@ -31,6 +32,7 @@ class Prefill : FlashBlock<Element> {
     const int64_t wave = heads_per_wave(tasks_per_head);
     Buffer<Element> packed(wave * (keys_size_ + values_size_));
     Buffer<KeyRange> needed(a_.B);
+    Progress packed_blocks(wave), attended_tasks(wave);
     Buffer<float> scratch(a_.threads * worker_size());
     for (int64_t b = 0; b < a_.B; ++b) needed.data()[b] = key_range(a_, b, 0, a_.T);
     needed_ = needed.data();
@@ -39,18 +41,24 @@ class Prefill : FlashBlock<Element> {
 #pragma omp parallel num_threads(a_.threads)
     {
       float* worker = scratch.data() + thread_number() * worker_size();
-      for (int64_t start = 0; start < heads; start += wave) {
+      int64_t finished = 0;  // waves
+      for (int64_t start = 0; start < heads; start += wave, ++finished) {
         const int64_t count = min(wave, heads - start);
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < count * key_blocks; ++i)
-          pack_block(start, i / key_blocks, i % key_blocks * kKeyBlock);
+#pragma omp for schedule(dynamic, 1) nowait
+        for (int64_t i = 0; i < count * key_blocks; ++i) {
+          const int64_t slot = i / key_blocks;
+          attended_tasks.wait(slot, finished * tasks_per_head);
+          pack_block(start, slot, i % key_blocks * kKeyBlock);
+          packed_blocks.add(slot);
+        }
         // Causal masks: the longest blocks first, so that no thread ends with one.
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t i = 0; i < count * tasks_per_head; ++i) {
-          const int64_t in_head = i % tasks_per_head;
+          const int64_t slot = i / tasks_per_head, in_head = i % tasks_per_head;
           const int64_t block = query_blocks_ - 1 - in_head / runs_per_kv_head();
-          attend_all(worker, start, i / tasks_per_head, in_head % runs_per_kv_head(),
-                     block * block_rows_);
+          packed_blocks.wait(slot, (finished + 1) * key_blocks);
+          attend_all(worker, start, slot, in_head % runs_per_kv_head(), block * block_rows_);
+          attended_tasks.add(slot);
         }
       }
     }
