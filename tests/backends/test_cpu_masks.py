@@ -53,16 +53,16 @@ def test_masks(tensors, assert_agrees, isa, kind, T):
     assert_agrees(inputs, mask=mask)
 
 
-def test_what_has_structure_is_not_written_out(tensors):
-    written_out = {
+def test_masks_with_structure_are_not_materialized(tensors):
+    materialized = {
         kind
         for kind, mask in masks(5, 70).items()
         if any(
-            "written out" in note for note in cpu.notes(build_call(*tensors(T=5, S=70), mask=mask))
+            "materialized" in note for note in cpu.notes(build_call(*tensors(T=5, S=70), mask=mask))
         )
     }
     expected = {"dense", "dense by head", "dense by key", "dense by query"}
-    assert written_out == {*expected, "not, or", "rows of documents"}
+    assert materialized == {*expected, "not, or", "rows of documents"}
 
 
 def test_a_dense_mask_is_read_in_place(tensors, tensor_sizes):
