@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace polyhead {
@@ -22,6 +26,13 @@ namespace avx512 {
 extern const Kernels kTable;
 }
 namespace avx2 {
+extern const Kernels kTable;
+}
+#elif defined(__aarch64__)
+namespace neon_bf16 {
+extern const Kernels kTable;
+}
+namespace neon {
 extern const Kernels kTable;
 }
 #endif
@@ -49,6 +60,20 @@ bool has_avx512() {
 [[maybe_unused]] bool has_avx512_bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512bf16");
 }
+#elif defined(__aarch64__)
+bool has_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBF16 = 1UL << 14;  // HWCAP2_BF16, which headers of older systems lack
+  return (getauxval(AT_HWCAP2) & kBF16) != 0;
+#elif defined(__APPLE__)
+  int is_there = 0;
+  size_t size = sizeof is_there;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &is_there, &size, nullptr, 0) == 0 &&
+         is_there != 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 struct Candidate {
@@ -64,6 +89,9 @@ const Candidate kCandidates[] = {
 #endif
     {&avx512::kTable, has_avx512},
     {&avx2::kTable, has_avx2},
+#elif defined(__aarch64__)
+    {&neon_bf16::kTable, has_neon_bf16},
+    {&neon::kTable, always},
 #endif
     {&portable::kTable, always},
 };

@@ -127,7 +127,7 @@ def _runs(isa: str) -> bool:
     return True
 
 
-INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "portable")
 ISAS = [] if ops.unavailable else [isa for isa in INSTRUCTION_SETS if _runs(isa)]
 
 

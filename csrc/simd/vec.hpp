@@ -5,6 +5,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(POLYHEAD_NEON)
+#include <arm_neon.h>
 #endif
 
 #include <cstdint>
@@ -16,8 +18,12 @@
 
 namespace polyhead::POLYHEAD_ISA {
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasBF16Dot = true;  // VDPBF16PS: a dot product of bfloat16 pairs
+#if defined(POLYHEAD_NEON) && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define POLYHEAD_NEON_BF16
+#endif
+
+#if defined(__AVX512BF16__) || defined(POLYHEAD_NEON_BF16)
+constexpr bool kHasBF16Dot = true;  // VDPBF16PS, BFDOT: a dot product of bfloat16 pairs
 #else
 constexpr bool kHasBF16Dot = false;
 #endif
@@ -66,6 +72,8 @@ template <class Vector>
 inline void keep_in_register([[maybe_unused]] Vector& v) {
 #if defined(__x86_64__) && !defined(POLYHEAD_EMULATE_AVX512)
   asm("" : "+v"(v));
+#elif defined(POLYHEAD_NEON)
+  asm("" : "+w"(v));
 #endif
 }
 
@@ -153,6 +161,8 @@ inline U32 to_f32(U16 bits) {
 #elif defined(__AVX2__)
   // GCC 12 compiles the conversion below to five instructions.
   return reinterpret_cast<U32>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
+#elif defined(POLYHEAD_NEON)
+  return reinterpret_cast<U32>(vmovl_u16(reinterpret_cast<uint16x4_t>(bits)));
 #else
   return __builtin_convertvector(bits, U32);
 #endif
@@ -165,6 +175,8 @@ inline F32 to_f32(U16 bits, Float16) {
   return reinterpret_cast<F32>(_mm512_cvtph_ps(reinterpret_cast<__m256i>(bits)));
 #elif defined(__F16C__)
   return reinterpret_cast<F32>(_mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)));
+#elif defined(POLYHEAD_NEON)
+  return reinterpret_cast<F32>(vcvt_f32_f16(reinterpret_cast<float16x4_t>(bits)));
 #else
   const U32 wide = to_f32(bits);
   const U32 sign = (wide & 0x8000) << 16;
@@ -186,6 +198,10 @@ inline F32 to_f32(I8 int8s) {
 #elif defined(__AVX2__)
   const __m256i integers =
       _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<__m128i*>(&int8s)));
+#elif defined(POLYHEAD_NEON)
+  // GCC 12 converts each lane by itself.
+  const int8x8_t twice = vreinterpret_s8_u32(vdup_n_u32(reinterpret_cast<uint32_t>(int8s)));
+  const int32x4_t integers = vmovl_s16(vget_low_s16(vmovl_s8(twice)));
 #else
   const I32 integers = __builtin_convertvector(int8s, I32);
 #endif
@@ -231,6 +247,8 @@ inline void store(float* to, F32 v) { store_as(to, v); }
 inline U16 round_to_bf16(F32 v) {
 #if defined(__AVX512BF16__)
   return reinterpret_cast<U16>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#elif defined(POLYHEAD_NEON_BF16)
+  return reinterpret_cast<U16>(vcvt_bf16_f32(reinterpret_cast<float32x4_t>(v)));
 #else
   const U32 bits = reinterpret_cast<U32>(v);
   const U32 rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
@@ -265,6 +283,8 @@ inline void store(Float16* to, F32 v) {
   store_as(to, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   store_as(to, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(POLYHEAD_NEON)
+  store_as(to, vcvt_f16_f32(reinterpret_cast<float32x4_t>(v)));
 #else
   for (int i = 0; i < kLanes; ++i) to[i].bits = narrow_to_f16(v[i]);
 #endif

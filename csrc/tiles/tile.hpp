@@ -30,6 +30,10 @@ struct Dot<BF16Pair> {
     return reinterpret_cast<F32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum),
                                                   reinterpret_cast<__m512bh>(a),
                                                   reinterpret_cast<__m512bh>(b)));
+#elif defined(POLYHEAD_NEON_BF16)
+    return reinterpret_cast<F32>(vbfdotq_f32(reinterpret_cast<float32x4_t>(sum),
+                                             reinterpret_cast<bfloat16x8_t>(a),
+                                             reinterpret_cast<bfloat16x8_t>(b)));
 #else
     const F32 first = reinterpret_cast<F32>(a << 16) * reinterpret_cast<F32>(b << 16);
     const U32 upper = U32{} + 0xFFFF0000U;

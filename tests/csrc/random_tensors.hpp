@@ -34,9 +34,15 @@ inline double unit_of(Dtype dtype) {
   return dtype == Dtype::f32 ? 0x1p-24 : dtype == Dtype::bf16 ? 0x1p-8 : 0x1p-11;
 }
 
+#if defined(__aarch64__)  // where GCC 12's C++ has no _Float16
+using Half = __fp16;
+#else
+using Half = _Float16;
+#endif
+
 inline uint16_t half_bits(double x, Dtype dtype) {
   if (dtype == Dtype::f16) {
-    const auto half = static_cast<_Float16>(x);
+    const auto half = static_cast<Half>(x);
     uint16_t bits;
     std::memcpy(&bits, &half, 2);
     return bits;
@@ -49,7 +55,7 @@ inline uint16_t half_bits(double x, Dtype dtype) {
 
 inline double half_value(uint16_t bits, Dtype dtype) {
   if (dtype == Dtype::f16) {
-    _Float16 half;
+    Half half;
     std::memcpy(&half, &bits, 2);
     return static_cast<double>(half);
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -26,35 +27,58 @@ LOOPS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-DPOLYHEAD_EMULATE_BF16"],
+    "neon": ["-DPOLYHEAD_NEON"],
+    "neon_bf16": ["-DPOLYHEAD_NEON", "-march=armv8.2-a+bf16"],
 }
+IS_ARM64 = platform.machine() in ("aarch64", "arm64")
+
+
+def compiler_and_runner(isa: str, isas: list[str]) -> tuple[str, list[str]]:
+    """Return what compiles for the instruction set and what runs it; skip where one is missing."""
+    is_of_arm64 = isa.startswith("neon")
+    if isa == "portable" or is_of_arm64 == IS_ARM64:
+        if shutil.which("g++") is None:
+            pytest.skip("needs g++")
+        least = {"portable": "portable", "neon_bf16": "neon_bf16", "neon": "neon"}.get(isa, "avx2")
+        if least not in isas:
+            pytest.skip(f"needs a processor with {least}")
+        return "g++", []
+    if IS_ARM64:
+        pytest.skip("needs an x86-64 processor")
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("needs the packages g++-aarch64-linux-gnu and qemu-user")
+    return compiler, [emulator, "-L", "/usr/aarch64-linux-gnu", "-cpu", "max"]
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("isa", LOOPS)
 def test_the_loops_agree_with_a_double_loop_and_keep_to_their_memory(isas, isa, tmp_path):
-    """Without torch, under sanitisers; AVX-512's intrinsics are emulated, on any processor."""
-    if isa != "portable" and "avx2" not in isas:
-        pytest.skip("needs a processor with AVX2")
+    """Without torch, under sanitizers. AVX-512's intrinsics are emulated, on any processor, and
+    arm64's instructions by QEMU."""
+    compiler, runner = compiler_and_runner(isa, isas)
     program = tmp_path / "test_loops"
     options = ["-std=c++20", "-O1", "-g1", "-fopenmp", "-ffp-contract=fast", "-Wno-psabi", "-Icsrc"]
     options += ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
     options += [f"-DPOLYHEAD_ISA={isa}", f'-DPOLYHEAD_ISA_NAME="{isa}"', *LOOPS[isa]]
     subprocess.run(
-        ["g++", *options, "tests/csrc/test_loops.cpp", "-o", program],
+        [compiler, *options, "tests/csrc/test_loops.cpp", "-o", program],
         cwd=Path(__file__).parents[3],
         check=True,
     )
+    # NaN in memory that nothing has been written to.
+    sanitizer = "malloc_fill_byte=255:max_malloc_fill_size=1000000000"
+    if runner:
+        sanitizer += ":detect_leaks=0"  # which needs ptrace, and QEMU has none
     environment = {
         **os.environ,
-        # NaN in memory that nothing has been written to.
-        "ASAN_OPTIONS": "malloc_fill_byte=255:max_malloc_fill_size=1000000000",
+        "ASAN_OPTIONS": sanitizer,
         # Fewer threads than some of the cases ask for.
         "OMP_THREAD_LIMIT": "2",
     }
-    result = subprocess.run(
-        [program, "200"], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [*runner, program, "100" if runner else "200"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
 
 

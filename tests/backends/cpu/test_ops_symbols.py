@@ -22,7 +22,10 @@ FLAGS = {
     "avx2": AVX2,
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "neon": ["-DPOLYHEAD_NEON"],
+    "neon_bf16": ["-DPOLYHEAD_NEON", "-march=armv8.2-a+bf16"],
 }
+IS_ARM64 = platform.machine() in ("aarch64", "arm64")
 WEAK = "VvWwu"  # nm's letters for symbols of which the linker keeps one
 
 pytestmark = [
@@ -30,12 +33,12 @@ pytestmark = [
 ]
 
 
-def shared_symbols(source: Path, isa: str, folder: Path) -> list[str]:
+def shared_symbols(source: Path, isa: str, folder: Path, compiler: str = "g++") -> list[str]:
     """Return the weak functions and objects outside the namespace of the instruction set."""
     compiled = folder / f"{isa}.o"
     options = ["-std=c++20", "-O0", "-w", "-fopenmp", "-Icsrc", *FLAGS[isa]]
     options += [f"-DPOLYHEAD_ISA={isa}", f'-DPOLYHEAD_ISA_NAME="{isa}"']
-    subprocess.run(["g++", *options, "-c", source, "-o", compiled], cwd=ROOT, check=True)
+    subprocess.run([compiler, *options, "-c", source, "-o", compiled], cwd=ROOT, check=True)
     listing = subprocess.run(["nm", "-C", compiled], capture_output=True, text=True, check=True)
     symbols = [line[17:].split(" ", 1) for line in listing.stdout.splitlines()]
     return [
@@ -54,9 +57,11 @@ def shared_symbols(source: Path, isa: str, folder: Path) -> list[str]:
     ],
 )
 def test_kernels_share_no_symbol_between_instruction_sets(isa, tmp_path):
-    if isa != "portable" and platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("of x86 alone")
-    assert shared_symbols(ROOT / "csrc/kernels.cpp", isa, tmp_path) == []
+    is_foreign = isa != "portable" and isa.startswith("neon") != IS_ARM64
+    compiler = "aarch64-linux-gnu-g++" if is_foreign and not IS_ARM64 else "g++"
+    if (is_foreign and IS_ARM64) or shutil.which(compiler) is None:
+        pytest.skip(f"needs a compiler for {isa}")
+    assert shared_symbols(ROOT / "csrc/kernels.cpp", isa, tmp_path, compiler) == []
 
 
 def test_shared_symbols_finds_a_planted_one(tmp_path):

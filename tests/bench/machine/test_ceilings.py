@@ -72,7 +72,8 @@ def test_register_loop_counts_steps_threads_and_lanes():
     finally:
         torch.set_num_threads(threads)
     isa = ops.isa()
-    lanes, sums = {"avx2": (8, 12), "portable": (4, 12)}.get(isa, (16, 24))
+    narrow = {"avx2": (8, 12), "neon": (4, 24), "neon_bf16": (4, 24), "portable": (4, 12)}
+    lanes, sums = narrow.get(isa, (16, 24))
     assert alone == 2 * lanes * sums
     pairs = ops.multiply_add(True, 1) / ops.multiply_add(False, 1)
-    assert pairs == (2 if isa == "avx512_bf16" else 1)
+    assert pairs == (2 if isa.endswith("_bf16") else 1)

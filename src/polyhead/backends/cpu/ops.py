@@ -85,7 +85,7 @@ def choose_isa(name: str) -> None:
     """Run another instruction set's kernels, in the whole process; to compare and to test.
 
     Args:
-        name: "avx512_bf16", "avx512", "avx2" or "portable".
+        name: "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon" or "portable".
 
     Raises:
         RuntimeError: this processor or build lacks it.
