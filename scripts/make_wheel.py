@@ -2,7 +2,7 @@
 
     python scripts/make_wheel.py [PLATFORM] [--no-smoke-test]
 
-PLATFORM is one of PLATFORMS, by default this machine's. On Linux g++ compiles, and the kernels are
+PLATFORM is one of PLATFORMS, by default this machine's. For Linux g++ compiles, and the kernels are
 linked against glibc 2.28, whose symbols PyPI's `ziglang` brings. torch's wheel for the platform is
 downloaded: its headers and libraries are all that a build needs. TORCH names another release.
 """
@@ -32,29 +32,21 @@ TORCH_BRINGS = ["libtorch_cpu.so", "libgomp.so.1"]
 
 @dataclass(frozen=True)
 class Platform:
+    system: str  # as platform.system() has it
     machine: str  # as platform.machine() and zig name it
     torch: str  # the release of torch that the kernels are linked against
     torch_tags: tuple[str, ...]  # platform tags of its wheel
-    compiler: str = "g++"
 
     @property
     def is_native(self) -> bool:
-        return platform.system() == "Linux" and platform.machine() == self.machine
-
-    def cxx(self) -> str:
-        """The C++ compiler: CXX, or one for the machine."""
-        named = os.environ.get("CXX")
-        found = named or (self.compiler if self.is_native else f"{self.machine}-linux-gnu-g++")
-        if shutil.which(shlex.split(found)[0]) is None:
-            package = "g++" if self.is_native else f"g++-{self.machine.replace('_', '-')}-linux-gnu"
-            raise SystemExit(f"make_wheel: {found} was not found; apt install {package}")
-        return found
+        return (platform.system(), platform.machine()) == (self.system, self.machine)
 
 
 PLATFORMS = {
-    "manylinux_2_28_x86_64": Platform("x86_64", "2.13.0", ("manylinux_2_28_x86_64",)),
+    "manylinux_2_28_x86_64": Platform("Linux", "x86_64", "2.13.0", ("manylinux_2_28_x86_64",)),
     # Of the releases since 2.11 the one on PyPI needs CUDA.
-    "manylinux_2_28_aarch64": Platform("aarch64", "2.10.0", ("manylinux_2_28_aarch64",)),
+    "manylinux_2_28_aarch64": Platform("Linux", "aarch64", "2.10.0", ("manylinux_2_28_aarch64",)),
+    "macosx_14_0_arm64": Platform("Darwin", "arm64", "2.13.0", ("macosx_14_0_arm64",)),
 }
 
 
@@ -107,50 +99,87 @@ def torch_of(python: Path, target: Platform) -> Path:
     return folder / "torch"
 
 
-def glibc_2_28(python: Path, machine: str, cxx: str) -> Path:
+def gcc(target: Platform) -> str:
+    """The C++ compiler for Linux: CXX, or GCC for the machine."""
+    triplet = f"{target.machine}-linux-gnu"
+    named = "g++" if target.is_native else f"{triplet}-g++"
+    package = "g++" if target.is_native else f"g++-{triplet.replace('_', '-')}"
+    found = os.environ.get("CXX", named)
+    if shutil.which(shlex.split(found)[0]) is None:
+        raise SystemExit(f"make_wheel: {found} was not found; apt install {package}")
+    return found
+
+
+def zig(python: Path, target: str, folder: Path) -> Path:
+    """A C++ compiler for another system, which a build can name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join([str(python), "-m", "ziglang", "c++", "-target", target])
+    variables = f"ZIG_GLOBAL_CACHE_DIR={folder}/cache ZIG_LOCAL_CACHE_DIR={folder}/cache"
+    (folder / "c++").write_text(f'#!/bin/sh\n{variables} exec {command} "$@"\n')
+    (folder / "c++").chmod(0o755)
+    return folder / "c++"
+
+
+def glibc(python: Path, machine: str, cxx: str) -> Path:
     """A folder with the symbols of glibc 2.28 to link against, taken from zig's."""
-    folder = BUILD / f"glibc-2.28-{machine}"
+    folder = BUILD / f"glibc-{machine}"
     if (folder / "libc.so").exists():
         return folder
-    cache = folder / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "empty.c").write_text("int main(void) { return 0; }\n")
-    target = ["-target", f"{machine}-linux-gnu.2.28", folder / "empty.c", "-o", folder / "empty"]
-    run(
-        *(python, "-m", "ziglang", "cc", *target),
-        ZIG_GLOBAL_CACHE_DIR=cache,
-        ZIG_LOCAL_CACHE_DIR=cache,
-    )
-    (libc,) = cache.glob("o/*/libc.so.6")
+    version = ".".join(map(str, GLIBC))
+    compiler = zig(python, f"{machine}-linux-gnu.{version}", folder)
+    run(compiler, "-nostdlib++", folder / "empty.c", "-o", folder / "empty")
+    (libc,) = folder.glob("cache/o/*/libc.so.6")
     for library in libc.parent.glob("lib*.so.*"):
         shutil.copy(library, folder)
-        (folder / f"{library.name.split('.')[0]}.so").symlink_to(library.name)
+        link = folder / f"{library.name.split('.')[0]}.so"
+        link.unlink(missing_ok=True)
+        if library != libc:
+            link.symlink_to(library.name)
     # As the system's: some functions, pthread_atfork among them, are linked statically.
     static = subprocess.run(
         [*shlex.split(cxx), "-print-file-name=libc_nonshared.a"],
         **{"capture_output": True, "text": True, "check": True},
     ).stdout.strip()
-    (folder / "libc.so").unlink()
     (folder / "libc.so").write_text(
         f"GROUP ( {folder}/libc.so.6 {static} AS_NEEDED ( {folder}/libld.so.2 ) )\n"
     )
     return folder
 
 
+def libomp(torch: Path, folder: Path) -> Path:
+    """torch's libomp.dylib, named as the wheel must find it; CMake does it where it can."""
+    content = (torch / "lib/libomp.dylib").read_bytes()
+    (own,) = set(re.findall(rb"/[\w/.-]+/libomp\.dylib(?=\0)", content))
+    path = folder / "libomp.dylib"
+    path.write_bytes(content.replace(own, b"@rpath/libomp.dylib".ljust(len(own), b"\0")))
+    return path
+
+
 def build(python: Path, name: str, target: Platform) -> Path:
     """Build the wheel and return its path; its tag is of this machine."""
-    cxx = target.cxx()
     folder = BUILD / name
     shutil.rmtree(folder, ignore_errors=True)
-    options = [f"-DPOLYHEAD_LIBC={glibc_2_28(python, target.machine, cxx)}"]
+    folder.mkdir(parents=True)
+    torch, options, cxx = torch_of(python, target), [], "clang++"
+    if target.system == "Linux":
+        cxx = gcc(target)
+        options.append(f"-DPOLYHEAD_LIBC={glibc(python, target.machine, cxx)}")
+    elif not target.is_native:
+        cxx = str(zig(python, "aarch64-macos.14.0", BUILD / "zig-macos"))
+        options.append(f"-DPOLYHEAD_LIBOMP={libomp(torch, folder)}")
     if not target.is_native:
-        options += ["-DCMAKE_SYSTEM_NAME=Linux", f"-DCMAKE_SYSTEM_PROCESSOR={target.machine}"]
+        options.append(f"-DCMAKE_SYSTEM_NAME={target.system}")
+        options.append(f"-DCMAKE_SYSTEM_PROCESSOR={target.machine}")
     pip(
         *(python, "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir"),
-        *("--config-settings", f"build-dir={folder}/cmake", "--wheel-dir", folder, ROOT),
+        *("--config-settings", f"build-dir={folder}/cmake", "--wheel-dir", folder),
+        *("--config-settings", f"install.strip={target.system == 'Linux'}".lower(), ROOT),
         CXX=cxx,
         CMAKE_ARGS=shlex.join(options),
-        POLYHEAD_TORCH=torch_of(python, target),
+        MACOSX_DEPLOYMENT_TARGET="14.0",
+        POLYHEAD_TORCH=torch,
         POLYHEAD_REQUIRE_KERNELS=1,
     )
     (wheel,) = folder.glob("*.whl")
@@ -171,6 +200,24 @@ def glibc_of(wheel: Path) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def linked_as_it_must(python: Path, wheel: Path, tag: str) -> Path:
+    """Check what the Mach-O library links, and give its wheel the tag."""
+    with zipfile.ZipFile(wheel) as archive:
+        library = Path(archive.extract("polyhead/_kernels.so", wheel.parent))
+    code = (
+        "import sys; from macholib.MachO import MachO; "
+        "print(*(name for header in MachO(sys.argv[1]).headers"
+        " for _, _, name in header.walkRelocatables()))"
+    )
+    command = [python, "-c", code, library]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    links = {name for name in found if not name.startswith("/usr/lib/")}
+    links.discard("@rpath/_kernels.so")  # its own name
+    if links != {"@rpath/libtorch_cpu.dylib", "@rpath/libomp.dylib"}:
+        raise SystemExit(f"make_wheel: the kernels link {sorted(links)}")
+    return retag(python, wheel, tag)
+
+
 def audited(python: Path, wheel: Path, tag: str) -> Path:
     """Have auditwheel find the oldest manylinux of the wheel, which then gets the tag."""
     wheel = retag(python, wheel, f"linux_{PLATFORMS[tag].machine}")
@@ -183,9 +230,7 @@ def audited(python: Path, wheel: Path, tag: str) -> Path:
     (wheel,) = folder.glob("*.whl")
     if glibc_of(wheel) > GLIBC:
         raise SystemExit(f"make_wheel: auditwheel found {wheel.name}, newer than {tag}")
-    DIST.mkdir(exist_ok=True)
-    wheel = retag(python, wheel, tag)
-    return wheel.replace(DIST / wheel.name)
+    return retag(python, wheel, tag)
 
 
 def smoke_test(wheel: Path, target: Platform) -> None:
@@ -217,15 +262,27 @@ def emulated_smoke_test(python: Path, wheel: Path, target: Platform) -> None:
 
 
 def main() -> None:
-    here = f"manylinux_2_28_{platform.machine()}"
+    here = next((name for name, known in PLATFORMS.items() if known.is_native), None)
     parser = argparse.ArgumentParser(description="Make a wheel of polyhead and check it.")
-    parser.add_argument("platform", nargs="?", default=here, choices=PLATFORMS)
+    parser.add_argument("platform", nargs="?" if here else None, default=here, choices=PLATFORMS)
     parser.add_argument("--no-smoke-test", action="store_true", help="do not install and run it")
     arguments = parser.parse_args()
     name, target = arguments.platform, PLATFORMS[arguments.platform]
     python = tools()
-    wheel = audited(python, build(python, name, target), name)
+    wheel = build(python, name, target)
+    if target.system == "Darwin":
+        wheel = linked_as_it_must(python, wheel, name)
+    else:
+        wheel = audited(python, wheel, name)
     run(python, "-m", "twine", "check", "--strict", wheel)
+    if target.system == "Darwin" and not target.is_native:
+        # With zig's libc++ in it, and never run.
+        print(
+            f"make_wheel: {wheel.relative_to(ROOT)} compiles and links; only macOS makes one to use"
+        )
+        return
+    DIST.mkdir(exist_ok=True)
+    wheel = wheel.replace(DIST / wheel.name)
     if target.is_native and not arguments.no_smoke_test:
         smoke_test(wheel, target)
     elif not arguments.no_smoke_test:
