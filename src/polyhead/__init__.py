@@ -10,11 +10,11 @@ import importlib
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from polyhead import errors, mask
-from polyhead.backends import Backend, backends, use_backend
+from polyhead import errors, mask, positions
+from polyhead.backends import Backend, BackendChoice, backends, use_backend
 from polyhead.cache import Cache, KVCache, PagedKVCache
 from polyhead.call import AttentionCall, Aux, AuxRequest, HeadStats
-from polyhead.functional import attention, explain
+from polyhead.functional import Explanation, attention, explain
 from polyhead.lesson import Lesson, lesson
 from polyhead.modules import (
     CausalAttention,
@@ -43,9 +43,11 @@ __all__ = [
     "Aux",
     "AuxRequest",
     "Backend",
+    "BackendChoice",
     "Cache",
     "CausalAttention",
     "DynamicNTKScaling",
+    "Explanation",
     "HeadStats",
     "KVCache",
     "Lesson",
@@ -73,6 +75,7 @@ __all__ = [
     "lesson",
     "look",
     "mask",
+    "positions",
     "trace",
     "use_backend",
 ]
@@ -85,10 +88,12 @@ except PackageNotFoundError:  # a checkout on sys.path, not installed
     __version__ = "0+unknown"
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LOADED_ON_USE:
-        return importlib.import_module(f"polyhead.{name}")
-    raise AttributeError(f"module 'polyhead' has no attribute {name!r}")
+if not TYPE_CHECKING:  # for which any name would be there, and be Any
+
+    def __getattr__(name: str) -> Any:
+        if name in _LOADED_ON_USE:
+            return importlib.import_module(f"polyhead.{name}")
+        raise AttributeError(f"module 'polyhead' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

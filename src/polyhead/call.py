@@ -24,6 +24,7 @@ from torch import Tensor
 
 from polyhead.cache_view import CacheView
 from polyhead.mask import Mask
+from polyhead.type_hints import MaybeNone
 
 __all__ = ["BACKEND_STATS", "NO_AUX", "AttentionCall", "Aux", "AuxRequest", "HeadStats"]
 
@@ -164,10 +165,10 @@ class Aux:
         mean_weights: (B, T, S) in the call's dtype, the mean of weights over heads.
     """
 
-    weights: Tensor | None = None
-    lse: Tensor | None = None
-    stats: HeadStats | None = None
-    mean_weights: Tensor | None = None
+    weights: Tensor | MaybeNone = None
+    lse: Tensor | MaybeNone = None
+    stats: HeadStats | MaybeNone = None
+    mean_weights: Tensor | MaybeNone = None
 
 
 NO_AUX = Aux()

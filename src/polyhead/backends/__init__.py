@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ __all__ = [
     "REFERENCE",
     "Backend",
     "BackendChoice",
+    "BackendName",
     "backends",
     "candidates",
     "choose",
@@ -128,7 +129,9 @@ BACKENDS: tuple[Backend, ...] = (
     REFERENCE,
 )
 
-BackendChoice = str | Backend | Sequence[str | Backend]
+# Editors complete these names; another string is refused when it is used.
+BackendName: TypeAlias = Literal["auto", "cpu", "sdpa", "flex", "reference"]
+BackendChoice: TypeAlias = BackendName | str | Backend | Sequence[BackendName | str | Backend]
 
 
 class _Preferred(threading.local):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from polyhead.drop_in.validate import check_embed_dim, check_inputs, lower_masks
 from polyhead.functional import attention
 from polyhead.modules.linear import onednn_linear
 from polyhead.modules.validate import check_dropout
+from polyhead.type_hints import MaybeNone, signature_of
 
 __all__ = ["MultiheadAttention", "keep_from_fast_path"]
 
@@ -99,7 +100,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | MaybeNone]:
         """Attend. **True in a mask means "forbidden"** here, as in `nn.MultiheadAttention`.
 
         Args:
@@ -159,6 +160,11 @@ class MultiheadAttention(nn.MultiheadAttention):
         if is_batched:
             return y, weights
         return y.squeeze(batch_dim), None if weights is None else weights.squeeze(0)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys and values of all heads side by side, in the layout of the inputs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from polyhead.modules.validate import (
     combine_masks,
 )
 from polyhead.positions import Rope, apply_rope
+from polyhead.type_hints import signature_of
 from polyhead.validate import check_request, check_scale
 
 __all__ = ["CausalAttention"]
@@ -143,6 +144,11 @@ class CausalAttention(nn.Module):
         y = output.squeeze(1)
         return y if return_aux is None else (y, aux)
 
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
     def project_qkv(
         self, x: Tensor, memory: Tensor | None = None, *, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,7 +177,7 @@ class CausalAttention(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """The context vectors, (B, 1, T, d_out): the output, as that of one head among several."""
-        return self(x, memory, mask, positions=positions)[:, None]  # type: ignore[no-any-return]
+        return self(x, memory, mask, positions=positions)[:, None]
 
     def extra_repr(self) -> str:
         return f"context_length={self.context_length}, mask={self.mask!r}, rope={self.rope}"

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from polyhead.modules.validate import (
 )
 from polyhead.modules.weights import describe_layer, takes_what_it_holds
 from polyhead.positions import Rope, apply_rope
+from polyhead.type_hints import signature_of
 from polyhead.validate import (
     cached_query_offset,
     check_request,
@@ -264,6 +265,11 @@ class MultiHeadLatentAttention(nn.Module):
         with onednn_linear(y, self):
             y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def make_cache(self, batch: int, max_tokens: int | None = None, **options: Any) -> KVCache:
         """An empty `KVCache` for this module's latents, in its dtype and on its device.

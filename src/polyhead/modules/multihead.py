@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from polyhead.modules.validate import (
     split_heads,
 )
 from polyhead.positions import Rope, alibi_slopes, apply_rope
+from polyhead.type_hints import MaybeNone, signature_of
 from polyhead.validate import cached_query_offset, check_request, check_scale, check_softcap
 
 __all__ = ["MultiHeadAttention"]
@@ -97,6 +98,11 @@ class MultiHeadAttention(nn.Module):
     W_key: nn.Linear
     W_value: nn.Linear
     W_qkv: nn.Linear  # in place of the three once fused
+    out_proj: nn.Linear | MaybeNone
+    W_gate: nn.Linear | MaybeNone
+    sinks: nn.Parameter | MaybeNone
+    q_norm: nn.Module | MaybeNone
+    k_norm: nn.Module | MaybeNone
 
     def __init__(
         self,
@@ -236,6 +242,11 @@ class MultiHeadAttention(nn.Module):
             with onednn_linear(y, self):
                 y = self.out_proj(y)
         return y if return_aux is None else (y, aux)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def make_cache(self, batch: int, max_tokens: int | None = None, **options: Any) -> KVCache:
         """An empty `KVCache` that fits this module: its heads, sizes, dtype and device.

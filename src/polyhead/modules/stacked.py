@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,20 @@ from polyhead.modules.contributions import split_by_head
 from polyhead.modules.linear import onednn_linear
 from polyhead.modules.validate import check_sizes
 from polyhead.positions import Rope
+from polyhead.type_hints import MaybeNone, signature_of
 from polyhead.validate import check_request
 
 __all__ = ["MultiHeadAttentionWrapper"]
+
+if TYPE_CHECKING:
+
+    class _Heads(nn.ModuleList):
+        @overload
+        def __getitem__(self, idx: slice) -> nn.ModuleList: ...
+        @overload
+        def __getitem__(self, idx: int) -> CausalAttention: ...
+        def __getitem__(self, idx: int | slice) -> CausalAttention | nn.ModuleList: ...
+        def __iter__(self) -> Iterator[CausalAttention]: ...
 
 
 class MultiHeadAttentionWrapper(nn.Module):
@@ -54,6 +66,8 @@ class MultiHeadAttentionWrapper(nn.Module):
     torch.Size([1, 6, 4])
     """
 
+    out_proj: nn.Linear | MaybeNone
+
     def __init__(
         self,
         d_in: int,
@@ -76,7 +90,7 @@ class MultiHeadAttentionWrapper(nn.Module):
         super().__init__()
         check_sizes(num_heads=num_heads)
         self.num_heads = num_heads
-        self.heads = nn.ModuleList(
+        heads = nn.ModuleList(
             CausalAttention(
                 d_in,
                 d_out,
@@ -92,6 +106,7 @@ class MultiHeadAttentionWrapper(nn.Module):
             )
             for _ in range(num_heads)
         )
+        self.heads = cast("_Heads", heads)
         merged = num_heads * d_out
         if out_features is None:
             out_features = merged
@@ -153,6 +168,11 @@ class MultiHeadAttentionWrapper(nn.Module):
             with onednn_linear(y, self):
                 y = self.out_proj(y)
         return y if return_aux is None else (y, _side_by_side([aux for _, aux in runs]))
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def project_qkv(
         self, x: Tensor, memory: Tensor | None = None, *, positions: Tensor | None = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ShapeError, check_count
+from polyhead.type_hints import signature_of
 
 __all__ = ["RelativeBias"]
 
@@ -72,6 +74,11 @@ class RelativeBias(nn.Module):
         query = torch.arange(T, device=device)[:, None] + offset
         bias_tsh = self.weight[self.buckets(torch.arange(S, device=device) - query)]
         return bias_tsh.movedim(-1, -3).view(-1, self.weight.shape[1], T, S)
+
+    if TYPE_CHECKING:
+
+        @signature_of(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def buckets(self, offsets: Tensor) -> Tensor:
         """Return the bucket of each offset, key position minus query position."""

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["LayerStatus", "ModelStatus", "PolyheadCache", "register", "status"]
 
 
-def __getattr__(name: str) -> Any:
-    # A subclass of a transformers class: imported on first access.
-    if name == "PolyheadCache":
-        from polyhead.integrations.transformers.cache import PolyheadCache
+if not TYPE_CHECKING:  # for which any name would be there, and be Any
 
-        return PolyheadCache
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        # A subclass of a transformers class: imported on first access.
+        if name == "PolyheadCache":
+            from polyhead.integrations.transformers.cache import PolyheadCache
+
+            return PolyheadCache
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,7 +41,7 @@ def payload(lesson: Lesson) -> dict[str, Any]:
     """The data of the page: the input, the weights, and each step as torch computes it."""
     stacked, split = lesson.stacked, lesson.split
     weights: dict[str, Any] = {name: getattr(split, name).weight for name in _WEIGHTS}
-    weights |= {"W_out": split.out_proj.weight, "bias": split.out_proj.bias}  # type: ignore[union-attr]
+    weights |= {"W_out": split.out_proj.weight, "bias": split.out_proj.bias}
     trace = lesson.traces[0]
     return {
         "tokens": list(lesson.tokens),
