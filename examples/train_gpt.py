@@ -220,7 +220,9 @@ def train_with_bar(training: Training, steps: int, checkpoint: Path | None) -> N
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parse = argparse.ArgumentParser(description="Train a small GPT on a text, by character.")
+    parse = argparse.ArgumentParser(
+        description="Train a small GPT on a text, by character.", allow_abbrev=False
+    )
     parse.add_argument("--text", type=Path, default=TEXT, help="UTF-8 file to learn")
     parse.add_argument("--steps", type=int, default=300, help="in all (default 300)")
     parse.add_argument("--attention", choices=["split", "stacked"], help="default split")

@@ -17,14 +17,14 @@ TEXT = "The capital of France is"
 @pytest.fixture(scope="module")
 def report(smollm2):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(polyhead.tour, "load_model", lambda source: smollm2)
+        patch.setattr(polyhead.tour, "load_model", lambda source, **options: smollm2)
         yield run(TEXT)
 
 
 @pytest.fixture
 def use_loaded(monkeypatch, smollm2):
     """Make `run` use the loaded model."""
-    monkeypatch.setattr(polyhead.tour, "load_model", lambda source: smollm2)
+    monkeypatch.setattr(polyhead.tour, "load_model", lambda source, **options: smollm2)
 
 
 def test_run_mechanisms_agree_with_float64(report):
@@ -98,7 +98,7 @@ def test_run_restores_the_model_s_own_attention(use_loaded, smollm2):
 
 @pytest.mark.parametrize("layer", [-1, 30])
 def test_run_layer_out_of_range_raises(use_loaded, layer):
-    with pytest.raises(ArgumentError, match=rf"--layer must be from 0 to 29; got {layer}"):
+    with pytest.raises(ArgumentError, match=rf"^layer must be from 0 to 29; got {layer}"):
         run(TEXT, layer=layer)
 
 

@@ -16,7 +16,8 @@ rule, the value it got and the remedy; an `ArgumentError` has the four as attrib
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from types import BuiltinFunctionType
 from typing import Any
@@ -106,6 +107,34 @@ class ModelError(PolyheadError, ValueError):
 
 class DependencyError(PolyheadError, ImportError):
     """Missing optional package; the message contains the command that installs it."""
+
+
+def did_you_mean(got: object, names: Iterable[str], otherwise: str) -> str:
+    """Return a remedy for an unknown name: the nearest of the known ones, or `otherwise`.
+
+    >>> did_you_mean("referense", ["cpu", "reference"], "choose one of these")
+    "did you mean 'reference'?"
+    >>> did_you_mean("x", ["cpu", "reference"], "choose one of these")
+    'choose one of these'
+    """
+    near = nearest(got, names)
+    return otherwise if near is None else f"did you mean {near!r}?"
+
+
+def nearest(got: object, names: Iterable[str]) -> str | None:
+    """Return the known name nearest to an unknown one, or None if all are far from it."""
+    in_lower_case = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(str(got).lower(), in_lower_case, n=1)
+    return in_lower_case[near[0]] if near else None
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs what an extra of polyhead needs.
+
+    >>> install_command("cli")
+    'pip install -e ".[cli]" in a checkout of polyhead'
+    """
+    return f'pip install -e ".[{extra}]" in a checkout of polyhead'
 
 
 def check_count(

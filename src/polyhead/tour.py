@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from polyhead.errors import ArgumentError, ModelError
 from polyhead.functional import explain
 from polyhead.integrations import transformers
 from polyhead.look import stats
-from polyhead.models.load import LoadedModel, load_model
+from polyhead.models.load import load_model
 from polyhead.models.text import NextToken, check_text, most_likely, read_ids
 from polyhead.modules import MultiHeadAttention, MultiHeadAttentionWrapper
 
@@ -96,13 +97,12 @@ def run(
     """
     check_text(text)
     progress("loading the model")
-    loaded = load_model(model)
-    layers = _attention_layers(loaded)
+    check = None if layer is None else functools.partial(_check_layer, layer)
+    loaded = load_model(model, before_weights=check)
+    layers = _attention_layers(loaded.model)
+    if layer is not None:
+        _check_layer(layer, loaded.model)
     layer = len(layers) // 2 if layer is None else layer
-    if not 0 <= layer < len(layers):
-        raise ArgumentError(
-            "--layer", f"must be from 0 to {len(layers) - 1}", layer, "choose one of these"
-        )
     mha = from_transformers(layers[layer]).eval()
     if not isinstance(mha, MultiHeadAttention):
         raise ModelError(
@@ -188,16 +188,22 @@ def _interleaved_medians(modules: list[Any], x: Tensor) -> list[float]:
     return [statistics.median(measured) for measured in seconds]
 
 
-def _attention_layers(loaded: LoadedModel) -> list[nn.Module]:
+def _check_layer(layer: int, model: nn.Module) -> None:
+    most = len(_attention_layers(model)) - 1
+    if not 0 <= layer <= most:
+        raise ArgumentError("layer", f"must be from 0 to {most}", layer, "choose one of these")
+
+
+def _attention_layers(model: nn.Module) -> list[nn.Module]:
     layers = [
         module
-        for module in loaded.model.modules()
+        for module in model.modules()
         if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
     ]
     if not layers:
         raise ModelError(
-            f"{loaded.name} must have attention layers of transformers' kind; got "
-            f"{type(loaded.model).__name__}; choose a decoder such as Llama, Mistral or Qwen2"
+            f"the model must have attention layers of transformers' kind; got "
+            f"{type(model).__name__}; choose a decoder such as Llama, Mistral or Qwen2"
         )
     return layers
 

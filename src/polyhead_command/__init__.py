@@ -3,11 +3,12 @@
 A package of its own and not part of polyhead, which imports torch: `polyhead --help` should not.
 
 Exit codes: 0; 1 where what was asked about is not so; 2 for what cannot be done as asked; 130
-after Ctrl-C, 143 after SIGTERM, both after files begun are removed.
+after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP, all after files begun are removed.
 """
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import os
@@ -40,6 +41,15 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0].lower(), _COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(_COMMANDS)}"
+            ctx.fail(f"No such command {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
@@ -71,7 +81,11 @@ class _Commands(click.Group):
             errors = sys.modules.get("polyhead.errors")
             if errors is None or not isinstance(error, errors.PolyheadError):
                 raise
-            click.echo(f"polyhead: {error}", err=True)
+            from polyhead_command.wording import in_options
+
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            message = str(error) if command is None else in_options(error, command)
+            click.echo(f"polyhead: {message}", err=True)
             ctx.exit(2)
 
 
@@ -84,7 +98,10 @@ def main() -> None:
 def entry() -> None:
     """Run the command as a process does."""
     # An exception, so that what writes files removes those it has begun.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; nohup ignores it
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda signum, _: sys.exit(128 + signum))
     try:
         try:
             main()

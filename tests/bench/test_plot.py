@@ -1,6 +1,7 @@
 """Benchmark plots."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,8 +28,8 @@ def test_plot_draws_curves_for_scale_and_bars_otherwise(
 
 def test_plot_without_matplotlib_raises(bench_result, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(DependencyError, match=r'pip install "polyhead\[bench\]"'):
-        check_can_plot()
+    with pytest.raises(DependencyError, match=r'pip install -e "\.\[bench\]"'):
+        check_can_plot(Path("x.png"))
     with pytest.raises(DependencyError):
         plot(bench_result(), tmp_path / "x.png")
     assert list(tmp_path.iterdir()) == []

@@ -118,7 +118,17 @@ def test_run_bench_interrupted_keeps_results(monkeypatch):
     monkeypatch.setattr(run_module, "run_case", interrupted_at_the_second)
     result = run_bench(find_cases(("P2", "P3", "P8")), TRIAL)
     assert [case.id for case in result.cases] == ["P2"]
-    assert result.refusal == "P3: interrupted"
+    assert (result.refusal, result.interrupted) == ("P3: interrupted", True)
+
+
+def test_run_bench_on_a_busy_machine_measures_nothing(monkeypatch):
+    def busy():
+        raise DisturbedError("others are busy")
+
+    monkeypatch.setattr(run_module, "check_quiet", busy)
+    monkeypatch.setattr(run_module, "measure_ceilings", None)
+    with pytest.raises(DisturbedError, match="others are busy"):
+        run_bench(find_cases(("P2",)), dataclasses.replace(TRIAL, anyway=False))
 
 
 def test_run_bench_warns_of_unreliable_numbers():

@@ -68,6 +68,10 @@ def test_bench_default_suite_is_quick(bench, monkeypatch):
         (("--threads", "0"), "0 is not in the range x>=1"),
         (("--json", "no-such-folder/x.json"), "there is no folder 'no-such-folder'"),
         (("--plot", "."), "is a directory"),
+        (("--plot", "x.pgn"), "--plot must end in one of ."),
+        (("--plot", "x.pgn"), "got x.pgn; did you mean '.png'?"),
+        (("--plot", "x"), "got x; name it .png"),
+        (("--case", "d1"), "got d1; did you mean 'D1'?"),
     ],
 )
 def test_bench_bad_options_exit_with_2(bench, args, message):
@@ -102,6 +106,18 @@ def test_bench_disturbed_keeps_results_and_exits_with_2(bench):
     assert "polyhead: P3: others are busy" in result.stderr
 
 
+def test_bench_interrupted_prints_results_and_exits_with_130(bench):
+    def interrupted(cases, settings, progress):
+        kept = run_bench(cases[:1], settings, progress)
+        return dataclasses.replace(kept, refusal="P3: interrupted", interrupted=True)
+
+    bench.run = interrupted
+    result = bench("--case", "P2", "--case", "P3", *TRIAL)
+    assert result.exit_code == 130
+    assert "P2: forward" in result.stdout
+    assert "polyhead: P3: interrupted" in result.stderr
+
+
 def test_bench_wrong_polyhead_exits_with_1(bench):
     def wrong(cases, settings, progress):
         result = run_bench(cases, settings, progress)
@@ -118,9 +134,9 @@ def test_bench_wrong_polyhead_exits_with_1(bench):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("xyz", "'xyz' is not a peer. The peers: "),
-        ("fle", "'fle' is not a peer; did you mean 'flex'? The peers: "),
-        ("polyhead", "'polyhead' is not a peer"),
+        ("xyz", "got 'xyz'; choose one of these"),
+        ("fle", "got 'fle'; did you mean 'flex'?"),
+        ("polyhead", "got 'polyhead'; "),
     ],
 )
 def test_bench_without_unknown_peer_names_the_peers(bench, name, hint):

@@ -23,7 +23,7 @@ def test_convert_writes_the_other_layout(tmp_path):
 
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2
-    assert "output must not exist yet" in again.output
+    assert "OUT must not exist yet" in again.output
     assert CliRunner().invoke(main, [*arguments, "--force"]).exit_code == 0
     unknown = CliRunner().invoke(main, [*arguments[:-4], "--to", "gpt3"])
     assert unknown.exit_code == 2

@@ -57,8 +57,8 @@ def test_lesson_open_shows_the_page_in_the_browser(cli, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--heads", 5), "num_heads must be an integer from 1 to 4; got 5"),
-        (("--d-out", 0), "d_out must be an integer from 1 to 4; got 0"),
+        (("--heads", 5), "--heads must be an integer from 1 to 4; got 5"),
+        (("--d-out", 0), "--d-out must be an integer from 1 to 4; got 0"),
         (("--text", ""), "--text must have 1 to 12 words"),
         (("--text", "a", "--file", __file__), "give either --file or --text"),
         (("--file", __file__), "--file must be JSON"),

@@ -14,7 +14,9 @@ from polyhead.cli import main
 def cli(monkeypatch, smollm2):
     load = polyhead.tour.load_model
     monkeypatch.setattr(
-        polyhead.tour, "load_model", lambda source: smollm2 if source is None else load(source)
+        polyhead.tour,
+        "load_model",
+        lambda source, **options: smollm2 if source is None else load(source, **options),
     )
 
     def invoke(*args, **kwargs):

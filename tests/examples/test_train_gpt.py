@@ -172,6 +172,13 @@ def refused(example, capsys, *arguments):
     return err
 
 
+def test_train_gpt_option_by_its_beginning_is_refused(example, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        example.main(["--step", "1"])
+    assert exit_.value.code == 2
+    assert "unrecognized arguments: --step 1" in capsys.readouterr().err
+
+
 def test_bad_checkpoints(example, tmp_path, capsys):
     path, other = tmp_path / "gpt.pt", tmp_path / "other.pt"
     assert run(example, "--steps", 2, "--checkpoint", path) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import polyhead.models.load as models
-from polyhead.errors import DependencyError, ModelError
+from polyhead.errors import ArgumentError, DependencyError, ModelError
 from polyhead.models.load import load_model
 
 
@@ -292,33 +292,37 @@ def test_load_model_gguf_with_any_suffix(smollm2, tmp_path):
 
 
 def test_load_model_hub_id_without_network_raises(no_network):
-    with pytest.raises(ModelError, match=r"^nobody/nothing cannot be loaded.*id and the network"):
+    with pytest.raises(ModelError, match=r"^nobody/nothing must be a folder.* and the network"):
         load_model("nobody/nothing")
 
 
 def test_load_model_hub_id_is_read_from_cache_first(monkeypatch):
     calls = []
 
-    def from_pretrained(source, *, local):
+    def from_pretrained(source, before_weights, *, local):
         calls.append((source, local))
         if local:
             raise OSError("not in the cache")
         return torch.nn.Linear(2, 3), "tokenizer"
 
     monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
+    monkeypatch.setattr(models, "is_cached", lambda hub_id: True)
+    monkeypatch.setattr(models, "check_on_hub", lambda hub_id: calls.append(hub_id))
     loaded = load_model("somebody/something")
-    assert calls == [("somebody/something", True), ("somebody/something", False)]
+    hub_id = "somebody/something"
+    assert calls == [(hub_id, True), hub_id, (hub_id, False)]
     assert (loaded.name, loaded.source) == ("somebody/something", "somebody/something")
 
 
 def test_load_model_incomplete_cached_model_raises(monkeypatch):
     calls = []
 
-    def from_pretrained(source, *, local):
+    def from_pretrained(source, before_weights, *, local):
         calls.append(local)
         raise ModelError("weights are missing")
 
     monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
+    monkeypatch.setattr(models, "is_cached", lambda hub_id: True)
     with pytest.raises(ModelError, match="weights are missing"):
         load_model("somebody/something")
     assert calls == [True]
@@ -326,8 +330,40 @@ def test_load_model_incomplete_cached_model_raises(monkeypatch):
 
 def test_load_model_without_transformers_raises(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DependencyError, match=r'package transformers.*"polyhead\[cli\]"'):
+    with pytest.raises(DependencyError, match=r'package transformers.* -e "\.\[cli\]"'):
         load_model(str(saved))
+
+
+# Before the weights
+
+
+def test_load_model_refused_before_weights_reads_none(folder):
+    """Their file is missing, and that is not what is reported."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    seen = []
+
+    def refuse(model):
+        seen.extend(weight.is_meta for weight in model.parameters())
+        raise ArgumentError("layer", "must be from 0 to 1", 2, "choose one of these")
+
+    with pytest.raises(ArgumentError, match="layer must be from 0 to 1; got 2"):
+        load_model(str(folder), before_weights=refuse)
+    assert seen
+    assert all(seen)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(folder), before_weights=lambda model: None)
+
+
+@pytest.mark.slow
+def test_load_model_gguf_refused_before_weights_reads_none(monkeypatch):
+    monkeypatch.setattr("polyhead.models.gguf._fill", None)
+
+    def refuse(model):
+        raise ArgumentError("layer", f"{len(model.model.layers)}", 2, "choose one of these")
+
+    with pytest.raises(ArgumentError, match="layer 30; got 2"):
+        load_model(before_weights=refuse)
 
 
 # Quiet

@@ -47,6 +47,16 @@ def test_page_file_replaces_the_target_of_a_link(tmp_path):
     assert target.read_text() == PAGE + "new"
 
 
+@pytest.mark.parametrize("replace", [False, True])
+def test_page_file_device_is_not_replaced(tmp_path, replace):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(ArgumentError, match=r"--out must be a file; got .*pipe; give another path"):
+        write(path, PAGE, replace=replace)
+    assert path.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 def test_page_file_unwritable_folder_raises_at_once(tmp_path):
     reached = False
     with (

@@ -7,19 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from polyhead.bench.results import BenchResult, CaseResult, VariantResult
-from polyhead.errors import DependencyError
+from polyhead.errors import ArgumentError, DependencyError, did_you_mean, install_command
 
 __all__ = ["check_can_plot", "plot"]
 
 
-def check_can_plot() -> None:
-    """Raise DependencyError if matplotlib is missing."""
+def check_can_plot(path: Path) -> None:
+    """Raise if matplotlib is missing, or if it writes no files of this kind.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+        ArgumentError: the extension names no format of a plot.
+    """
     try:
         import matplotlib  # noqa: F401
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise DependencyError(
-            'matplotlib is needed for --plot: pip install "polyhead[bench]"'
+            f"matplotlib is needed for --plot: {install_command('bench')}"
         ) from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        known = ", ".join(f".{name}" for name in sorted(formats))
+        remedy = did_you_mean(path.suffix, known.split(", "), "name it .png")
+        raise ArgumentError("--plot", f"must end in one of {known}", str(path), remedy)
 
 
 def plot(result: BenchResult, path: Path) -> None:
@@ -32,7 +43,7 @@ def plot(result: BenchResult, path: Path) -> None:
     Raises:
         DependencyError: matplotlib is not installed.
     """
-    check_can_plot()
+    check_can_plot(path)
     from matplotlib.figure import Figure
 
     curves = all(case.id.startswith("L") for case in result.cases)

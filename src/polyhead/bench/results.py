@@ -113,6 +113,7 @@ class BenchResult:
         warnings: caveats that apply to every number here.
         left_out: names of peers that were left out.
         refusal: the reason why the run stopped early, if it did.
+        interrupted: True if it was Ctrl-C.
     """
 
     machine: Machine
@@ -121,6 +122,7 @@ class BenchResult:
     warnings: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     refusal: str | None = None
+    interrupted: bool = False
 
     @property
     def wrong(self) -> bool:

@@ -13,7 +13,7 @@ from polyhead.bench.gate import Gate, gate
 from polyhead.bench.machine.ceilings import Ceiling, ceiling_loops, measure_ceilings
 from polyhead.bench.machine.describe import describe_machine
 from polyhead.bench.machine.measure import Timing, interleave
-from polyhead.bench.machine.system_load import DisturbedError, quietly
+from polyhead.bench.machine.system_load import DisturbedError, check_quiet, quietly
 from polyhead.bench.memory import peak_mebibytes
 from polyhead.bench.peers.attention import Peer, Run
 from polyhead.bench.peers.registry import peers_of
@@ -71,11 +71,14 @@ def run_bench(
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
+    progress("the load of this machine", 0.0)
+    if not settings.anyway:
+        check_quiet()
     progress("the ceilings of this machine", 0.0)
     ceilings, share = quietly(lambda: _ceilings(settings), anyway=settings.anyway)
     warnings = _warnings(settings, share)
     results: list[CaseResult] = []
-    refusal = None
+    refusal, interrupted = None, False
     for i, case in enumerate(cases):
 
         def step(what: str, done: float, i: int = i, case: Case = case) -> None:
@@ -87,7 +90,7 @@ def run_bench(
             refusal = f"{case.id}: {error}"
             break
         except KeyboardInterrupt:
-            refusal = f"{case.id}: interrupted"
+            refusal, interrupted = f"{case.id}: interrupted", True
             break
     return BenchResult(
         describe_machine(),
@@ -96,6 +99,7 @@ def run_bench(
         warnings,
         settings.without,
         refusal,
+        interrupted,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from polyhead.bench.cases import Case
-from polyhead.errors import ArgumentError
+from polyhead.errors import ArgumentError, did_you_mean
 
 __all__ = ["CASES", "SUITES", "Suite", "find_cases"]
 
@@ -147,6 +147,7 @@ def find_cases(asked: tuple[str, ...]) -> tuple[Case, ...]:
     for name in asked:
         if name not in known:
             ids = ", ".join(case.id for case in CASES)
-            raise ArgumentError("--case", f"must be one of {ids}", name, "choose one of these")
+            remedy = did_you_mean(name, known, "choose one of these")
+            raise ArgumentError("--case", f"must be one of {ids}", name, remedy)
     rows = set(asked) - {case.id for case in CASES}
     return tuple(case for case in CASES if case.id in asked or case.id.partition("/")[0] in rows)

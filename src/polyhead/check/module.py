@@ -26,7 +26,7 @@ from polyhead.check.probe.ops import NarrowMasks, look_inside
 from polyhead.check.report import STOPPED, LawResult, Report
 from polyhead.check.subject import Subject
 from polyhead.check.tolerance import Narrowest
-from polyhead.errors import ArgumentError, DtypeError
+from polyhead.errors import ArgumentError, DtypeError, did_you_mean
 
 __all__ = ["check_module", "choose_laws", "find_subject", "run_laws"]
 
@@ -139,7 +139,8 @@ def choose_laws(laws: Mapping[str, Law], only: Sequence[str] | None) -> list[Law
         return list(laws.values())
     for name in only:
         if name not in laws:
-            raise ArgumentError("only", f"must name laws: {', '.join(laws)}", name, "see --list")
+            remedy = did_you_mean(name, laws, "choose among these")
+            raise ArgumentError("only", f"must name laws: {', '.join(laws)}", name, remedy)
     return [law for law in laws.values() if law.name in only]
 
 

@@ -1,3 +1,3 @@
-from polyhead.cli import main
+from polyhead_command import entry
 
-main()
+entry()

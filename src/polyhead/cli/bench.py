@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,16 +14,18 @@ from polyhead.bench.memory import check_memory_is_told
 from polyhead.bench.peers.registry import peers_of
 from polyhead.bench.plot import check_can_plot, plot
 from polyhead.bench.report import print_result
-from polyhead.cli.options import NEW_FILE, progress_bar
+from polyhead.cli.options import progress_bar
+from polyhead.cli.parameters import NewFile, OneOf
+from polyhead.errors import ArgumentError, did_you_mean
 
 __all__ = ["bench_command"]
 
 
 @click.command("bench")
-@click.option("--suite", type=click.Choice(list(SUITES)), help="Which cases; default quick.")
+@click.option("--suite", type=OneOf(list(SUITES)), help="Which cases; default quick.")
 @click.option("--case", "ids", multiple=True, help="One case, such as P5; may be repeated.")
-@click.option("--json", "json_path", **NEW_FILE, help="Write every number into this file.")
-@click.option("--plot", "plot_path", **NEW_FILE, help="Draw the results into this file.")
+@click.option("--json", "json_path", type=NewFile(), help="Write every number into this file.")
+@click.option("--plot", "plot_path", type=NewFile(), help="Draw the results into this file.")
 @click.option("--memory", is_flag=True, help="Measure peak memory too, in processes of their own.")
 @click.option("--threads", type=click.IntRange(min=1), help="For every peer; default torch's.")
 @click.option("--rounds", type=click.IntRange(min=5), help="The least rounds of each case.")
@@ -48,7 +49,8 @@ def bench_command(
     """Measure polyhead and its peers on this machine.
 
     Every peer is first checked against float64. Exit code 1: polyhead was wrong; 2: it could not
-    be measured, because other processes were busy or the options are wrong.
+    be measured, because other processes were busy or the options are wrong; 130: stopped by
+    Ctrl-C, after the results so far are printed.
     """
     if suite is not None and ids:
         raise click.UsageError("give either --suite or --case")
@@ -59,7 +61,7 @@ def bench_command(
     if memory:
         check_memory_is_told()
     if plot_path is not None:
-        check_can_plot()
+        check_can_plot(plot_path)
     settings = Settings(
         rounds=chosen.rounds if rounds is None else rounds,
         seconds=chosen.seconds if seconds is None else seconds,
@@ -78,7 +80,8 @@ def bench_command(
         plot(result, plot_path)
     if result.refusal is not None:
         click.echo(f"polyhead: {result.refusal}", err=True)
-    sys.exit(1 if result.wrong else 2 if result.refusal else 0)
+    code = 130 if result.interrupted else 2 if result.refusal else 0
+    sys.exit(1 if result.wrong else code)
 
 
 def _check_peers(names: Iterable[str]) -> None:
@@ -86,9 +89,6 @@ def _check_peers(names: Iterable[str]) -> None:
     peers = sorted({peer.name for case in cases for peer in peers_of(case)} - {"polyhead"})
     for name in names:
         if name not in peers:
-            near = difflib.get_close_matches(name, peers, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise click.BadParameter(
-                f"{name!r} is not a peer{hint} The peers: {', '.join(peers)}",
-                param_hint="--without",
-            )
+            rule = f"must be one of {', '.join(peers)}"
+            remedy = did_you_mean(name, peers, "choose one of these")
+            raise ArgumentError("--without", rule, repr(name), remedy)

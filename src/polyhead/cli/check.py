@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from polyhead.check.command import check_target, list_laws
-from polyhead.cli.options import NEW_FILE, progress_bar
+from polyhead.cli.options import progress_bar
+from polyhead.cli.parameters import NewFile, OneOf
 
 __all__ = ["check_command"]
 
@@ -33,9 +34,7 @@ __all__ = ["check_command"]
 @click.option("--max-tokens", type=click.IntRange(min=1), help="The most tokens it accepts.")
 @click.option("--scale", type=float, help="Factor on the scores, if not 1 / sqrt(head_dim).")
 @click.option("--d-in", type=click.IntRange(min=1), help="Features of its input.")
-@click.option(
-    "--mask-true", type=click.Choice(["attend", "ignore"]), help="Meaning of True in a mask."
-)
+@click.option("--mask-true", type=OneOf(["attend", "ignore"]), help="Meaning of True in a mask.")
 @click.option("--tokens-first", is_flag=True, help="A function takes (batch, tokens, heads, size).")
 @click.option(
     "--float32", is_flag=True, help="Run the laws in float32, on the kernels used in inference."
@@ -53,7 +52,7 @@ __all__ = ["check_command"]
     help="Seconds in all; laws judged by then are printed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--junit", "junit_path", **NEW_FILE, help="Also write a JUnit file.")
+@click.option("--junit", "junit_path", type=NewFile(), help="Also write a JUnit file.")
 @click.option("--list", "as_list", is_flag=True, help="Print every law and its requirement.")
 def check_command(
     target: str | None, as_json: bool, junit_path: Path | None, as_list: bool, **options: Any

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from polyhead.cli.options import NEW_FILE, progress_bar
+from polyhead.cli.options import progress_bar
+from polyhead.cli.parameters import NewFile, OneOf, ReadablePath
 from polyhead.convert import convert_file
 from polyhead.convert.state_dict import LAYOUTS
 
@@ -14,27 +15,27 @@ __all__ = ["convert_command"]
 
 
 @click.command("convert")
-@click.argument("path", metavar="IN", type=click.Path(exists=True, path_type=Path))
-@click.argument("output", metavar="OUT", **NEW_FILE)
+@click.argument("path", metavar="IN", type=ReadablePath(folders=True))
+@click.argument("output", metavar="OUT", type=NewFile())
+@click.option("--from", "source", type=OneOf(LAYOUTS), help="IN's layout, if not in config.json.")
+@click.option("--to", "target", type=OneOf(LAYOUTS), required=True, help="OUT's layout.")
 @click.option(
-    "--from", "source", type=click.Choice(LAYOUTS), help="IN's layout, if not in config.json."
+    "--heads", "num_heads", type=click.IntRange(min=1), help="Query heads, if not in config.json."
 )
-@click.option("--to", "target", type=click.Choice(LAYOUTS), required=True, help="OUT's layout.")
-@click.option("--heads", type=click.IntRange(min=1), help="Query heads, if not in config.json.")
-@click.option("--kv-heads", type=click.IntRange(min=1), help="Key/value heads.")
+@click.option("--kv-heads", "num_kv_heads", type=click.IntRange(min=1), help="Key/value heads.")
 @click.option("--nope-head-dim", type=click.IntRange(min=1), help="DeepSeek's qk_nope_head_dim.")
 @click.option("--value-head-dim", type=click.IntRange(min=1), help="DeepSeek's v_head_dim.")
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--force", "overwrite", is_flag=True, help="Replace OUT if it exists.")
 def convert_command(
     path: Path,
     output: Path,
     source: str | None,
     target: str,
-    heads: int | None,
-    kv_heads: int | None,
+    num_heads: int | None,
+    num_kv_heads: int | None,
     nope_head_dim: int | None,
     value_head_dim: int | None,
-    force: bool,
+    overwrite: bool,
 ) -> None:
     """Write the checkpoint IN as OUT, its attention weights in another layout.
 
@@ -48,11 +49,11 @@ def convert_command(
             output,
             source=source,
             target=target,
-            num_heads=heads,
-            num_kv_heads=kv_heads,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
             nope_head_dim=nope_head_dim,
             value_head_dim=value_head_dim,
-            overwrite=force,
+            overwrite=overwrite,
             progress=show,
         )
     click.echo(

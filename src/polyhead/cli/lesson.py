@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from polyhead.cli.options import NEW_FILE, show_in_browser
+from polyhead.cli.options import show_in_browser
+from polyhead.cli.parameters import NewFile, ReadablePath
 from polyhead.lesson import lesson
 from polyhead.lesson.inputs import read_file, words
 from polyhead.lesson.page import render
@@ -19,16 +20,16 @@ _PAGE = Path("lesson.html")
 
 
 @click.command("lesson")
-@click.option("--out", **NEW_FILE, help=f"Where to write the page; default {_PAGE}.")
+@click.option("--out", type=NewFile(), help=f"Where to write the page; default {_PAGE}.")
 @click.option("--force", is_flag=True, help="Replace a file that polyhead did not write.")
 @click.option("--open", "opens", is_flag=True, help="Open the page in the browser.")
 @click.option(
     "--file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=ReadablePath(),
     help='JSON: rows of numbers, or {"x": rows, "tokens": texts}.',
 )
 @click.option("--text", help="Up to 12 words; 3 numbers are drawn for each.")
-@click.option("--heads", type=int, default=2, show_default=True, help="1 to 4.")
+@click.option("--heads", "num_heads", type=int, default=2, show_default=True, help="1 to 4.")
 @click.option("--d-out", type=int, default=2, show_default=True, help="Size of one head, 1 to 4.")
 @click.option("--seed", type=int, default=123, show_default=True, help="Draws the weights.")
 def lesson_command(
@@ -37,7 +38,7 @@ def lesson_command(
     opens: bool,
     file: Path | None,
     text: str | None,
-    heads: int,
+    num_heads: int,
     d_out: int,
     seed: int,
 ) -> None:
@@ -53,7 +54,7 @@ def lesson_command(
         x, tokens = read_file(file)
     elif text is not None:
         x, tokens = words(text, 123)
-    learned = lesson(x, tokens, d_out=d_out, num_heads=heads, seed=seed)
+    learned = lesson(x, tokens, d_out=d_out, num_heads=num_heads, seed=seed)
     path = out or _PAGE
     with page_file(path, replace=force) as page:
         page.write(render(learned))

@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 
 from polyhead.cli.options import progress_bar, read_text, show_in_browser
-from polyhead.errors import DependencyError
+from polyhead.cli.parameters import NewFile, OneOf, ReadablePath
+from polyhead.errors import DependencyError, install_command
 from polyhead.look import HeadReport
 from polyhead.look.page import render
 from polyhead.look.page.legend import NUMBERS
@@ -37,13 +38,13 @@ _TEXT = (
 @click.argument("text", required=False)
 @click.option(
     "--file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=ReadablePath(),
     help="Read the text from this file.",
 )
 @click.option("--model", help="A folder, a GGUF file or a hub id; default SmolLM2-135M-Instruct.")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=NewFile(),
     help=f"Where to write the page; default {_PAGE}.",
 )
 @click.option("--force", is_flag=True, help="Replace a file that polyhead did not write.")
@@ -51,7 +52,7 @@ _TEXT = (
 @click.option("--terminal", is_flag=True, help="Print the heads; write no page unless --out.")
 @click.option(
     "--by",
-    type=click.Choice(list(NUMBERS)),
+    type=OneOf(list(NUMBERS)),
     help="Statistic that colors the heads with --terminal; default entropy.",
 )
 @click.option(
@@ -140,7 +141,7 @@ def _serve(
     except ImportError as error:
         package = (error.name or "starlette").partition(".")[0]
         raise DependencyError(
-            f'{package} is needed to serve: pip install "polyhead[serve]"'
+            f"{package} is needed to serve: {install_command('serve')}"
         ) from error
     check_text(text)
     with server.listen(host, port) as listening:  # fail early if the port is taken

@@ -1,4 +1,4 @@
-"""Options, input and progress bar shared by several commands."""
+"""Input and progress bar shared by several commands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.console import Console
@@ -21,20 +20,7 @@ from rich.progress import (
 
 from polyhead.errors import ArgumentError
 
-__all__ = ["NEW_FILE", "progress_bar", "read_text", "show_in_browser"]
-
-
-def _in_a_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file in a missing folder, before minutes of work."""
-    if value is not None and not value.parent.is_dir():
-        raise click.BadParameter(f"there is no folder {str(value.parent)!r}")
-    return value
-
-
-NEW_FILE: dict[str, Any] = {
-    "type": click.Path(dir_okay=False, writable=True, path_type=Path),
-    "callback": _in_a_folder,
-}
+__all__ = ["progress_bar", "read_text", "show_in_browser"]
 
 
 def read_text(text: str | None, file: Path | None) -> str:
@@ -65,7 +51,11 @@ def progress_bar() -> Iterator[Callable[[str, float], None]]:
     """
     left = (TimeRemainingColumn(elapsed_when_finished=False), TextColumn("left"))
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), *left)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    # Where it cannot move the cursor, rich leaves an empty line behind.
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda step, done: bar.update(task, description=step, completed=done)
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyhead.cli.options import read_text
+from polyhead.cli.parameters import ReadablePath
 from polyhead.tour import HeadRow, RunReport, run
 from polyhead.viewer.colors import colored
 from polyhead.viewer.tables import print_table
@@ -26,7 +27,7 @@ _LEAST = 78  # columns of the tables of numbers
 @click.argument("text", required=False)
 @click.option(
     "--file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=ReadablePath(),
     help="Read the text from this file.",
 )
 @click.option("--model", help="A folder, a GGUF file or a hub id; default SmolLM2-135M-Instruct.")

@@ -140,12 +140,14 @@ def _check_output(output: Path, overwrite: bool) -> None:
         )
     if not output.parent.is_dir():
         raise ArgumentError("output", "must be in a folder that exists", str(output), "make it")
+    if output.exists() and not output.is_file() and not output.is_dir():
+        raise ArgumentError("output", "must be a file", f"the device {output}", "name a new file")
     if output.is_dir() or (output.exists() and not overwrite):
         raise ArgumentError(
             "output",
             "must not exist yet",
             str(output),
-            "choose another name, or pass overwrite=True (--force)",
+            "choose another name, or pass overwrite=True",
         )
 
 

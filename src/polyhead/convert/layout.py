@@ -61,7 +61,7 @@ class Sizes:
         if number is None:
             raise ConversionError(
                 f"{name} must be known to split the heads of a fused weight; got None; pass "
-                f"{name}=, or the model's config"
+                f"{name}=, or the model's config (config.json next to a file)"
             )
         return number
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from polyhead.errors import ConversionError, DependencyError, ModelError
+from polyhead.errors import ConversionError, DependencyError, ModelError, install_command
 
 __all__ = ["Reader", "TensorFile", "opened"]
 
@@ -62,7 +62,7 @@ def opened(paths: list[Path]) -> Iterator[tuple[dict[str, Tensor], Reader, dict[
         from safetensors import safe_open
     except ImportError as error:
         raise DependencyError(
-            'reading safetensors needs safetensors: pip install "polyhead[hf]"'
+            f"reading safetensors needs safetensors: {install_command('hf')}"
         ) from error
     with ExitStack() as stack:
         file_of: dict[str, Any] = {}

@@ -204,7 +204,7 @@ class Shapes:
                     name,
                     f"be of one head, and all {queries} features are one head only if there is "
                     "no other",
-                    "pass num_heads= (--heads 1), or keep a layer whose norms are over all heads, "
+                    "pass num_heads=1, or keep a layer whose norms are over all heads, "
                     "as OLMo 2's are",
                 )
             D = self._ours["q_norm.weight"].shape[0] if H is None else queries // H

@@ -20,7 +20,7 @@ from polyhead.convert.find import (
 from polyhead.convert.layer import check_tensors, read, write
 from polyhead.convert.layout import Layout, Sizes
 from polyhead.convert.leftovers import check_mask, is_mask, is_old_buffer_of_a_model
-from polyhead.errors import ArgumentError, ConversionError, DtypeError
+from polyhead.errors import ArgumentError, ConversionError, DtypeError, did_you_mean
 
 __all__ = ["LAYOUTS", "Move", "plan", "state_dict"]
 
@@ -228,13 +228,13 @@ def plan(
     """
     for argument, layout in (("source", source), ("target", target)):
         if layout not in LAYOUTS:
-            raise ArgumentError(
-                argument, f"must be one of {', '.join(LAYOUTS)}", repr(layout), "choose a layout"
-            )
+            remedy = did_you_mean(layout, LAYOUTS, "choose a layout")
+            rule = f"must be one of {', '.join(LAYOUTS)}"
+            raise ArgumentError(argument, rule, repr(layout), remedy)
     froms, tos = _THEIRS.get(source, ()), _THEIRS.get(target, ())
     if froms == tos:
         raise ArgumentError(
-            "target", f"must be another layout than source = {source!r}", repr(target), "choose one"
+            "target", f"must be another layout than source={source!r}", repr(target), "choose one"
         )
     norms = {side[0].offset_norms for side in (froms, tos) if _has_family_norms(side)}
     if len(norms) > 1:
@@ -293,7 +293,7 @@ def source_of(names: Iterable[str], config: Mapping[str, Any] | None) -> str:
     if (source := _family(text)) is not None:
         return source
     raise ConversionError(
-        "source must be given (--from) where no config.json names a known family; got "
+        "source must be given where no config.json names a known family; got "
         f"model_type {text.get('model_type')!r}; {_present(list(names))}"
     )
 

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from polyhead.errors import ArgumentError, DependencyError, ModelError
+from polyhead.errors import (
+    ArgumentError,
+    DependencyError,
+    ModelError,
+    did_you_mean,
+    install_command,
+)
 from polyhead.look.kinds import name_head
 from polyhead.look.picture import grid_png
 
@@ -133,9 +139,9 @@ class HeadReport:
         rows = self.rows()
         known = list(dict.fromkeys(name for layer in self.layers for name in layer.stats))
         if statistic not in known:
-            raise ArgumentError(
-                "statistic", f"must be one of {', '.join(known)}", repr(statistic), "choose one"
-            )
+            remedy = did_you_mean(statistic, known, "choose one")
+            rule = f"must be one of {', '.join(known)}"
+            raise ArgumentError("statistic", rule, repr(statistic), remedy)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -255,4 +261,4 @@ def _safetensors(name: str) -> Callable[..., Any]:
 
 
 def _needs(package: str, what: str) -> DependencyError:
-    return DependencyError(f"{package} is needed for {what}: pip install {package}")
+    return DependencyError(f"{package} is needed for {what}: {install_command('look')}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from polyhead.errors import DependencyError, ModelError
+from polyhead.errors import DependencyError, ModelError, PolyheadError, install_command
 from polyhead.models.gguf_settings import FROM_TRANSFORMERS, check_supported
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ _LAYER_TENSORS = {
 }
 
 
-def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+def load_gguf(
+    path: str | os.PathLike[str], before_weights: Callable[[Any], None] | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Load the model and the tokenizer of a Llama-architecture GGUF file.
 
     Any quantization that the ``gguf`` package can dequantize is read; weights become float32 on
@@ -63,6 +65,7 @@ def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTraine
 
     Args:
         path: a GGUF file with ``general.architecture`` "llama" and a "smollm" BPE tokenizer.
+        before_weights: called with the model on the meta device before its weights are read.
 
     Returns:
         The model in eval mode, weights (out, in) in transformers' row order, and its tokenizer.
@@ -76,6 +79,7 @@ def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTraine
     with needs_cli_extra("reading a GGUF file"):
         for package in ("gguf", "tokenizers", "transformers"):
             importlib.import_module(package)
+        from transformers import LlamaForCausalLM
     name = os.fspath(path)
     with _refusing(name, "cannot be read as GGUF", "it is not GGUF, cut short, or corrupt"):
         reader = _open_reader(name)
@@ -85,7 +89,11 @@ def load_gguf(path: str | os.PathLike[str]) -> tuple[LlamaForCausalLM, PreTraine
     with _refusing(name, "does not describe a Llama model", "its metadata is corrupt"):
         config = _config(metadata, tied="output.weight" not in tensors)
         _check_names(name, config, tensors)
-        model = _assemble(name, config, tensors)
+        with torch.device("meta"):  # no random weights that would be overwritten
+            model = LlamaForCausalLM(config)
+        if before_weights is not None:
+            before_weights(model)
+        _fill(name, model, config, tensors)
     with _refusing(name, "does not hold a usable tokenizer", "its metadata is corrupt"):
         return model, _tokenizer(metadata)
 
@@ -98,7 +106,7 @@ def needs_cli_extra(what: str) -> Iterator[None]:
     except ImportError as error:
         raise DependencyError(
             f"{what} needs the package {error.name}, which cannot be imported ({error}); "
-            'install it with: pip install "polyhead[cli]"'
+            f"install it: {install_command('cli')}"
         ) from error
 
 
@@ -107,7 +115,7 @@ def _refusing(path: str, what: str, cause: str) -> Iterator[None]:
     """Raise ModelError with the file and the cause: corrupt bytes make parsers raise anything."""
     try:
         yield
-    except (ModelError, MemoryError):
+    except (PolyheadError, MemoryError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -207,13 +215,10 @@ def _check_names(path: str, config: LlamaConfig, tensors: Mapping[str, ReaderTen
         )
 
 
-def _assemble(
-    path: str, config: LlamaConfig, tensors: Mapping[str, ReaderTensor]
-) -> LlamaForCausalLM:
-    from transformers import LlamaForCausalLM
-
-    with torch.device("meta"):  # no random weights that would be overwritten
-        model = LlamaForCausalLM(config)
+def _fill(
+    path: str, model: LlamaForCausalLM, config: LlamaConfig, tensors: Mapping[str, ReaderTensor]
+) -> None:
+    """Replace a model's parameters on the meta device by the weights of the file."""
     expected = model.state_dict()
     weights = {}
     for ours, theirs in _names(config.num_hidden_layers, tied=config.tie_word_embeddings):
@@ -232,7 +237,6 @@ def _assemble(
     # The rotary frequencies are not in the state dict, so they are still on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.train(False)
-    return model
 
 
 def _weight(tensor: ReaderTensor, heads: int | None) -> torch.Tensor:

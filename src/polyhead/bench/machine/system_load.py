@@ -15,6 +15,7 @@ __all__ = [
     "MOST_BY_OTHERS",
     "CpuTimes",
     "DisturbedError",
+    "check_quiet",
     "others_share",
     "quietly",
     "read_cpu_times",
@@ -22,6 +23,7 @@ __all__ = [
 
 MOST_BY_OTHERS = 0.05
 _WAITS = (0.0, 5.0, 20.0)
+_SAMPLES = (0.5, 1.5)
 
 T = TypeVar("T")
 
@@ -65,6 +67,28 @@ def others_share(before: CpuTimes, after: CpuTimes) -> float:
     return max(0.0, others / total) if total > 0 else 0.0
 
 
+def check_quiet(
+    read: Callable[[], CpuTimes | None] = read_cpu_times,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Raise if other processes are busy, in two samples: before minutes of measuring in vain.
+
+    Raises:
+        DisturbedError: they took more than 5 % of CPU time in both samples.
+    """
+    shares = []
+    for seconds in _SAMPLES:
+        before = read()
+        sleep(seconds)
+        after = read()
+        if before is None or after is None:
+            return
+        shares.append(others_share(before, after))
+        if shares[-1] <= MOST_BY_OTHERS:
+            return
+    raise _disturbed(shares)
+
+
 def quietly(
     measure: Callable[[], T],
     *,
@@ -101,8 +125,12 @@ def quietly(
         if anyway or share <= MOST_BY_OTHERS:
             return result, share
         shares.append(share)
+    raise _disturbed(shares)
+
+
+def _disturbed(shares: list[float]) -> DisturbedError:
     listed = ", ".join(f"{share:.0%}" for share in shares)
-    raise DisturbedError(
+    return DisturbedError(
         f"other processes must take at most {MOST_BY_OTHERS:.0%} of the processors while polyhead "
         f"measures; got {listed} in {len(shares)} tries; stop them and run again, or pass --anyway "
         "for numbers that are marked as disturbed"

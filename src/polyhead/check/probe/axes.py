@@ -67,7 +67,7 @@ def _need_rows(subject: Subject) -> None:
             "call",
             "must be given for a layer that accepts one row, but not two",
             f"{type(error).__name__}: {first_line(error)}",
-            "pass call=lambda module, x: ...",
+            "pass, in Python, call=lambda module, x: ...",
         ) from error
 
 

@@ -179,14 +179,14 @@ def no_call(errors: list[str]) -> ArgumentError:
             "d_in",
             "must be given: no size found in the module works",
             got,
-            "pass d_in=, or call=lambda module, x: ... if its signature differs",
+            "pass d_in=, or in Python call=lambda module, x: ... if its signature differs",
         )
     return ArgumentError(
         "forward",
         "must return an output for tokens of some size, and raised for each one tried",
         got,
-        "call it in python to see where it raises; pass call=lambda module, x: ... if its "
-        "signature differs",
+        "call it in python to see where it raises; pass, in Python, call=lambda module, x: ... "
+        "if its signature differs",
     )
 
 
@@ -258,7 +258,7 @@ def _unknown(module: nn.Module, what: str) -> ArgumentError:
         "call",
         "must be given for a module that does not support module(x) or module(q, k, v)",
         f"{type(module).__name__}.forward, which {what}",
-        "pass call=lambda module, x: ..., or name a class with such a forward(x)",
+        "pass, in Python, call=lambda module, x: ..., or name a class with such a forward(x)",
     )
 
 

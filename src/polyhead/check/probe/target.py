@@ -28,7 +28,7 @@ from polyhead.check.probe.configurations import (
     is_configuration,
 )
 from polyhead.check.probe.transformers import is_of_transformers
-from polyhead.errors import ArgumentError
+from polyhead.errors import ArgumentError, did_you_mean
 
 __all__ = ["build", "load", "parse_arguments"]
 
@@ -61,7 +61,8 @@ def load(target: str) -> Any:
                 sys.path.insert(0, "")
             module = importlib.import_module(place)
     except FileNotFoundError:
-        raise ArgumentError("TARGET", "must name a file that exists", place, "check it") from None
+        remedy = did_you_mean(place, map(str, path.parent.glob("*")), "check it")
+        raise ArgumentError("TARGET", "must name a file that exists", place, remedy) from None
     except (Exception, SystemExit) as error:  # of unknown code
         raise ArgumentError(
             "TARGET",
@@ -81,7 +82,7 @@ def load(target: str) -> Any:
                 "TARGET",
                 f"must name something in {place} (modules there: {', '.join(known) or 'none'})",
                 name,
-                "check the name",
+                did_you_mean(part, known, "check the name"),
             )
         found = getattr(found, part)
     return found
@@ -234,7 +235,7 @@ def _arguments(
                 "--arg",
                 f"must name a parameter of {found.__name__}: {', '.join(parameters) or 'none'}",
                 name,
-                "check the name before the dot",
+                did_you_mean(place, parameters, "check the name before the dot"),
             )
     if wanted is None:
         yield arguments, guessed

@@ -101,7 +101,7 @@ def calling_of_transformers(
             "call",
             "must be given for a layer whose rotary positions cannot be computed",
             type(module).__name__,
-            "pass call=lambda module, x: ...",
+            "pass, in Python, call=lambda module, x: ...",
         )
     needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind < p.VAR_KEYWORD]
     always = dict.fromkeys(n for n in (*needed[1:], "attention_mask") if n in parameters)

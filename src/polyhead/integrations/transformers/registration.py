@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from polyhead.errors import DependencyError
+from polyhead.errors import DependencyError, install_command
 from polyhead.integrations.transformers.forward import attention_forward
 from polyhead.integrations.transformers.guard import NAME, reject_unsupported_models
 from polyhead.integrations.transformers.masks import make_mask
@@ -27,7 +27,7 @@ def register() -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
         raise DependencyError(
-            'transformers is needed to run inside its models: pip install "polyhead[hf]"'
+            f"transformers is needed to run inside its models: {install_command('hf')}"
         ) from error
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, make_mask)
