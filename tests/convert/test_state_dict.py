@@ -218,7 +218,7 @@ def test_state_dict_one_family_becomes_another():
     [
         ({"source": "gpt3"}, ArgumentError, r"source must be one of polyhead, .*got 'gpt3'"),
         ({"target": "ours"}, ArgumentError, r"target must be one of .*; got 'ours'"),
-        ({"target": "neox"}, ArgumentError, r"another layout than source = 'neox'; got 'neox'"),
+        ({"target": "neox"}, ArgumentError, r"another layout than source='neox'; got 'neox'"),
         ({}, ConversionError, r"^a\.: num_heads must be known"),
         ({"num_heads": 5}, ConversionError, r"^a\.: .*5 x \(1 \+ 1 \+ 1\) heads .*\(12, 4\)"),
         (
