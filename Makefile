@@ -11,7 +11,7 @@ CXX_FILES := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 DOCUMENTS := $(wildcard README.md docs/*.md docs/decisions/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run bench test test-all install-check wheel check clean
+.PHONY: help setup run bench test test-all test-matrix install-check wheel check docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,16 @@ check: $(STAMP) ## formatting, lint, types, layers, examples in the documentatio
 	$(BIN)/python -m pytest --import-mode=prepend --doctest-modules --doctest-glob="*.md" src/polyhead $(DOCUMENTS)
 	$(BIN)/python scripts/check_links.py
 
+docs: .venv-docs/.setup-done ## build the documentation site into build/site, to be opened without a server
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
+	@echo "build/site/index.html"
+
+# An environment of its own: the docstrings are read without importing polyhead, or torch.
+.venv-docs/.setup-done: docs/requirements.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)
 
 # Stamped last, so an interrupted set-up runs again.
@@ -53,5 +63,5 @@ $(STAMP): pyproject.toml requirements.lock models.lock scripts/setup scripts/bui
 	@touch $@
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-docs build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests scripts examples -name __pycache__ -type d -prune -exec rm -rf {} +

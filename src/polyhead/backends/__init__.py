@@ -132,6 +132,7 @@ BACKENDS: tuple[Backend, ...] = (
 # Editors complete these names; another string is refused when it is used.
 BackendName: TypeAlias = Literal["auto", "cpu", "sdpa", "flex", "reference"]
 BackendChoice: TypeAlias = BackendName | str | Backend | Sequence[BackendName | str | Backend]
+"""Argument `backend=`: "auto", a name, a `Backend`, or several in order of preference."""
 
 
 class _Preferred(threading.local):

@@ -29,6 +29,8 @@ Align = Literal["end", "start"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Causal(Mask):
+    """Causal mask: no later key. Made by `polyhead.mask.causal`."""
+
     align: Align = "end"
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
@@ -52,6 +54,8 @@ class Causal(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Window(Mask):
+    """Sliding window: keys from `before` to `after` the query. Made by `polyhead.mask.window`."""
+
     before: int | None
     after: int | None
     align: Align = "end"
@@ -88,6 +92,8 @@ class Window(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Lengths(Mask):
+    """Padding on the right: `lengths` keys per batch row. Made by `polyhead.mask.lengths`."""
+
     lengths: Tensor
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
@@ -106,6 +112,11 @@ class Lengths(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LeftPadding(Mask):
+    """Padding on the left: all but the first `padding` keys per batch row.
+
+    Made by `polyhead.mask.left_padding`.
+    """
+
     padding: Tensor
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
@@ -124,6 +135,8 @@ class LeftPadding(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prefix(Mask):
+    """Prefix: the first `n` keys, for every query. Made by `polyhead.mask.prefix`."""
+
     n: int
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
@@ -145,6 +158,11 @@ class Prefix(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Documents(Mask):
+    """Packed documents: keys with the query's own id.
+
+    Made by `polyhead.mask.documents` and `polyhead.mask.cu_seqlens`.
+    """
+
     ids: Tensor
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
@@ -198,6 +216,8 @@ class Documents(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dense(Mask):
+    """Dense mask: one boolean per query and key. Made by `polyhead.mask.dense`."""
+
     allowed: Tensor
 
     def _materialize_block(self, at: MaskBlock) -> Tensor:
@@ -238,6 +258,8 @@ class Dense(Mask):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Custom(Mask):
+    """Custom mask: a function of batch, head, query and key. Made by `polyhead.mask.custom`."""
+
     fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     batch: int = 1
     heads: int = 1
