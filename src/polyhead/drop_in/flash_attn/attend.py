@@ -1,0 +1,122 @@
+"""`attention()` with the options of flash-attn: the lse of empty rows, slopes per row, S_dmask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import polyhead.mask
+from polyhead.cache_view import CacheView
+from polyhead.call import AuxRequest
+from polyhead.drop_in.flash_attn.options import Options
+from polyhead.functional import attention
+
+__all__ = ["attend", "dropped_weights"]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
+    options: Options,
+    *,
+    padding: Tensor | None = None,
+    lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of queries over keys, aligned at the end of each row.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, G, S, D) and (B, G, S, E).
+        options: of the call.
+        padding: (B,) the number of keys at the beginning of each row that are padding.
+        lse: return the log-sum-exp, too.
+
+    Returns:
+        output (B, H, T, E), and lse (B, H, T) or None. A query without keys has zeros, and an lse
+        of +inf, as in flash-attn.
+    """
+    if options.slopes is not None and options.slopes.ndim == 2:
+        return _attend_row_by_row(query, key, value, options, padding, lse)
+    if padding is not None:
+        options = options.within(polyhead.mask.left_padding(padding))
+    call = partial(
+        attention,
+        query,
+        key,
+        value,
+        mask=options.mask,
+        scale=options.scale,
+        softcap=options.softcap,
+        alibi_slopes=options.slopes,
+        dropout=options.dropout,
+    )
+    if not lse:
+        return call(), None
+    output, aux = call(return_aux=AuxRequest(lse=True))
+    return output, aux.lse.masked_fill(aux.lse == -torch.inf, torch.inf)
+
+
+def dropped_weights(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, padding: Tensor | None
+) -> Tensor:
+    """S_dmask (B, H, T, S) of the call that `attend` runs next: weights, negative if dropped.
+
+    The random numbers are those of the next call, which still draws them: values that are rows of
+    the identity give the kept weights, and a call without dropout gives the others.
+    """
+    S, E = key.shape[2], value.shape[-1]
+    identity = torch.eye(S, dtype=value.dtype, device=value.device)
+
+    def weights(dropout: float) -> Tensor:
+        columns = []
+        for first in range(0, S, max(E, 1)):
+            one_hot = torch.zeros_like(value[:1, :1])
+            part = identity[:, first : first + E]
+            one_hot[..., : part.shape[-1]] = part
+            with torch.random.fork_rng([query.device] if query.is_cuda else []):
+                # The same shapes and the same need of gradients: the same backend.
+                probe = one_hot.expand(value.shape).requires_grad_(value.requires_grad)
+                output, _ = attend(
+                    query, key, probe, replace(options, dropout=dropout), padding=padding
+                )
+            columns.append(output.detach()[..., : part.shape[-1]])
+        return torch.cat(columns, dim=-1) if columns else query.new_zeros(*query.shape[:3], 0)
+
+    every, kept = weights(0.0), weights(options.dropout)
+    return torch.where((kept == 0) & (every > 0), -every, every)
+
+
+def _attend_row_by_row(
+    query: Tensor,
+    key: Tensor | CacheView,
+    value: Tensor | CacheView,
+    options: Options,
+    padding: Tensor | None,
+    lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """One call per batch row, each with its own slopes. No row is copied."""
+    outputs, sums = [], []
+    for b in range(len(query)):
+        row = options.for_rows(torch.tensor([b], device=query.device))
+        row_padding = None if padding is None else padding[b : b + 1]
+        output, row_lse = attend(
+            query[b : b + 1],
+            _row(key, b),
+            _row(value, b),
+            row,
+            padding=row_padding,
+            lse=lse,
+        )
+        outputs.append(output)
+        sums.append(row_lse)
+    return torch.cat(outputs), torch.cat(sums) if lse else None  # type: ignore[arg-type]
+
+
+def _row(x: Tensor | CacheView, b: int) -> Tensor | CacheView:
+    if isinstance(x, Tensor):
+        return x[b : b + 1]
+    raise NotImplementedError

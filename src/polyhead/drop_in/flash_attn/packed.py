@@ -1,0 +1,244 @@
+"""Attention of packed sequences: one call if queries and keys share their bounds, else few calls.
+
+Sequences whose queries and keys differ in number are copied into rows that end at the last column,
+where masks, windows and ALiBi have flash-attn's alignment. Rows of similar lengths share a call, so
+that padding is less than half of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import polyhead.mask
+from polyhead.backends import choose
+from polyhead.drop_in.flash_attn.attend import attend, dropped_weights
+from polyhead.drop_in.flash_attn.cached_rows import end_aligned, gather_rows
+from polyhead.drop_in.flash_attn.options import Options
+from polyhead.drop_in.flash_attn.validate import check_integers
+from polyhead.errors import ArgumentError
+from polyhead.validate import build_call
+
+__all__ = ["Bounds", "attend_packed", "read_bounds"]
+
+# Backends that read document masks without T x S tensors.
+_READS_DOCUMENTS = ("cpu", "flex")
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Sequences of a packed tensor.
+
+    Attributes:
+        starts: (N,) int64, the first token of each sequence.
+        lengths: (N,) int64.
+        cumulative: the argument, (N + 1,).
+    """
+
+    starts: Tensor
+    lengths: Tensor
+    cumulative: Tensor
+
+    def rows(self, indices: Tensor) -> Bounds:
+        return Bounds(self.starts[indices], self.lengths[indices], self.cumulative)
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max()) if len(self.lengths) else 0
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if the sequences are contiguous and of one length."""
+        ends = self.starts + self.longest
+        return bool((self.lengths == self.longest).all() and (ends[:-1] == self.starts[1:]).all())
+
+
+def read_bounds(
+    suffix: str, cu_seqlens: Tensor, max_seqlen: int, total: int | None, sequences: int, q: Tensor
+) -> Bounds:
+    """Validate cu_seqlens and max_seqlen, of the names with this suffix.
+
+    Args:
+        total: tokens of the packed tensor; None: they are in pages.
+        sequences: the number of sequences, -1 for any.
+    """
+    name = f"cu_seqlens{suffix}"
+    size = sequences + 1 if sequences >= 0 else -1
+    check_integers(name, cu_seqlens, "(batch_size + 1,)", (size,), q)
+    bounds = cu_seqlens.long()
+    lengths = bounds.diff()
+    last = int(bounds[-1]) if len(bounds) else -1
+    if last < 0 or bounds[0] != 0 or bool((lengths < 0).any()):
+        raise ArgumentError(
+            name,
+            "must begin with 0 and never decrease",
+            cu_seqlens.tolist(),
+            "pass the cumulative sum of the lengths, with a leading 0",
+        )
+    if total is not None and last > total:
+        raise ArgumentError(
+            name,
+            f"must end with at most the number of packed tokens, {total}",
+            last,
+            "pass the tensor that it was made for",
+        )
+    read = Bounds(bounds[:-1], lengths, cu_seqlens)
+    if int(max_seqlen) < read.longest:
+        raise ArgumentError(
+            f"max_seqlen{suffix}",
+            f"must be at least the longest sequence's {read.longest} tokens",
+            int(max_seqlen),
+            f"pass int({name}.diff().max())",
+        )
+    return read
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds_q: Bounds,
+    bounds_k: Bounds,
+    options: Options,
+    block_table: Tensor | None = None,
+    *,
+    lse: bool = False,
+    dropped: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Attention of the queries of each sequence over its keys, aligned at its end.
+
+    Args:
+        q: (total_q, H, D).
+        k, v: (total_k, G, size), or with a block table (pages, page size, G, size).
+        bounds_q, bounds_k: of the same number of sequences, N.
+        options: of the call.
+        block_table: (N, columns) page of each `page size` keys of a sequence.
+        lse, dropped: return these, too.
+
+    Returns:
+        output (total_q, H, E), lse (H, total_q) or None, and S_dmask (N, H, longest, longest) or
+        None. Tokens after the last sequence have zeros and +inf.
+    """
+    is_paged = block_table is not None
+    if not (is_paged or dropped) and _shares_bounds(q, k, bounds_q, bounds_k, options):
+        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+        one_call = options.within(polyhead.mask.cu_seqlens(bounds_q.cumulative))
+        call = build_call(query, key, value, one_call.mask, dropout=options.dropout)
+        if choose(call).name in _READS_DOCUMENTS:
+            output, sums = attend(query, key, value, one_call, lse=lse)
+            return output[0].transpose(0, 1).contiguous(), sums if sums is None else sums[0], None
+    outputs, all_sums, weights = [], [], None
+    for rows in _similar_rows(bounds_q, bounds_k, is_paged, together=dropped):
+        of_q, of_k = bounds_q.rows(rows), bounds_k.rows(rows)
+        table = None if block_table is None else block_table[rows]
+        query, key, value, padding = _as_rows(q, k, v, of_q, of_k, table)
+        of_rows = options.for_rows(rows)
+        if dropped:
+            weights = q.new_zeros(
+                len(bounds_q.lengths), q.shape[1], bounds_q.longest, bounds_k.longest
+            )
+            end_aligned_weights = dropped_weights(query, key, value, of_rows, padding)
+            _write_begin_aligned(weights, end_aligned_weights, rows, of_q.lengths, of_k.lengths)
+        output, sums = attend(query, key, value, of_rows, padding=padding, lse=lse)
+        outputs.append((of_q, output.transpose(1, 2)))
+        if sums is not None:
+            all_sums.append((of_q, sums.transpose(1, 2)))
+    shape = q.shape[:2]
+    # The graph of a call without any token has gradients, too.
+    linked = sum(x[:0].sum() for x in (q, k, v))
+    output = _unpadded(outputs, q.new_zeros(*shape, v.shape[-1]) + linked)
+    if not lse:
+        return output, None, weights
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    sums = _unpadded(all_sums, q.new_full(shape, torch.inf, dtype=dtype))
+    return output, sums.transpose(0, 1).contiguous(), weights
+
+
+def _shares_bounds(
+    q: Tensor, k: Tensor, bounds_q: Bounds, bounds_k: Bounds, options: Options
+) -> bool:
+    """True if all tokens of q and k belong to the same sequences, of different lengths."""
+    same = bounds_q.cumulative is bounds_k.cumulative or torch.equal(
+        bounds_q.starts, bounds_k.starts
+    )
+    has_row_slopes = options.slopes is not None and options.slopes.ndim == 2
+    return (
+        same
+        and not has_row_slopes
+        and not bounds_q.is_uniform
+        and q.shape[0] == k.shape[0] == int(bounds_q.cumulative[-1])
+        and torch.equal(bounds_q.lengths, bounds_k.lengths)
+    )
+
+
+def _similar_rows(
+    bounds_q: Bounds, bounds_k: Bounds, is_paged: bool, together: bool
+) -> list[Tensor]:
+    """Indices of sequences with queries, in groups whose lengths differ by less than a factor of 2.
+
+    Keys in pages are not padded, so that their numbers do not count. `together`: one group, of all
+    that have keys.
+    """
+    if together:
+        has_both = (bounds_q.lengths > 0) & (bounds_k.lengths > 0)
+        return [has_both.nonzero().flatten()]
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    lengths = zip(bounds_q.lengths.tolist(), bounds_k.lengths.tolist(), strict=True)
+    for row, (T, S) in enumerate(lengths):
+        if T:
+            groups[T.bit_length(), 0 if is_paged else S.bit_length()].append(row)
+    return [torch.tensor(rows, device=bounds_q.starts.device) for rows in groups.values()]
+
+
+def _as_rows(
+    q: Tensor, k: Tensor, v: Tensor, of_q: Bounds, of_k: Bounds, table: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Queries, keys and values as (n, heads, longest, size), and the padding of keys."""
+    if table is None:
+        key, value = (_rows(x, of_k) for x in (k, v))
+    else:
+        key, value = (gather_rows(x, table, of_k.lengths) for x in (k, v))
+    padding = of_k.longest - of_k.lengths
+    return _rows(q, of_q), key, value, padding if bool(padding.any()) else None
+
+
+def _rows(x: Tensor, of: Bounds) -> Tensor:
+    """Sequences of x as (n, heads, longest, size), in place if they have one length."""
+    n, longest = len(of.lengths), of.longest
+    if of.is_uniform:
+        first = int(of.starts[0])
+        x = x[first : first + n * longest]
+        return x.unflatten(0, (n, longest)).transpose(1, 2)  # type: ignore[no-any-return]
+    # Padding repeats the sequence's own first token: nothing of another sequence is read.
+    token = of.starts[:, None] + end_aligned(of.lengths, longest).clamp(min=0)
+    x = x.index_select(0, token.flatten())
+    return x.unflatten(0, (n, longest)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def _unpadded(parts: list[tuple[Bounds, Tensor]], empty: Tensor) -> Tensor:
+    """Rows (n, longest, ...) as packed tokens; those of no sequence are as in `empty`."""
+    if not parts:
+        return empty
+    of_q, rows = parts[0]
+    if of_q.is_uniform and rows.shape[0] * rows.shape[1] == len(empty):
+        return rows.flatten(0, 1).contiguous()
+    tokens, real = [], []
+    for of_q, part in parts:
+        token = end_aligned(of_q.lengths, of_q.longest)
+        is_real = (token >= 0).flatten().nonzero().flatten()
+        tokens.append((of_q.starts[:, None] + token).flatten()[is_real])
+        real.append(part.flatten(0, 1).index_select(0, is_real))
+    return empty.index_copy(0, torch.cat(tokens), torch.cat(real))
+
+
+def _write_begin_aligned(
+    target: Tensor, weights: Tensor, rows: Tensor, queries: Tensor, keys: Tensor
+) -> None:
+    """Write weights (n, H, T, S) of rows that end at the last column so that they begin at 0."""
+    T, S = weights.shape[2:]
+    sizes = zip(rows.tolist(), queries.tolist(), keys.tolist(), strict=True)
+    for i, (row, t, s) in enumerate(sizes):
+        target[row, :, :t, :s] = weights[i, :, T - t :, S - s :]
