@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+
+from polyhead.functional import observe
 
 
 def _one_sequence(
@@ -93,3 +97,16 @@ def close():
 def cumulative():
     """`cumulative([2, 3])`: cu_seqlens, int32."""
     return lambda lengths: torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+@pytest.fixture
+def observed():
+    """`with observed as calls: ...`: the list of all calls of `attention`."""
+
+    @contextmanager
+    def recording():
+        calls = []
+        with observe(calls.append):
+            yield calls
+
+    return recording()
