@@ -50,7 +50,7 @@ def flash_attn_func(
         softcap: scores become softcap * tanh(scores / softcap); 0.0: no cap.
         alibi_slopes: (nheads,) or (batch_size, nheads): a score decreases by slope * distance.
             They get no gradient, as in flash-attn.
-        deterministic: no effect: all gradients are deterministic.
+        deterministic: no effect: on a CPU all gradients are deterministic.
         return_attn_probs: return (output, softmax_lse, S_dmask).
 
     Returns:
