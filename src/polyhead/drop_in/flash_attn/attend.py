@@ -119,4 +119,10 @@ def _attend_row_by_row(
 def _row(x: Tensor | CacheView, b: int) -> Tensor | CacheView:
     if isinstance(x, Tensor):
         return x[b : b + 1]
-    raise NotImplementedError
+    table = x.block_table
+    return replace(
+        x,
+        data=x.data[b : b + 1] if table is None else x.data,
+        block_table=None if table is None else table[b : b + 1],
+        materialize=lambda: x.materialize()[b : b + 1],
+    )

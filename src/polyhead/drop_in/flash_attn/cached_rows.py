@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from polyhead.cache_view import CacheView
 from polyhead.drop_in.flash_attn.validate import check_integers, check_range
 from polyhead.errors import ShapeError
 
-__all__ = ["check_pages", "end_aligned", "gather_rows"]
+__all__ = ["check_pages", "end_aligned", "gather_rows", "read_rows"]
 
 
 def end_aligned(lengths: Tensor, longest: int) -> Tensor:
@@ -66,8 +69,28 @@ def _is_used(block_table: Tensor, lengths: Tensor, page_size: int) -> Tensor:
 
 def read_rows(
     k_cache: Tensor, v_cache: Tensor, table: Tensor | None, lengths: Tensor, leftpad: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | CacheView, Tensor | CacheView, Tensor | None]:
     """Keys and values of rows for `attend`, (n, G, longest, size), and their padding."""
+    longest = int(lengths.max()) if len(lengths) else 0
+    needs_grad = torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad)
+    is_readable = k_cache.stride(-1) == v_cache.stride(-1) == 1 and not needs_grad
+    if is_readable and bool((lengths == longest).all()):
+        key, value = (_view(cache, table, lengths, longest) for cache in (k_cache, v_cache))
+        return key, value, leftpad
     key, value = (gather_rows(cache, table, lengths) for cache in (k_cache, v_cache))
-    padding = key.shape[2] - lengths
+    padding = longest - lengths
     return key, value, padding if leftpad is None else padding + leftpad
+
+
+def _view(cache: Tensor, table: Tensor | None, lengths: Tensor, longest: int) -> Tensor | CacheView:
+    """View of rows that have one length."""
+    if table is None:
+        return cache[: len(lengths), :longest].transpose(1, 2)
+    used = _is_used(table, lengths, cache.shape[1])
+    return CacheView(
+        cache.transpose(1, 2),
+        cache.dtype,
+        longest,
+        partial(gather_rows, cache, table, lengths),
+        block_table=table.masked_fill(~used, 0).int().contiguous(),
+    )

@@ -15,8 +15,10 @@ from torch import Tensor
 
 import polyhead.mask
 from polyhead.backends import choose
+from polyhead.cache.base import materialize
+from polyhead.cache_view import CacheView
 from polyhead.drop_in.flash_attn.attend import attend, dropped_weights
-from polyhead.drop_in.flash_attn.cached_rows import end_aligned, gather_rows
+from polyhead.drop_in.flash_attn.cached_rows import end_aligned, read_rows
 from polyhead.drop_in.flash_attn.options import Options
 from polyhead.drop_in.flash_attn.validate import check_integers
 from polyhead.errors import ArgumentError
@@ -48,6 +50,12 @@ class Bounds:
     @property
     def longest(self) -> int:
         return int(self.lengths.max()) if len(self.lengths) else 0
+
+    @property
+    def padding(self) -> Tensor | None:
+        """(N,) number of columns before each sequence in rows of the longest one; None: none."""
+        padding = self.longest - self.lengths
+        return padding if bool(padding.any()) else None
 
     @property
     def is_uniform(self) -> bool:
@@ -122,21 +130,23 @@ def attend_packed(
         output (total_q, H, E), lse (H, total_q) or None, and S_dmask (N, H, longest, longest) or
         None. Tokens after the last sequence have zeros and +inf.
     """
-    is_paged = block_table is not None
-    if not (is_paged or dropped) and _shares_bounds(q, k, bounds_q, bounds_k, options):
-        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
-        one_call = options.within(polyhead.mask.cu_seqlens(bounds_q.cumulative))
-        call = build_call(query, key, value, one_call.mask, dropout=options.dropout)
-        if choose(call).name in _READS_DOCUMENTS:
-            output, sums = attend(query, key, value, one_call, lse=lse)
-            return output[0].transpose(0, 1).contiguous(), sums if sums is None else sums[0], None
+    if block_table is None and not dropped and _shares_bounds(q, k, bounds_q, bounds_k, options):
+        in_one_call = _attend_in_one_call(q, k, v, bounds_q, options, lse)
+        if in_one_call is not None:
+            return (*in_one_call, None)
+    key: Tensor | CacheView
+    value: Tensor | CacheView
     outputs, all_sums, weights = [], [], None
-    for rows in _similar_rows(bounds_q, bounds_k, is_paged, together=dropped):
+    for rows in _similar_rows(bounds_q, bounds_k, block_table is not None, together=dropped):
         of_q, of_k = bounds_q.rows(rows), bounds_k.rows(rows)
-        table = None if block_table is None else block_table[rows]
-        query, key, value, padding = _as_rows(q, k, v, of_q, of_k, table)
-        of_rows = options.for_rows(rows)
+        query, of_rows = _rows(q, of_q), options.for_rows(rows)
+        key, value, padding = (
+            (_rows(k, of_k), _rows(v, of_k), of_k.padding)
+            if block_table is None
+            else read_rows(k, v, block_table[rows], of_k.lengths, None)
+        )
         if dropped:
+            key, value = materialize(key, value)
             weights = q.new_zeros(
                 len(bounds_q.lengths), q.shape[1], bounds_q.longest, bounds_k.longest
             )
@@ -155,6 +165,19 @@ def attend_packed(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     sums = _unpadded(all_sums, q.new_full(shape, torch.inf, dtype=dtype))
     return output, sums.transpose(0, 1).contiguous(), weights
+
+
+def _attend_in_one_call(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Bounds, options: Options, lse: bool
+) -> tuple[Tensor, Tensor | None] | None:
+    """Attention whose mask keeps the sequences apart; None: it would hold a T x S tensor."""
+    query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+    options = options.within(polyhead.mask.cu_seqlens(bounds.cumulative))
+    call = build_call(query, key, value, options.mask, dropout=options.dropout)
+    if choose(call).name not in _READS_DOCUMENTS:
+        return None
+    output, sums = attend(query, key, value, options, lse=lse)
+    return output[0].transpose(0, 1).contiguous(), None if sums is None else sums[0]
 
 
 def _shares_bounds(
@@ -191,18 +214,6 @@ def _similar_rows(
         if T:
             groups[T.bit_length(), 0 if is_paged else S.bit_length()].append(row)
     return [torch.tensor(rows, device=bounds_q.starts.device) for rows in groups.values()]
-
-
-def _as_rows(
-    q: Tensor, k: Tensor, v: Tensor, of_q: Bounds, of_k: Bounds, table: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Queries, keys and values as (n, heads, longest, size), and the padding of keys."""
-    if table is None:
-        key, value = (_rows(x, of_k) for x in (k, v))
-    else:
-        key, value = (gather_rows(x, table, of_k.lengths) for x in (k, v))
-    padding = of_k.longest - of_k.lengths
-    return _rows(q, of_q), key, value, padding if bool(padding.any()) else None
 
 
 def _rows(x: Tensor, of: Bounds) -> Tensor:
