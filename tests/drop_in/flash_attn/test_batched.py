@@ -209,6 +209,11 @@ def test_slopes_that_require_grad_get_none(qkv):
     assert q.grad is not None
 
 
+def test_output_is_contiguous_as_callers_view_it(qkv):
+    output = flash_attn_func(*qkv, causal=True)
+    assert output.view(B, T, H * E).shape == (B, T, H * E)
+
+
 def test_deterministic_has_no_effect(qkv):
     assert torch.equal(flash_attn_func(*qkv, deterministic=True), flash_attn_func(*qkv))
 
@@ -328,3 +333,9 @@ def test_packed_argument_is_named_in_errors(random):
         flash_attn_kvpacked_func(random(B, T, H, D), random(B, S, 3, H, D))
     with pytest.raises(ShapeError, match=r"kv must have a number of heads that divides q's 6"):
         flash_attn_kvpacked_func(random(B, T, H, D), random(B, S, 2, 4, D))
+
+
+def test_compiled_call_is_one_graph(qkv):
+    options = {"causal": True, "window_size": (2, 0), "softcap": 2.0}
+    compiled = torch.compile(flash_attn_func, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*qkv, **options), flash_attn_func(*qkv, **options))
