@@ -300,6 +300,30 @@ def test_row_without_keys_is_zero_with_lse_inf(random):
     assert bool(output.isfinite().all())
 
 
+@pytest.mark.parametrize("options", ["plain", "causal window, softcap", "slopes per row"])
+@pytest.mark.parametrize("kind", ["contiguous", "index", "paged"])
+def test_caches_are_read_in_place(kind, options, random, tensor_sizes, kernels):
+    lengths = torch.tensor([700, 3, 512], dtype=torch.int32)
+    stored = caches(random, lengths, capacity=1024)
+    arguments = {}
+    if kind == "index":
+        arguments["cache_batch_idx"] = torch.tensor([1, 0, 2])
+        lengths = lengths[[1, 0, 2]]
+    elif kind == "paged":
+        stored, arguments["block_table"] = paged(stored, 16)
+    q = random(B, T, H, D)
+    k, v = new_tokens(random, T)
+    with tensor_sizes:
+        output = flash_attn_with_kvcache(
+            q, *stored, k, v, cache_seqlens=lengths, **arguments, **OPTIONS[options]
+        )
+    assert bool(output.isfinite().all())
+    held = lengths.sum().item() * G * E
+    in_caches = {x.untyped_storage().nbytes() // x.element_size() for x in stored}
+    assert tensor_sizes.largest in in_caches  # views of the caches themselves
+    assert tensor_sizes.peak - sum(x.untyped_storage().nbytes() for x in stored) < held
+
+
 def test_num_splits_has_no_effect(random):
     k_cache, v_cache = caches(random, LENGTHS)
     q = random(B, T, H, D)

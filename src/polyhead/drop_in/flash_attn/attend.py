@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,27 @@ from polyhead.call import AuxRequest
 from polyhead.drop_in.flash_attn.options import Options
 from polyhead.functional import attention
 
-__all__ = ["attend", "dropped_weights"]
+__all__ = ["RaggedRows", "attend", "dropped_weights"]
+
+
+class RaggedRows(NamedTuple):
+    """Rows of different lengths; queries of a row are aligned with its last key.
+
+    Attributes:
+        lengths: (B,) int64 number of keys of each row; None: all, or those of the `CacheView`.
+        query_offset: (B,) int64 position of query 0 of each row; None: from the lengths.
+        leftpad: (B,) number of keys at the beginning of each row that are padding; None: none.
+    """
+
+    lengths: Tensor | None = None
+    query_offset: Tensor | None = None
+    leftpad: Tensor | None = None
+
+    def row(self, b: int) -> RaggedRows:
+        return RaggedRows(*(None if x is None else x[b : b + 1] for x in self))
+
+
+_WHOLE = RaggedRows()
 
 
 def attend(
@@ -22,17 +43,17 @@ def attend(
     key: Tensor | CacheView,
     value: Tensor | CacheView,
     options: Options,
+    rows: RaggedRows = _WHOLE,
     *,
-    padding: Tensor | None = None,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention of queries over keys, aligned at the end of each row.
+    """Attention of queries over keys.
 
     Args:
         query: (B, H, T, D).
         key, value: (B, G, S, D) and (B, G, S, E).
         options: of the call.
-        padding: (B,) the number of keys at the beginning of each row that are padding.
+        rows: lengths of the batch rows, if they differ.
         lse: return the log-sum-exp, too.
 
     Returns:
@@ -40,9 +61,11 @@ def attend(
         of +inf, as in flash-attn.
     """
     if options.slopes is not None and options.slopes.ndim == 2:
-        return _attend_row_by_row(query, key, value, options, padding, lse)
-    if padding is not None:
-        options = options.within(polyhead.mask.left_padding(padding))
+        return _attend_row_by_row(query, key, value, options, rows, lse)
+    if rows.lengths is not None:
+        options = options.within(polyhead.mask.lengths(rows.lengths))
+    if rows.leftpad is not None:
+        options = options.within(polyhead.mask.left_padding(rows.leftpad))
     call = partial(
         attention,
         query,
@@ -53,6 +76,7 @@ def attend(
         softcap=options.softcap,
         alibi_slopes=options.slopes,
         dropout=options.dropout,
+        query_offset=rows.query_offset,
     )
     if not lse:
         return call(), None
@@ -61,7 +85,7 @@ def attend(
 
 
 def dropped_weights(
-    query: Tensor, key: Tensor, value: Tensor, options: Options, padding: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, options: Options, rows: RaggedRows = _WHOLE
 ) -> Tensor:
     """S_dmask (B, H, T, S) of the call that `attend` runs next: weights, negative if dropped.
 
@@ -80,9 +104,7 @@ def dropped_weights(
             with torch.random.fork_rng([query.device] if query.is_cuda else []):
                 # The same shapes and the same need of gradients: the same backend.
                 probe = one_hot.expand(value.shape).requires_grad_(value.requires_grad)
-                output, _ = attend(
-                    query, key, probe, replace(options, dropout=dropout), padding=padding
-                )
+                output, _ = attend(query, key, probe, replace(options, dropout=dropout), rows)
             columns.append(output.detach()[..., : part.shape[-1]])
         return torch.cat(columns, dim=-1) if columns else query.new_zeros(*query.shape[:3], 0)
 
@@ -95,20 +117,18 @@ def _attend_row_by_row(
     key: Tensor | CacheView,
     value: Tensor | CacheView,
     options: Options,
-    padding: Tensor | None,
+    rows: RaggedRows,
     lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """One call per batch row, each with its own slopes. No row is copied."""
     outputs, sums = [], []
     for b in range(len(query)):
-        row = options.for_rows(torch.tensor([b], device=query.device))
-        row_padding = None if padding is None else padding[b : b + 1]
         output, row_lse = attend(
             query[b : b + 1],
             _row(key, b),
             _row(value, b),
-            row,
-            padding=row_padding,
+            options.for_rows(torch.tensor([b], device=query.device)),
+            rows.row(b),
             lse=lse,
         )
         outputs.append(output)
@@ -124,5 +144,6 @@ def _row(x: Tensor | CacheView, b: int) -> Tensor | CacheView:
         x,
         data=x.data[b : b + 1] if table is None else x.data,
         block_table=None if table is None else table[b : b + 1],
+        lengths=None if x.lengths is None else x.lengths[b : b + 1],
         materialize=lambda: x.materialize()[b : b + 1],
     )

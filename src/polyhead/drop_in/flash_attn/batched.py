@@ -189,7 +189,7 @@ def _attend_batched(
         return attend(query, key, value, options)[0].transpose(1, 2).contiguous()
     dropped = q.new_empty(0)
     if options.dropout > 0.0:
-        dropped = dropped_weights(query, key, value, options, None)
+        dropped = dropped_weights(query, key, value, options)
     output, lse = attend(query, key, value, options, lse=True)
     assert lse is not None
     return output.transpose(1, 2).contiguous(), lse, dropped

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
+from polyhead.backends.layout import maybe_contiguous
 from polyhead.cache_view import CacheView
 from polyhead.drop_in.flash_attn.validate import check_integers, check_range
 from polyhead.errors import ShapeError
 
-__all__ = ["check_pages", "end_aligned", "gather_rows", "read_rows"]
-
-
-def end_aligned(lengths: Tensor, longest: int) -> Tensor:
-    """Token of each column, (n, longest), if rows end at the last column; negative: padding."""
-    columns = torch.arange(longest, device=lengths.device)
-    return columns + (lengths - longest)[:, None]
-
-
-def gather_rows(cache: Tensor, table: Tensor | None, lengths: Tensor) -> Tensor:
-    """Copy the tokens of each row, so that all rows end at the last column.
-
-    Args:
-        cache: (rows, tokens, G, size), or with a table (pages, page size, G, size).
-        table: (n, columns) the page of each `page size` tokens of a row; None: row b is cache[b].
-        lengths: (n,) int64, the tokens of each row.
-
-    Returns:
-        (n, G, longest, size). Columns before a row's first token repeat it.
-    """
-    longest = int(lengths.max()) if len(lengths) else 0
-    token = end_aligned(lengths, longest).clamp(min=0)
-    size = cache.shape[1]
-    if table is None:
-        page = torch.arange(len(lengths), device=cache.device)[:, None]
-    else:
-        page = table.long().gather(1, token // size) if longest else token
-    return cache[page, token % size].transpose(1, 2)
+__all__ = ["check_pages", "read_rows"]
 
 
 def check_pages(block_table: Tensor, k: Tensor, lengths: Tensor, named: str) -> None:
@@ -68,29 +40,39 @@ def _is_used(block_table: Tensor, lengths: Tensor, page_size: int) -> Tensor:
 
 
 def read_rows(
-    k_cache: Tensor, v_cache: Tensor, table: Tensor | None, lengths: Tensor, leftpad: Tensor | None
-) -> tuple[Tensor | CacheView, Tensor | CacheView, Tensor | None]:
-    """Keys and values of rows for `attend`, (n, G, longest, size), and their padding."""
+    k_cache: Tensor, v_cache: Tensor, table: Tensor | None, lengths: Tensor
+) -> tuple[Tensor | CacheView, Tensor | CacheView]:
+    """Views of the keys and values of each row, (n, G, longest, size), for `attention`.
+
+    Args:
+        k_cache, v_cache: (rows, tokens, G, size), or with a table (pages, page size, G, size).
+        table: (n, columns) the page of each `page size` tokens of a row; None: row b is cache[b].
+        lengths: (n,) int64, the tokens of each row.
+    """
     longest = int(lengths.max()) if len(lengths) else 0
-    needs_grad = torch.is_grad_enabled() and (k_cache.requires_grad or v_cache.requires_grad)
-    is_readable = k_cache.stride(-1) == v_cache.stride(-1) == 1 and not needs_grad
-    if is_readable and bool((lengths == longest).all()):
-        key, value = (_view(cache, table, lengths, longest) for cache in (k_cache, v_cache))
-        return key, value, leftpad
-    key, value = (gather_rows(cache, table, lengths) for cache in (k_cache, v_cache))
-    padding = longest - lengths
-    return key, value, padding if leftpad is None else padding + leftpad
-
-
-def _view(cache: Tensor, table: Tensor | None, lengths: Tensor, longest: int) -> Tensor | CacheView:
-    """View of rows that have one length."""
+    of_rows = lengths if bool((lengths != longest).any()) else None
+    key, value = (x.transpose(1, 2) for x in (k_cache, v_cache))
     if table is None:
-        return cache[: len(lengths), :longest].transpose(1, 2)
-    used = _is_used(table, lengths, cache.shape[1])
+        key, value = (x[: len(lengths), :, :longest] for x in (key, value))
+        return (key, value) if of_rows is None else (_view(key, of_rows), _view(value, of_rows))
+    used = _is_used(table, lengths, k_cache.shape[1])
+    table = table.masked_fill(~used, 0).int().contiguous()
+    return _paged_view(key, table, longest, of_rows), _paged_view(value, table, longest, of_rows)
+
+
+def _view(data: Tensor, lengths: Tensor) -> CacheView:
     return CacheView(
-        cache.transpose(1, 2),
-        cache.dtype,
-        longest,
-        partial(gather_rows, cache, table, lengths),
-        block_table=table.masked_fill(~used, 0).int().contiguous(),
+        maybe_contiguous(data), data.dtype, data.shape[2], lambda: data, lengths=lengths
+    )
+
+
+def _paged_view(pool: Tensor, table: Tensor, tokens: int, lengths: Tensor | None) -> CacheView:
+    return CacheView(
+        maybe_contiguous(pool),
+        pool.dtype,
+        tokens,
+        # (n, columns, G, page size, size) to (n, G, tokens, size)
+        lambda: pool[table].transpose(1, 2).flatten(2, 3)[:, :, :tokens],
+        block_table=table,
+        lengths=lengths,
     )

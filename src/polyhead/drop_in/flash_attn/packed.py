@@ -1,8 +1,8 @@
 """Attention of packed sequences: one call if queries and keys share their bounds, else few calls.
 
-Sequences whose queries and keys differ in number are copied into rows that end at the last column,
-where masks, windows and ALiBi have flash-attn's alignment. Rows of similar lengths share a call, so
-that padding is less than half of it.
+Sequences whose queries and keys differ in number are copied into rows, whose keys have a length and
+whose queries an offset, so that masks, windows and ALiBi are aligned at the end of each. Rows of
+similar lengths share a call: less than half of it is padding.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch import Tensor
 
 import polyhead.mask
 from polyhead.backends import choose
-from polyhead.cache.base import materialize
 from polyhead.cache_view import CacheView
-from polyhead.drop_in.flash_attn.attend import attend, dropped_weights
-from polyhead.drop_in.flash_attn.cached_rows import end_aligned, read_rows
+from polyhead.drop_in.flash_attn.attend import RaggedRows, attend, dropped_weights
+from polyhead.drop_in.flash_attn.cached_rows import read_rows
 from polyhead.drop_in.flash_attn.options import Options
 from polyhead.drop_in.flash_attn.validate import check_integers
 from polyhead.errors import ArgumentError
@@ -50,12 +49,6 @@ class Bounds:
     @property
     def longest(self) -> int:
         return int(self.lengths.max()) if len(self.lengths) else 0
-
-    @property
-    def padding(self) -> Tensor | None:
-        """(N,) number of columns before each sequence in rows of the longest one; None: none."""
-        padding = self.longest - self.lengths
-        return padding if bool(padding.any()) else None
 
     @property
     def is_uniform(self) -> bool:
@@ -140,19 +133,26 @@ def attend_packed(
     for rows in _similar_rows(bounds_q, bounds_k, block_table is not None, together=dropped):
         of_q, of_k = bounds_q.rows(rows), bounds_k.rows(rows)
         query, of_rows = _rows(q, of_q), options.for_rows(rows)
-        key, value, padding = (
-            (_rows(k, of_k), _rows(v, of_k), of_k.padding)
-            if block_table is None
-            else read_rows(k, v, block_table[rows], of_k.lengths, None)
-        )
+        ragged = _ragged(of_q, of_k)
+        if block_table is None:
+            key, value = _rows(k, of_k), _rows(v, of_k)
+        else:
+            key, value = read_rows(k, v, block_table[rows], of_k.lengths)
+            if dropped or _needs_grad(k, v):
+                key, value = _materialized(key), _materialized(value)
+            else:
+                ragged = ragged._replace(lengths=None)  # which the views have
         if dropped:
-            key, value = materialize(key, value)
+            assert isinstance(key, Tensor)
+            assert isinstance(value, Tensor)
             weights = q.new_zeros(
                 len(bounds_q.lengths), q.shape[1], bounds_q.longest, bounds_k.longest
             )
-            end_aligned_weights = dropped_weights(query, key, value, of_rows, padding)
-            _write_begin_aligned(weights, end_aligned_weights, rows, of_q.lengths, of_k.lengths)
-        output, sums = attend(query, key, value, of_rows, padding=padding, lse=lse)
+            of_group = dropped_weights(query, key, value, of_rows, ragged)
+            is_query = torch.arange(of_q.longest, device=q.device) < of_q.lengths[:, None]
+            of_group = of_group.masked_fill(~is_query[:, None, :, None], 0.0)
+            weights[rows, :, : of_q.longest, : of_k.longest] = of_group
+        output, sums = attend(query, key, value, of_rows, ragged, lse=lse)
         outputs.append((of_q, output.transpose(1, 2)))
         if sums is not None:
             all_sums.append((of_q, sums.transpose(1, 2)))
@@ -216,16 +216,24 @@ def _similar_rows(
     return [torch.tensor(rows, device=bounds_q.starts.device) for rows in groups.values()]
 
 
+def _ragged(of_q: Bounds, of_k: Bounds) -> RaggedRows:
+    """Lengths of keys, and positions of queries that are aligned with the last key of their row."""
+    offset = of_k.lengths - of_q.lengths
+    same = bool((of_q.lengths == of_q.longest).all() and (of_k.lengths == of_k.longest).all())
+    return RaggedRows() if same else RaggedRows(of_k.lengths, offset)
+
+
 def _rows(x: Tensor, of: Bounds) -> Tensor:
     """Sequences of x as (n, heads, longest, size), in place if they have one length."""
     n, longest = len(of.lengths), of.longest
     if of.is_uniform:
         first = int(of.starts[0])
         x = x[first : first + n * longest]
-        return x.unflatten(0, (n, longest)).transpose(1, 2)  # type: ignore[no-any-return]
-    # Padding repeats the sequence's own first token: nothing of another sequence is read.
-    token = of.starts[:, None] + end_aligned(of.lengths, longest).clamp(min=0)
-    x = x.index_select(0, token.flatten())
+    else:
+        # Padding repeats the sequence's own last token: nothing of another sequence is read.
+        last = (of.lengths - 1).clamp(min=0)[:, None]
+        token = torch.arange(longest, device=x.device).minimum(last)
+        x = x.index_select(0, (of.starts[:, None] + token).flatten())
     return x.unflatten(0, (n, longest)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
@@ -238,18 +246,16 @@ def _unpadded(parts: list[tuple[Bounds, Tensor]], empty: Tensor) -> Tensor:
         return rows.flatten(0, 1).contiguous()
     tokens, real = [], []
     for of_q, part in parts:
-        token = end_aligned(of_q.lengths, of_q.longest)
-        is_real = (token >= 0).flatten().nonzero().flatten()
+        token = torch.arange(of_q.longest, device=part.device).expand(len(part), -1)
+        is_real = (token < of_q.lengths[:, None]).flatten().nonzero().flatten()
         tokens.append((of_q.starts[:, None] + token).flatten()[is_real])
         real.append(part.flatten(0, 1).index_select(0, is_real))
     return empty.index_copy(0, torch.cat(tokens), torch.cat(real))
 
 
-def _write_begin_aligned(
-    target: Tensor, weights: Tensor, rows: Tensor, queries: Tensor, keys: Tensor
-) -> None:
-    """Write weights (n, H, T, S) of rows that end at the last column so that they begin at 0."""
-    T, S = weights.shape[2:]
-    sizes = zip(rows.tolist(), queries.tolist(), keys.tolist(), strict=True)
-    for i, (row, t, s) in enumerate(sizes):
-        target[row, :, :t, :s] = weights[i, :, T - t :, S - s :]
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _materialized(x: Tensor | CacheView) -> Tensor:
+    return x.materialize_valid() if isinstance(x, CacheView) else x

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyhead.drop_in.flash_attn.attend import attend
+from polyhead.drop_in.flash_attn.attend import RaggedRows, attend
 from polyhead.drop_in.flash_attn.cached_rows import check_pages, read_rows
 from polyhead.drop_in.flash_attn.options import is_local, read_options
 from polyhead.drop_in.flash_attn.rotary import check_positions, check_tables, rotate_at
@@ -102,12 +102,13 @@ def flash_attn_with_kvcache(
             q, k = _rotated(q, k, rotary_cos, rotary_sin, rows, together, rotary_interleaved)
         lengths = rows.lengths
         if k is not None and v is not None:
-            _append(k_cache, k, rows)
-            _append(v_cache, v, rows)
+            places = _places(rows, k.shape[1], k_cache.shape[1])
+            k_cache[places], v_cache[places] = k, v
             lengths = lengths + k.shape[1]
-        key, value, padding = read_rows(k_cache, v_cache, rows.table, lengths, cache_leftpad)
+        key, value = read_rows(k_cache, v_cache, rows.table, lengths)
+        ragged = RaggedRows(leftpad=cache_leftpad)
         query = q.transpose(1, 2)
-        output, lse = attend(query, key, value, options, padding=padding, lse=return_softmax_lse)
+        output, lse = attend(query, key, value, options, ragged, lse=return_softmax_lse)
         output = output.transpose(1, 2).contiguous()
         return output if lse is None else (output, lse)
 
@@ -257,10 +258,10 @@ def _rotated(
     )
 
 
-def _append(cache: Tensor, new: Tensor, rows: _Rows) -> None:
-    token = rows.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
+def _places(rows: _Rows, new: int, page_size: int) -> tuple[Tensor, Tensor]:
+    """Page and slot, (B, new), of the tokens that are appended."""
+    device = rows.lengths.device
+    token = rows.lengths[:, None] + torch.arange(new, device=device)
     if rows.table is None:
-        page = torch.arange(len(new), device=new.device)[:, None]
-    else:
-        page = rows.table.long().gather(1, token // cache.shape[1])
-    cache[page, token % cache.shape[1]] = new
+        return torch.arange(len(rows.lengths), device=device)[:, None], token
+    return rows.table.long().gather(1, token // page_size), token % page_size
