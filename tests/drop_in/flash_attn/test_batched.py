@@ -185,6 +185,36 @@ def test_dropout_is_what_s_dmask_says(sizes, random):
     assert bool(lse.isfinite().all())
 
 
+@pytest.mark.parametrize("sizes", [(T, S), (64, 64)])
+def test_gradients_with_dropout_are_of_its_pattern(sizes, random):
+    T, S = sizes
+    q, k, v = (
+        x.requires_grad_() for x in (random(B, T, H, D), random(B, S, G, D), random(B, S, G, E))
+    )
+    torch.manual_seed(3)
+    output, _, dropped = flash_attn_func(q, k, v, dropout_p=0.4, return_attn_probs=True)
+    key, value = (x.repeat_interleave(H // G, dim=2) for x in (k, v))
+    weights = torch.softmax(torch.einsum("bthd,bshd->bhts", q, key) * D**-0.5, dim=-1)
+    expected = torch.einsum("bhts,bshe->bthe", weights * (dropped > 0) / 0.6, value)
+    direction = random(*output.shape)
+    ours = torch.autograd.grad(output, (q, k, v), direction)
+    theirs = torch.autograd.grad(expected, (q, k, v), direction)
+    for gradient, expected_gradient in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_lse_has_its_gradient(qkv, batch, close):
+    q, k, v = (x.requires_grad_() for x in qkv)
+    _, lse, _ = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    _, expected = batch(q, k, v, causal=True)
+    for ours, theirs in zip(
+        torch.autograd.grad(lse.square().sum(), (q, k)),
+        torch.autograd.grad(expected.square().sum(), (q, k)),
+        strict=True,
+    ):
+        close(ours, theirs, 10)
+
+
 def test_s_dmask_request_changes_no_output(qkv):
     outputs = []
     for asked in (False, True):

@@ -40,6 +40,12 @@ OTHERS = {
         "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, "
         "max_seqlen=None"
     ),
+    (rotary, "apply_rotary_emb_torch"): "x, cos, sin, interleaved=False",
+    (rotary, "apply_rotary_emb_qkv_"): (
+        "qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, "
+        "num_heads_q=None"
+    ),
+    (rotary, "apply_rotary_emb_kv_"): "kv, cos, sin, interleaved=False, seqlen_offsets=0",
 }
 
 

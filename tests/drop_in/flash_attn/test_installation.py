@@ -66,6 +66,9 @@ def test_metadata_gives_the_version():
         for name in ("flash-attn", "flash_attn"):
             assert importlib.metadata.version(name) == "2.8.3+polyhead"
         assert importlib.metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
+        assert importlib.metadata.distribution("flash-attn").files is None
+        assert importlib.metadata.requires("flash-attn") is None
+        assert importlib.metadata.entry_points(group="console_scripts")
         assert importlib.metadata.version("torch").startswith("2.")
         with pytest.raises(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version("flash-attn-3")

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from polyhead.drop_in.flash_attn.rotary import apply_rotary_emb, apply_rotary_emb_func
+from polyhead.drop_in.flash_attn.rotary import (
+    apply_rotary_emb,
+    apply_rotary_emb_func,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+    apply_rotary_emb_torch,
+)
 from polyhead.errors import ArgumentError, DtypeError, ShapeError
 
 B, T, H, D, ROWS = 2, 5, 3, 8, 11
@@ -66,6 +72,62 @@ def test_gradient_is_the_rotation_back(inplace, tables, random):
     (gradient,) = torch.autograd.grad(output, x, direction)
     cos, sin = tables
     torch.testing.assert_close(gradient, apply_rotary_emb(direction, cos, -sin))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_tables_of_each_row_are_applied(interleaved, tables, random):
+    x = random(B, T, H, D)
+    assert torch.equal(
+        apply_rotary_emb_torch(x, *tables, interleaved), apply_rotary_emb(x, *tables, interleaved)
+    )
+    offsets = torch.tensor([6, 1])
+    rows = offsets[:, None] + torch.arange(T)
+    of_rows = apply_rotary_emb_torch(x, *(table[rows] for table in tables), interleaved)
+    expected = apply_rotary_emb(x, *tables, interleaved, seqlen_offsets=offsets)
+    assert torch.equal(of_rows, expected)
+
+
+def test_packed_queries_and_keys_turn_in_place(tables, random):
+    cos, sin = tables
+    qkv = random(B, T, 3, H, D)
+    before = qkv.clone()
+    assert apply_rotary_emb_qkv_(qkv, *tables, cos_k=sin, sin_k=cos, seqlen_offsets=2) is qkv
+    assert torch.equal(qkv[:, :, 0], apply_rotary_emb(before[:, :, 0], cos, sin, seqlen_offsets=2))
+    assert torch.equal(qkv[:, :, 1], apply_rotary_emb(before[:, :, 1], sin, cos, seqlen_offsets=2))
+    assert torch.equal(qkv[:, :, 2], before[:, :, 2])
+    grouped = before.flatten(2, 3)[:, :, : H + 4].clone()
+    expected = grouped.clone()
+    apply_rotary_emb_qkv_(grouped, *tables, num_heads_q=H)
+    expected[:, :, : H + 2] = apply_rotary_emb(expected[:, :, : H + 2], *tables)
+    assert torch.equal(grouped, expected)
+    kv = before[:, :, 1:].clone()
+    assert apply_rotary_emb_kv_(kv, *tables) is kv
+    assert torch.equal(kv[:, :, 0], apply_rotary_emb(before[:, :, 1], *tables))
+    assert torch.equal(kv[:, :, 1], before[:, :, 2])
+
+
+def test_packed_turn_has_a_gradient(tables, random):
+    qkv = random(B, T, 3, H, D).requires_grad_()
+    direction = random(B, T, 3, H, D, seed=1)
+    (gradient,) = torch.autograd.grad(apply_rotary_emb_qkv_(qkv * 1, *tables), qkv, direction)
+    cos, sin = tables
+    torch.testing.assert_close(gradient, apply_rotary_emb_qkv_(direction.clone(), cos, -sin))
+
+
+def test_packed_argument_that_raises_is_unchanged(tables, random):
+    qkv = random(B, T, 3, H, D)
+    before = qkv.clone()
+    with pytest.raises(ShapeError, match=r"^cos must be"):
+        apply_rotary_emb_qkv_(qkv, *tables, cos_k=torch.ones(ROWS, 5), sin_k=tables[1])
+    assert torch.equal(qkv, before)
+    with pytest.raises(
+        ShapeError, match=r"^qkv must be .*; got \(2, 5, 9, 8\), num_heads_q = None"
+    ):
+        apply_rotary_emb_qkv_(qkv.flatten(2, 3), *tables)
+    with pytest.raises(ShapeError, match=r"^kv must be .*; got \(2, 5, 3, 3, 8\)"):
+        apply_rotary_emb_kv_(qkv, *tables)
+    with pytest.raises(ShapeError, match=r"^cos must be \(batch_size, seqlen, rotary_dim / 2\)"):
+        apply_rotary_emb_torch(qkv[:, :, 0], torch.ones(B, T + 1, 3), torch.ones(B, T + 1, 3))
 
 
 REFUSED = {

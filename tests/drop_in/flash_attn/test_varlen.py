@@ -127,7 +127,7 @@ def test_any_lengths_and_options_are_exact(data, random, cumulative, one_by_one,
     close(lse, expected_lse)
 
 
-def test_equal_bounds_in_other_tensors_are_one_call(random, cumulative, observed):
+def test_equal_bounds_in_other_tensors_are_one_call(random, cumulative, observed, kernels):
     inputs = packed(random, [3, 70, 2], [3, 70, 2])
     with observed as calls:
         flash_attn_varlen_func(
@@ -257,6 +257,17 @@ def test_pages_equal_packed_keys(page_size, causal, random, cumulative, one_by_o
     expected, expected_lse = one_by_one(q, k, v, *bounds, slopes, causal=causal)
     close(output, expected)
     close(lse, expected_lse)
+
+
+def test_pages_are_read_in_place(random, cumulative, tensor_sizes, kernels):
+    lengths_q, lengths_k = [3, 1, 2], [700, 3, 512]
+    q, k, v = (x.detach() for x in packed(random, lengths_q, lengths_k))
+    bounds = cumulative(lengths_q), cumulative(lengths_k)
+    pools, table = paged([k, v], bounds[1].tolist(), 16)
+    with tensor_sizes:
+        flash_attn_varlen_func(q, *pools, *bounds, 3, 700, causal=True, block_table=table)
+    in_pools = sum(x.untyped_storage().nbytes() for x in pools)
+    assert tensor_sizes.peak - in_pools < v.nbytes
 
 
 def test_pages_have_gradients(random, cumulative, one_by_one, close):

@@ -278,6 +278,31 @@ def test_larger_cache_serves_its_first_rows(random):
     assert torch.equal(output, flash_attn_func(q, k_cache[:B, :5], v_cache[:B, :5]))
 
 
+def test_slices_of_one_storage_are_caches(random, close):
+    """Keys and values of several layers in one tensor; and features that are not contiguous."""
+    q = random(B, T, H, D)
+    k, v = random(B, T, G, D), random(B, T, G, D, seed=1)
+    storage = random(B, CAPACITY, 2, 3, G, D)
+    transposed = random(B, CAPACITY, G, 2, D).mT
+    outputs = []
+    for k_cache, v_cache in (
+        (storage[:, :, 0, 1], storage[:, :, 1, 1]),
+        (transposed[..., 0], transposed[..., 1]),
+    ):
+        before = k_cache.clone(), v_cache.clone()
+        other = storage[:, :, :, [0, 2]].clone()
+        output = flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, cache_seqlens=LENGTHS, causal=True
+        )
+        expected = flash_attn_with_kvcache(q, *before, k, v, cache_seqlens=LENGTHS, causal=True)
+        close(output, expected)
+        assert torch.equal(k_cache, before[0])
+        assert torch.equal(v_cache, before[1])
+        assert torch.equal(storage[:, :, :, [0, 2]], other)
+        outputs.append(output)
+    assert not torch.equal(*outputs)
+
+
 def test_rows_may_share_one_of_the_cache(random, one_sequence, close):
     k_cache, v_cache = caches(random, [4, 9])
     q = random(B, T, H, D)
@@ -494,3 +519,36 @@ def test_bad_argument_raises_and_writes_nothing(case, random):
     assert str(raised.value).startswith(message)
     for cache, old in zip((k_cache, v_cache), before, strict=True):
         assert torch.equal(cache.nan_to_num(99.0), old.nan_to_num(99.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_cache_is_as_good_as_eager(
+    dtype, random, one_sequence, naive_attention, assert_as_good_as_eager
+):
+    k_cache, v_cache = caches(random, LENGTHS, dtype=dtype)
+    q = random(B, T, H, D, dtype=dtype)
+    output = flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=LENGTHS)
+    rows = [(k_cache[b, :n], v_cache[b, :n]) for b, n in enumerate(LENGTHS)]
+    eager = [
+        naive_attention(*(x.transpose(0, 1)[None] for x in (q[b], *row)))[0].transpose(0, 1)
+        for b, row in enumerate(rows)
+    ]
+    exact, _ = row_by_row(one_sequence, q, rows)
+    assert_as_good_as_eager(output, torch.stack(eager), exact)
+
+
+@pytest.mark.parametrize("D", [24, 80, 96])
+@pytest.mark.parametrize("T", [1, 17, 257])
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_odd_sizes_are_exact(D, T, group, random, one_sequence, close):
+    """Decoding, chunks and prompts, in pages of 3."""
+    lengths = torch.tensor([301, 40])
+    tokens = [random(2, 320, 1, D), random(2, 320, 1, D, seed=1)]
+    for x in tokens:
+        x[0, 301:], x[1, 40:] = torch.nan, torch.nan
+    pools, table = paged(tokens, 3)
+    q = random(2, T, group, D)
+    options = {"causal": True, "window_size": (100, 0)}
+    output = flash_attn_with_kvcache(q, *pools, cache_seqlens=lengths, block_table=table, **options)
+    rows = [tuple(x[b, :n] for x in tokens) for b, n in enumerate(lengths)]
+    close(output, row_by_row(one_sequence, q, rows, **options)[0])

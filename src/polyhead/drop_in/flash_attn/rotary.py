@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polyhead.drop_in.flash_attn.validate import check_integers
+from polyhead.drop_in.flash_attn.validate import check_integers, check_packed
 from polyhead.errors import ArgumentError, DtypeError, ShapeError, check_count
 from polyhead.positions import rotate
 from polyhead.validate import check_is_tensor
 
-__all__ = ["apply_rotary_emb", "apply_rotary_emb_func"]
+__all__ = [
+    "apply_rotary_emb",
+    "apply_rotary_emb_func",
+    "apply_rotary_emb_kv_",
+    "apply_rotary_emb_qkv_",
+    "apply_rotary_emb_torch",
+]
 
 
 def apply_rotary_emb(
@@ -75,6 +81,114 @@ def apply_rotary_emb(
 
 
 apply_rotary_emb_func = apply_rotary_emb
+
+
+def apply_rotary_emb_torch(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
+    """`apply_rotary_emb` of tokens at positions 0, 1, ..., or with tables of each row.
+
+    Args:
+        x: (batch_size, seqlen, nheads, headdim).
+        cos, sin: (seqlen, rotary_dim / 2) or (batch_size, seqlen, rotary_dim / 2).
+        interleaved: as in `apply_rotary_emb`.
+
+    >>> quarter = torch.tensor([[0.0]]), torch.tensor([[1.0]])                    # 90 degrees
+    >>> apply_rotary_emb_torch(torch.tensor([[[[1.0, 2.0]]]]), *quarter).flatten()
+    tensor([-2.,  1.])
+    """
+    check_is_tensor("x", x)
+    if cos.ndim == 2:
+        return apply_rotary_emb(x, cos, sin, interleaved)
+    if x.ndim != 4 or cos.shape[:2] != x.shape[:2]:
+        raise ShapeError(
+            "cos",
+            "must be (batch_size, seqlen, rotary_dim / 2) of x, (batch_size, seqlen, nheads, "
+            f"headdim) = {tuple(x.shape)}",
+            tuple(cos.shape),
+            "pass tables of (seqlen, rotary_dim / 2) if all rows have the same",
+        )
+    check_tables("cos", cos.flatten(0, 1), "sin", sin.flatten(0, 1), x)
+    rows = torch.arange(cos.shape[0] * cos.shape[1], device=x.device).view(cos.shape[:2])
+    return rotate_at(x, cos.flatten(0, 1), sin.flatten(0, 1), rows, interleaved)
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    num_heads_q: int | None = None,
+) -> Tensor:
+    """Rotate the queries and keys of packed tensors in place.
+
+    Args:
+        qkv: (batch_size, seqlen, 3, nheads, headdim), or with num_heads_q (batch_size, seqlen,
+            num_heads_q + 2 * num_heads_k, headdim).
+        cos, sin: as in `apply_rotary_emb`.
+        cos_k, sin_k: of keys; None: the same.
+        interleaved, seqlen_offsets: as in `apply_rotary_emb`.
+        num_heads_q: query heads of a tensor of 4 dimensions.
+
+    Returns:
+        qkv.
+
+    >>> quarter = torch.tensor([[0.0]]), torch.tensor([[1.0]])                    # 90 degrees
+    >>> apply_rotary_emb_qkv_(torch.tensor([1.0, 2.0]).repeat(1, 1, 3, 1, 1), *quarter)[0, 0, :, 0]
+    tensor([[-2.,  1.],
+            [-2.,  1.],
+            [ 1.,  2.]])
+    """
+    check_is_tensor("qkv", qkv)
+    if qkv.ndim == 5 and qkv.shape[2] == 3:
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
+    elif qkv.ndim == 4 and num_heads_q is not None and (qkv.shape[2] - num_heads_q) % 2 == 0:
+        check_count("num_heads_q", num_heads_q, 1)
+        num_heads_k = (qkv.shape[2] - num_heads_q) // 2
+        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
+    else:
+        raise ShapeError(
+            "qkv",
+            "must be (batch_size, seqlen, 3, nheads, headdim), or (batch_size, seqlen, "
+            "num_heads_q + 2 * num_heads_k, headdim) with num_heads_q",
+            f"{tuple(qkv.shape)}, num_heads_q = {num_heads_q}",
+            "check the order of dimensions",
+        )
+    cos_k, sin_k = (cos if cos_k is None else cos_k), (sin if sin_k is None else sin_k)
+    of_k = apply_rotary_emb(k, cos_k, sin_k, interleaved, seqlen_offsets=seqlen_offsets)
+    apply_rotary_emb(q, cos, sin, interleaved, inplace=True, seqlen_offsets=seqlen_offsets)
+    k.copy_(of_k)
+    return qkv
+
+
+def apply_rotary_emb_kv_(
+    kv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+) -> Tensor:
+    """Rotate the keys of a packed tensor in place.
+
+    Args:
+        kv: (batch_size, seqlen, 2, nheads, headdim).
+        cos, sin, interleaved, seqlen_offsets: as in `apply_rotary_emb`.
+
+    Returns:
+        kv.
+
+    >>> quarter = torch.tensor([[0.0]]), torch.tensor([[1.0]])                    # 90 degrees
+    >>> apply_rotary_emb_kv_(torch.tensor([1.0, 2.0]).repeat(1, 1, 2, 1, 1), *quarter)[0, 0, :, 0]
+    tensor([[-2.,  1.],
+            [ 1.,  2.]])
+    """
+    check_packed("kv", kv, "(batch_size, seqlen, 2, nheads, headdim)", 5, 2)
+    k = kv[:, :, 0]
+    apply_rotary_emb(k, cos, sin, interleaved, inplace=True, seqlen_offsets=seqlen_offsets)
+    return kv
 
 
 def rotate_at(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
