@@ -103,7 +103,7 @@ def uninstall() -> None:
 
 
 def _other() -> str | None:
-    """Where another flash_attn is, or None."""
+    """Location of another flash_attn, or None."""
     if "flash_attn" in sys.modules:
         return f"{sys.modules['flash_attn']!r}, imported"
     spec = importlib.util.find_spec("flash_attn")
