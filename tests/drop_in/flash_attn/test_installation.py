@@ -42,7 +42,7 @@ def test_import_finds_these_functions():
         from flash_attn.flash_attn_interface import flash_attn_varlen_func
         from flash_attn.layers.rotary import apply_rotary_emb
 
-        assert flash_attn.__version__ == "2.8.3+polyhead"
+        assert flash_attn.__version__ == ours.__version__ == "2.8.3+polyhead"
         assert flash_attn_func is ours.flash_attn_func
         assert flash_attn_with_kvcache is ours.flash_attn_with_kvcache
         assert pad_input is ours.bert_padding.pad_input

@@ -21,6 +21,8 @@ def flash_in_transformers(monkeypatch):
     """transformers as on a machine with CUDA: its test for flash-attn passes, and it imports it."""
     from transformers import modeling_flash_attention_utils as utils
 
+    if not hasattr(utils, "_process_with_kvcache_kwargs_fn"):
+        pytest.skip("this release of transformers loads flash-attn in another way")
     for name in (
         "_loaded_implementation",
         "_flash_fn",

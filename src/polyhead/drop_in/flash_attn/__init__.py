@@ -9,13 +9,15 @@ from polyhead.drop_in.flash_attn.batched import (
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
 )
-from polyhead.drop_in.flash_attn.installation import Installation, install, uninstall
+from polyhead.drop_in.flash_attn.installation import VERSION, Installation, install, uninstall
 from polyhead.drop_in.flash_attn.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
 from polyhead.drop_in.flash_attn.with_kvcache import flash_attn_with_kvcache
+
+__version__ = VERSION  # as callers of flash-attn compare it
 
 __all__ = [
     "Installation",

@@ -15,7 +15,7 @@ from typing import Any
 
 from polyhead.errors import ArgumentError
 
-__all__ = ["Installation", "install", "uninstall"]
+__all__ = ["VERSION", "Installation", "install", "uninstall"]
 
 VERSION = "2.8.3+polyhead"
 
