@@ -101,7 +101,7 @@ def cumulative():
 
 @pytest.fixture
 def observed():
-    """`with observed as calls: ...`: the list of all calls of `attention`."""
+    """`with observed() as calls: ...`: the list of all calls of `attention`."""
 
     @contextmanager
     def recording():
@@ -109,4 +109,4 @@ def observed():
         with observe(calls.append):
             yield calls
 
-    return recording()
+    return recording

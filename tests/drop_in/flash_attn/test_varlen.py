@@ -129,7 +129,7 @@ def test_any_lengths_and_options_are_exact(data, random, cumulative, one_by_one,
 
 def test_equal_bounds_in_other_tensors_are_one_call(random, cumulative, observed, kernels):
     inputs = packed(random, [3, 70, 2], [3, 70, 2])
-    with observed as calls:
+    with observed() as calls:
         flash_attn_varlen_func(
             *inputs, cumulative([3, 70, 2]), cumulative([3, 70, 2]).long(), 70, 70
         )
@@ -138,7 +138,7 @@ def test_equal_bounds_in_other_tensors_are_one_call(random, cumulative, observed
 
 def test_uniform_lengths_are_read_in_place(random, cumulative, observed):
     q, k, v = (x.detach() for x in packed(random, [2, 2, 2], [5, 5, 5]))
-    with observed as calls:
+    with observed() as calls:
         flash_attn_varlen_func(q, k, v, cumulative([2, 2, 2]), cumulative([5, 5, 5]), 2, 5)
     (call,) = calls
     assert call.query.data_ptr() == q.data_ptr()
@@ -150,12 +150,23 @@ def test_padding_is_less_than_half(random, cumulative, observed):
     """One long sequence among short ones does not make them long."""
     lengths = [1] * 50 + [100]
     inputs = packed(random, lengths, [n + 1 for n in lengths])
-    with observed as calls:
+    with observed() as calls:
         flash_attn_varlen_func(
             *inputs, cumulative(lengths), cumulative([n + 1 for n in lengths]), 100, 101
         )
     assert sorted((call.B, call.T, call.S) for call in calls) == [(1, 100, 101), (50, 1, 2)]
     assert sum(call.B * call.T for call in calls) < 2 * sum(lengths)
+
+
+def test_long_sequences_are_not_padded_to_the_longest(random, cumulative, observed):
+    """Where a call costs less than padding, there are more calls."""
+    short, long = [8, 9, 10], [800, 900, 1000]
+    for lengths, expected in ((short, [3]), (long, [1, 1, 1])):
+        q, k, v = (x.detach() for x in packed(random, lengths, [n + 1 for n in lengths]))
+        bounds = cumulative(lengths), cumulative([n + 1 for n in lengths])
+        with observed() as calls:
+            flash_attn_varlen_func(q, k, v, *bounds, 1001, 1001)
+        assert [call.B for call in calls] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -7,8 +7,10 @@ similar lengths share a call: less than half of it is padding.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +29,10 @@ __all__ = ["Bounds", "attend_packed", "read_bounds"]
 
 # Backends that read document masks without T x S tensors.
 _READS_DOCUMENTS = ("cpu", "flex")
+# Multiplications that take as long as one more call.
+_CALL = 2**22
+
+_Groups: TypeAlias = list[list[tuple[int, int, int]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +136,12 @@ def attend_packed(
     key: Tensor | CacheView
     value: Tensor | CacheView
     outputs, all_sums, weights = [], [], None
-    for rows in _similar_rows(bounds_q, bounds_k, block_table is not None, together=dropped):
+    if dropped:  # in one tensor
+        groups = [((bounds_q.lengths > 0) & (bounds_k.lengths > 0)).nonzero().flatten()]
+    else:
+        multiplications = q.shape[1] * (q.shape[2] + v.shape[-1])
+        groups = _similar_rows(bounds_q, bounds_k, block_table is not None, multiplications)
+    for rows in groups:
         of_q, of_k = bounds_q.rows(rows), bounds_k.rows(rows)
         query, of_rows = _rows(q, of_q), options.for_rows(rows)
         ragged = _ragged(of_q, of_k)
@@ -198,22 +209,43 @@ def _shares_bounds(
 
 
 def _similar_rows(
-    bounds_q: Bounds, bounds_k: Bounds, is_paged: bool, together: bool
+    bounds_q: Bounds, bounds_k: Bounds, is_paged: bool, multiplications: int
 ) -> list[Tensor]:
     """Indices of sequences with queries, in groups whose lengths differ by less than a factor of 2.
 
-    Keys in pages are not padded, so that their numbers do not count. `together`: one group, of all
-    that have keys.
+    Groups are as narrow as pays: padding costs work, and each group a call. Keys in pages are not
+    padded, so that their numbers do not count.
+
+    Args:
+        multiplications: per score.
     """
-    if together:
-        has_both = (bounds_q.lengths > 0) & (bounds_k.lengths > 0)
-        return [has_both.nonzero().flatten()]
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    lengths = zip(bounds_q.lengths.tolist(), bounds_k.lengths.tolist(), strict=True)
-    for row, (T, S) in enumerate(lengths):
-        if T:
-            groups[T.bit_length(), 0 if is_paged else S.bit_length()].append(row)
-    return [torch.tensor(rows, device=bounds_q.starts.device) for rows in groups.values()]
+    lengths = [
+        (row, T, 1 if is_paged else S)
+        for row, (T, S) in enumerate(
+            zip(bounds_q.lengths.tolist(), bounds_k.lengths.tolist(), strict=True)
+        )
+        if T
+    ]
+
+    def cost(groups: _Groups) -> int:
+        padded = sum(
+            len(group) * max(T for _, T, _ in group) * max(S for _, _, S in group)
+            for group in groups
+        )
+        return padded * multiplications + len(groups) * _CALL
+
+    groups = min((_grouped(lengths, steps) for steps in (1, 2, 4, 16)), key=cost)
+    device = bounds_q.starts.device
+    return [torch.tensor([row for row, _, _ in group], device=device) for group in groups]
+
+
+def _grouped(lengths: list[tuple[int, int, int]], steps: int) -> _Groups:
+    """Groups of (row, T, S), `steps` of them within a factor of 2 of each length."""
+    groups: dict[tuple[int, ...], list[tuple[int, int, int]]] = defaultdict(list)
+    for row, T, S in lengths:
+        step = tuple(math.floor(steps * math.log2(size)) if size else -1 for size in (T, S))
+        groups[step].append((row, T, S))
+    return list(groups.values())
 
 
 def _ragged(of_q: Bounds, of_k: Bounds) -> RaggedRows:
