@@ -10,6 +10,7 @@
 
 #include "binding/torch_params.hpp"
 #include "fork_safety.hpp"
+#include "mask_rows.hpp"
 
 namespace polyhead {
 namespace {
@@ -189,6 +190,29 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
   return weights;
 }
 
+// One range of keys per row of a dense (B, T, S) mask: (B, T, 2), and a MaskRows.
+std::tuple<Tensor, int64_t> dense_mask_rows(const Tensor& mask) {
+  STD_TORCH_CHECK(mask.dim() == 3 && (mask.size(2) <= 1 || mask.stride(2) == 1),
+                  "polyhead: mask must have 3 dimensions, and contiguous keys");
+  DenseMask dense{mask.const_data_ptr(), MaskElement::boolean, mask.size(0), mask.size(1),
+                  mask.size(2),          mask.stride(0),       mask.stride(1)};
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool: break;
+    case ScalarType::Float: dense.element = MaskElement::f32; break;
+    case ScalarType::BFloat16: dense.element = MaskElement::bf16; break;
+    case ScalarType::Half: dense.element = MaskElement::f16; break;
+    default: STD_TORCH_CHECK(false, "polyhead: mask must be bool, float32, bfloat16 or float16");
+  }
+  const Tensor ranges = torch::stable::new_empty(
+      mask, std::vector<int64_t>{dense.batches, dense.rows, 2}, ScalarType::Long);
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  MaskRows kind = MaskRows::ranges;
+  run_fork_safe(threads, [&] {
+    kind = mask_rows(dense, threads, static_cast<int64_t*>(ranges.mutable_data_ptr()));
+  });
+  return {ranges, static_cast<int64_t>(kind)};
+}
+
 constexpr char kKeys[] = "(Tensor query, Tensor key, Tensor value, ";
 constexpr char kStoredKeys[] =
     "(Tensor query, Tensor key, Tensor value, Tensor? key_scales, Tensor? value_scales, "
@@ -231,6 +255,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
       "Tensor? padding, Tensor? documents, Tensor? query_offset, Tensor? alibi_slopes, SymInt[] "
       "band, float scale, "
       "float softcap, Tensor saved, bool mean) -> Tensor");
+  m.def("dense_mask_rows(Tensor mask) -> (Tensor ranges, int kind)");
   m.def("cpu_isa(str name) -> str");
   m.def("cpu_kernel(int B, int H, int G, int T, int S, int D, int E, bool needs_grad) -> str");
   m.def("cpu_limits() -> (int head_size, int tokens)");
@@ -245,6 +270,7 @@ STABLE_TORCH_LIBRARY_IMPL(polyhead, CPU, m) {
   m.impl("attention_cached", TORCH_BOX(&attention_cached));
   m.impl("attention_backward", TORCH_BOX(&attention_backward));
   m.impl("attention_weights", TORCH_BOX(&attention_weights));
+  m.impl("dense_mask_rows", TORCH_BOX(&dense_mask_rows));
 }
 
 // Selects the named instruction set, unless "", and returns the one in use.

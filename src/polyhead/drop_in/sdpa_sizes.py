@@ -1,0 +1,41 @@
+"""Sizes at which torch's own kernel is as fast: thresholds measured, in query-key pairs per head.
+
+Measured with two threads on an AVX-512 processor, torch 2.13, float32, the least of many calls
+taken in turn: what polyhead's call costs before its kernel (about 30 us, in training 300 us) and its
+tiles need so many pairs to pay. Below them torch's function has the call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from polyhead.drop_in.sdpa_arguments import SdpaArguments
+from polyhead.mask import Dense
+
+__all__ = ["size_reason"]
+
+# Least T * S per head, in inference and in training.
+_FULL = (2**16, 2**17)  # no mask, a dense mask, a mask that is added
+_SPARSE = (2**14, 2**15)  # half of the pairs or less, by a rule: causal, windows, documents
+_MATH = (2**10, 2**13)  # torch has no fused kernel: grouped heads, dropout, E != D, a mask's gradient
+
+
+def size_reason(a: SdpaArguments) -> str | None:
+    """Why torch is as fast for these sizes; None: polyhead is faster."""
+    T, D = a.query.shape[2:]
+    S, E = a.value.shape[2:]
+    trains = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (a.query, a.key, a.value, a.bias)
+    )
+    is_grouped = a.query.shape[1] != a.key.shape[1]
+    learns_bias = a.bias is not None and a.bias.requires_grad and trains
+    if is_grouped or a.dropout > 0.0 or D != E or learns_bias:
+        least = _MATH
+    elif a.mask is None or isinstance(a.mask, Dense) or a.bias is not None:
+        least = _FULL
+    else:
+        least = _SPARSE
+    if T * S >= least[trains]:
+        return None
+    kind = "training" if trains else "inference"
+    return f"T = {T} queries by S = {S} keys: torch is as fast in {kind} below {least[trains]} pairs"
