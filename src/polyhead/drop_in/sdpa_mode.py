@@ -54,9 +54,8 @@ class SdpaMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # (torch.compile records what it reads here: no attribute, no ContextVar.)
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
+        if torch.compiler.is_compiling():  # a graph counts nothing
+            return attend(args, kwargs, None) if func is _torch_sdpa else func(*args, **kwargs)
         if func is _torch_sdpa:
             return self._attend(*args, **kwargs)
         if func is F.multi_head_attention_forward:
