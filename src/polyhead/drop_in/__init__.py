@@ -3,12 +3,12 @@
 from polyhead.drop_in import flash_attn
 from polyhead.drop_in.multihead import MultiheadAttention
 from polyhead.drop_in.replace import Replacement, replace_attention
-from polyhead.drop_in.scaled_dot_product_attention import (
+from polyhead.drop_in.sdpa_calls import SdpaCalls
+from polyhead.drop_in.sdpa_function import (
     SdpaExplanation,
     explain_sdpa,
     scaled_dot_product_attention,
 )
-from polyhead.drop_in.sdpa_calls import SdpaCalls
 from polyhead.drop_in.sdpa_mode import SdpaMode, SdpaUse, sdpa, use_for_sdpa
 
 __all__ = [

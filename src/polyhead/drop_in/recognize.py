@@ -126,9 +126,7 @@ def _version(attn_mask: Tensor) -> int | None:
     return attn_mask._version
 
 
-def _read(
-    rows: Tensor, reading: _Reading, version: int | None, B: int, T: int, S: int
-) -> _Reading:
+def _read(rows: Tensor, reading: _Reading, version: int | None, B: int, T: int, S: int) -> _Reading:
     ranges, kind = torch.ops.polyhead.dense_mask_rows(rows)
     # A row of nothing but the lowest floats gives the mean of all values, and not zeros.
     if kind == _UNSTRUCTURED or (

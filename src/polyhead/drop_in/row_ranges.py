@@ -9,6 +9,7 @@ from torch import Tensor
 
 import polyhead.mask
 from polyhead.mask import And, Mask
+from polyhead.mask.primitives import Align
 
 __all__ = ["EVERYTHING", "rule_of_ranges"]
 
@@ -119,23 +120,20 @@ def _common(values: Tensor, where: Tensor) -> int | None:
 
 def _band(lower: int | None, upper: int | None, rows: _Rows) -> list[Mask] | None:
     """t + lower <= s <= t + upper, as `causal` and `window`."""
-    offset = rows.S - rows.T
-    for align, at in (("end", offset), ("start", 0)):
+    found: list[list[Mask]] = []
+    aligns: tuple[tuple[Align, int], ...] = (("end", rows.S - rows.T), ("start", 0))
+    for align, at in aligns:
         before = None if lower is None else at - lower
         after = None if upper is None else upper - at
-        # `causal() & window(before=)`, as people write it.
-        is_causal = after == 0
-        if (before is not None and before < 0) or (after is not None and after < 0):
+        if min(before or 0, after or 0) < 0:
             continue
-        rule: list[Mask] = []
-        if is_causal:
-            rule.append(polyhead.mask.causal(align))  # type: ignore[arg-type]
-        sides = (before, None if is_causal else after)
-        if sides != (None, None):
-            rule.append(polyhead.mask.window(*sides, align=align))  # type: ignore[arg-type]
-        if align == "start" or is_causal or upper is None:
-            return rule
-    return None
+        if after != 0:
+            found.append([polyhead.mask.window(before, after, align=align)])
+        elif before is None:
+            return [polyhead.mask.causal(align)]
+        else:  # as people write it
+            return [polyhead.mask.causal(align), polyhead.mask.window(before, align=align)]
+    return next(iter(found), None)
 
 
 def _prefix(

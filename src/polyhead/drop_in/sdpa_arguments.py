@@ -11,11 +11,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 import polyhead.mask
 from polyhead.backends.cpu import ops
 from polyhead.backends.reasons import dtype_name, tracing_reasons, transform_reasons
-from polyhead.drop_in.recognize import EVERYTHING, recognize
+from polyhead.drop_in.recognize import recognize
 from polyhead.mask import Mask
 from polyhead.validate import autocasts
 
@@ -55,6 +56,7 @@ def lower(
     attn_mask: Any = None,
     dropout_p: Any = 0.0,
     is_causal: Any = False,
+    *,
     scale: Any = None,
     enable_gqa: Any = False,
 ) -> Lowered:
@@ -79,13 +81,13 @@ def lower(
     shaped = _four_dimensions(query, key, value, bool(enable_gqa))
     if isinstance(shaped, str):
         return shaped
-    query, key, value, batch_shape = shaped
+    query, key, value, batch_shape, has_heads = shaped
     B, H, T, D = query.shape
     S, E = value.shape[2:]
     mask: Mask | None = polyhead.mask.causal("end" if T == S else "start") if is_causal else None
     bias = recognized = None
     if attn_mask is not None:
-        attn_mask = _mask_of_four_dimensions(attn_mask, batch_shape, T, S)
+        attn_mask = _mask_of_four_dimensions(attn_mask, (*batch_shape, T, S), has_heads)
         if isinstance(attn_mask, str):
             return attn_mask
         if not torch.compiler.is_compiling():
@@ -112,6 +114,9 @@ def _tensor_reason(tensors: dict[str, Any]) -> str | None:
             return f"{name} is on {tensor.device.type}: polyhead's kernels run on the CPU"
     if ops.unavailable:
         return f"polyhead's kernels: {ops.unavailable}"
+    # (Asked in a compiled graph, it would be of the compiler's own modes.)
+    if not torch.compiler.is_compiling() and is_in_torch_dispatch_mode():
+        return "a TorchDispatchMode is active, which sees torch's operators"
     return next(iter(transform_reasons() + tracing_reasons()), None)
 
 
@@ -132,7 +137,9 @@ def _is_autocast(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype != torch.float64
 
 
-def _dtype_reason(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
+def _dtype_reason(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
+) -> str | None:
     if query.dtype not in _DTYPES:
         return f"{dtype_name(query.dtype)}: polyhead's kernels run float32, bfloat16 and float16"
     if key.dtype != query.dtype or value.dtype != query.dtype:
@@ -147,8 +154,9 @@ _SHAPES = "shapes that do not fit: torch raises"
 
 def _four_dimensions(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
-) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]] | str:
-    """Query (B, H, T, D), key and value (B, G, S, ·), and all dimensions of the output before T."""
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...], bool] | str:
+    """Query (B, H, T, D), key and value (B, G, S, ·); all dimensions of the output before T, and
+    whether the last of these are heads (or else batch rows, of one head)."""
     dims = [query.ndim, key.ndim, value.ndim]
     if min(dims) < 2 or key.shape[-1] != query.shape[-1] or key.shape[-2] != value.shape[-2]:
         return _SHAPES
@@ -159,58 +167,57 @@ def _four_dimensions(
         if min(dims) < 3:
             return _SHAPES
         H, G = query.shape[-3], key.shape[-3]
-        if G != value.shape[-3] or H % G:
+        if value.shape[-3] != G or H % G:
             return "enable_gqa with other numbers of heads than H = n G: torch repeats or raises"
         shapes = [shape[:-1] for shape in shapes]
     try:
         batch_shape = tuple(torch.broadcast_shapes(*shapes))
     except RuntimeError:
         return _SHAPES
+    has_heads = enable_gqa or len(batch_shape) > 1
+    heads, leading = (1, 1, 1), batch_shape  # batch rows, as a mask that differs by row has them
     if enable_gqa:
-        heads = (query.shape[-3], key.shape[-3], value.shape[-3])
-        batch_shape, leading = (*batch_shape, H), batch_shape
-    elif batch_shape:
+        leading, batch_shape = batch_shape, (*batch_shape, H)
+        heads = (H, G, G)
+    elif has_heads:
+        *_, H = batch_shape
+        leading = batch_shape[:-1]
         # One KV head for all query heads is a group, and needs no copy.
-        shared = len(batch_shape) > 1 and all(s[-1:] in ((), (1,)) for s in shapes[1:])
-        H = batch_shape[-1]
-        heads, leading = (H, 1 if shared else H, 1 if shared else H), batch_shape[:-1]
-        if len(batch_shape) == 1:  # batch rows, as a mask that differs by row has them
-            heads, leading = (1, 1, 1), batch_shape
-    else:
-        heads, leading = (1, 1, 1), ()
-    B = math.prod(leading)
+        G = 1 if all(shape[-1:] in ((), (1,)) for shape in shapes[1:]) else H
+        heads = (H, G, G)
     query, key, value = (
-        _shaped(x, leading, n, B) for x, n in zip((query, key, value), heads, strict=True)
+        _shaped(x, leading, n) for x, n in zip((query, key, value), heads, strict=True)
     )
-    return query, key, value, batch_shape
+    return query, key, value, batch_shape, has_heads
 
 
-def _shaped(x: Tensor, leading: tuple[int, ...], heads: int, B: int) -> Tensor:
+def _shaped(x: Tensor, leading: tuple[int, ...], heads: int) -> Tensor:
     """(B, heads, tokens, size): a view, unless several expanded dimensions become one."""
-    if x.ndim == 4 and len(leading) == 1 and x.shape[:2] == (B, heads):
+    if x.ndim == 4 and x.shape[:2] == (*leading, heads):
         return x
-    if len(leading) == 1 and heads == 1 and x.ndim == 3:
-        return x.expand(B, -1, -1)[:, None]
-    return x.expand(*leading, heads, *x.shape[-2:]).reshape(B, heads, *x.shape[-2:])
+    if heads == 1 and x.shape[:-2] == leading:  # without a dimension of heads
+        x = x.unsqueeze(-3)
+    x = x.expand(*leading, heads, *x.shape[-2:])
+    return x.reshape(math.prod(leading), *x.shape[-3:])
 
 
 def _mask_of_four_dimensions(
-    attn_mask: Tensor, batch_shape: tuple[int, ...], T: int, S: int
+    attn_mask: Tensor, full: tuple[int, ...], has_heads: bool
 ) -> Tensor | str:
-    full = (*batch_shape, T, S)
+    """A mask for scores of shape `full`, as one for (B, H, T, S)."""
     given = (1,) * (len(full) - attn_mask.ndim) + tuple(attn_mask.shape)
     if len(given) != len(full) or any(
         have not in (1, want) for have, want in zip(given, full, strict=True)
     ):
         return "attn_mask that does not broadcast to the scores: torch raises"
     attn_mask = attn_mask.reshape(given)
-    if len(full) == 4:
+    leading = full[:-2]
+    if has_heads:
+        leading = full[:-3]
+    else:
+        attn_mask = attn_mask.unsqueeze(-3)
+    if len(leading) == 1:
         return attn_mask
-    if len(full) == 2:
-        return attn_mask[None, None]
-    if len(full) == 3:
-        return attn_mask[:, None]
-    leading = given[:-3]
-    if math.prod(leading) > 1:
-        attn_mask = attn_mask.expand(*full[:-3], *given[-3:])
-    return attn_mask.reshape(-1, *given[-3:])
+    if any(size > 1 for size in attn_mask.shape[:-3]):
+        attn_mask = attn_mask.expand(*leading, *attn_mask.shape[-3:])
+    return attn_mask.reshape(-1, *attn_mask.shape[-3:])

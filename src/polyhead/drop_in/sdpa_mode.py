@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from polyhead.drop_in.checkpoints import is_recomputed_outside
-from polyhead.drop_in.scaled_dot_product_attention import attend
 from polyhead.drop_in.sdpa_calls import SdpaCalls
+from polyhead.drop_in.sdpa_checkpoints import is_recomputed_outside
+from polyhead.drop_in.sdpa_function import attend
 from polyhead.errors import ArgumentError, DtypeError
 
 __all__ = ["SdpaMode", "SdpaUse", "sdpa", "use_for_sdpa"]
@@ -42,8 +42,8 @@ class SdpaMode(TorchFunctionMode):
         super().__init__()
         self.calls = SdpaCalls() if calls is None else calls
 
-    def __enter__(self) -> SdpaCalls:  # type: ignore[override]
-        super().__enter__()
+    def __enter__(self) -> SdpaCalls:
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self.calls
 
     def __torch_function__(
@@ -65,7 +65,7 @@ class SdpaMode(TorchFunctionMode):
     def _attend(self, *args: Any, **kwargs: Any) -> Tensor:
         if is_recomputed_outside(_needs_grad(args, kwargs), _dropout(args, kwargs), _enters):
             self.calls.add("torch", _CHECKPOINTED)
-            return _torch_sdpa(*args, **kwargs)  # type: ignore[no-any-return]
+            return _torch_sdpa(*args, **kwargs)
         return attend(args, kwargs, self.calls)
 
     def _multi_head_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,4 +247,4 @@ class _Leave:
         if stack and stack[-1] is module:
             stack.pop()
             if not stack:
-                self.state.mode.__exit__(None, None, None)
+                self.state.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""Sizes at which torch's own kernel is as fast: thresholds measured, in query-key pairs per head.
+"""Sizes at which torch's own kernel is as fast: thresholds in query-key pairs per head.
 
-Measured with two threads on an AVX-512 processor, torch 2.13, float32, the least of many calls
-taken in turn: what polyhead's call costs before its kernel (about 30 us, in training 300 us) and its
-tiles need so many pairs to pay. Below them torch's function has the call.
+Measured in float32 with two threads on AVX-512, torch 2.13, as the least of many calls taken in
+turn. A call of polyhead costs 30 us before its kernel, in training 300 us, and its tiles need some
+rows to pay: below so many pairs torch's function has the call.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ __all__ = ["size_reason"]
 # Least T * S per head, in inference and in training.
 _FULL = (2**16, 2**17)  # no mask, a dense mask, a mask that is added
 _SPARSE = (2**14, 2**15)  # half of the pairs or less, by a rule: causal, windows, documents
-_MATH = (2**10, 2**13)  # torch has no fused kernel: grouped heads, dropout, E != D, a mask's gradient
+_MATH = (
+    2**10,
+    2**13,
+)  # torch has no fused kernel: grouped heads, dropout, E != D, a mask's gradient
 
 
 def size_reason(a: SdpaArguments) -> str | None:
@@ -35,7 +38,9 @@ def size_reason(a: SdpaArguments) -> str | None:
         least = _FULL
     else:
         least = _SPARSE
-    if T * S >= least[trains]:
+    if least[trains] <= T * S:
         return None
     kind = "training" if trains else "inference"
-    return f"T = {T} queries by S = {S} keys: torch is as fast in {kind} below {least[trains]} pairs"
+    return (
+        f"T = {T} queries by S = {S} keys: torch is as fast in {kind} below {least[trains]} pairs"
+    )

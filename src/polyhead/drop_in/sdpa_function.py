@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.backends import choose, is_automatic, skip_reasons
-from polyhead.drop_in.sdpa_arguments import EVERYTHING, SdpaArguments, lower
+from polyhead.backends import BACKENDS, choose, is_automatic, skip_reasons
+from polyhead.drop_in.recognize import EVERYTHING
+from polyhead.drop_in.sdpa_arguments import SdpaArguments, lower
 from polyhead.drop_in.sdpa_calls import SdpaCalls
 from polyhead.drop_in.sdpa_sizes import size_reason
 from polyhead.functional import attention, explain
@@ -17,6 +18,7 @@ from polyhead.validate import build_call
 
 __all__ = ["SdpaExplanation", "attend", "explain_sdpa", "scaled_dot_product_attention"]
 
+_CPU = next(backend for backend in BACKENDS if backend.name == "cpu")
 _torch_sdpa = torch._C._nn.scaled_dot_product_attention
 
 
@@ -27,6 +29,7 @@ def scaled_dot_product_attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
@@ -60,25 +63,29 @@ def scaled_dot_product_attention(
     >>> ph.drop_in.scaled_dot_product_attention(query, query, query, is_causal=True).shape
     torch.Size([2, 12, 300, 64])
     """
-    arguments = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    return attend(arguments, {}, None)
+    given = (query, key, value, attn_mask, dropout_p, is_causal)
+    return attend(given, {"scale": scale, "enable_gqa": enable_gqa}, None)
 
 
 def attend(args: tuple[Any, ...], kwargs: dict[str, Any], calls: SdpaCalls | None) -> Tensor:
     """A call of torch's function by polyhead or by torch, counted."""
+    routed = _route(args, kwargs)
+    if isinstance(routed, str):
+        if calls is not None:
+            calls.add("torch", routed)
+        return _torch_sdpa(*args, **kwargs)
+    if calls is not None:
+        calls.add("polyhead", _describe(routed))
+    return _output(routed)
+
+
+def _route(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SdpaArguments | str:
+    """The arguments for polyhead, or the reason why torch has the call."""
     try:
         lowered = lower(*args, **kwargs)
     except TypeError:  # arguments that do not bind
-        lowered = "arguments that torch does not have: torch raises"
-    reason = lowered if isinstance(lowered, str) else _reason(lowered)
-    if reason is not None:
-        if calls is not None:
-            calls.add("torch", reason)
-        return _torch_sdpa(*args, **kwargs)  # type: ignore[no-any-return]
-    assert not isinstance(lowered, str)
-    if calls is not None:
-        calls.add("polyhead", _describe(lowered))
-    return _output(lowered)
+        return "arguments that torch does not have: torch raises"
+    return lowered if isinstance(lowered, str) else _reason(lowered) or lowered
 
 
 def _reason(a: SdpaArguments) -> str | None:
@@ -92,14 +99,8 @@ def _reason(a: SdpaArguments) -> str | None:
     # torch does not recognize masks; `polyhead.attention` gives its kernels what they can use.
     if chosen.name == "cpu" or (chosen.name == "sdpa" and a.recognized is not None):
         return None
-    return next(iter(_cpu_reasons(call)))
-
-
-def _cpu_reasons(call: Any) -> list[str]:
-    from polyhead.backends import BACKENDS
-
-    cpu = BACKENDS[0]
-    return cpu.why_not(call) or skip_reasons(cpu, call)
+    reasons = _CPU.why_not(call) or skip_reasons(_CPU, call)
+    return f"polyhead's kernels: {reasons[0]}"
 
 
 def _output(a: SdpaArguments) -> Tensor:
@@ -162,14 +163,9 @@ def explain_sdpa(*args: Any, **kwargs: Any) -> SdpaExplanation:
     runs: torch
       float64: polyhead's kernels run float32, bfloat16 and float16
     """
-    try:
-        lowered = lower(*args, **kwargs)
-    except TypeError:
-        lowered = "arguments that torch does not have: torch raises"
-    reason = lowered if isinstance(lowered, str) else _reason(lowered)
-    if reason is not None or isinstance(lowered, str):
-        return SdpaExplanation("torch", str(reason))
-    a = lowered
+    a = _route(args, kwargs)
+    if isinstance(a, str):
+        return SdpaExplanation("torch", a)
     options = {"mask": a.mask, "bias": a.bias, "scale": a.scale, "dropout": a.dropout}
     explained = explain(a.query, a.key, a.value, **options)  # type: ignore[arg-type]
     notes = (f"backend {explained.chosen}", *explained.notes)
