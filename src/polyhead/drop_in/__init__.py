@@ -1,4 +1,4 @@
-"""In place of others' attention: torch's module and function, and flash-attn, over our masks and kernels."""
+"""In place of others' attention: torch's module and function, and flash-attn."""
 
 from polyhead.drop_in import flash_attn
 from polyhead.drop_in.multihead import MultiheadAttention

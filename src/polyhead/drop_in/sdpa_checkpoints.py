@@ -39,8 +39,8 @@ def is_recomputed_outside(
         file = frame.f_code.co_filename
         if file == _CHECKPOINT_FILE:
             return True
-        if file == _CALL_FILE and frame.f_code.co_name == "_call_impl":
-            if is_entered(frame.f_locals.get("self")):
-                return False
+        is_module = file == _CALL_FILE and frame.f_code.co_name == "_call_impl"
+        if is_module and is_entered(frame.f_locals.get("self")):
+            return False
         frame = frame.f_back  # type: ignore[assignment]
     return False

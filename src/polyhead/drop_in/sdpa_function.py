@@ -1,4 +1,4 @@
-"""torch's `scaled_dot_product_attention`, its arguments, results and errors, over polyhead's kernels."""
+"""torch's `scaled_dot_product_attention`: its arguments, results and errors, our kernels."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """`torch.nn.functional.scaled_dot_product_attention` over polyhead's kernels.
 
-    Same arguments, results, gradients and errors. A call that torch computes as fast, or that polyhead
-    cannot compute as torch does, goes to torch's own function (`explain_sdpa` gives the reason).
+    Same arguments, results, gradients and errors. A call that torch computes as fast, or that
+    polyhead cannot compute as torch does, is torch's own (`explain_sdpa` gives the reason).
     Dense masks that are causal, windows, padding, prefixes or documents are recognized, exactly,
     and cost what their rule costs.
 
