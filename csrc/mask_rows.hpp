@@ -21,8 +21,8 @@ enum class MaskRows {
 };
 
 // Writes (begin, end) of the allowed keys per row, (batches, rows, 2); (0, 0) for an empty row.
-// Elements allow a key if they are true, or 0 in a float mask; they forbid it if they are false, -inf
-// or a finite float below -1e30.
+// Elements allow a key if they are true, or 0 in a float mask; they forbid it if they are false,
+// -inf or a finite float below -1e30.
 MaskRows mask_rows(const DenseMask& mask, int threads, int64_t* ranges);
 
 }  // namespace polyhead

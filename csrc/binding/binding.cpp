@@ -194,7 +194,7 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptionalT
 std::tuple<Tensor, int64_t> dense_mask_rows(const Tensor& mask) {
   STD_TORCH_CHECK(mask.dim() == 3 && (mask.size(2) <= 1 || mask.stride(2) == 1),
                   "polyhead: mask must have 3 dimensions, and contiguous keys");
-  DenseMask dense{mask.const_data_ptr(), MaskElement::boolean, mask.size(0), mask.size(1),
+  DenseMask dense{mask.const_data_ptr(), MaskElement::boolean, mask.size(0),  mask.size(1),
                   mask.size(2),          mask.stride(0),       mask.stride(1)};
   switch (mask.scalar_type()) {
     case ScalarType::Bool: break;

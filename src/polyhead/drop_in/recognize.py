@@ -24,7 +24,7 @@ _MOST_MASKS = 64
 _LEAST_PAIRS = 2**14  # below, no rule makes a call faster than torch's
 # Nanoseconds, of two cores with AVX-512: to read a byte of a mask, to fit a rule to its ranges and
 # a row of them, and to compute one score and its share of the output per feature.
-_READ_NS, _FIT_NS, _ROW_NS, _SCORE_NS = 0.3, 100e3, 100.0, 0.012
+_READ_NS, _FIT_NS, _ROW_NS, _SCORE_NS = 0.15, 100e3, 150.0, 0.012
 # Shares of a call's time: to read a mask for the first time, and at every call.
 _FIRST_SHARE, _AGAIN_SHARE = 0.05, 0.02
 
@@ -34,7 +34,7 @@ _UNSTRUCTURED, _LOWEST = 0, 2  # csrc/mask_rows.hpp
 
 @dataclass(frozen=True)
 class _Reading:
-    """What was read of a mask, and when.
+    """Reading of a mask.
 
     Attributes:
         storage: which, alive or not.

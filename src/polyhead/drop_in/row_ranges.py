@@ -57,7 +57,7 @@ class _Rows:
         self.first = self.first.minimum(self.last)
 
     def are(self, begin: Tensor | int, end: Tensor | int) -> bool:
-        """Whether these are the ranges of all rows; a range that ends before it begins is empty."""
+        """True if these are the ranges of all rows; a range that ends before it begins is empty."""
         begin = torch.as_tensor(begin).clamp(0, self.S).expand_as(self.begin)
         end = torch.as_tensor(end).clamp(0, self.S).expand_as(self.end)
         holds = begin < end

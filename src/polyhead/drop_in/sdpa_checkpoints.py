@@ -1,4 +1,4 @@
-"""Whether a call is made for `torch.utils.checkpoint`, which calls again in the backward pass."""
+"""Calls made for `torch.utils.checkpoint`, which makes them again in the backward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CALL_FILE = nn.Module._call_impl.__code__.co_filename
 def is_recomputed_outside(
     needs_grad: bool, dropout_p: Any, is_entered: Callable[[object], bool]
 ) -> bool:
-    """Whether a recomputation would not come by here: torch has to compute both.
+    """True if a recomputation would not come by here: torch has to compute both.
 
     A recomputation has to save the same tensors as the forward pass, and to drop the same weights.
     It begins at the checkpoint's function, so it comes by here if a module that enters the mode

@@ -89,7 +89,7 @@ def _route(args: tuple[Any, ...], kwargs: dict[str, Any]) -> SdpaArguments | str
 
 
 def _reason(a: SdpaArguments) -> str | None:
-    """Why torch computes this call as well; None: polyhead computes it."""
+    """Reason why torch computes this call as well; None: polyhead computes it."""
     if not is_automatic("auto"):  # a backend was named, and has it
         return None
     if (reason := size_reason(a)) is not None:
@@ -129,7 +129,7 @@ def _rule(mask: object) -> str:
 
 @dataclass(frozen=True)
 class SdpaExplanation:
-    """Who computes a call of `scaled_dot_product_attention`. Printing it gives a few lines.
+    """Explanation of a call of `scaled_dot_product_attention`. Printing it gives a few lines.
 
     Attributes:
         by: "polyhead" or "torch".
@@ -150,7 +150,7 @@ class SdpaExplanation:
 
 
 def explain_sdpa(*args: Any, **kwargs: Any) -> SdpaExplanation:
-    """Who computes a call of `scaled_dot_product_attention`, and why; computes nothing.
+    """Explain who computes a call of `scaled_dot_product_attention`; computes nothing.
 
     Args:
         args, kwargs: as of `scaled_dot_product_attention`.

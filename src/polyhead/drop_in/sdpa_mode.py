@@ -186,13 +186,13 @@ def use_for_sdpa(model: nn.Module) -> SdpaUse:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    """Whether it is one of torch's own that calls no attention, such as `nn.Linear`."""
+    """True for modules of torch's own that call no attention, such as `nn.Linear`."""
     is_torchs = type(module).__module__.startswith("torch.nn.modules.")
     return is_torchs and next(module.children(), None) is None
 
 
 def _enters(module: object) -> bool:
-    """Whether a module enters the mode when it is called."""
+    """True if a module enters the mode when it is called."""
     return isinstance(module, nn.Module) and any(
         isinstance(hook, _Enter) for hook in module._forward_pre_hooks.values()
     )

@@ -24,7 +24,7 @@ _MATH = (
 
 
 def size_reason(a: SdpaArguments) -> str | None:
-    """Why torch is as fast for these sizes; None: polyhead is faster."""
+    """Reason why torch is as fast for these sizes; None: polyhead is faster."""
     T, D = a.query.shape[2:]
     S, E = a.value.shape[2:]
     trains = torch.is_grad_enabled() and any(
