@@ -29,6 +29,7 @@ def test_full_suite_has_every_row_with_a_target():
         ("train", ["T1", "T2", "T3", "T4"]),
         ("module", ["M1", "M2"]),
         ("hf", ["E1"]),
+        ("models", ["N1"]),
     ],
 )
 def test_suites_have_the_documented_cases(suite, expected):

@@ -36,8 +36,10 @@ class Case:
         blocks: block size of the paged KV cache, in tokens; None: contiguous.
         dtype: of every tensor.
         kind: "attention" on queries, keys and values; "module" with projections; "generate", a
-            transformers decoder, measured per token, or with T = S on its prompt.
+            transformers decoder, measured per token, or with T = S on its prompt; "model", a whole
+            model of another library (`peers/models.py`).
         decoder: of "generate": a Llama of 4 layers as wide as H * D, or the real SmolLM2-135M.
+        model: of "model": its name.
         causal: True if a query attends only to keys at its position and before.
         window: the number of keys before its own position a query attends to; None: all.
         train: True if gradients are computed too.
@@ -60,8 +62,9 @@ class Case:
     codes: bool = False
     blocks: int | None = None
     dtype: torch.dtype = torch.float32
-    kind: Literal["attention", "module", "generate"] = "attention"
+    kind: Literal["attention", "module", "generate", "model"] = "attention"
     decoder: Literal["Llama", "SmolLM2"] = "Llama"
+    model: str = ""
     causal: bool = True
     window: int | None = None
     train: bool = False
@@ -108,9 +111,9 @@ class Case:
 
         A forward pass is 2 * B * H * pairs * (D + E) (two products), and a backward pass 2.5 times
         that (five products, one recomputed). A module adds four projections; their backward pass
-        costs twice their forward. None for a whole decoder.
+        costs twice their forward. None for a whole model.
         """
-        if self.kind == "generate":
+        if self.is_model:
             return None
         if self.reads:
             return float(self._cache_bytes)
@@ -125,14 +128,14 @@ class Case:
     @property
     def unit(self) -> str | None:
         """Unit of the rate, work per time."""
-        if self.kind == "generate":
+        if self.is_model:
             return None
         return "GB/s" if self.reads else "GFLOP/s"
 
     @property
     def ceiling(self) -> str | None:
         """Name of the machine ceiling that bounds it. (float16 is computed in float32.)"""
-        if self.kind == "generate" or self.in_cache:
+        if self.is_model or self.in_cache:
             return None
         if self.reads:
             return "read"
@@ -155,6 +158,11 @@ class Case:
         return 8 if self.kind == "generate" and not self.prompt else 1
 
     @property
+    def is_model(self) -> bool:
+        """True if more than attention and its projections is measured."""
+        return self.kind in ("generate", "model")
+
+    @property
     def prompt(self) -> bool:
         """True if a decoder's prompt is measured, not the tokens after it."""
         return self.kind == "generate" and self.T == self.S
@@ -175,6 +183,8 @@ class Case:
         kind = names.get(self.kind, self.kind) + (" and backward" if self.train else "")
         if self.kind == "generate":
             kind = f"{self.decoder}, {'a prompt' if self.prompt else 'a token'}:"
+        if self.kind == "model":
+            kind = self.model + (", forward and backward:" if self.train else ":")
         sizes = f"{self.B}, {self.H}/{self.G}, {self.T}, {self.S}, {self.D}"
         rule = "full" if self.mask is None else repr(self.mask)
         extras = [f"values of {self.latent} in the keys"] if self.latent else []
@@ -188,6 +198,8 @@ class Case:
         """Return the case with batch, heads and tokens divided: for trials, not measurements."""
         if factor == 1:
             return self
+        if self.kind == "model":  # whose sizes fit one another
+            return replace(self, B=max(self.B // factor, 1))
         fixed = self.kind == "generate" and self.decoder != "Llama"  # its heads are given
         G = self.G if fixed else max(self.G // factor, 1)
         return replace(
@@ -208,6 +220,8 @@ class Case:
 
         if self.kind == "generate":
             return {"ids": torch.randint(1000, (self.B, self.S), generator=generator)}
+        if self.kind == "model":
+            return {"x": random(self.B, self.T, self.width)}
         if self.kind == "module":
             d = self.width
             return {

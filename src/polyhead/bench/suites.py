@@ -95,10 +95,31 @@ def _cases() -> tuple[Case, ...]:
         Case("E1/SmolLM2", **smollm2, targets={"transformers sdpa": 5.0}),
         Case("E1/SmolLM2-prompt", **(smollm2 | {"T": 4096}), targets={"transformers sdpa": 1.15}),
         *(
+            Case(f"N1/{name}", **sizes, kind="model", targets={"as it is": 1.0})
+            for name, sizes in _models().items()
+        ),
+        *(
             Case(f"L{2**power}", B=1, H=2, G=2, T=2**power, S=2**power, D=64)
             for power in range(8, 18)
         ),
     )
+
+
+def _models() -> dict[str, dict[str, Any]]:
+    """Sizes of the attention in models of other libraries, none of which may become slower."""
+
+    def sizes(model: str, B: int, H: int, T: int, S: int, D: int, **more: Any) -> dict[str, Any]:
+        return {"model": model, "B": B, "H": H, "G": H, "T": T, "S": S, "D": D, **more}
+
+    full: dict[str, Any] = {"causal": False}
+    return {
+        "vit": sizes("timm ViT-S", 1, 6, 577, 577, 64, **full),
+        "vit-train": sizes("timm ViT-S", 1, 6, 577, 577, 64, train=True, **full),
+        "window": sizes("dense window", 1, 6, 2304, 2304, 64, **full),
+        "unet": sizes("diffusers UNet block", 1, 8, 1024, 1024, 16, **full),
+        "whisper-encoder": sizes("Whisper encoder", 1, 6, 1500, 1500, 64, **full),
+        "whisper-decoder": sizes("Whisper decoder", 1, 6, 448, 1500, 64),
+    }
 
 
 CASES: tuple[Case, ...] = _cases()
@@ -130,6 +151,7 @@ SUITES: Mapping[str, Suite] = {
     "train": Suite(("T",)),
     "module": Suite(("M",)),
     "scale": Suite(("L",), rounds=5, seconds=2.0),
+    "models": Suite(("N",), rounds=5, seconds=3.0),
     "hf": Suite(("E",), rounds=5, seconds=2.0),  # a prompt of 4096 tokens is slow
 }
 

@@ -8,6 +8,7 @@ from polyhead.bench.peers.cached import CACHES
 from polyhead.bench.peers.engines import ONNX_RUNTIME, OPENVINO
 from polyhead.bench.peers.flex import FLEX
 from polyhead.bench.peers.generate import GENERATORS, HF_EAGER
+from polyhead.bench.peers.models import AS_IT_IS, MODELS
 from polyhead.bench.peers.modules import MODULES, OWN_CLASS
 
 __all__ = ["definition_of", "peers_of"]
@@ -26,6 +27,8 @@ def peers_of(case: Case) -> tuple[Peer, ...]:
         return MODULES
     if case.kind == "generate":
         return GENERATORS
+    if case.kind == "model":
+        return MODELS
     if case.statistics:
         return (POLYHEAD, OUTPUT_ONLY)
     return CACHES if case.cached else _ATTENTION
@@ -33,4 +36,9 @@ def peers_of(case: Case) -> tuple[Peer, ...]:
 
 def definition_of(case: Case) -> Peer:
     """Return the eager peer of a case, whose float64 run is the exact result."""
-    return {"attention": EAGER, "module": OWN_CLASS, "generate": HF_EAGER}[case.kind]
+    return {
+        "attention": EAGER,
+        "module": OWN_CLASS,
+        "generate": HF_EAGER,
+        "model": AS_IT_IS,
+    }[case.kind]
