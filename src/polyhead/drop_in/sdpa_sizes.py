@@ -17,10 +17,9 @@ __all__ = ["size_reason"]
 # Least T * S per head, in inference and in training.
 _FULL = (2**16, 2**17)  # no mask, a dense mask, a mask that is added
 _SPARSE = (2**14, 2**15)  # half of the pairs or less, by a rule: causal, windows, documents
-_MATH = (
-    2**10,
-    2**13,
-)  # torch has no fused kernel: grouped heads, dropout, E != D, a mask's gradient
+_GROUPED = (2**11, 2**17)  # fewer KV heads than query heads
+_MATH = (2**11, 2**14)  # dropout, or E != D: torch has no fused kernel
+_LEARNED_MASK = (2**11, 2**15)  # nor for the gradient of a mask
 
 
 def size_reason(a: SdpaArguments) -> str | None:
@@ -32,8 +31,12 @@ def size_reason(a: SdpaArguments) -> str | None:
     )
     is_grouped = a.query.shape[1] != a.key.shape[1]
     learns_bias = a.bias is not None and a.bias.requires_grad and trains
-    if is_grouped or a.dropout > 0.0 or D != E or learns_bias:
+    if a.dropout > 0.0 or D != E:
         least = _MATH
+    elif learns_bias:
+        least = _LEARNED_MASK
+    elif is_grouped:
+        least = _GROUPED
     elif a.mask is None or isinstance(a.mask, Dense) or a.bias is not None:
         least = _FULL
     else:
