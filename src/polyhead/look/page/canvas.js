@@ -96,6 +96,7 @@
     canvas.height = Math.round((side + above + 2) * ratio);
     const context = canvas.getContext("2d");
     const style = getComputedStyle(canvas);
+    const ink = page.paper ? "#444" : style.color;
     const frame = { left, above, side, scale: side / view.size };
     context.scale(ratio, ratio);
     context.font = "11px system-ui, sans-serif";
@@ -105,11 +106,11 @@
     context.clip();
     context.imageSmoothingEnabled = false;
     drawCells(context, painted, view, frame);
-    drawToken(context, view, frame, style.color);
+    drawToken(context, view, frame, ink);
     context.restore();
     context.strokeStyle = style.getPropertyValue("border-top-color");
     context.strokeRect(left - 0.5, above - 0.5, side + 1, side + 1);
-    context.fillStyle = style.color;
+    context.fillStyle = ink;
     drawNames(context, view, frame);
     return frame;
   };

@@ -3,6 +3,7 @@
 (() => {
   const { page } = window.polyhead;
   let maps = new Map();
+  let read = new Map();
   let looks = new Map();
 
   const inflate = async (text) => {
@@ -20,9 +21,16 @@
   };
 
   page.mapOf = (place) => {
-    if (!maps.has(place)) maps.set(place, readMap(window.polyhead.data, place));
+    if (!maps.has(place)) {
+      const own = read; // of this text: another may be shown before it is inflated
+      const map = readMap(window.polyhead.data, place);
+      map.then((inflated) => own.set(place, inflated));
+      maps.set(place, map);
+    }
     return maps.get(place);
   };
+  // The same without waiting, once it was inflated; otherwise undefined.
+  page.readMap = (place) => read.get(place);
 
   page.weightAt = (map, row, column) =>
     map.scale * (map.codes[row * map.n + column] / map.levels) ** 2;
@@ -97,6 +105,7 @@
 
   page.on("data", () => {
     maps = new Map();
+    read = new Map();
     looks = new Map();
   });
 })();

@@ -167,7 +167,10 @@
   page.focusGrid = () => (tiles.get(page.state.other ?? page.state.head) ?? grid).focus();
   page.on("data", build);
   page.on("order", build);
-  page.on("theme", build);
+  page.on("theme", () => {
+    page.thumbs([...tiles.values()].map((cell) => cell.firstChild));
+    dress();
+  });
   page.on("select", mark);
   page.on("present", dress);
 })();

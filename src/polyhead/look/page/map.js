@@ -145,8 +145,11 @@
     if (now === built) return redraw();
     built = now;
     const places = other === null ? [head] : [head, other];
-    const maps = await Promise.all(places.map(page.mapOf));
-    if (built !== now) return; // another head was chosen meanwhile
+    let maps = places.map(page.readMap);
+    if (maps.includes(undefined)) {
+      maps = await Promise.all(places.map(page.mapOf));
+      if (built !== now) return; // another head was chosen meanwhile
+    }
     panel.classList.toggle("two", places.length > 1);
     const top = Math.max(...maps.map((map) => map.scale)); // one scale for both
     figures = places.map((one, which) => figureOf(one, which, page.paintMap(maps[which], top)));

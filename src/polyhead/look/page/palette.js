@@ -18,9 +18,15 @@
   // The strongest tint on which a token can still be read, by WCAG's 4.5:1.
   const STRONGEST = { light: [0.7, 0.8], dark: [0.6, 0.52] };
   const system = matchMedia("(prefers-color-scheme: dark)");
+  const forced = matchMedia("(forced-colors: active)");
   const root = document.documentElement;
 
-  page.theme = () => root.dataset.theme ?? (system.matches ? "dark" : "light");
+  // Paper is light. Where the system forces its colors, ours go with its background.
+  page.theme = () => {
+    if (page.paper) return "light";
+    const chosen = forced.matches ? undefined : root.dataset.theme;
+    return chosen ?? (system.matches ? "dark" : "light");
+  };
 
   const parts = (hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
 
@@ -89,9 +95,11 @@
     name();
     page.emit("theme");
   });
-  system.addEventListener("change", () => {
-    name();
-    page.emit("theme");
-  });
+  for (const setting of [system, forced]) {
+    setting.addEventListener("change", () => {
+      name();
+      page.emit("theme");
+    });
+  }
   name();
 })();

@@ -30,6 +30,7 @@ _SCRIPTS = (
     "text.js",
     "stepping.js",
     "main.js",
+    "print.js",
 )
 
 

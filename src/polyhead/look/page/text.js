@@ -79,7 +79,7 @@
       painted.push(span);
     };
     for (const weights of shown.layers) {
-      for (const at of weights.keys()) if (seen.has(chunkOf[at])) tint(at);
+      for (const at of weights.keys()) if (page.paper || seen.has(chunkOf[at])) tint(at);
     }
     if (shown.token !== null && spans[shown.token]) {
       spans[shown.token].classList.add("current");
@@ -202,5 +202,9 @@
     modes();
     tell();
   });
-  page.on("theme", tell);
+  page.on("theme", () => {
+    paint();
+    tell();
+  });
+  page.on("paper", paint);
 })();

@@ -4,8 +4,7 @@
   const { page } = window.polyhead;
   const MOST = 64;
 
-  const draw = async (canvas, place) => {
-    const map = await page.mapOf(place);
+  const paint = (canvas, map) => {
     const step = Math.max(1, Math.round(map.n / MOST));
     const side = Math.ceil(map.n / step);
     const image = new ImageData(side, side);
@@ -35,30 +34,62 @@
   // and again when colors change.
   let observer = null;
   let waiting = new Set();
-  const later = window.requestIdleCallback ?? ((work) => setTimeout(work, 50));
-  const drawNext = (canvases) => {
-    const [canvas] = canvases;
-    if (!canvas || canvases !== waiting) return;
-    canvases.delete(canvas);
+  const later =
+    window.requestIdleCallback ??
+    ((work) =>
+      setTimeout(() => {
+        const until = performance.now() + 10;
+        work({ timeRemaining: () => until - performance.now() });
+      }, 50));
+  const place = (canvas) => Number(canvas.dataset.place);
+  const take = (canvas) => {
     observer.unobserve(canvas);
-    draw(canvas, Number(canvas.dataset.place)).then(() => later(() => drawNext(canvases)));
+    waiting.delete(canvas);
   };
+  const draw = async (canvas) => {
+    take(canvas);
+    const own = waiting;
+    const map = await page.mapOf(place(canvas));
+    if (own === waiting) paint(canvas, map);
+  };
+  const drawRead = (canvases, enough = () => false) => {
+    for (const canvas of canvases) {
+      const map = page.readMap(place(canvas));
+      if (map) {
+        take(canvas);
+        paint(canvas, map);
+      }
+      if (enough()) return;
+    }
+  };
+  const drawSome = (canvases) =>
+    later((deadline) => {
+      if (canvases !== waiting) return; // the tiles are others now
+      drawRead(canvases, () => deadline.timeRemaining() < 4);
+      if (canvases.size) drawSome(canvases);
+    });
   page.thumbs = (canvases) => {
     observer?.disconnect();
     waiting = new Set(canvases);
+    for (const canvas of canvases) delete canvas.dataset.drawn;
     observer = new IntersectionObserver(
       (entries) => {
-        for (const { isIntersecting, target } of entries) {
-          if (!isIntersecting) continue;
-          observer.unobserve(target);
-          waiting.delete(target);
-          draw(target, Number(target.dataset.place));
-        }
+        for (const { isIntersecting, target } of entries) if (isIntersecting) draw(target);
       },
       { rootMargin: "300px" },
     );
     for (const canvas of canvases) observer.observe(canvas);
     const own = waiting;
-    later(() => drawNext(own));
+    later(() => {
+      for (const canvas of own) page.mapOf(place(canvas)); // inflated beside one another
+      drawSome(own);
+    });
+  };
+
+  // Draw now what can be drawn without waiting; returns how many are left.
+  page.drawRead = () => {
+    const left = new Set(document.querySelectorAll(".tile canvas:not([data-drawn])"));
+    drawRead(left);
+    return document.querySelectorAll(".tile canvas:not([data-drawn])").length;
   };
 })();
