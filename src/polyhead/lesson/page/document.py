@@ -76,7 +76,7 @@ def _file(name: str) -> str:
     lines = [line.strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("//")]
     if name.endswith(".css"):
-        return re.sub(r"\s*([{};:,>])\s*", r"\1", "\n".join(lines))
+        return re.sub(r"\s*([{};:,>])\s*", r"\1", "\n".join(lines)).replace(";}", "}")
     if name.endswith(".js"):
         return re.sub(r"(?<=[{(\[,;])\n", "", "\n".join(map(_without_blanks, lines)))
     return "\n".join(lines)
