@@ -74,7 +74,7 @@ def products_and_times() -> dict[str, Any]:
         "head_dim": _HEAD_DIM,
         "tokens": _TOKENS,
         "products": products,
-        "milliseconds": {n: 1e3 * statistics.median(took) for n, took in seconds.items()},
+        "milliseconds": {n: round(1e3 * statistics.median(took), 3) for n, took in seconds.items()},
     }
 
 
