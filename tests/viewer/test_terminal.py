@@ -34,7 +34,8 @@ def test_print_report_grid_has_letters_and_numbers(printed, report):
         "layer 0  I 1.40 P 1.60",
         "layer 1  S 1.10 L 3.20",
     ]
-    assert "I induction   P previous token   L local   O other   S sink" in lines
+    kinds = "I induction   P previous token   L local   M multiple sinks   O other   S sink"
+    assert kinds in lines
     assert "Number: effective tokens, from 1.10 to 3.20 tokens." in "\n".join(lines)
     assert "All tokens are among the last 16: local is true of every head." in lines
 

@@ -29,12 +29,13 @@ from polyhead.look.report import HeadReport, LayerReport
 from polyhead.look.sources import Sources, find_sources
 from polyhead.look.stats import BY_POSITION, stats_of
 from polyhead.look.streaming import weights_by_chunk
-from polyhead.look.top_keys import top_keys_of
+from polyhead.look.top_keys import most_attended, top_keys_of
 from polyhead.modules.weights import read_parameter, why_not_linear
 
 __all__ = ["capture"]
 
 _CELLS = 2**22
+_SINK_KEYS = 8  # keys of each query among which sinks are counted, whatever `n_keys` is
 
 
 @torch.no_grad()
@@ -163,6 +164,9 @@ class _LayerRecorder:
             found = {name: values for name, values in found.items() if name not in BY_POSITION}
         found = {f"stats.{name}": values for name, values in found.items()}
         top = top_keys_of(call, self.n_keys)
+        wide = top if self.n_keys >= _SINK_KEYS else top_keys_of(call, _SINK_KEYS)
+        few = most_attended(wide.keys[0, ..., :_SINK_KEYS], wide.weights[0, ..., :_SINK_KEYS])
+        found |= {"stats.mass_sinks": few.weights.sum(dim=-1).float()}
         found |= {"map": map_of(call, self.bins)[0]}
         found |= {"keys": top.keys[0].int(), "key_weights": top.weights[0]}
         if self.weights:

@@ -1,4 +1,4 @@
-"""Head kinds (induction, previous token, sink, local, other), by thresholds on mean statistics."""
+"""Head kinds (induction, previous token, sink, local, ...), by thresholds on mean statistics."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ INDUCTION = 0.4
 PREVIOUS = 0.4
 SINK = 0.5
 LOCAL = 0.5
+# Even causal weights put (4 ln T - 2) / T on the four most attended of T tokens: half at T = 19,
+# where the last 16 have nearly all, and 0.16 at T = 100, 0.11 of it not on the first token.
+SINKS = 0.5
+BEYOND_FIRST = 0.2
 
 
 def name_head(stats: Mapping[str, float]) -> str:
@@ -21,15 +25,16 @@ def name_head(stats: Mapping[str, float]) -> str:
     | previous token | `mass_previous` >= 0.4 | the token just before |
     | sink | `mass_first` >= 0.5 | the first token, which adds little here |
     | local | `mass_recent` >= 0.5 | the last 16 tokens, no single one of them |
-    | other | else | tokens farther back, several at once, or all tokens evenly |
+    | multiple sinks | `mass_sinks` >= 0.5, 0.2 of it not on the first token | the same few tokens |
+    | other | else | tokens farther back that differ, or all tokens evenly |
 
     The statistics are means over one text, and the kind holds for that text: an induction head is
     a sink where nothing repeats. Use at least 100 tokens: in a shorter text the last 16 are so
     large a part that an even head counts as local.
 
     Args:
-        stats: values by name, as in `HeadStats.per_head`, of one head. Without `mass_induction`
-            no head is an induction head.
+        stats: values by name, as in `LayerReport.of_head`, of one head. Without `mass_induction`
+            no head is an induction head, and without `mass_sinks` none has multiple sinks.
 
     Sources: induction heads: Olsson et al. 2022; attention sinks: Xiao et al. 2024.
 
@@ -44,4 +49,7 @@ def name_head(stats: Mapping[str, float]) -> str:
         return "sink"
     if stats["mass_recent"] >= LOCAL:
         return "local"
+    sinks = stats.get("mass_sinks", 0.0)
+    if sinks >= SINKS and sinks - stats["mass_first"] >= BEYOND_FIRST:
+        return "multiple sinks"
     return "other"

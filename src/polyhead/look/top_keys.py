@@ -14,7 +14,9 @@ from polyhead.look.streaming import weights_by_chunk
 from polyhead.mask import Mask
 from polyhead.validate import build_call
 
-__all__ = ["TopKeys", "top_keys", "top_keys_of"]
+__all__ = ["TopKeys", "most_attended", "top_keys", "top_keys_of"]
+
+SINKS = 4  # tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,3 +79,22 @@ def top_keys_of(call: AttentionCall, n: int) -> TopKeys:
         found.append((F.pad(most, missing), F.pad(keys, missing, value=-1)))
     weights, keys = (torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
     return TopKeys(keys, weights)
+
+
+def most_attended(keys: Tensor, weights: Tensor, n: int = SINKS) -> TopKeys:
+    """The n keys with the largest sum of weight over all queries, and their mean weight.
+
+    Counts the weight of the given keys of each query only: a lower bound, exact if the rest is 0.
+
+    Args:
+        keys, weights: (..., T, m) as in `TopKeys`.
+
+    Returns:
+        keys and weights of (..., n); fewer if there are fewer keys.
+    """
+    keys = keys.long().flatten(-2)
+    S = 1 + int(keys.max()) if keys.numel() else 0
+    columns = weights.new_zeros(*keys.shape[:-1], max(S, 1))
+    columns.scatter_add_(-1, keys.clamp(min=0), weights.flatten(-2))  # a missing key weighs 0
+    most = (columns / max(1, weights.shape[-2])).topk(min(n, columns.shape[-1]), dim=-1)
+    return TopKeys(most.indices, most.values)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polyhead.look import HeadReport, LayerReport
+from polyhead.look.top_keys import most_attended
 
 __all__ = ["KINDS", "Example", "Highlight", "highlights"]
 
@@ -19,6 +20,7 @@ KINDS = {
     "induction": "mass_induction",
     "previous token": "mass_previous",
     "local": "mass_recent",
+    "multiple sinks": "mass_sinks",
     "other": "effective_keys",
     "sink": "mass_first",
 }
@@ -84,6 +86,8 @@ def _example(report: HeadReport, layer: LayerReport, head: int, name: str) -> Ex
     keys, weights = layer.keys[at].long(), layer.key_weights[at]
     queries = torch.arange(len(keys))[:, None]
     shows = (keys >= 0) & _SHOWS[name](report.token_ids, queries, keys)
+    if name == "multiple sinks":
+        shows &= torch.isin(keys, most_attended(keys, weights).keys)
     if not shows.any():
         return None
     place = int(torch.where(shows, weights, -1.0).argmax())
@@ -102,6 +106,7 @@ _SHOWS: dict[str, Callable[[Tensor | None, Tensor, Tensor], Tensor]] = {
     "induction": _after_the_same,
     "previous token": lambda ids, q, k: (k == q - 1) & (k > 0),
     "local": lambda ids, q, k: (k > 0) & (k < q) & (q - k < 16),
+    "multiple sinks": lambda ids, q, k: (k > 0) & (q - k >= 16),
     "other": lambda ids, q, k: (k > 0) & (q - k >= 16),
     "sink": lambda ids, q, k: (k == 0) & (2 * q >= len(q)),
 }

@@ -11,7 +11,8 @@
     "previous token": ["M0.5 1.5 L11 12"],
     sink: ["M1 1 L1 12"],
     local: ["M0.5 1.5 L11 12", "M0.5 3.5 L9 12", "M0.5 5.5 L7 12"],
-    other: ["M2 4 L2 11.5", "M5 6.5 L5 11.5", "M8 9.5 L8 11.5"],
+    "multiple sinks": ["M1 1 L1 12", "M4 4.5 L4 12", "M8 8.5 L8 12"],
+    other: ["M4 5.5 L6 7.5", "M2 8.5 L3.5 10", "M7.5 9.5 L9.5 11.5"],
   };
   const picture = (kind) => {
     const space = "http://www.w3.org/2000/svg";

@@ -10,7 +10,8 @@ KINDS = {
     "previous token": "attends to the token just before",
     "sink": "attends to the first token, which adds little here",
     "local": "attends to the last 16 tokens, no single one of them",
-    "other": "attends to tokens farther back, several at once, or all tokens evenly",
+    "multiple sinks": "attends to the same few tokens, from everywhere in the text",
+    "other": "attends to tokens farther back that differ, or to all tokens evenly",
 }
 
 # name: (label, unit, explanation). A "share" is of a token's total weight, 1; its label continues
@@ -23,6 +24,12 @@ NUMBERS = {
         "last 16 tokens",
         "share",
         "Weight on the token itself and the 15 before it.",
+    ),
+    "mass_sinks": (
+        "top four tokens",
+        "share",
+        "Weight on the four tokens that all others attend to most, counted where they are among "
+        "the eight strongest of a token.",
     ),
     "mass_same_token": (
         "same token earlier",

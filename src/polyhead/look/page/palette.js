@@ -3,8 +3,8 @@
 (() => {
   const { page } = window.polyhead;
   const KINDS = {
-    light: ["#c8501e", "#1c6fb8", "#a3a8ae", "#1f8a6d", "#b184c4"],
-    dark: ["#f08a5d", "#63a9ec", "#6d747d", "#4fc3a1", "#b79ad0"],
+    light: ["#c8501e", "#1c6fb8", "#a3a8ae", "#1f8a6d", "#7d6a55", "#b184c4"],
+    dark: ["#f08a5d", "#63a9ec", "#6d747d", "#4fc3a1", "#b39c82", "#b79ad0"],
   };
   // From nothing, which is the paper, to all weight.
   const SCALES = {

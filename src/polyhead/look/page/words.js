@@ -58,6 +58,8 @@
         return `${of("mass_first")} of all weight rests on the first token: it has little to say here.`;
       case "local":
         return `${of("mass_recent")} of the weight is on the last 16 tokens, as spread as over ${of("effective_keys")}.`;
+      case "multiple sinks":
+        return `${of("mass_sinks")} of all weight rests on four tokens, from wherever it looks.`;
       default:
         return `Its weight is as spread as over ${of("effective_keys")}, on average ${of("mean_distance")} away.`;
     }
