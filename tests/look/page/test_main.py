@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,24 @@ def test_the_first_view_says_something(opened):
     assert "induction" in opened.page.inner_text("#about")
     assert opened.state()["token"] is not None
     assert opened.page.locator(".token.current").count() == 1
+
+
+def test_first_view_of_induction_is_a_token_that_repeats(open_page, planted):
+    """Not the strongest look of all: " slept" looks at " cat", and neither came before."""
+    report = planted()
+    layer = report.layers[1]
+    weights = layer.map.clone()
+    weights[0, 9] = 0.0
+    weights[0, 9, 1] = 1.0
+    report = replace(report, layers=(report.layers[0], replace(layer, map=weights)))
+    opened = open_page(report)
+    opened.until("polyhead.selection().token !== null")
+    assert "induction" in opened.page.inner_text("#about")
+    token = opened.state()["token"]
+    before = report.tokens[:token]
+    assert report.tokens[token] in before
+    follows = report.tokens[before.index(report.tokens[token]) + 1]
+    assert f"looks at {follows.strip()} " in opened.page.inner_text("#reading")
 
 
 def test_another_report_in_the_same_page(opened, planted):

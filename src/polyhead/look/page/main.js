@@ -85,14 +85,18 @@
       best("local", "mass_recent") ?? 0;
   };
 
-  // A token near the top whose look says something: not at the first token, not at itself.
+  // A token near the top whose look is of its head's kind: not at the first token, not at itself.
   const tellingToken = async (head) => {
     const looks = await page.looksOf(head);
-    const { tokens } = window.polyhead.data;
+    const { tokens, kinds } = window.polyhead.data;
+    const fits = {
+      induction: (token, key) => key <= token && tokens[key - 1] === tokens[token],
+      "previous token": (token, key) => key === token - 1,
+    }[kinds[head]] ?? (() => true);
     let [best, most] = [null, 0];
     for (let token = 1; token < Math.min(tokens.length, 250); token++) {
       for (const [key, weight] of looks.to(token)) {
-        const says = key !== 0 && key !== token && tokens[token].trim().length > 2;
+        const says = key !== 0 && key !== token && tokens[token].trim().length > 2 && fits(token, key);
         if (says && weight > most) [best, most] = [token, weight];
       }
     }
