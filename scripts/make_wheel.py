@@ -1,6 +1,6 @@
-"""Makes a wheel of polyhead, with its kernels, and checks it: `make wheel`, `make wheel-arm64`.
+"""Makes a wheel of polyhead, with its kernels, and checks it: `make wheel`; or an sdist.
 
-    python scripts/make_wheel.py [PLATFORM] [--no-smoke-test]
+    python scripts/make_wheel.py [PLATFORM | sdist] [--no-smoke-test]
 
 PLATFORM is one of PLATFORMS, by default this machine's. For Linux g++ compiles, and the kernels are
 linked against glibc 2.28, whose symbols PyPI's `ziglang` brings. torch's wheel for the platform is
@@ -261,14 +261,30 @@ def emulated_smoke_test(python: Path, wheel: Path, target: Platform) -> None:
     run(*command, ROOT / "scripts/smoke_test.py", PYTHONPATH=root / "site", OMP_NUM_THREADS=2)
 
 
+def sdist(python: Path) -> Path:
+    code = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    run(python, "-c", code, BUILD / "sdist")
+    (archive,) = (BUILD / "sdist").glob("*.tar.gz")
+    return archive
+
+
 def main() -> None:
     here = next((name for name, known in PLATFORMS.items() if known.is_native), None)
     parser = argparse.ArgumentParser(description="Make a wheel of polyhead and check it.")
-    parser.add_argument("platform", nargs="?" if here else None, default=here, choices=PLATFORMS)
+    parser.add_argument(
+        "platform", nargs="?" if here else None, default=here, choices=[*PLATFORMS, "sdist"]
+    )
     parser.add_argument("--no-smoke-test", action="store_true", help="do not install and run it")
     arguments = parser.parse_args()
-    name, target = arguments.platform, PLATFORMS[arguments.platform]
-    python = tools()
+    name, python = arguments.platform, tools()
+    DIST.mkdir(exist_ok=True)
+    if name == "sdist":
+        shutil.rmtree(BUILD / name, ignore_errors=True)
+        archive = sdist(python)
+        run(python, "-m", "twine", "check", "--strict", archive)
+        archive.replace(DIST / archive.name)
+        return
+    target = PLATFORMS[name]
     wheel = build(python, name, target)
     if target.system == "Darwin":
         wheel = linked_as_it_must(python, wheel, name)
@@ -281,7 +297,6 @@ def main() -> None:
             f"make_wheel: {wheel.relative_to(ROOT)} compiles and links; only macOS makes one to use"
         )
         return
-    DIST.mkdir(exist_ok=True)
     wheel = wheel.replace(DIST / wheel.name)
     if target.is_native and not arguments.no_smoke_test:
         smoke_test(wheel, target)

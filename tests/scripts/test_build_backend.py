@@ -34,6 +34,11 @@ def test_torch_hidden_by_isolation_is_found(backend, monkeypatch, tmp_path, plac
     assert backend.torch_folder() == folder
 
 
+def test_torch_named_for_another_system_is_taken(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("POLYHEAD_TORCH", str(tmp_path))
+    assert backend.torch_folder() == tmp_path
+
+
 NO_COMPILER = """\
 CMake Error at CMakeDetermineCXXCompiler.cmake:47 (message):
 CMake Error: CMAKE_CXX_COMPILER not set, after EnableLanguage
