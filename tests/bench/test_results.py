@@ -37,6 +37,7 @@ def test_result_json_has_everything_and_its_schema(bench_result):
     assert data["schema"] == SCHEMA == 1
     assert set(data) == {
         *("schema", "machine", "ceilings", "cases", "warnings", "left_out", "refusal"),
+        "interrupted",
     }
     assert data["warnings"] == ["careful"]
     (case,) = data["cases"]

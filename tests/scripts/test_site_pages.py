@@ -66,7 +66,9 @@ def test_public_modules_are_those_listed():
         assert f"`{module.__name__.removeprefix('polyhead.')}`" in versions
 
 
-@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [*PUBLIC, ph.drop_in.flash_attn], ids=lambda module: module.__name__
+)
 def test_reference_has_every_public_name(module):
     pytest.importorskip("transformers")  # PolyheadCache is a class of it
     entries = described()
