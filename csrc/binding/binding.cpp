@@ -91,9 +91,10 @@ bool is_plain(const Tensor& query, const Tensor& key, const Tensor& value) {
   return key.size(0) == query.size(0) && key.size(3) == D && G > 0 && H > 0 && H % G == 0 && D > 0;
 }
 
-// Fast path: every query attends to every key, in inference; nullopt takes the general path.
+// Fast path: no mask or a causal one, in inference; nullopt takes the general path.
 std::optional<Tensor> attention_fast(const Tensor& query, const Tensor& key, const Tensor& value,
-                                     std::optional<double> scale, bool decode_only) {
+                                     std::optional<double> scale, bool decode_only,
+                                     bool is_causal) {
   if (!is_plain(query, key, value)) return std::nullopt;
   if (decode_only) {
     AttentionParams sizes;
@@ -104,8 +105,9 @@ std::optional<Tensor> attention_fast(const Tensor& query, const Tensor& key, con
   constexpr int64_t kUnbounded = int64_t{1} << 40;
   const double factor = scale ? *scale : 1.0 / std::sqrt(static_cast<double>(query.size(3)));
   const ParamsFromTensors call(query, key, value, {}, {}, {}, {}, {}, {}, {}, {}, {},
-                               {-kUnbounded, kUnbounded, kUnbounded, kUnbounded, 0}, factor, 0.0,
-                               0.0);
+                               {-kUnbounded, is_causal ? key.size(2) - query.size(2) : kUnbounded,
+                                kUnbounded, kUnbounded, 0},
+                               factor, 0.0, 0.0);
   const Tensor output = empty_output(call.attention, query);
   attend(call.attention, {output.mutable_data_ptr()});
   return output;
@@ -239,7 +241,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(polyhead, m) {
   // the general path, which also reports errors. `decode_only`: None unless the decode kernel runs.
   m.def(
       "attention_fast(Tensor query, Tensor key, Tensor value, float? scale, "
-      "bool decode_only=False) -> Tensor?");
+      "bool decode_only=False, bool is_causal=False) -> Tensor?");
   // Inference over keys and values in the cache: `tokens` per batch row; int8 with scales, or paged
   // (the first dimension is blocks, addressed by a block table), or both.
   m.def(forward_schema("attention_cached", kStoredKeys).c_str());

@@ -59,7 +59,7 @@ def test_it_gives_the_bits_of_the_general_way(B, G, group, T, S, D, E, dtype, sc
         return torch.randn(B, heads, tokens, size, generator=generator).to(dtype)
 
     inputs = tensor(G * group, T, D), tensor(G, S, D), tensor(G, S, E)
-    for mask in (None, CAUSAL) if T == 1 else (None,):
+    for mask in (None, CAUSAL):
         # With matrix units bfloat16 is eligible only in decoding.
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "_has_amx", lambda: False)
@@ -132,8 +132,13 @@ def test_masks_and_scales_that_go_the_general_way(tensors, mask, scale):
     assert try_fast_path(*tensors(T=1), mask, scale) is None
 
 
-def test_several_causal_queries_go_the_general_way(tensors):
-    assert try_fast_path(*tensors(T=2), CAUSAL) is None
+@pytest.mark.parametrize(
+    "mask",
+    [ph.mask.causal(align="start"), ph.mask.window(before=2), CAUSAL & ph.mask.window(before=2)],
+    ids=repr,
+)
+def test_other_masks_take_the_general_path(tensors, mask):
+    assert try_fast_path(*tensors(T=2), mask) is None
 
 
 def test_surroundings_that_go_the_general_way(tensors, monkeypatch):

@@ -254,12 +254,11 @@ def try_fast_path(
     mask: Mask | None,
     scale: float | None,
 ) -> Tensor | None:
-    """The output of attention of every query to every key, in inference, without what comes before
-    a kernel: to check, describe and choose takes longer than to decode a token of a small model.
+    """Fast path: full or causal attention in inference, without validation, call and choice, which
+    take longer than to decode a token of a small model.
 
     Returns:
-        What `run` gives, to the bit; or None: then the general way runs the call, or says what is
-        wrong with it.
+        The output of `run`, to the bit; or None: then the general path runs the call, or raises.
     """
     if (
         ops.unavailable
@@ -269,7 +268,7 @@ def try_fast_path(
         # A subclass has ways of its own.
         or not (type(query) is type(key) is type(value) is Tensor)
         or not (query.is_cpu and key.is_cpu and value.is_cpu)
-        or not (mask is None or _lets_last_see_all(mask, query))
+        or not (mask is None or (type(mask) is Causal and mask.align == "end"))
         or not (scale is None or -math.inf < scale < math.inf)
         or transform_reasons()
         or is_traced()
@@ -279,14 +278,10 @@ def try_fast_path(
         # As in `auto_skip`: next to matrix units only decoding stays with these kernels.
         decode_only = query.dtype == torch.bfloat16 and _has_amx()
         attend = torch.ops.polyhead.attention_fast
-        return attend(query, key, value, scale, decode_only)  # type: ignore[no-any-return]
+        is_causal = mask is not None
+        return attend(query, key, value, scale, decode_only, is_causal)  # type: ignore[no-any-return]
     except NotImplementedError:  # sparse or nested: the general way says so
         return None
-
-
-def _lets_last_see_all(mask: Mask, query: Tensor) -> bool:
-    is_causal = type(mask) is Causal and mask.align == "end"
-    return is_causal and query.ndim == 4 and query.shape[2] == 1
 
 
 @functools.cache
