@@ -203,6 +203,15 @@ def test_tokens_after_the_last_sequence_are_zero(random, cumulative, one_by_one,
     assert torch.equal(lse[:, 5:], torch.full((H, 4), torch.inf))
 
 
+def test_keys_after_the_last_sequence_are_not_read(random, cumulative, one_by_one, close):
+    """Queries of all tokens, keys of the first ones: sequences that begin at the same tokens."""
+    q, k, v = (x.detach().clone() for x in packed(random, [10], [10]))
+    k[8:], v[8:] = torch.nan, torch.nan
+    bounds = cumulative([3, 7]), cumulative([3, 5])
+    output = flash_attn_varlen_func(q, k, v, *bounds, 7, 5)
+    close(output, one_by_one(q, k, v, *bounds)[0])
+
+
 def test_packed_forms_equal_unpacked_with_gradients(random, cumulative):
     qkv = random(9, 3, H, D).requires_grad_()
     bounds = cumulative([4, 5])
@@ -233,6 +242,9 @@ def test_dropout_is_what_s_dmask_says(lengths, random, cumulative):
     )
     assert dropped.shape == (len(lengths_q), H, max(lengths_q), max(lengths_k))
     assert bool((dropped < 0).any())
+    for n, (t, s) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        assert not dropped[n, :, t:].any()
+        assert not dropped[n, :, :, s:].any()
     kept = dropped.clamp(min=0) / 0.6
     expected = [
         torch.einsum(
@@ -281,18 +293,21 @@ def test_pages_are_read_in_place(random, cumulative, tensor_sizes, kernels):
     assert tensor_sizes.peak - in_pools < v.nbytes
 
 
-def test_pages_have_gradients(random, cumulative, one_by_one, close):
+@pytest.mark.parametrize("q_needs_grad", [True, False])
+def test_pages_have_gradients(q_needs_grad, random, cumulative, one_by_one, close):
     lengths_q, lengths_k = [3, 1], [11, 3]
-    inputs = packed(random, lengths_q, lengths_k)
+    q, k, v = packed(random, lengths_q, lengths_k)
+    inputs = (q, k, v) if q_needs_grad else (q.detach(), k, v)
     bounds = cumulative(lengths_q), cumulative(lengths_k)
     pools, table = paged(inputs[1:], bounds[1].tolist(), 4)
     output = flash_attn_varlen_func(
         inputs[0], *pools, *bounds, 3, 11, causal=True, block_table=table
     )
     expected, _ = one_by_one(*inputs, *bounds, causal=True)
+    count = 3 if q_needs_grad else 2
     direction = random(*output.shape)
-    ours = torch.autograd.grad(output, inputs, direction)
-    theirs = torch.autograd.grad(expected, inputs, direction.double())
+    ours = torch.autograd.grad(output, inputs[-count:], direction)
+    theirs = torch.autograd.grad(expected, inputs[-count:], direction.double())
     for gradient, expected_gradient in zip(ours, theirs, strict=True):
         close(gradient, expected_gradient, 5)
 

@@ -283,7 +283,7 @@ def test_slices_of_one_storage_are_caches(random, close):
     q = random(B, T, H, D)
     k, v = random(B, T, G, D), random(B, T, G, D, seed=1)
     storage = random(B, CAPACITY, 2, 3, G, D)
-    transposed = random(B, CAPACITY, G, 2, D).mT
+    transposed = random(B, CAPACITY, G, D, 2)
     outputs = []
     for k_cache, v_cache in (
         (storage[:, :, 0, 1], storage[:, :, 1, 1]),
