@@ -8,7 +8,7 @@ namespace {
 
 // Below this many bytes the threads of a team cost more than they save.
 constexpr int64_t kSerialBytes = 1 << 17;
-constexpr int64_t kStep = 64;
+constexpr int64_t kStep = 128, kShortStep = 16;
 
 // Kinds of elements by their bits. Negative floats are ordered as their bits are.
 struct Boolean {
@@ -32,14 +32,19 @@ using BF16 = Float<uint16_t, 0xF14A, 0xFF80>;           // the first bfloat16 be
 // The lowest float16, -65504, is a score that queries and keys can outweigh.
 using F16 = Float<uint16_t, 0xFC00, 0xFC00>;
 
+// True if the test accepts kCount elements: without a branch, so that it is compiled to vectors.
+template <int64_t kCount, class Bits, class Test>
+bool accepts(const Bits* elements, Test test) {
+  Bits refused = 0;
+  for (int64_t i = 0; i < kCount; ++i) refused |= static_cast<Bits>(test(elements[i]) ? 0 : 1);
+  return refused == 0;
+}
+
 // First position from `at` on whose element the test refuses, or `end`.
 template <class Bits, class Test>
 int64_t run_of(const Bits* row, int64_t at, int64_t end, Test test) {
-  for (; at + kStep <= end; at += kStep) {
-    bool all = true;  // without a branch, so that it is compiled to vectors
-    for (int64_t i = 0; i < kStep; ++i) all &= test(row[at + i]);
-    if (!all) break;
-  }
+  while (at + kStep <= end && accepts<kStep>(row + at, test)) at += kStep;
+  while (at + kShortStep <= end && accepts<kShortStep>(row + at, test)) at += kShortStep;
   while (at < end && test(row[at])) ++at;
   return at;
 }

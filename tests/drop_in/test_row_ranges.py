@@ -120,7 +120,7 @@ def _structured(draw):
     return allowed
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(_structured())
 def test_rule_of_ranges_is_the_very_mask(allowed):
     B, T, S = allowed.shape
@@ -132,7 +132,7 @@ def test_rule_of_ranges_is_the_very_mask(allowed):
         assert torch.equal(_materialized(rule, B, T, S), allowed)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_rule_of_ranges_of_random_ranges_is_exact(data):
     B, T, S = data.draw(_SIZES)

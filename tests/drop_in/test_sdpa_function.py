@@ -166,7 +166,7 @@ def _calls(draw):
 
 
 @settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(_calls(), st.sampled_from(["cpu", "auto", "reference"]))
 def test_sdpa_is_the_formula_of_torch(any_size, call, backend):
@@ -180,7 +180,7 @@ def test_sdpa_is_the_formula_of_torch(any_size, call, backend):
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(_calls())
 def test_sdpa_has_the_gradients_of_torch(any_size, call):

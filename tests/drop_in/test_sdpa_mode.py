@@ -89,6 +89,20 @@ def test_sdpa_mode_runs_polyhead_in_a_model(any_size, model, x, grad):
     assert calls.counts == {("polyhead", "causal()"): 2}
 
 
+@pytest.mark.parametrize("enter", [torch.inference_mode, torch.no_grad])
+def test_sdpa_mode_in_inference_is_torchs_result(any_size, model, x, enter):
+    with enter():
+        expected = model(x)
+        with sdpa() as calls:
+            y = model(x)
+        mask = torch.ones(5, 5, dtype=torch.bool).tril()
+        with sdpa() as others:
+            F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], mask)
+    _assert_close([y], [expected])
+    assert (calls.polyhead, y.requires_grad) == (2, False)
+    assert others.counts == {("polyhead", "recognized: causal()"): 1}
+
+
 def test_sdpa_mode_ends_with_its_context(any_size, model, x):
     with sdpa() as calls:
         pass
@@ -198,6 +212,44 @@ def test_use_for_sdpa_runs_polyhead_in_checkpoints(any_size, x, dropout, reentra
         _assert_close(_gradients(checkpointed, x), _gradients(plain, x))
     assert use.calls.polyhead >= 4
     assert use.calls.torch == 0
+
+
+def test_use_for_sdpa_checkpoint_of_a_function_is_torchs(any_size, x):
+    """Its recomputation begins at the function, and passes no module that enters the mode."""
+
+    class Outer(nn.Module):
+        def forward(self, x):
+            query = x[:, None]
+            attend = F.scaled_dot_product_attention
+            return checkpoint(lambda q: attend(q, q, q), query, use_reentrant=False)
+
+    model = Outer()
+    expected = _gradients(model, x)
+    with use_for_sdpa_of(model) as use:
+        _assert_close(_gradients(model, x), expected)
+    assert use.calls.counts == {("torch", sdpa_mode._CHECKPOINTED): 1}
+
+
+def test_sdpa_mode_as_context_of_a_checkpoint_is_torchs(any_size, x):
+    """`context_fn` enters a mode in both runs, which the call cannot see: both are the same."""
+    block = Block()
+    plain = _gradients(block, x)
+    modes_of = []
+
+    def contexts():
+        modes_of.extend([sdpa(), sdpa()])
+        return tuple(modes_of[-2:])
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x):
+            return checkpoint(self.block, x, use_reentrant=False, context_fn=contexts)
+
+    _assert_close(_gradients(Outer(), x), plain)
+    assert {mode.calls.torch for mode in modes_of} >= {1}
 
 
 class use_for_sdpa_of:  # noqa: N801

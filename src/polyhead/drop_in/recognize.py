@@ -20,7 +20,7 @@ from polyhead.mask import Mask
 
 __all__ = ["EVERYTHING", "recognize"]
 
-_MOST_MASKS = 64
+_MOST_MASKS = 16
 _LEAST_PAIRS = 2**14  # below, no rule makes a call faster than torch's
 # Nanoseconds, of two cores with AVX-512: to read a byte of a mask, to fit a rule to its ranges and
 # a row of them, and to compute one score and its share of the output per feature.
@@ -99,7 +99,7 @@ def recognize(attn_mask: Tensor, B: int, H: int, T: int, S: int, size: int) -> M
     with _lock:
         _readings[key] = reading
         _readings.move_to_end(key)
-        if len(_readings) > _MOST_MASKS:
+        while len(_readings) > _MOST_MASKS or next(iter(_readings.values())).storage.expired():
             _readings.popitem(last=False)
     return reading.rule
 

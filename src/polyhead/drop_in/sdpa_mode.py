@@ -54,11 +54,11 @@ class SdpaMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # a graph counts nothing
-            return attend(args, kwargs, None) if func is _torch_sdpa else func(*args, **kwargs)
         if func is _torch_sdpa:
+            if torch.compiler.is_compiling():  # a graph counts nothing
+                return attend(args, kwargs, None)
             return self._attend(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and not torch.compiler.is_compiling():
             return self._multi_head_attention(args, kwargs)
         return func(*args, **kwargs)
 
