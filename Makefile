@@ -29,6 +29,9 @@ test-all: $(STAMP) ## every test, and the quick ones again under every instructi
 	$(BIN)/python -m pytest $(ARGS)
 	scripts/test_each_isa $(ARGS)
 
+test-matrix: $(STAMP) ## the quick tests without kernels, in random order, and with other transformers: ARGS="none 4.57.6"
+	scripts/test_matrix $(ARGS)
+
 install-check: ## install into fresh environments as users do: clone, editable, sdist, wheel, no compiler, no torch
 	scripts/install_check
 

@@ -56,5 +56,5 @@ def test_opened_unsupported_dtype_raises(tmp_path):
 
 def test_opened_without_safetensors_raises(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(DependencyError, match=r'pip install "polyhead\[hf\]"'), opened([tmp_path]):
+    with pytest.raises(DependencyError, match=r'pip install -e "\.\[hf\]"'), opened([tmp_path]):
         pass

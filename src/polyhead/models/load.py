@@ -213,7 +213,15 @@ def _from_pretrained(source: str, before_weights: _Check, *, local: bool) -> tup
                 f"{source} must hold every weight of {type(model).__name__}; {len(missing)} are "
                 f"missing, {missing[0]} among them; choose a causal language model"
             )
-        return model, AutoTokenizer.from_pretrained(source, **options)
+        try:
+            return model, AutoTokenizer.from_pretrained(source, **options)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # transformers 4, for one that is missing: AttributeError
+            raise ModelError(
+                f"{source} cannot be loaded as a model: it must hold a tokenizer that can be read; "
+                f"got {type(error).__name__}: {error}; save it there by tokenizer.save_pretrained"
+            ) from error
 
 
 @contextmanager

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 def test_register_without_transformers_raises(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DependencyError, match=r'pip install "polyhead\[hf\]"'):
+    with pytest.raises(DependencyError, match=r'pip install -e "\.\[hf\]"'):
         ph.integrations.transformers.register()
 
 

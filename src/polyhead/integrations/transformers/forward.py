@@ -31,12 +31,11 @@ _HARMLESS = frozenset(
         *("num_items_in_batch", "logits_to_keep", "labels", "deterministic", "training"),
     }
 )
+# Models of transformers 4 always pass these: None is harmless, and anything else raises.
+_HEAD_MASKS = ("head_mask", "layer_head_mask", "cross_attn_head_mask", "decoder_head_mask")
 _EAGER = 'use attn_implementation="eager" for this model'
 _REMEDIES = {
-    **dict.fromkeys(
-        ("head_mask", "layer_head_mask", "cross_attn_head_mask", "decoder_head_mask"),
-        "switch heads off with polyhead.look.ablate(model, heads)",
-    ),
+    **dict.fromkeys(_HEAD_MASKS, "switch heads off with polyhead.look.ablate(model, heads)"),
     "cache": 'call model.set_attn_implementation("sdpa") for continuous batching',
 }
 
@@ -162,4 +161,6 @@ def _check_options(options: dict[str, Any]) -> None:
         )
 
 
-KNOWN_ARGUMENTS = _HARMLESS.union(PACKING, inspect.signature(attention_forward).parameters)
+KNOWN_ARGUMENTS = _HARMLESS.union(
+    PACKING, _HEAD_MASKS, inspect.signature(attention_forward).parameters
+)
