@@ -98,7 +98,7 @@ def test_function_with_tokens_first_passes():
     [
         ({"mask_true": "keep"}, 'mask_true must be "attend" or "ignore"; got \'keep\''),
         ({"layout": "BTHD"}, 'layout must be "heads first" or "tokens first"; got \'BTHD\''),
-        ({"only": ["no_such_law"]}, "got no_such_law; see --list"),
+        ({"only": ["no_such_law"]}, "got no_such_law; choose among these"),
     ],
 )
 def test_check_function_with_wrong_argument_raises(options, message):

@@ -77,7 +77,7 @@ def _distances(call: AttentionCall) -> Tensor:
     key_s = torch.arange(call.S, device=call.device)
     query_t1 = torch.arange(call.T, device=call.device)[:, None]
     first = call.first_position
-    if isinstance(first, Tensor):
+    if isinstance(first, Tensor) and first.ndim:  # a traced size has none
         return query_t1 + first[:, None, None, None] - key_s
     return query_t1 + first - key_s
 

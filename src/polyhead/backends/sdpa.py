@@ -260,7 +260,7 @@ def _bias(call: AttentionCall, start: int, stop: int, first: int, last: int) -> 
     if call.alibi_slopes is None:
         return bias
     offset = call.first_position
-    if isinstance(offset, Tensor):
+    if isinstance(offset, Tensor) and offset.ndim:  # a traced size has none
         offset = offset[:, None, None, None]
     query = torch.arange(start, stop, device=call.device)[:, None] + offset
     distance = (query - torch.arange(first, last, device=call.device)).abs()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from polyhead.errors import DeviceError, DtypeError, ShapeError
 from polyhead.mask.algebra import Mask, MaskBlock
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 __all__ = [
     "Align",
@@ -41,7 +44,7 @@ class Causal(Mask):
         self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
     ) -> tuple[int, int]:
         offset = _offset(T, S, self.align, query_offset)
-        if isinstance(offset, Tensor):
+        if _is_per_row(offset):
             return 0, S
         return 0, min(S, max(0, stop + offset))
 
@@ -73,7 +76,7 @@ class Window(Mask):
         self, start: int, stop: int, T: int, S: int, query_offset: int | Tensor | None = None
     ) -> tuple[int, int]:
         offset = _offset(T, S, self.align, query_offset)
-        if isinstance(offset, Tensor):
+        if _is_per_row(offset):
             return 0, S
         k_start = 0 if self.before is None else start + offset - self.before
         k_stop = S if self.after is None else stop + offset + self.after
@@ -312,11 +315,16 @@ def _offset(T: int, S: int, align: Align, query_offset: int | Tensor | None) -> 
     return S - T if query_offset is None else query_offset
 
 
+def _is_per_row(offset: int | Tensor) -> TypeIs[Tensor]:
+    # (A traced size is a tensor without dimensions.)
+    return isinstance(offset, Tensor) and offset.ndim > 0
+
+
 def _query_positions(at: MaskBlock, align: Align) -> Tensor:
     """Absolute positions of the queries, (q,), or (B, q) if they differ by batch row."""
     rows = torch.arange(at.q_start, at.q_stop, device=at.device)
     offset = _offset(at.T, at.S, align, at.query_offset)
-    return rows + (offset[:, None] if isinstance(offset, Tensor) else offset)
+    return rows + (offset[:, None] if _is_per_row(offset) else offset)
 
 
 def _positions(at: MaskBlock, align: Align) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ class RelativeBias(nn.Module):
     def forward(self, T: int, S: int, query_offset: int | Tensor | None = None) -> Tensor:
         device = self.weight.device
         offset = S - T if query_offset is None else query_offset
-        if isinstance(offset, Tensor):
+        if isinstance(offset, Tensor) and offset.ndim:  # a traced size has none
             offset = offset[:, None, None]
         query = torch.arange(T, device=device)[:, None] + offset
         bias_tsh = self.weight[self.buckets(torch.arange(S, device=device) - query)]
