@@ -109,7 +109,8 @@ def test_plot_grid_is_layers_by_heads(report):
 )
 def test_report_without_optional_package_raises(monkeypatch, report, package, use):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
+    name = package.partition(".")[0]
+    with pytest.raises(DependencyError, match=f"{name} is needed.*pip install -e"):
         DependencyError, match=f"{package.partition('.')[0]} is needed.*pip install -e"
     ):
         use(report)
