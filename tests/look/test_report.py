@@ -111,6 +111,4 @@ def test_report_without_optional_package_raises(monkeypatch, report, package, us
     monkeypatch.setitem(sys.modules, package, None)
     name = package.partition(".")[0]
     with pytest.raises(DependencyError, match=f"{name} is needed.*pip install -e"):
-        DependencyError, match=f"{package.partition('.')[0]} is needed.*pip install -e"
-    ):
         use(report)
