@@ -83,6 +83,22 @@ def test_to_html_writes_the_page(tmp_path):
     assert '<meta name="generator" content="polyhead">' in text
 
 
+@pytest.mark.parametrize("number", range(1, 11))
+def test_step_without_its_picture_is_tables_of_all_numbers(number):
+    """JupyterLab shows no SVG of a notebook that is not trusted, but its text."""
+    step = ph.lesson().steps[number - 1]
+    shown = step._repr_mimebundle_(include=None, exclude=None)
+    assert shown["image/svg+xml"] == step._repr_svg_()
+    text = shown["text/plain"]
+    assert text == str(step)
+    assert text.splitlines()[0].startswith(f"{number} {step.title} (largest difference ")
+    printed = [float(value) for value in re.findall(r"-?(?:\d+\.\d{3}|inf)\b", text)]
+    expected = step.split.flatten().tolist()
+    assert printed == pytest.approx(expected, abs=6e-4)
+    assert max(map(len, text.splitlines())) <= 100
+    assert text.count("\njourney ") == (step.num_heads if step.split.ndim == 4 else 1)
+
+
 def test_a_step_is_a_picture_and_a_line():
     step = ph.lesson(tokens=["<b>", "a", "b", "c", "d", "a long token"], x=ph.lesson().x).steps[4]
     assert repr(step) == "LessonStep(5, 'Scale, mask', (1, 2, 6, 6))"

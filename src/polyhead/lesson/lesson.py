@@ -53,10 +53,27 @@ class LessonStep:
     def __repr__(self) -> str:
         return f"LessonStep({self.number}, {self.name!r}, {tuple(self.split.shape)})"
 
+    @property
+    def _heading(self) -> str:
+        return f"{self.number} {self.title} (largest difference {self.difference:.1e})"
+
+    def __str__(self) -> str:
+        """The numbers as tables, one per head, below one another."""
+        tables = self.split[0] if self.split.ndim == 4 else self.split
+        lines = [self._heading]
+        for head, table in enumerate(tables.tolist()):
+            lines += [f"head {head}"] if self.split.ndim == 4 else []
+            for token, row in zip(self.tokens, table, strict=True):
+                numbers = "".join(f"{value:8.3f}" for value in row)
+                lines.append(f"{token if len(token) <= 8 else token[:7] + '…':8}{numbers}")
+        return "\n".join(lines)
+
     def _repr_svg_(self) -> str:
-        """The numbers as a notebook shows them, also where scripts and frames are not trusted."""
-        title = f"{self.number} {self.title} (largest difference {self.difference:.1e})"
-        return draw(title, self.split[0], self.tokens, self.num_heads)
+        return draw(self._heading, self.split[0], self.tokens, self.num_heads)
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, str]:
+        """Picture and tables: JupyterLab shows a picture only where the notebook is trusted."""
+        return {"image/svg+xml": self._repr_svg_(), "text/plain": str(self)}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -134,7 +134,8 @@
     };
     const { maps, tokens } = window.polyhead.data;
     const side = Math.round(tokens.length / (maps.edges.length - 1));
-    const words = page.pooled() ? `mean weight in a cell of ${side} × ${side} tokens` : "weight";
+    const cell = side > 1 ? `a cell of ${side} × ${side} tokens` : "a cell of one or two tokens";
+    const words = page.pooled() ? `mean weight in ${cell}` : "weight";
     return page.element("p", { className: "note swatches" }, words, ...[0.001, 0.01, 0.1, 1].map(one));
   };
 
