@@ -162,8 +162,15 @@ def test_eight_thousand_tokens(open_page, large):
     assert text["y"] <= box["y"] <= text["y"] + text["height"]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (320, "light"),
+        (1280, "dark"),
+        pytest.param(320, "dark", marks=pytest.mark.slow),
+        pytest.param(1280, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_axe_finds_nothing(open_page, planted, axe, scheme, width):
     opened = open_page(planted(), color_scheme=scheme, viewport={"width": width, "height": 900})
     page = opened.page

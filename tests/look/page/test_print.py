@@ -75,6 +75,7 @@ def test_print_to_pdf_draws_every_map(opened):
     assert opened.page.evaluate("polyhead.page.paper") is False
 
 
+@pytest.mark.slow
 def test_print_cuts_neither_text_nor_head(open_page, planted, on_paper):
     opened = open_page(planted(repeats=60), "#layer=1&head=0&token=700")
     opened.page.evaluate("polyhead.page.drawn")
