@@ -175,9 +175,7 @@ class Cache(ABC):
     @property
     def lengths(self) -> Tensor:
         """Number of tokens so far of each row, (B,) int64 on the cache's device."""
-        if self._row_lengths is None:
-            return torch.full((self.batch,), self.length, device=self.device)
-        return self._row_lengths.to(self.device)
+        return self._row_lengths_on_cpu().to(self.device)
 
     def next_positions(self, T: int) -> Tensor:
         """Positions of the next T tokens, (T,), or (B, T) where rows have different lengths."""

@@ -224,14 +224,8 @@ def cu_seqlens(cu_seqlens: Tensor | Sequence[int]) -> Mask:
     True
     """
     bounds = _batch_integers("cu_seqlens", cu_seqlens).long()
+    check_bounds("cu_seqlens", bounds)
     sizes = bounds.diff()
-    if not len(bounds) or bounds[0] != 0 or bool((sizes < 0).any()):
-        raise ArgumentError(
-            "cu_seqlens",
-            "must begin with 0 and never decrease",
-            bounds.tolist(),
-            "pass the cumulative sum of the lengths, with a leading 0",
-        )
     return Documents(torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes))
 
 
@@ -312,6 +306,17 @@ def custom(
     for name, size in (("batch", batch), ("heads", heads)):
         check_count(name, size, 1, f"pass the number of {name}, or 1")
     return Custom(fn, batch, heads, _check_align(align))
+
+
+def check_bounds(name: str, bounds: Tensor) -> None:
+    """Raise unless `bounds` are cumulative lengths: they begin with 0 and never decrease."""
+    if not len(bounds) or bounds[0] != 0 or bool((bounds.diff() < 0).any()):
+        raise ArgumentError(
+            name,
+            "must begin with 0 and never decrease",
+            bounds.tolist(),
+            "pass the cumulative sum of the lengths, with a leading 0",
+        )
 
 
 def _batch_integers(name: str, values: Tensor | Sequence[int]) -> Tensor:

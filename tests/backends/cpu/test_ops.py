@@ -280,9 +280,9 @@ def test_gradients_are_mapped_by_the_names_of_the_schema():
         getattr(torch.ops.polyhead, f"attention_{name}").default._schema
         for name in ("forward", "backward")
     )
-    assert [argument.name for argument in forward.arguments] == list(ops._FORWARD)
-    assert set(ops._OPTIONS) | set(ops._TENSORS) == set(ops._FORWARD)
+    assert [argument.name for argument in forward.arguments] == list(ops.forward_names)
+    assert set(ops._OPTIONS) | set(ops._TENSORS) == set(ops.forward_names)
     taken = {argument.name for argument in backward.arguments}
-    assert set(ops._FORWARD) - {"stats"} <= taken
+    assert set(ops.forward_names) - {"stats"} <= taken
     given = {"query": 2.0, "key": 3.0, "value": 5.0, "bias": 7.0, "sinks": 11.0}
     assert [result.name for result in backward.returns] == list(given)

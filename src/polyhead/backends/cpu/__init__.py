@@ -176,26 +176,13 @@ def backward(
     grad_lse: Tensor | None,
 ) -> dict[str, Tensor]:
     """Backward pass of `backends.Derivative`."""
-    query, key, value = map(maybe_contiguous, (call.query, call.key, call.value))
     given = call.tensors
     needed = {name for name, x in given.items() if x.requires_grad}
     with torch._C._AutoDispatchBelowAutograd():
-        if grad_output is None:
-            grad_output = torch.zeros_like(output)
-        computed = torch.ops.polyhead.attention_backward(
-            maybe_contiguous(grad_output),
-            None if grad_lse is None else grad_lse.contiguous(),
-            output,
-            *saved,
-            query,
-            key,
-            value,
-            *variant,
-            "bias" in needed,
-            "sinks" in needed,
-        )
-        grads = dict(zip(("query", "key", "value", "bias", "sinks"), computed, strict=True))
-        return {name: grads[name].to(given[name].dtype) for name in needed}
+        inputs = map(maybe_contiguous, (call.query, call.key, call.value))
+        arguments = dict(zip(ops.forward_names, (*inputs, *variant), strict=False))
+        grads = ops.gradients(arguments, output, saved[0], grad_output, grad_lse, needed)
+        return {name: grad.to(given[name].dtype) for name, grad in grads.items()}
 
 
 def _variant(call: AttentionCall) -> tuple[Any, ...]:

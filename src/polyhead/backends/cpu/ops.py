@@ -13,6 +13,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from polyhead.backends.layout import maybe_contiguous
 
 __all__ = [
     "choose_isa",
+    "forward_names",
+    "gradients",
     "isa",
     "kernel",
     "max_head_size",
@@ -165,17 +168,17 @@ def _argument_names(operator: str) -> tuple[str, ...]:
 
 
 # Gradients are mapped by the names of the schema, in which arguments may come and go.
-_FORWARD = () if unavailable else _argument_names("attention_forward")
+forward_names = () if unavailable else _argument_names("attention_forward")
 _BACKWARD = () if unavailable else _argument_names("attention_backward")
 _OPTIONS = ("band", "scale", "softcap", "dropout", "stats")
-_TENSORS = tuple(name for name in _FORWARD if name not in _OPTIONS)
+_TENSORS = tuple(name for name in forward_names if name not in _OPTIONS)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     result, _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    given = dict(zip(_FORWARD, inputs, strict=True))
+    given = dict(zip(forward_names, inputs, strict=True))
     ctx.options = {name: given[name] for name in _OPTIONS if name != "stats"}
     ctx.save_for_backward(result, saved, *(given[name] for name in _TENSORS))
 
@@ -183,24 +186,43 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _gradients(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None, *_: Any) -> Any:
     result, saved, *tensors = ctx.saved_tensors
     given = dict(zip(_TENSORS, tensors, strict=True))
-    needed = dict(zip(_FORWARD, ctx.needs_input_grad, strict=True))
-    if grad_output is None:
-        grad_output = torch.zeros_like(result)
-    computed = torch.ops.polyhead.attention_backward(
-        grad_output=maybe_contiguous(grad_output),
-        grad_lse=None if grad_lse is None else grad_lse.contiguous(),
-        output=result,
-        saved=saved,
-        **given,
-        **ctx.options,
-        bias_grad=needed["bias"],
-        sinks_grad=needed["sinks"],
-    )
-    grads = dict(zip(("query", "key", "value", "bias", "sinks"), computed, strict=True))
+    needs = dict(zip(forward_names, ctx.needs_input_grad, strict=True))
+    needed = {name for name in forward_names if needs[name]}
+    grads = gradients(given | ctx.options, result, saved, grad_output, grad_lse, needed)
     return tuple(
-        grads[name].to(given[name].dtype) if name in grads and needed[name] else None
-        for name in _FORWARD
+        grads[name].to(given[name].dtype) if name in grads else None for name in forward_names
     )
+
+
+def gradients(
+    arguments: Mapping[str, Any],
+    output: Tensor,
+    saved: Tensor,
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
+    needed: Collection[str],
+) -> dict[str, Tensor]:
+    """Backward pass: the gradients by name, in float32.
+
+    Args:
+        arguments: those of the forward operator by name, `stats` left out.
+        output, saved: of the forward pass.
+        grad_output, grad_lse: None if the result was not used.
+        needed: names of the arguments whose gradients are returned.
+    """
+    computed = torch.ops.polyhead.attention_backward(
+        grad_output=maybe_contiguous(
+            torch.zeros_like(output) if grad_output is None else grad_output
+        ),
+        grad_lse=None if grad_lse is None else grad_lse.contiguous(),
+        output=output,
+        saved=saved,
+        **arguments,
+        bias_grad="bias" in needed,
+        sinks_grad="sinks" in needed,
+    )
+    grads = zip(("query", "key", "value", "bias", "sinks"), computed, strict=True)
+    return {name: grad for name, grad in grads if name in needed}
 
 
 def _refuse(ctx: Any, *grads: Any) -> None:

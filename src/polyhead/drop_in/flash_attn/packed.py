@@ -17,6 +17,7 @@ from torch import Tensor
 
 import polyhead.mask
 from polyhead.backends import choose
+from polyhead.cache.base import materialize
 from polyhead.cache_view import CacheView
 from polyhead.drop_in.flash_attn.attend import RaggedRows, attend, dropped_weights
 from polyhead.drop_in.flash_attn.cached_rows import read_rows
@@ -76,15 +77,8 @@ def read_bounds(
     size = sequences + 1 if sequences >= 0 else -1
     check_integers(name, cu_seqlens, "(batch_size + 1,)", (size,), q)
     bounds = cu_seqlens.long()
-    lengths = bounds.diff()
-    last = int(bounds[-1]) if len(bounds) else -1
-    if last < 0 or bounds[0] != 0 or bool((lengths < 0).any()):
-        raise ArgumentError(
-            name,
-            "must begin with 0 and never decrease",
-            cu_seqlens.tolist(),
-            "pass the cumulative sum of the lengths, with a leading 0",
-        )
+    polyhead.mask.check_bounds(name, bounds)
+    last = int(bounds[-1])
     if total is not None and last > total:
         raise ArgumentError(
             name,
@@ -92,7 +86,7 @@ def read_bounds(
             last,
             "pass the tensor that it was made for",
         )
-    read = Bounds(bounds[:-1], lengths, cu_seqlens)
+    read = Bounds(bounds[:-1], bounds.diff(), cu_seqlens)
     if int(max_seqlen) < read.longest:
         raise ArgumentError(
             f"max_seqlen{suffix}",
@@ -150,7 +144,7 @@ def attend_packed(
         else:
             key, value = read_rows(k, v, block_table[rows], of_k.lengths)
             if dropped or _needs_grad(k, v):
-                key, value = _materialized(key), _materialized(value)
+                key, value = materialize(key, value)
             else:
                 ragged = ragged._replace(lengths=None)  # which the views have
         if dropped:
@@ -287,7 +281,3 @@ def _unpadded(parts: list[tuple[Bounds, Tensor]], empty: Tensor) -> Tensor:
 
 def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _materialized(x: Tensor | CacheView) -> Tensor:
-    return x.materialize_valid() if isinstance(x, CacheView) else x
