@@ -282,6 +282,26 @@ class AttentionCall:
         """True if any tensor of this call requires grad."""
         return bool(self.grad_names)
 
+    def key_range(self, start: int, stop: int) -> tuple[int, int]:
+        """Range (first, last) of the keys that queries start .. stop - 1 may attend to."""
+        if self.mask is None:
+            return 0, self.S
+        return self.mask.key_range(start, stop, self.T, self.S, self.query_offset)
+
+    def allowed(self, start: int, stop: int, keys: tuple[int, int]) -> Tensor | None:
+        """The mask of these queries and keys, materialized; None: there is no mask."""
+        if self.mask is None:
+            return None
+        return self.mask.materialize_rows(
+            start,
+            stop,
+            self.T,
+            self.S,
+            keys=keys,
+            query_offset=self.query_offset,
+            device=self.device,
+        )
+
     def materialized(self) -> AttentionCall:
         """Return the same call with cached keys and values materialized as tensors."""
         if self.cache_views is None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from polyhead.cache_view import CacheView
 from polyhead.call import AttentionCall, AuxRequest
 from polyhead.errors import ArgumentError, DeviceError, DtypeError, ShapeError, check_is_plain
-from polyhead.mask import And, Lengths, Mask
+from polyhead.mask import Lengths, Mask
+from polyhead.mask.algebra import conjunction
 
 __all__ = [
     "autocasts",
@@ -118,9 +119,7 @@ def mask_cached_rows(key: Tensor | CacheView, mask: Mask | None) -> Mask | None:
     """The mask, and none of the keys beyond the length of each cached row."""
     if not isinstance(key, CacheView) or key.lengths is None:
         return mask
-    rule = Lengths(key.lengths)
-    # Not &, which compares masks by their values: torch.compile cannot trace that.
-    return rule if mask is None else And((*mask.conjuncts, rule))
+    return conjunction([*(() if mask is None else mask.conjuncts), Lengths(key.lengths)])
 
 
 def _nameable(number: float) -> float:

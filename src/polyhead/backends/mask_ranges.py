@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from polyhead.mask import (
-    And,
     Causal,
     Documents,
     LeftPadding,
@@ -20,6 +19,7 @@ from polyhead.mask import (
     QuerySlice,
     Window,
 )
+from polyhead.mask.algebra import conjunction
 
 __all__ = ["MaskRanges", "read_ranges"]
 
@@ -86,8 +86,7 @@ def read_ranges(
         start = None if isinstance(query_offset, Tensor) else -query_offset
         origin = _Origin(0, start, is_fixed=True)
     rest = [part for part in mask.conjuncts if not _intersect(ranges, part, S, origin)]
-    if rest:
-        ranges.unstructured = rest[0] if len(rest) == 1 else And(tuple(rest))
+    ranges.unstructured = conjunction(rest)
     return ranges
 
 

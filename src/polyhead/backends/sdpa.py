@@ -8,6 +8,8 @@ left: infinity or NaN in a *key* that a query may not attend to can reach its ou
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,8 @@ from polyhead.backends.reasons import (
 )
 from polyhead.backends.tracing import is_traced
 from polyhead.call import AttentionCall, Aux
-from polyhead.mask import And, Causal, Mask
+from polyhead.mask import Causal, Mask
+from polyhead.mask.algebra import conjunction
 
 __all__ = ["notes", "run", "why_not"]
 
@@ -70,15 +73,15 @@ def why_not(call: AttentionCall) -> list[str]:
 
 def notes(call: AttentionCall) -> list[str]:
     """How it would run: which kernel of torch's, and by structure or a mask written out."""
+    call = simplify(call)
     kernel = _kernel_name(call)
-    mask = simplify(call)
-    if not _writes_out(call, mask):
-        how = "no mask" if mask is None else "is_causal: no T x S tensor"
+    if not _writes_out(call):
+        how = "no mask" if call.mask is None else "is_causal: no T x S tensor"
         return [f"torch's {kernel}, {how}"]
-    parts = [repr(mask)] if mask is not None else []
+    parts = [repr(call.mask)] if call.mask is not None else []
     parts += ["bias"] if call.bias is not None else []
     parts += ["ALiBi"] if call.alibi_slopes is not None else []
-    chunks = _chunks(call, mask)
+    chunks = _chunks(call)
     size = f"T = {call.T} by S = {call.S}"
     if len(chunks) > 1:
         widest = max(last - first for _, _, first, last in chunks)
@@ -88,39 +91,32 @@ def notes(call: AttentionCall) -> list[str]:
 
 def run(call: AttentionCall) -> tuple[Tensor, Aux]:
     """Output (B, H, T, E); aux is left to the definition."""
-    mask = simplify(call)
-    if not _writes_out(call, mask):
-        return _kernel(call, call.query, call.key, call.value, is_causal=mask is not None), Aux()
-    chunks = _chunks(call, mask)
+    call = simplify(call)
+    if not _writes_out(call):
+        is_causal = call.mask is not None
+        return _kernel(call, call.query, call.key, call.value, is_causal=is_causal), Aux()
+    chunks = _chunks(call)
     if len(chunks) == 1:
-        return _attend_chunk(call, mask, *chunks[0]), Aux()
+        return _attend_chunk(call, *chunks[0]), Aux()
     if call.needs_grad:
         # Kept for the backward pass, the chunks' masks would together be T x S: written out again.
-        outputs = [
-            checkpoint(_attend_chunk, call, mask, *chunk, use_reentrant=False) for chunk in chunks
-        ]
+        outputs = [checkpoint(_attend_chunk, call, *chunk, use_reentrant=False) for chunk in chunks]
     else:
-        outputs = [_attend_chunk(call, mask, *chunk) for chunk in chunks]
+        outputs = [_attend_chunk(call, *chunk) for chunk in chunks]
     return torch.cat(outputs, dim=2), Aux()
 
 
-def simplify(call: AttentionCall) -> Mask | None:
-    """The call's mask for these sizes, without the parts that forbid nothing.
+def simplify(call: AttentionCall) -> AttentionCall:
+    """The same call, its mask without the parts that forbid nothing for these sizes.
 
     One query at the last key's position (decoding) attends to every key before it.
     """
-    mask = call.mask
     # A trace would keep what holds for these sizes.
-    if mask is None or is_traced() or call.query_offset is not None:
-        return mask
-    parts = tuple(
-        part
-        for part in mask.conjuncts
-        if not (call.T == 1 and isinstance(part, Causal) and part.align == "end")
-    )
-    if len(parts) == len(mask.conjuncts):
-        return mask
-    return And(parts) if len(parts) > 1 else next(iter(parts), None)
+    if call.mask is None or call.T != 1 or call.query_offset is not None or is_traced():
+        return call
+    parts = call.mask.conjuncts
+    needed = [p for p in parts if not (isinstance(p, Causal) and p.align == "end")]
+    return call if len(needed) == len(parts) else replace(call, mask=conjunction(needed))
 
 
 def _wide_bias_reasons(call: AttentionCall) -> list[str]:
@@ -157,9 +153,8 @@ def _kernel_name(call: AttentionCall) -> str:
     """Which of its kernels torch would take."""
     if call.device.type == "meta":
         return "fused kernel"
-    mask = simplify(call)
     attn_mask = None
-    if _writes_out(call, mask):
+    if _writes_out(call):
         # The choice is by dtype and shape; one that broadcasts costs no memory.
         attn_mask = call.query.new_zeros(1).expand(call.B, call.H, call.T, call.S)
     choice = torch._fused_sdp_choice(
@@ -168,18 +163,18 @@ def _kernel_name(call: AttentionCall) -> str:
         call.value,
         attn_mask,
         call.dropout,
-        is_causal=attn_mask is None and mask is not None,
+        is_causal=attn_mask is None and call.mask is not None,
         scale=call.scale,
         enable_gqa=call.group > 1,
     )
     return _KERNELS[choice]
 
 
-def _writes_out(call: AttentionCall, mask: Mask | None) -> bool:
+def _writes_out(call: AttentionCall) -> bool:
     """Whether the kernel needs its mask as a tensor."""
     if call.bias is not None or call.alibi_slopes is not None:
         return True
-    return mask is not None and not _is_upper_left(mask, call)
+    return call.mask is not None and not _is_upper_left(call.mask, call)
 
 
 def _is_upper_left(mask: Mask, call: AttentionCall) -> bool:
@@ -190,28 +185,21 @@ def _is_upper_left(mask: Mask, call: AttentionCall) -> bool:
     return mask.align == "start" or is_square
 
 
-def _chunks(call: AttentionCall, mask: Mask | None) -> list[tuple[int, int, int, int]]:
+def _chunks(call: AttentionCall) -> list[tuple[int, int, int, int]]:
     """Queries start .. stop - 1 against keys first .. last - 1, so that no mask is T x S."""
     # A graph would have one branch a chunk, and so be for one length only.
     if torch.compiler.is_compiling() or is_traced() or call.T * call.S <= _WHOLE:
         return [(0, call.T, 0, call.S)]
     starts = range(0, call.T, _ROWS)
     spans = [(start, min(start + _ROWS, call.T)) for start in starts]
-    reach = (0, call.S)
-    return [(*span, *(reach if mask is None else _key_range(call, mask, *span))) for span in spans]
+    return [(*span, *call.key_range(*span)) for span in spans]
 
 
-def _key_range(call: AttentionCall, mask: Mask, start: int, stop: int) -> tuple[int, int]:
-    return mask.key_range(start, stop, call.T, call.S, call.query_offset)
-
-
-def _attend_chunk(
-    call: AttentionCall, mask: Mask | None, start: int, stop: int, first: int, last: int
-) -> Tensor:
+def _attend_chunk(call: AttentionCall, start: int, stop: int, first: int, last: int) -> Tensor:
     """Some queries against the keys they can reach, through a mask written out."""
     if first >= last:
         return call.query.new_zeros(call.B, call.H, stop - start, call.E)
-    attn_mask, attends = _written_out(call, mask, start, stop, first, last)
+    attn_mask, attends = _written_out(call, start, stop, first, last)
     output = _kernel(
         call,
         call.query[:, :, start:stop],
@@ -224,20 +212,10 @@ def _attend_chunk(
 
 
 def _written_out(
-    call: AttentionCall, mask: Mask | None, start: int, stop: int, first: int, last: int
+    call: AttentionCall, start: int, stop: int, first: int, last: int
 ) -> tuple[Tensor, Tensor]:
     """The mask and bias as one `attn_mask`, and which queries, (..., rows, 1), attend at all."""
-    allowed = None
-    if mask is not None:
-        allowed = mask.materialize_rows(
-            start,
-            stop,
-            call.T,
-            call.S,
-            keys=(first, last),
-            query_offset=call.query_offset,
-            device=call.device,
-        )
+    allowed = call.allowed(start, stop, (first, last))
     bias = _bias(call, start, stop, first, last)
     if bias is None:
         assert allowed is not None

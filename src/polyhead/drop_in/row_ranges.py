@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import polyhead.mask
-from polyhead.mask import And, Mask
+from polyhead.mask import Mask
+from polyhead.mask.algebra import conjunction
 from polyhead.mask.primitives import Align
 
 __all__ = ["EVERYTHING", "rule_of_ranges"]
@@ -96,9 +97,8 @@ def _candidates(rows: _Rows) -> Iterator[tuple[Mask | str, Tensor | int, Tensor 
 
 
 def _all(parts: list[Mask]) -> Mask | str:
-    if not parts:
-        return EVERYTHING
-    return parts[0] if len(parts) == 1 else And(tuple(parts))
+    rule = conjunction(parts)
+    return EVERYTHING if rule is None else rule
 
 
 def _length(rows: _Rows) -> Mask:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import polyhead.mask
 from polyhead.errors import DeviceError, DtypeError, ShapeError
 from polyhead.mask import Mask
+from polyhead.mask.algebra import conjunction
 from polyhead.modules.validate import check_sizes
 from polyhead.validate import autocasts, check_is_tensor
 
@@ -120,9 +121,7 @@ def lower_masks(
             biases.append(full)
         else:
             rules.append(polyhead.mask.dense(~full))
-    # Not &, which compares masks by their values: torch.compile cannot trace that.
-    rule = polyhead.mask.And(tuple(rules)) if len(rules) > 1 else next(iter(rules), None)
-    return rule, functools.reduce(operator.add, biases) if biases else None
+    return conjunction(rules), functools.reduce(operator.add, biases) if biases else None
 
 
 def _of_four_dimensions(name: str, mask: Tensor, B: int, H: int) -> Tensor:

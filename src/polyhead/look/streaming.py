@@ -92,7 +92,7 @@ def weights_by_chunk(call: AttentionCall) -> Iterator[tuple[int, int, Tensor]]:
     wide = {n: getattr(call, n).to(call.compute_dtype) for n in ("query", "key")}
     call = replace(call, **wide, value=wide["key"][..., :0], aux=AuxRequest(weights=True))
     for start, stop in chunks(call, call.B * call.H * call.S, _CELLS):
-        last = max(0, _key_range(call, start, stop)[1])
+        last = max(0, call.key_range(start, stop)[1])
         part = slice_call(call, start, stop, 0, last)
         with _autocast_off(call.query):
             weights = compute_aux(part).weights
@@ -112,18 +112,8 @@ def slice_call(call: AttentionCall, start: int, stop: int, first: int, last: int
 
     The queries keep their positions.
     """
-    mask = None
-    if call.mask is not None:
-        rows = call.mask.materialize_rows(
-            start,
-            stop,
-            call.T,
-            call.S,
-            keys=(first, last),
-            query_offset=call.query_offset,
-            device=call.device,
-        )
-        mask = Dense(rows)
+    allowed = call.allowed(start, stop, (first, last))
+    mask = None if allowed is None else Dense(allowed)
     bias = call.bias
     if bias is not None:
         bias = bias if bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., start:stop, :]
@@ -137,12 +127,6 @@ def slice_call(call: AttentionCall, start: int, stop: int, first: int, last: int
         bias=bias,
         query_offset=call.first_position + start - first,
     )
-
-
-def _key_range(call: AttentionCall, start: int, stop: int) -> tuple[int, int]:
-    if call.mask is None:
-        return 0, call.S
-    return call.mask.key_range(start, stop, call.T, call.S, call.query_offset)
 
 
 def _within(call: AttentionCall, first: int, last: int) -> Mask | None:
@@ -177,7 +161,7 @@ def _autocast_off(query: Tensor) -> Iterator[None]:
 def _by_reference(call: AttentionCall, first: int, last: int) -> Aux:
     parts = []
     for start, stop in chunks(call, call.B * call.H * (last - first), _CELLS):
-        end = min(last, max(first, _key_range(call, start, stop)[1]))
+        end = min(last, max(first, call.key_range(start, stop)[1]))
         parts.append(compute_aux(slice_call(call, start, stop, first, end)))
     return Aux(
         lse=torch.cat([p.lse for p in parts if p.lse is not None], dim=2) if call.aux.lse else None,

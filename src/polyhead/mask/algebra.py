@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from polyhead.errors import ArgumentError, ShapeError
 from polyhead.mask.equality import equal_values, field_values, hashable
 
-__all__ = ["And", "KeySlice", "Mask", "MaskBlock", "Not", "Or", "QuerySlice"]
+__all__ = ["And", "KeySlice", "Mask", "MaskBlock", "Not", "Or", "QuerySlice", "conjunction"]
 
 
 class MaskBlock(NamedTuple):
@@ -401,6 +401,14 @@ class KeySlice(Mask):
 
 def _shifted(query_offset: int | Tensor | None, by: int) -> int | Tensor | None:
     return None if query_offset is None else query_offset + by
+
+
+def conjunction(parts: Sequence[Mask]) -> Mask | None:
+    """The mask that all parts must allow; None without parts.
+
+    Unlike `&` it compares no masks by their values, which torch.compile cannot trace.
+    """
+    return And(tuple(parts)) if len(parts) > 1 else next(iter(parts), None)
 
 
 def _combine(kind: type[_Several], left: Mask, right: Mask) -> Mask:
