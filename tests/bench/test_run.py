@@ -54,6 +54,21 @@ def test_run_case_does_not_measure_a_wrong_peer(monkeypatch):
     assert case.variants[1].milliseconds is not None
 
 
+def test_run_case_without_any_peer_keeps_the_reasons(monkeypatch):
+    """Nor is the exact result computed, which may need what is missing."""
+
+    def prepare(case, inputs):
+        raise AssertionError("was prepared")
+
+    missing = [Peer(name, lambda case: ["timm is not installed"], prepare) for name in "ab"]
+    monkeypatch.setattr(run_module, "peers_of", lambda case: missing)
+    monkeypatch.setattr(run_module, "gate", prepare)
+    result = run_bench(find_cases(("N1/vit",)), TRIAL)
+    (case,) = result.cases
+    assert [v.refused for v in case.variants] == [("timm is not installed",)] * 2
+    assert not result.wrong
+
+
 def test_too_slow_exempts_peers_named_in_targets():
     def peer(name, **more):
         return Peer(name, lambda case: [], lambda case, inputs: dict, **more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -135,12 +135,15 @@ def run_case(
     Raises:
         DisturbedError: other processes were busy in every attempt.
     """
+    peers = [peer for peer in peers_of(case) if peer.name not in settings.without]
+    reasons = {peer: peer.why_not(case) for peer in peers}
+    if all(reasons.values()):  # such as a package that is missing: there is no exact result either
+        unmeasured = [VariantResult(p.name, p.ours, refused=tuple(reasons[p])) for p in peers]
+        return _result(case, settings, "nothing ran", None, unmeasured)
     # Compiled code of other cases counts toward the recompilation limit.
     torch.compiler.reset()
     progress("preparing", 0.0)
     inputs = [case.inputs(settings.seed + i) for i in range(case.copies)]
-    peers = [peer for peer in peers_of(case) if peer.name not in settings.without]
-    reasons = {peer: peer.why_not(case) for peer in peers}
     with torch.set_grad_enabled(case.train):
         runs = {
             peer: [peer.prepare(case, copy) for copy in inputs]
@@ -175,13 +178,23 @@ def run_case(
             mebibytes = peak_mebibytes(case.id, peer.name, settings.shrink)
             variant = replace(variant, memory_mib=mebibytes)
         variants.append(variant)
+    return _result(case, settings, verdict.scope, share, variants)
+
+
+def _result(
+    case: Case,
+    settings: Settings,
+    scope: str,
+    share: float | None,
+    variants: Sequence[VariantResult],
+) -> CaseResult:
     result = CaseResult(
         id=case.id,
         what=str(case),
         tokens=case.T,
         unit=case.unit,
         ceiling=case.ceiling,
-        gate=verdict.scope,
+        gate=scope,
         others_share=share,
         variants=tuple(variants),
         targets=(),
