@@ -308,10 +308,10 @@ def test_load_model_hub_id_is_read_from_cache_first(monkeypatch):
     monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
     monkeypatch.setattr(models, "is_cached", lambda hub_id: True)
     monkeypatch.setattr(models, "check_on_hub", lambda hub_id: calls.append(hub_id))
-    loaded = load_model("somebody/something")
-    hub_id = "somebody/something"
+    loaded = load_model("owner/model")
+    hub_id = "owner/model"
     assert calls == [(hub_id, True), hub_id, (hub_id, False)]
-    assert (loaded.name, loaded.source) == ("somebody/something", "somebody/something")
+    assert (loaded.name, loaded.source) == ("owner/model", "owner/model")
 
 
 def test_load_model_incomplete_cached_model_raises(monkeypatch):
@@ -324,7 +324,7 @@ def test_load_model_incomplete_cached_model_raises(monkeypatch):
     monkeypatch.setattr(models, "_from_pretrained", from_pretrained)
     monkeypatch.setattr(models, "is_cached", lambda hub_id: True)
     with pytest.raises(ModelError, match="weights are missing"):
-        load_model("somebody/something")
+        load_model("owner/model")
     assert calls == [True]
 
 
